@@ -1,0 +1,172 @@
+"""The command line: `nabla-fast generate` and `nabla-fast doctor`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from nabla_fast.cli_config import configured, with_config_options
+
+app = typer.Typer(
+    help="∇-Reasoner made fast: refines a language model's answers by gradient descent on their tokens.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# What a wrong argument, a missing file or a model that returns NaN raises; its message is all a user needs.
+_USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError)
+
+
+def main() -> None:
+    """Entry point of ``nabla-fast``."""
+    try:
+        app()
+    except _USER_ERRORS as error:
+        Console(stderr=True, highlight=False).print(f"[red]error:[/] {_one_line(error)}", markup=True, soft_wrap=True)
+        sys.exit(2)
+
+
+@app.command()
+@with_config_options
+def generate(
+    model: Annotated[
+        str | None, typer.Option(help="Language model: GGUF file, safetensors directory or hub id.", metavar="PATH")
+    ] = None,
+    reward_model: Annotated[
+        str | None,
+        typer.Option(help="Reward model: sequence classifier with one label, or a peft adapter.", metavar="PATH"),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A question; give the option again for another one.", metavar="TEXT")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='One prompt a line; with .jsonl, a string, a chat or {"prompt": ...} a line.', metavar="FILE"
+        ),
+    ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="SmolLM2-135M with its reward model; greedy against ∇-Reasoner.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32 or float64.")] = "auto",
+    attn_implementation: Annotated[str, typer.Option(help="auto, flash_attention_2, sdpa or eager.")] = "auto",
+    **settings: Any,
+) -> None:
+    """Answers prompts with ∇-Reasoner."""
+    from nabla_fast import console
+
+    if demo and (model or reward_model):
+        raise ValueError("--demo brings its own models; leave out --model and --reward-model, or leave out --demo")
+    questions = _questions(prompt, prompts, demo)
+    quiet_transformers()
+    with console.status("loading the models"):
+        if demo:
+            from nabla_fast import demo as bundled
+            from nabla_fast.demo import example
+
+            config = configured(example.CONFIG, settings)
+            models = (
+                *bundled.load_smollm2(device=device, dtype=dtype),
+                *bundled.load_smollm2_reward(device=device, dtype=dtype),
+            )
+        else:
+            config = configured(None, settings)
+            models = _load_models(model, reward_model, device, dtype, attn_implementation)
+    outcome = console.answer(models, questions, config, compare_greedy=demo)
+    if as_json:
+        print(json.dumps(outcome.to_dict(), ensure_ascii=False, indent=2))
+    else:
+        outcome.show()
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Shows versions, devices, which back ends are built, and why one is missing."""
+    from nabla_fast import console, environment
+
+    report = environment.report()
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False, indent=2))
+    else:
+        console.show_report(report)
+
+
+def quiet_transformers() -> None:
+    """Leaves the terminal to our own progress display."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _load_models(
+    model: str | None, reward_model: str | None, device: str, dtype: str, attn_implementation: str
+) -> tuple[Any, Any, Any, Any]:
+    from nabla_fast.models.loading import load_language_model, load_reward_model
+
+    for option, value in (("--model", model), ("--reward-model", reward_model)):
+        if not value:
+            raise ValueError(
+                f"{option} is missing; give a GGUF file, a safetensors directory or a hub id, or use --demo"
+            )
+    assert model is not None
+    assert reward_model is not None
+    common: dict[str, Any] = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
+    return (*load_language_model(model, **common), *load_reward_model(reward_model, **common))
+
+
+def _questions(prompt: list[str] | None, file: Path | None, demo: bool) -> list[Any]:
+    questions: list[Any] = list(prompt or [])
+    if file is not None:
+        questions += read_prompts(file)
+    if not questions and demo:
+        from nabla_fast.demo import example
+
+        questions = [example.QUESTION]
+    if not questions:
+        raise ValueError("no prompt given; use --prompt TEXT, --prompts FILE or --demo")
+    return questions
+
+
+def read_prompts(file: Path) -> list[Any]:
+    """Prompts of a file: one a line, or one JSON value a line in a .jsonl file; blank lines are skipped.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file holds no prompt, or a line of it cannot be read; the message gives its number.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"--prompts: there is no file {file}")
+    lines = [(number, line) for number, line in enumerate(file.read_text().splitlines(), start=1) if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompts: {file} holds no prompt")
+    if file.suffix != ".jsonl":
+        return [line for _, line in lines]
+    return [_json_prompt(file, number, line) for number, line in lines]
+
+
+def _json_prompt(file: Path, number: int, line: str) -> Any:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--prompts: line {number} of {file} is not JSON: {error}") from error
+    prompt = value.get("prompt", value.get("messages")) if isinstance(value, dict) else value
+    if not isinstance(prompt, (str, list)) or not prompt:
+        raise ValueError(
+            f'--prompts: line {number} of {file} must be a string, a chat, or an object with "prompt" or "messages"'
+        )
+    return prompt
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).replace("[", "\\[") or type(error).__name__

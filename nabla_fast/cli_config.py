@@ -1,0 +1,101 @@
+"""Every field of `NablaConfig` as a command-line option, made from the dataclass itself."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+
+from nabla_fast.config import NablaConfig, Sampling
+
+_SAMPLING_FIELDS = ("rollout", "resample")
+
+
+class _Off:
+    """The value "none" on the command line, as different from an option that was not given."""
+
+
+def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replaces the ``**settings`` of a typer command by one option for each field of `NablaConfig`."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    own += _parameters()
+    command.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in own}
+    return command
+
+
+def configured(base: NablaConfig | None, settings: dict[str, Any]) -> NablaConfig:
+    """``base`` (None: the defaults) with the options that were given on the command line."""
+    config = base or NablaConfig()
+    given = {name: None if isinstance(v, _Off) else v for name, v in settings.items() if v is not None and v != []}
+    changes = {name: value for name, value in given.items() if name in {f.name for f in fields(NablaConfig)}}
+    for name in _SAMPLING_FIELDS:
+        own = getattr(config, name)
+        parts: dict[str, Any] = {f.name: given.get(f"{name}_{f.name}", getattr(own, f.name)) for f in fields(Sampling)}
+        changes[name] = Sampling(**parts)
+    return config.replace(**changes)
+
+
+def _parameters() -> list[inspect.Parameter]:
+    described = _descriptions(NablaConfig)
+    parameters = []
+    for field in fields(NablaConfig):
+        default = getattr(NablaConfig(), field.name)
+        if field.name in _SAMPLING_FIELDS:
+            for part in fields(Sampling):
+                text = f"{described[field.name]} {_descriptions(Sampling)[part.name]}"
+                parameters.append(
+                    _option(f"{field.name}_{part.name}", str(part.type), getattr(default, part.name), text)
+                )
+        else:
+            parameters.append(_option(field.name, str(field.type), default, described[field.name]))
+    return parameters
+
+
+def _option(name: str, kind: str, default: Any, text: str) -> inspect.Parameter:
+    flag = "--" + name.replace("_", "-")
+    shown = "none" if default is None or default == () else str(default)
+    extra: dict[str, Any] = {
+        "help": f"{text} Default: {shown}.",
+        "show_default": False,
+        "rich_help_panel": "∇-Reasoner settings",
+    }
+    annotation: Any
+    if kind == "bool":
+        annotation = Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", **extra)]
+    elif kind.startswith("tuple"):
+        annotation = Annotated[(list[int] if "int" in kind else list[str]) | None, typer.Option(flag, **extra)]
+    elif kind.endswith("| None"):
+        parse = _or_none(int if kind.startswith("int") else float)
+        annotation = Annotated[Any, typer.Option(flag, parser=parse, metavar=kind.split()[0].upper(), **extra)]
+    else:
+        annotation = Annotated[{"int": int, "float": float, "str": str}[kind] | None, typer.Option(flag, **extra)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _or_none(kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return _Off() if text.lower() == "none" else kind(text)
+        except ValueError as error:
+            raise typer.BadParameter(f"must be a number or 'none', got {text!r}") from error
+
+    return parse
+
+
+def _descriptions(cls: type) -> dict[str, str]:
+    """Field name → its description in the class docstring's "Attributes" section."""
+    section = inspect.cleandoc(cls.__doc__ or "").split("Attributes:")[1]
+    entries = re.split(r"\n    (?=\w+: )", section)
+    pairs = (entry.split(": ", 1) for entry in entries if ": " in entry)
+    return {name.strip(): _sentence(text) for name, text in pairs}
+
+
+def _sentence(text: str) -> str:
+    words = " ".join(text.replace("``", "").split())
+    return words[:1].upper() + words[1:]

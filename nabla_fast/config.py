@@ -1,0 +1,189 @@
+"""The settings of ∇-Reasoner: validated when made, immutable afterwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+PARAMETERIZATIONS = ("latents", "logits")
+ANCHORS = ("argmax", "rollout")
+SCHEDULES = ("cosine", "linear", "constant")
+BACKENDS = ("auto", "reference", "native", "triton", "cuda")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn from logits.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the argmax.
+        top_p: keep the smallest set of tokens whose probability reaches this; None or 1 keeps all.
+        top_k: keep this many most probable tokens; None keeps all.
+    """
+
+    temperature: float = 1.0
+    top_p: float | None = None
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_number("temperature", self.temperature, minimum=0.0)
+        if self.top_p is not None:
+            _require_number("top_p", self.top_p, minimum=0.0, maximum=1.0, open_minimum=True)
+        if self.top_k is not None:
+            _require_int("top_k", self.top_k, minimum=1)
+
+
+@dataclass(frozen=True)
+class NablaConfig:
+    """All settings of a decode. The defaults are the published ones for MATH-500 (arXiv 2603.04948).
+
+    Attributes:
+        max_iters: DTO steps per optimised position (Alg. 2).
+        learning_rate: Adam's learning rate at its highest.
+        min_lr_ratio: the schedule ends at this share of ``learning_rate``.
+        lr_schedule: "cosine", "linear" or "constant".
+        warmup_iters: steps over which the learning rate first rises linearly.
+        weight_decay: L2 penalty added to the gradient, as in ``torch.optim.Adam``.
+        tau: temperature of the softmax relaxation.
+        gumbel_noise: scale of the Gumbel noise added to the logits in the relaxation.
+        reward_coeff: weight of the reward in the objective (Eq. 2).
+        nll_coeff: weight of the language model's negative log-likelihood in the objective (Eq. 2).
+        parameterization: what DTO moves, the last hidden states ("latents") or the logits ("logits").
+        anchor: the hard tokens that DTO starts from, "argmax" (published) or the "rollout" as it was drawn.
+        update_postfix: move all rows that are ahead instead of the first alone.
+        confidence_threshold: optimise only where the largest probability is at most this; None switches it off.
+        entropy_threshold: optimise only where the entropy (nats) is at least this; None switches it off.
+        gradient_threshold: optimise only where the token gradient's L2 norm is at least this; None switches it off.
+        max_rollouts: rollouts per sequence, the first included; 1 is plain sampling.
+        rejection_sampling: keep a new trajectory only if its reward is higher.
+        max_new_tokens: longest response, in tokens.
+        stop_strings: a response ends where one of these is complete (the string is kept, as in transformers).
+        eos_token_ids: a response ends with one of these; None takes the model's own.
+        rollout: how rollouts are sampled.
+        resample: how the optimised position is sampled anew.
+        gradient_cache: keep gradients, keyed by the token ids, between DTO runs.
+        gradient_cache_bytes: budget of that cache; the least recently used entries go first.
+        backend: which kernels the operators use.
+        seed: seed of the noise; a sequence's noise depends on this and on its prompt alone.
+    """
+
+    max_iters: int = 20
+    learning_rate: float = 0.01
+    min_lr_ratio: float = 0.1
+    lr_schedule: str = "cosine"
+    warmup_iters: int = 0
+    weight_decay: float = 0.0
+    tau: float = 1.0
+    gumbel_noise: float = 0.0
+    reward_coeff: float = 1.0
+    nll_coeff: float = 1e-3
+    parameterization: str = "latents"
+    anchor: str = "argmax"
+    update_postfix: bool = False
+    confidence_threshold: float | None = 0.97
+    entropy_threshold: float | None = None
+    gradient_threshold: float | None = 4.0
+    max_rollouts: int = 8
+    rejection_sampling: bool = True
+    max_new_tokens: int = 1024
+    stop_strings: tuple[str, ...] = ()
+    eos_token_ids: tuple[int, ...] | None = None
+    rollout: Sampling = field(default_factory=lambda: Sampling(temperature=0.6, top_p=0.95))
+    resample: Sampling = field(default_factory=lambda: Sampling(temperature=0.5, top_p=0.95))
+    gradient_cache: bool = True
+    gradient_cache_bytes: int = 2**30
+    backend: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_int("max_iters", self.max_iters, minimum=0)
+        _require_number("learning_rate", self.learning_rate, minimum=0.0)
+        _require_number("min_lr_ratio", self.min_lr_ratio, minimum=0.0, maximum=1.0)
+        _require_choice("lr_schedule", self.lr_schedule, SCHEDULES)
+        _require_int("warmup_iters", self.warmup_iters, minimum=0)
+        if self.warmup_iters > self.max_iters:
+            raise ValueError(f"warmup_iters must be at most max_iters ({self.max_iters}), got {self.warmup_iters}")
+        _require_number("weight_decay", self.weight_decay, minimum=0.0)
+        _require_number("tau", self.tau, minimum=0.0, open_minimum=True)
+        _require_number("gumbel_noise", self.gumbel_noise, minimum=0.0)
+        _require_number("reward_coeff", self.reward_coeff)
+        _require_number("nll_coeff", self.nll_coeff)
+        _require_choice("parameterization", self.parameterization, PARAMETERIZATIONS)
+        _require_choice("anchor", self.anchor, ANCHORS)
+        for name in ("update_postfix", "rejection_sampling", "gradient_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.confidence_threshold is not None:
+            _require_number("confidence_threshold", self.confidence_threshold, minimum=0.0, maximum=1.0)
+        if self.entropy_threshold is not None:
+            _require_number("entropy_threshold", self.entropy_threshold, minimum=0.0)
+        if self.gradient_threshold is not None:
+            _require_number("gradient_threshold", self.gradient_threshold, minimum=0.0)
+        _require_int("max_rollouts", self.max_rollouts, minimum=1)
+        _require_int("max_new_tokens", self.max_new_tokens, minimum=1)
+        _require_int("gradient_cache_bytes", self.gradient_cache_bytes, minimum=0)
+        _require_choice("backend", self.backend, BACKENDS)
+        _require_int("seed", self.seed)
+        for name in ("rollout", "resample"):
+            if not isinstance(getattr(self, name), Sampling):
+                raise TypeError(f"{name} must be a Sampling, got {getattr(self, name)!r}")
+        self._freeze_stops()
+
+    def _freeze_stops(self) -> None:
+        if isinstance(self.stop_strings, str):
+            raise TypeError(f"stop_strings must be a list of strings, got the single string {self.stop_strings!r}")
+        if not all(isinstance(stop, str) and stop for stop in self.stop_strings):
+            raise ValueError(f"stop_strings must hold non-empty strings, got {self.stop_strings!r}")
+        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        if self.eos_token_ids is None:
+            return
+        if isinstance(self.eos_token_ids, int) or not all(_is_int(i) and i >= 0 for i in self.eos_token_ids):
+            raise ValueError(f"eos_token_ids must be a list of token ids (>= 0) or None, got {self.eos_token_ids!r}")
+        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+
+    def replace(self, **changes: Any) -> NablaConfig:
+        """A copy with ``changes`` applied, validated again; TypeError for an unknown name, with the known ones."""
+        known = {f.name for f in fields(self)}
+        unknown = sorted(set(changes) - known)
+        if unknown:
+            raise TypeError(f"NablaConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        return replace(self, **changes)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require_int(name: str, value: object, minimum: int | None = None) -> None:
+    if not _is_int(value):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if minimum is not None and value < minimum:  # type: ignore[operator]
+        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+
+
+def _require_number(
+    name: str,
+    value: object,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    open_minimum: bool = False,
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    inside = math.isfinite(value) and minimum <= value <= maximum and not (open_minimum and value == minimum)
+    if not inside:
+        raise ValueError(f"{name} must be {_interval(minimum, maximum, open_minimum)}, got {value!r}")
+
+
+def _interval(minimum: float, maximum: float, open_minimum: bool) -> str:
+    if math.isinf(minimum):
+        return "a finite number"
+    lower = f"above {minimum:g}" if open_minimum else f"at least {minimum:g}"
+    return lower if math.isinf(maximum) else f"{lower} and at most {maximum:g}"
+
+
+def _require_choice(name: str, value: object, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

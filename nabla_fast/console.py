@@ -1,0 +1,190 @@
+"""What the command line shows: progress, answers, counters, the doctor's report."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from nabla_fast import baselines
+from nabla_fast.config import NablaConfig
+from nabla_fast.generate import NablaOutput, generate
+
+_out = Console(highlight=False)
+_err = Console(stderr=True, highlight=False)
+
+_PHASE_NAMES = {
+    "rollout": "rolling out",
+    "selection": "selecting a token",
+    "gradient": "taking gradients",
+    "dto": "optimising",
+    "resample": "resampling",
+    "reward": "scoring",
+}
+
+
+def status(message: str) -> AbstractContextManager[Any]:
+    """A spinner on stderr while something without measurable progress runs."""
+    return _err.status(f"{message} …")
+
+
+class ProgressObserver:
+    """A progress bar on stderr: committed tokens of all answers, and the phase that is running."""
+
+    def __init__(self, label: str) -> None:
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed}/{task.total} tokens"),
+            TextColumn("· {task.fields[rollouts]} rollouts"),
+            TimeElapsedColumn(),
+            console=_err,
+        )
+        self.label = label
+        self.task = self.progress.add_task(label, total=None, rollouts=0)
+        self.rollouts = 0
+        self.committed: dict[int, int] = {}
+        self.lengths: dict[int, int] = {}
+
+    def on_phase(self, phase: str, sequences: int) -> None:
+        """See `nabla_fast.decoder.Observer`."""
+        self.rollouts += sequences if phase == "rollout" else 0
+        text = f"{self.label}: {_PHASE_NAMES[phase]:<17}"
+        self.progress.update(self.task, description=text, rollouts=self.rollouts)
+
+    def on_commit(self, index: int, tokens: list[int], length: int) -> None:
+        """See `nabla_fast.decoder.Observer`."""
+        self.committed[index] = self.committed.get(index, 0) + len(tokens)
+        self.lengths[index] = length
+        self.progress.update(self.task, completed=sum(self.committed.values()), total=sum(self.lengths.values()))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Questions, their answers, and what it took.
+
+    Attributes:
+        questions: strings or chats.
+        config: settings of the refined answers.
+        refined: answers of ∇-Reasoner.
+        greedy: greedy answers to compare with, or None.
+        tokenizer: spells the revised tokens.
+    """
+
+    questions: list[Any]
+    config: NablaConfig
+    refined: NablaOutput
+    greedy: NablaOutput | None
+    tokenizer: Any
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        answers = []
+        for i, question in enumerate(self.questions):
+            entry = {"prompt": question, **_answer(self.refined, i), "stats": self.refined.stats.sequences[i].to_dict()}
+            if self.greedy is not None:
+                entry["greedy"] = {**_answer(self.greedy, i), "stats": self.greedy.stats.sequences[i].to_dict()}
+            answers.append(entry)
+        return {"config": asdict(self.config), "answers": answers, "totals": self.refined.stats.totals.to_dict()}
+
+    def show(self) -> None:
+        """Prints answers and tables."""
+        for i, question in enumerate(self.questions):
+            _out.print(Panel(Text(_text(question)), title="question", title_align="left"))
+            if self.greedy is not None:
+                _out.print(_answer_panel("greedy", self.greedy, i))
+            _out.print(_answer_panel("∇-Reasoner", self.refined, i))
+            revisions = self._revisions(i)
+            _out.print(revisions if revisions.rows else "No token was changed.")
+        _out.print(*self._tables(), sep="\n")
+
+    def _revisions(self, i: int) -> Table:
+        table = Table("position", "was", "proposed", "reward before", "reward of proposal", "", title="revised tokens")
+        for r in self.refined.stats.sequences[i].revisions:
+            spelled = [Text(repr(self.tokenizer.decode([token]))) for token in (r.old_token, r.new_token)]
+            verdict = "[green]accepted[/]" if r.accepted else "[yellow]rejected[/]"
+            table.add_row(str(r.position), *spelled, f"{r.old_reward:.3f}", f"{r.new_reward:.3f}", verdict)
+        return table
+
+    def _tables(self) -> list[Table]:
+        columns = {"∇-Reasoner": self.refined.stats.totals}
+        if self.greedy is not None:
+            columns = {"greedy": self.greedy.stats.totals, **columns}
+        counters = Table("counter", title="counters")
+        seconds = Table("phase", title="seconds per phase")
+        for name in columns:
+            counters.add_column(name, justify="right")
+            seconds.add_column(name, justify="right")
+        for counter in next(iter(columns.values())).counters():
+            counters.add_row(counter, *(str(record.counters()[counter]) for record in columns.values()))
+        for phase in _PHASE_NAMES:
+            seconds.add_row(phase, *(f"{record.seconds[phase]:.2f}" for record in columns.values()))
+        seconds.add_section()
+        seconds.add_row("total", *(f"{sum(record.seconds.values()):.2f}" for record in columns.values()))
+        return [counters, seconds]
+
+
+def answer(
+    models: tuple[Any, Any, Any, Any], questions: list[Any], config: NablaConfig, *, compare_greedy: bool
+) -> Outcome:
+    """Answers questions under a progress bar. ``models`` are the first four arguments of `nabla_fast.generate`."""
+    greedy = None
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _err.print(f"[yellow]warning:[/] {message}")
+        if compare_greedy:
+            greedy = _under_progress("greedy", baselines.greedy, models, questions, config)
+        refined = _under_progress("∇-Reasoner", generate, models, questions, config)
+    return Outcome(questions, config, refined, greedy, models[1])
+
+
+def show_report(report: dict[str, Any]) -> None:
+    """Prints the doctor's report as tables."""
+    versions = Table("package", "version", title="versions")
+    for name, version in report["versions"].items():
+        versions.add_row(name, version)
+    devices = Table("device", "", title="devices")
+    cpu = report["devices"]["cpu"]
+    devices.add_row("CPU", f"{cpu['architecture']}, {cpu['threads']} threads, {cpu['vector_instructions']}")
+    for gpu in report["devices"]["cuda"]:
+        memory = gpu["memory_bytes"] / 2**30
+        devices.add_row(gpu["name"], f"sm_{gpu['compute_capability'].replace('.', '')}, {memory:.0f} GiB")
+    if not report["devices"]["cuda"]:
+        devices.add_row("CUDA", "no GPU is visible to torch")
+    _out.print(versions, devices, _availability("back ends", report["backends"]), _availability("demo", report["demo"]))
+
+
+def _availability(title: str, entries: dict[str, dict[str, Any]]) -> Table:
+    table = Table("", "available", "why not", title=title)
+    for name, entry in entries.items():
+        table.add_row(name, "[green]yes[/]" if entry["available"] else "[yellow]no[/]", Text(entry["reason"] or ""))
+    return table
+
+
+def _under_progress(
+    label: str, method: Any, models: tuple[Any, Any, Any, Any], questions: list[Any], config: NablaConfig
+) -> NablaOutput:
+    observer = ProgressObserver(label)
+    with observer.progress:
+        output: NablaOutput = method(*models, questions, config, observer=observer)
+    return output
+
+
+def _answer(output: NablaOutput, i: int) -> dict[str, Any]:
+    return {"text": output.texts[i], "reward": output.rewards[i], "tokens": output.sequences[i].tolist()}
+
+
+def _answer_panel(name: str, output: NablaOutput, i: int) -> Panel:
+    body = Group(Text(output.texts[i].strip()), Text(f"reward {output.rewards[i]:.3f}", style="bold"))
+    return Panel(body, title=name, title_align="left")
+
+
+def _text(question: Any) -> str:
+    return question if isinstance(question, str) else "\n".join(f"{m['role']}: {m['content']}" for m in question)

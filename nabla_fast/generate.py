@@ -1,0 +1,173 @@
+"""`nabla_fast.generate`: prompts in, refined answers out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nabla_fast import ops
+from nabla_fast.config import NablaConfig
+from nabla_fast.decoder import Decoder, Observer, Sequence
+from nabla_fast.models.chat import as_chats, generation_prompt_ids
+from nabla_fast.models.language_model import LanguageModel
+from nabla_fast.models.reward_model import RewardFrame, RewardModel
+from nabla_fast.objective import Conversation, Objective
+from nabla_fast.rollout import HFRollout, StopRule
+from nabla_fast.sampling import Sampler, sequence_seeds
+from nabla_fast.stats import Stats
+
+
+@dataclass(frozen=True)
+class NablaOutput:
+    """Answers to B prompts, in their order.
+
+    Attributes:
+        texts: B answers, special tokens left out.
+        sequences: B tensors (n_b,) int64 of response token ids, on the CPU.
+        rewards: B rewards.
+        stats: counters and seconds, one record per prompt and totals.
+    """
+
+    texts: list[str]
+    sequences: list[Tensor]
+    rewards: list[float]
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A language model and a reward model, ready to work together."""
+
+    language_model: LanguageModel
+    tokenizer: Any
+    reward_model: RewardModel
+    eos_token_ids: frozenset[int]
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    reward_model: Any,
+    reward_tokenizer: Any,
+    prompts: Any,
+    config: NablaConfig | None = None,
+    *,
+    observer: Observer | None = None,
+) -> NablaOutput:
+    """Answers prompts with ∇-Reasoner (Alg. 1 and 3). All prompts decode together; each gets what it gets alone.
+
+    Args:
+        model: a transformers causal language model in ``eval()``.
+        tokenizer: its tokenizer, with a chat template.
+        reward_model: a sequence classifier with one label in ``eval()``, on the same device; or a differentiable
+            callable that maps (inputs_embeds (B, T, d_r), attention_mask (B, T)) to rewards (B,).
+        reward_tokenizer: its tokenizer, with a chat template; None takes ``tokenizer``.
+        prompts: a string, a chat (list of ``{"role", "content"}``), or a list of either.
+        config: settings; None takes the defaults.
+        observer: hears of progress.
+
+    Raises:
+        ValueError, TypeError: for arguments that cannot be used; the message names the argument.
+        FloatingPointError: if a model gives NaN or infinite values; the message names the model.
+    """
+    config = config or NablaConfig()
+    chats = as_chats(prompts)
+    pair = make_pair(model, tokenizer, reward_model, reward_tokenizer, config)
+    prompt_ids = [tuple(generation_prompt_ids(tokenizer, chat)) for chat in chats]
+    frames = [pair.reward_model.chat_frame(chat) for chat in chats]
+    return run(pair, prompt_ids, frames, config, stop_rule(pair, config), observer=observer)
+
+
+def make_pair(model: Any, tokenizer: Any, reward_model: Any, reward_tokenizer: Any, config: NablaConfig) -> Pair:
+    """Checks two models and their tokenizers and makes them work together."""
+    language_model = LanguageModel(model, tokenizer)
+    eos_token_ids = _eos_token_ids(model, tokenizer, config, language_model.vocab_size)
+    rewards = RewardModel(reward_model, reward_tokenizer, language_model, tokenizer, eos_token_ids)
+    return Pair(language_model, tokenizer, rewards, eos_token_ids)
+
+
+def stop_rule(pair: Pair, config: NablaConfig) -> StopRule:
+    """When a response ends by ``config``."""
+    return StopRule(pair.eos_token_ids, config.stop_strings, pair.tokenizer)
+
+
+def run(
+    pair: Pair,
+    prompt_ids: Seq[tuple[int, ...]],
+    frames: Seq[RewardFrame],
+    config: NablaConfig,
+    stop: StopRule,
+    sampler: Sampler | None = None,
+    observer: Observer | None = None,
+) -> NablaOutput:
+    """Decodes token prompts (B), each with its reward frame, together."""
+    ops.resolve_backend(config.backend, pair.language_model.device)
+    sampler = sampler or Sampler()
+    seeds = sequence_seeds(config.seed, prompt_ids)
+    sequences = [
+        Sequence(i, Conversation(ids, frame, response_limit(pair, i, ids, frame, config)), seed)
+        for i, (ids, frame, seed) in enumerate(zip(prompt_ids, frames, seeds, strict=True))
+    ]
+    # A caller's inference mode would make tensors that autograd cannot use.
+    with torch.inference_mode(False), torch.no_grad():
+        objective = Objective(pair.language_model, pair.reward_model, config)
+        rollouts = HFRollout(pair.language_model, sampler)
+        Decoder(objective, rollouts, sampler, stop, observer).decode(sequences)
+    tokens = [s.current.tokens.cpu() for s in sequences]
+    return NablaOutput(
+        texts=[pair.tokenizer.decode(t, skip_special_tokens=True) for t in tokens],
+        sequences=tokens,
+        rewards=[s.current.reward for s in sequences],
+        stats=Stats([s.stats for s in sequences]),
+    )
+
+
+def response_limit(pair: Pair, index: int, prompt_ids: tuple[int, ...], frame: RewardFrame, config: NablaConfig) -> int:
+    """Longest response to a prompt that both models' contexts and ``config.max_new_tokens`` allow.
+
+    Raises:
+        ValueError: if a model's context has no place for a response at all.
+
+    Warns:
+        UserWarning: if the response may have to end before ``max_new_tokens``.
+    """
+    if not prompt_ids:
+        raise ValueError(f"prompts[{index}] is empty; give at least one token")
+    limit = config.max_new_tokens
+    reward_tokens = len(frame.opening) + len(frame.closing)
+    for model, used in ((pair.language_model, len(prompt_ids)), (pair.reward_model, reward_tokens)):
+        if model.context_length is None:
+            continue
+        room = model.context_length - used
+        if room < 1:
+            raise ValueError(
+                f"prompts[{index}] has {used} tokens, and {model.name} takes at most {model.context_length} tokens of "
+                "prompt and response together; give a shorter prompt"
+            )
+        if room < limit:
+            warnings.warn(
+                f"prompts[{index}]: {model.name} has room for {room} response tokens, fewer than max_new_tokens "
+                f"({config.max_new_tokens}); the response ends there",
+                stacklevel=3,
+            )
+            limit = room
+    return limit
+
+
+def _eos_token_ids(model: Any, tokenizer: Any, config: NablaConfig, vocab_size: int) -> frozenset[int]:
+    """The end tokens: the setting's, else the model's generation config, else the tokenizer's."""
+    if config.eos_token_ids is not None:
+        outside = [token for token in config.eos_token_ids if token >= vocab_size]
+        if outside:
+            raise ValueError(f"eos_token_ids must be below {vocab_size}, the vocabulary size, got {outside[0]}")
+        return frozenset(config.eos_token_ids)
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return frozenset(token for token in ids if token < vocab_size)

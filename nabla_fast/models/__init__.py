@@ -1,0 +1,1 @@
+"""The only code that knows transformers: language models, reward models, vocabularies, chats."""

@@ -1,0 +1,207 @@
+"""A transformers causal language model as the algorithm needs it: hidden states, an output head, embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from nabla_fast.ops import Head, linear_logits
+
+# Names under which families keep a constant factor on the logits; the first one found is used.
+_LOGIT_FACTORS = (("logits_scaling", True), ("logit_scale", False), ("lm_head_multiplier", False))
+
+
+@dataclass(frozen=True)
+class EmbeddingTable:
+    """Input embeddings: the module returns ``scale * weight[ids]``.
+
+    Attributes:
+        weight: (V, d).
+        scale: 1 for most models, sqrt(d) for Gemma.
+    """
+
+    weight: Tensor
+    scale: float
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(ids, self.weight) * self.scale
+
+
+@dataclass
+class DecodeState:
+    """Keys and values of a left-padded batch while it is decoded token by token.
+
+    Attributes:
+        cache: the model's key/value cache.
+        mask: (B, T) 1 for real tokens, 0 for padding.
+        hidden: (B, d) last hidden state, which predicts the next token.
+    """
+
+    cache: Any
+    mask: Tensor
+    hidden: Tensor
+
+
+class LanguageModel:
+    """Wraps a causal language model in ``eval()``.
+
+    Args:
+        model: a transformers causal language model without bias in its output head.
+        tokenizer: its tokenizer; ids past its vocabulary (padded head rows) can never be produced.
+
+    Attributes:
+        vocab_size: V, the ids that both the tokenizer and the model know.
+        head: output head over V tokens.
+        embedding: input embedding table over V tokens.
+        name: what errors call the model.
+        context_length: most positions the model takes, None if it does not say.
+
+    Raises:
+        TypeError: if ``model`` has no output head.
+        ValueError: if its head is of a kind the operators do not compute.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, argument: str = "model") -> None:
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.name = _describe(model, argument)
+        get_head = getattr(model, "get_output_embeddings", None)
+        lm_head = get_head() if get_head is not None else None
+        if lm_head is None:
+            raise TypeError(f"{self.name} has no output head; {argument} must be a causal language model")
+        if getattr(lm_head, "bias", None) is not None:
+            raise ValueError(f"{self.name} has a bias in its output head, which is not supported")
+        require_eval(model, self.name)
+        self.model = model
+        self.vocab_size = min(tokenizer_size(tokenizer), lm_head.weight.shape[0])
+        self.head = Head(lm_head.weight.detach()[: self.vocab_size], _logit_factor(model), _softcap(model))
+        self.embedding = embedding_table(model, self.name, self.vocab_size)
+        self.context_length: int | None = context_length(model)
+        self._check_head(lm_head)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (N, V), float32 or float64, of hidden states (N, d)."""
+        return linear_logits(hidden, self.head)
+
+    def hidden_states(self, inputs_embeds: Tensor, mask: Tensor) -> Tensor:
+        """Last hidden states (B, T, d) of right-padded embeddings (B, T, d) with mask (B, T); differentiable."""
+        return base_forward(self.model, inputs_embeds, mask)
+
+    @torch.no_grad()
+    def prefill(self, sequences: Sequence[Sequence[int]]) -> DecodeState:
+        """Runs token sequences (each not empty) as one left-padded batch, ready to be decoded."""
+        ids, mask = left_pad(sequences, self.device)
+        cache = DynamicCache()
+        hidden = self._advance(ids, mask, cache)
+        return DecodeState(cache, mask, hidden)
+
+    @torch.no_grad()
+    def step(self, state: DecodeState, tokens: Tensor) -> DecodeState:
+        """Appends one token (B,) to every sequence of ``state``."""
+        mask = torch.cat([state.mask, state.mask.new_ones(tokens.shape[0], 1)], dim=1)
+        hidden = self._advance(tokens.unsqueeze(1), mask, state.cache)
+        return DecodeState(state.cache, mask, hidden)
+
+    def select(self, state: DecodeState, rows: Tensor) -> DecodeState:
+        """Keeps some rows (K,) of a batch."""
+        state.cache.batch_select_indices(rows)
+        return DecodeState(state.cache, state.mask[rows], state.hidden[rows])
+
+    def _advance(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        out = self.model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        return out.last_hidden_state[:, -1]
+
+    @torch.no_grad()
+    def _check_head(self, lm_head: Any) -> None:
+        """Refuses a model whose logits are not those of ``self.head`` (a kind of head we do not know)."""
+        ids = torch.arange(min(4, self.vocab_size), device=self.device).unsqueeze(0)
+        theirs = self.model(input_ids=ids, use_cache=False).logits[0, :, : self.vocab_size].float()
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        ours = self.logits(hidden).float()
+        tolerance = 0.05 if self.head.weight.dtype in (torch.bfloat16, torch.float16) else 1e-3
+        if not torch.allclose(ours, theirs, atol=tolerance * float(theirs.abs().nan_to_num(0).max()), equal_nan=True):
+            raise ValueError(
+                f"{self.name} computes its logits in a way that nabla_fast does not know (its head is a "
+                f"{type(lm_head).__name__}), so gradients would be wrong; it cannot be used"
+            )
+
+
+def base_forward(model: Any, inputs_embeds: Tensor, mask: Tensor) -> Tensor:
+    """Last hidden states (B, T, d) of a decoder's body over right-padded embeddings (B, T, d), mask (B, T)."""
+    positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    out = model.base_model(inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=positions, use_cache=False)
+    return out.last_hidden_state
+
+
+@torch.no_grad()
+def embedding_table(model: Any, name: str, vocab_size: int | None = None) -> EmbeddingTable:
+    """The input embeddings of a model, their scale measured, as it lives in different places in different families.
+
+    Raises:
+        ValueError: if the embedding module is not a scaled table look-up.
+    """
+    module = model.get_input_embeddings()
+    weight = module.weight.detach()
+    ids = torch.arange(min(8, weight.shape[0]), device=weight.device)
+    rows, embedded = weight[ids].double(), module(ids).detach().double()
+    scale = float((rows * embedded).sum() / (rows * rows).sum().clamp(min=1e-300))
+    scale = 1.0 if abs(scale - 1.0) < 1e-6 else scale
+    if not torch.allclose(embedded, rows * scale, rtol=1e-2, atol=1e-6):
+        raise ValueError(f"{name} has input embeddings that are not a scaled table, which is not supported")
+    return EmbeddingTable(weight[:vocab_size], scale)
+
+
+def left_pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T) padded on the left with 0, and their mask (B, T)."""
+    length = max(len(s) for s in sequences)
+    ids = torch.zeros(len(sequences), length, dtype=torch.long)
+    mask = torch.zeros(len(sequences), length, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        ids[row, length - len(sequence) :] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, length - len(sequence) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def tokenizer_size(tokenizer: Any) -> int:
+    """One more than the largest id the tokenizer knows."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def context_length(model: Any) -> int | None:
+    """Most positions a model takes, None if its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def require_eval(model: Any, name: str) -> None:
+    """Raises ValueError for a model in training mode: dropout would make its gradients random."""
+    if model.training:
+        raise ValueError(f"{name} is in training mode; call .eval() on it first")
+
+
+def _describe(model: Any, argument: str) -> str:
+    path = getattr(getattr(model, "config", None), "name_or_path", "")
+    return f"{argument} ({path or type(model).__name__})"
+
+
+def _logit_factor(model: Any) -> float:
+    config = model.config.get_text_config()
+    for name, divides in _LOGIT_FACTORS:
+        value = getattr(config, name, None)
+        if value is not None:
+            return 1.0 / float(value) if divides else float(value)
+    return 1.0
+
+
+def _softcap(model: Any) -> float:
+    return float(getattr(model.config.get_text_config(), "final_logit_softcapping", None) or 0.0)

@@ -1,0 +1,289 @@
+"""Turns a path or hub id into a model and its tokenizer, ready for inference."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_DTYPES: dict[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+_ATTENTIONS = ("auto", "flash_attention_2", "sdpa", "eager")
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_language_model(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str = "auto",
+) -> tuple[Any, Any]:
+    """Loads a causal language model and its tokenizer.
+
+    Args:
+        path: a GGUF file, a folder written by ``save_pretrained``, or a hub id. A GGUF file is converted once and its
+            converted copy kept in the cache folder (see ``converted_gguf``).
+        device: "auto" (CUDA where there is one, else CPU) or anything ``torch.device`` takes.
+        dtype: "auto" (bfloat16 on CUDA, float32 elsewhere), a torch dtype, or its name.
+        attn_implementation: "auto" (flash_attention_2 where flash-attn is installed, the device is CUDA and the dtype
+            is half; else sdpa, or eager for families without sdpa), or one of those three.
+
+    Returns:
+        The model, in ``eval()`` and with ``requires_grad`` False throughout, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: if ``path`` looks like a path and nothing is there.
+        ValueError: if ``device``, ``dtype`` or ``attn_implementation`` is none of the above.
+        ImportError: if a GGUF file is given and gguf or accelerate is not installed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = _resolve(path, "path")
+    chosen = choose_device(device)
+    kind = choose_dtype(dtype, chosen)
+    model = _load(AutoModelForCausalLM, source, chosen, kind, attn_implementation)
+    return model, _load_tokenizer(source)
+
+
+def load_reward_model(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str = "auto",
+    base: str | os.PathLike[str] | None = None,
+) -> tuple[Any, Any]:
+    """Loads a sequence classifier with one label, the reward model, and its tokenizer.
+
+    Args:
+        path: as for ``load_language_model``, or a folder that holds a peft adapter (``adapter_config.json``): the base
+            model is then loaded, the adapter merged into it in float32, and the result cast to ``dtype``.
+        device, dtype, attn_implementation: as for ``load_language_model``.
+        base: the adapter's base model, where it is not what the adapter itself names.
+
+    Returns:
+        The model, in ``eval()`` and with ``requires_grad`` False throughout, and its tokenizer.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as for ``load_language_model``; ValueError also if the model has
+            several labels; ImportError also if an adapter is given and peft is not installed.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    source = _resolve(path, "path")
+    chosen = choose_device(device)
+    kind = choose_dtype(dtype, chosen)
+    if (Path(source) / _ADAPTER_CONFIG).is_file():
+        model, source = _load_adapter(source, base, chosen, kind, attn_implementation)
+    else:
+        _require_one_label(source)
+        model = _load(AutoModelForSequenceClassification, source, chosen, kind, attn_implementation, num_labels=1)
+    return model, _load_tokenizer(source)
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device that ``device`` names, "auto" being CUDA where there is one.
+
+    Raises:
+        ValueError: if ``device`` is unknown, or CUDA is asked for and absent.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accepted = 'use "auto", "cpu", "cuda" or "cuda:N"'
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {device!r}, which torch does not know; {accepted}") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {str(device)!r}, but torch sees {torch.cuda.device_count()} CUDA devices; {accepted}"
+        )
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that ``dtype`` names, "auto" being bfloat16 on CUDA and float32 elsewhere.
+
+    Raises:
+        ValueError: if ``dtype`` is unknown.
+    """
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in _DTYPES.values():
+        raise ValueError(f'dtype is {dtype!r}; use "auto" or one of {", ".join(_DTYPES)} (or the torch dtype)')
+    return chosen
+
+
+def choose_attention(attn_implementation: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The attention that ``attn_implementation`` names, "auto" being the fastest this device and dtype can run.
+
+    Raises:
+        ValueError: if ``attn_implementation`` is unknown.
+    """
+    if attn_implementation not in _ATTENTIONS:
+        raise ValueError(f"attn_implementation is {attn_implementation!r}; use one of {', '.join(_ATTENTIONS)}")
+    if attn_implementation != "auto":
+        return attn_implementation
+    half = dtype in (torch.float16, torch.bfloat16)
+    flash = half and device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if flash else "sdpa"
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: $NABLA_FAST_CACHE, else $XDG_CACHE_HOME/nabla_fast or ~/.cache/nabla_fast."""
+    own = os.environ.get("NABLA_FAST_CACHE")
+    if own:
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "nabla_fast"
+
+
+def converted_gguf(path: str | os.PathLike[str]) -> Path:
+    """The folder with the converted copy of a GGUF file (float32 safetensors and tokenizer), made if it is missing.
+
+    The copy is keyed by the file's absolute path, size and modification time. It is written to a temporary folder
+    and renamed when complete, so neither a killed nor a concurrent conversion leaves half a copy.
+
+    Raises:
+        ImportError: if gguf or accelerate is not installed and the copy has to be made.
+    """
+    file = Path(path).resolve()
+    stat = file.stat()
+    key = sha256(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    target = cache_directory() / f"{file.stem}-{key}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        copy = Path(scratch) / "copy"
+        _convert_gguf(file, copy)
+        try:
+            copy.rename(target)
+        except OSError:
+            # Another process was quicker; its copy is as good as ours.
+            if not target.is_dir():
+                raise
+    return target
+
+
+def _convert_gguf(file: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f'reading {file.name} needs {" and ".join(missing)}; run pip install "nabla_fast[demo]"')
+    with _quiet_transformers():
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        # transformers refuses to save a model that is marked as quantised, though its weights no longer are.
+        values = loaded.config.to_dict()
+        values.pop("quantization_config", None)
+        values.pop("_model_name_or_path", None)
+        plain = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(values), dtype=torch.float32)
+        plain.load_state_dict(loaded.state_dict())
+        plain.generation_config = loaded.generation_config
+        plain.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+
+def _resolve(path: str | os.PathLike[str], argument: str) -> str:
+    """A folder or hub id that ``from_pretrained`` takes."""
+    text = os.fspath(path)
+    found = Path(text).expanduser()
+    if found.is_file():
+        if found.suffix.lower() != ".gguf":
+            raise ValueError(f"{argument} is the file {text}; give a .gguf file, a model folder or a hub id")
+        return str(converted_gguf(found))
+    if found.is_dir():
+        return str(found)
+    if _looks_like_path(text):
+        raise FileNotFoundError(f"{argument} is {text}, and there is no such file or folder")
+    return text
+
+
+def _looks_like_path(text: str) -> bool:
+    # A hub id is "name" or "owner/name"; everything else can only have been meant as a path.
+    return text.startswith((".", "~", os.sep)) or os.path.isabs(text) or text.count("/") > 1 or text.endswith(".gguf")
+
+
+def _load(
+    auto_class: Any, source: str, device: torch.device, dtype: torch.dtype, attn_implementation: str, **options: Any
+) -> Any:
+    attention = choose_attention(attn_implementation, device, dtype)
+    with _quiet_transformers():
+        try:
+            model = auto_class.from_pretrained(source, dtype=dtype, attn_implementation=attention, **options)
+        except ValueError as error:
+            # Some families (Gemma2 among them) have no sdpa; only where the caller left the choice to us is eager ours.
+            if attn_implementation != "auto" or "attention" not in str(error).lower():
+                raise
+            model = auto_class.from_pretrained(source, dtype=dtype, attn_implementation="eager", **options)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _load_tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    with _quiet_transformers():
+        return AutoTokenizer.from_pretrained(source)
+
+
+def _load_adapter(
+    folder: str,
+    base: str | os.PathLike[str] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    attn_implementation: str,
+) -> tuple[Any, str]:
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise ImportError(f'{folder} holds a peft adapter; run pip install "nabla_fast[demo]"') from error
+    named = base if base is not None else PeftConfig.from_pretrained(folder).base_model_name_or_path
+    source = _resolve(named, "base model")
+    # Merged in float32 whatever the dtype asked for: added to bfloat16 weights, a small update would round away.
+    model = _load(AutoModelForSequenceClassification, source, device, torch.float32, attn_implementation, num_labels=1)
+    with _quiet_transformers():
+        merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    return merged.to(dtype).eval().requires_grad_(False), source
+
+
+def _require_one_label(source: str) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source)
+    labels = getattr(config, "num_labels", 1)
+    architectures = getattr(config, "architectures", None) or []
+    if labels != 1 and any("SequenceClassification" in name for name in architectures):
+        raise ValueError(f"path is {source}, a classifier with {labels} labels; a reward model has exactly one")
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keeps progress bars and load reports off the user's screen, and puts back the caller's own settings."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,89 @@
+"""Which token of the reward model's vocabulary is which of the language model's."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nabla_fast.models.language_model import EmbeddingTable
+
+MINIMUM_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """A language model's tokens in a reward model's vocabulary.
+
+    Attributes:
+        partner: (V,) int64, the reward model's id of each token; -1 where it has none.
+        share: share of the language model's tokens that have a partner.
+        unmatched: some of the tokens without one, for messages.
+    """
+
+    partner: Tensor
+    share: float
+    unmatched: tuple[str, ...]
+
+    @property
+    def identical(self) -> bool:
+        """Whether every token has the same id on both sides."""
+        return bool((self.partner == torch.arange(len(self.partner))).all())
+
+
+def align(tokenizer: Any, reward_tokenizer: Any, vocab_size: int, reward_vocab_size: int) -> Alignment:
+    """Aligns two vocabularies by token string.
+
+    Args:
+        tokenizer: of the language model, ``vocab_size`` ids.
+        reward_tokenizer: of the reward model, ``reward_vocab_size`` ids.
+
+    Raises:
+        ValueError: if fewer than 90 % of the language model's tokens have a partner.
+
+    Warns:
+        UserWarning: if some tokens have none, with their number.
+    """
+    theirs = {token: i for token, i in reward_tokenizer.get_vocab().items() if i < reward_vocab_size}
+    partner = torch.full((vocab_size,), -1, dtype=torch.long)
+    unmatched = []
+    ours = [(token, i) for token, i in tokenizer.get_vocab().items() if i < vocab_size]
+    for token, i in ours:
+        partner[i] = theirs.get(token, -1)
+        if token not in theirs:
+            unmatched.append(token)
+    share = 1.0 - len(unmatched) / len(ours)
+    examples = tuple(sorted(unmatched)[:5])
+    if share < MINIMUM_SHARE:
+        raise ValueError(
+            f"reward_tokenizer shares only {share:.1%} of the tokens of tokenizer ({len(unmatched)} of {len(ours)} "
+            f"have no partner, among them {', '.join(map(repr, examples))}); give a reward model whose vocabulary "
+            f"holds at least {MINIMUM_SHARE:.0%} of them"
+        )
+    if unmatched:
+        warnings.warn(
+            f"{len(unmatched)} of {len(ours)} tokens ({1 - share:.2%}) have no partner in the reward model's "
+            f"vocabulary, among them {', '.join(map(repr, examples))}; the reward model sees the mean of their pieces",
+            stacklevel=2,
+        )
+    return Alignment(partner, share, examples)
+
+
+def aligned_table(alignment: Alignment, table: EmbeddingTable, tokenizer: Any, reward_tokenizer: Any) -> EmbeddingTable:
+    """The reward model's embeddings (V, d_r) in the language model's token order.
+
+    A token without a partner gets the mean embedding of the pieces the reward tokenizer cuts its text into. Without
+    any difference between the vocabularies the result is a view of ``table``, no copy.
+    """
+    size = len(alignment.partner)
+    if alignment.identical:
+        return EmbeddingTable(table.weight[:size], table.scale)
+    weight = table.weight[alignment.partner.clamp(min=0).to(table.weight.device)].clone()
+    for token_id in (alignment.partner < 0).nonzero().flatten().tolist():
+        pieces = reward_tokenizer(tokenizer.decode([token_id]), add_special_tokens=False)["input_ids"]
+        rows = table.weight[torch.tensor(pieces, dtype=torch.long, device=table.weight.device)]
+        weight[token_id] = rows.float().mean(0).to(weight.dtype) if pieces else 0
+    return EmbeddingTable(weight, table.scale)

@@ -1,0 +1,173 @@
+"""Gumbel-max sampling whose noise depends on (sequence seed, position) alone.
+
+Sampling from softmax(x) is argmax(x + g) with Gumbel noise g. Here g is a hash of (seed, position, token), so
+a batch, a draft, a replay or another device changes nothing, and there is no generator whose state could drift.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nabla_fast.config import Sampling
+
+NoiseKey = tuple[int, int]
+"""(sequence seed, position in the response)."""
+
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+"""Maps (input_ids (B, T), scores (B, V)) to scores, as transformers' logits processors do."""
+
+_MASK = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Context:
+    """One sequence, waiting for its next token.
+
+    Attributes:
+        prompt_ids: the prompt, not empty.
+        response: response tokens so far.
+        seed: of the sequence.
+        limit: longest response, in tokens.
+    """
+
+    prompt_ids: tuple[int, ...]
+    response: tuple[int, ...]
+    seed: int
+    limit: int
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws the next token of a batch of sequences.
+
+    Attributes:
+        before, after: logits processors of the caller's, applied before and after temperature, top-k and top-p.
+    """
+
+    before: tuple[LogitsProcessor, ...] = ()
+    after: tuple[LogitsProcessor, ...] = ()
+
+    def __call__(self, logits: Tensor, sampling: Sampling, contexts: Sequence[Context]) -> Tensor:
+        """One token (B,) per row of logits (B, V)."""
+        scores = _process(self.before, logits, contexts)
+        scores = _process(self.after, warp(scores, sampling), contexts)
+        return sample(scores, [(context.seed, len(context.response)) for context in contexts])
+
+
+def sequence_seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The seeds (64 bits) of the sequences of a call made with ``seed``.
+
+    A sequence's seed depends on its prompt and on how often the same prompt came before it in the call. So a
+    prompt gets the same noise alone and in any batch, and repeated prompts get different noise.
+    """
+    seen: Counter[tuple[int, ...]] = Counter()
+    seeds = []
+    for prompt in prompts:
+        key = tuple(prompt)
+        word = _mix64(seed)
+        for token in (*key, seen[key]):
+            word = _mix64(word ^ token)
+        seen[key] += 1
+        seeds.append(word)
+    return seeds
+
+
+def gumbel(keys: Sequence[NoiseKey], vocab_size: int, device: torch.device) -> Tensor:
+    """Gumbel noise (N, V), float32: row n is a pure function of keys[n] and the token index.
+
+    Args:
+        keys: N pairs (sequence seed, position).
+        vocab_size: V. A smaller V gives a prefix of the same noise.
+    """
+    words = [_mix64(_mix64(seed) + position) for seed, position in keys]
+    low = torch.tensor([w & _MASK for w in words], dtype=torch.long, device=device).unsqueeze(1)
+    high = torch.tensor([w >> 32 for w in words], dtype=torch.long, device=device).unsqueeze(1)
+    token = torch.arange(vocab_size, device=device).unsqueeze(0)
+    bits = _hash32(_hash32(token ^ low) ^ high)
+    # Exponential noise keeps its relative precision where it matters, near 0, because u is small there.
+    uniform = (bits.to(torch.float32) + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2**-24)))
+
+
+def warp(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Applies temperature, then top-k, then top-p to logits (N, V); removed tokens become -inf.
+
+    Equal to transformers' warpers. At temperature 0 every token but the argmax is removed.
+    """
+    if sampling.temperature == 0:
+        only = torch.full_like(logits, -torch.inf)
+        best = logits.argmax(-1, keepdim=True)
+        return only.scatter(-1, best, logits.gather(-1, best))
+    x = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < x.shape[-1]:
+        kth = x.topk(sampling.top_k, dim=-1).values[:, -1:]
+        x = x.masked_fill(x < kth, -torch.inf)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ordered, index = x.sort(dim=-1, descending=False)
+        removed = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        removed[:, -1] = False
+        x = x.masked_fill(removed.scatter(-1, index, removed), -torch.inf)
+    return x
+
+
+def sample(warped: Tensor, keys: Sequence[NoiseKey]) -> Tensor:
+    """One token (N,) per row of warped logits (N, V), by Gumbel-max with the noise of ``keys``."""
+    return (warped + gumbel(keys, warped.shape[-1], warped.device)).argmax(-1)
+
+
+def anchor_noise(logits: Tensor, sampling: Sampling, keys: Sequence[NoiseKey], tokens: Tensor | None = None) -> Tensor:
+    """Noise n (N, V) such that argmax(logits + n) is what ``sampling`` drew from ``logits`` with ``keys``.
+
+    That is temperature * gumbel, and -inf on tokens that the warpers removed.
+
+    Args:
+        logits: (N, V) that the rollout was drawn from.
+        tokens: (N,) what was drawn, where it is known; rounding, or a logits processor of the caller's, can have
+            made another choice than the recomputed logits do, and these tokens win.
+    """
+    warped = warp(logits, sampling)
+    noise = sampling.temperature * gumbel(keys, logits.shape[-1], logits.device)
+    noise = noise.masked_fill(warped == -torch.inf, -torch.inf).to(logits.dtype)
+    if tokens is None:
+        return noise
+    drawn = tokens.unsqueeze(-1)
+    perturbed = logits + noise
+    best, winner = perturbed.max(-1, keepdim=True)
+    lifted = torch.nextafter(best, torch.full_like(best, torch.inf)) - logits.gather(-1, drawn)
+    # One ulp of the sum can be lost in the difference, so the margin is relative to both terms.
+    lifted = lifted + 4 * torch.finfo(logits.dtype).eps * (best.abs() + logits.gather(-1, drawn).abs())
+    return torch.where(winner == drawn, noise, noise.scatter(-1, drawn, lifted))
+
+
+def _process(processors: Sequence[LogitsProcessor], scores: Tensor, contexts: Sequence[Context]) -> Tensor:
+    if not processors:
+        return scores
+    rows = []
+    # Row by row, without padding: a processor that counts tokens must not see pad tokens.
+    for row, context in enumerate(contexts):
+        ids = torch.tensor([[*context.prompt_ids, *context.response]], device=scores.device)
+        row_scores = scores[row : row + 1]
+        for processor in processors:
+            row_scores = processor(ids, row_scores)
+        rows.append(row_scores)
+    return torch.cat(rows)
+
+
+def _hash32(x: Tensor) -> Tensor:
+    """A 32-bit integer hash (two multiply-xorshift rounds) of int64 values below 2^32."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def _mix64(x: int) -> int:
+    """SplitMix64's output function, so that neighbouring seeds and positions give unrelated noise."""
+    x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return x ^ (x >> 31)

@@ -1,0 +1,121 @@
+"""What a decode counts, per sequence and in total."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+PHASES = ("rollout", "selection", "gradient", "dto", "resample", "reward")
+
+
+@dataclass(frozen=True)
+class Revision:
+    """A proposal: one token that DTO changed, and what came of it.
+
+    Attributes:
+        position: in the response, from 0.
+        old_token, new_token: token ids.
+        old_reward, new_reward: of the trajectories with either token.
+        accepted: whether the new trajectory replaced the old one.
+    """
+
+    position: int
+    old_token: int
+    new_token: int
+    old_reward: float
+    new_reward: float
+    accepted: bool
+
+
+@dataclass
+class SequenceStats:
+    """Counters of one sequence.
+
+    Attributes:
+        rollouts: trajectories drawn, the first included.
+        rejections: proposals whose reward was not higher.
+        generated_tokens: tokens sampled in rollouts, whether kept or not.
+        gradient_evaluations: forward and backward passes over both models.
+        cache_hits, cache_misses: look-ups in the gradient cache.
+        dto_iterations: optimisation steps.
+        reward_calls: trajectories scored.
+        optimised_positions: positions at which DTO ran.
+        skipped_positions: positions committed without DTO while rollouts were left.
+        seconds: wall-clock seconds per phase; a phase shared by several sequences is divided equally among them.
+        revisions: every proposal, in order.
+    """
+
+    rollouts: int = 0
+    rejections: int = 0
+    generated_tokens: int = 0
+    gradient_evaluations: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    dto_iterations: int = 0
+    reward_calls: int = 0
+    optimised_positions: int = 0
+    skipped_positions: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    revisions: list[Revision] = field(default_factory=list)
+
+    @property
+    def model_calls(self) -> int:
+        """The paper's count: one per generated token, four per gradient evaluation, one per reward call."""
+        return self.generated_tokens + 4 * self.gradient_evaluations + self.reward_calls
+
+    def counters(self) -> dict[str, int]:
+        """Every integer counter by name, `model_calls` included."""
+        counters = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("seconds", "revisions")}
+        return {**counters, "model_calls": self.model_calls}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {**self.counters(), "seconds": dict(self.seconds), "revisions": [asdict(r) for r in self.revisions]}
+
+
+@dataclass
+class Stats:
+    """Counters of a call: one record per sequence, and their totals."""
+
+    sequences: list[SequenceStats]
+
+    @property
+    def totals(self) -> SequenceStats:
+        """Sums over the sequences; `revisions` holds all of them."""
+        total = SequenceStats()
+        for record in self.sequences:
+            for name in record.counters():
+                if name != "model_calls":
+                    setattr(total, name, getattr(total, name) + getattr(record, name))
+            for phase, seconds in record.seconds.items():
+                total.seconds[phase] += seconds
+            total.revisions.extend(record.revisions)
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {"sequences": [record.to_dict() for record in self.sequences], "totals": self.totals.to_dict()}
+
+
+class Clock:
+    """Charges wall-clock time to phases; time in an inner phase is not charged to the outer one."""
+
+    def __init__(self) -> None:
+        self._inner = [0.0]
+
+    @contextmanager
+    def phase(self, name: str, records: Sequence[SequenceStats]) -> Iterator[None]:
+        """Times a block and divides its own time equally among ``records``."""
+        start = time.perf_counter()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            own = elapsed - self._inner.pop()
+            self._inner[-1] += elapsed
+            for record in records:
+                record.seconds[name] += own / len(records)
