@@ -141,42 +141,50 @@ def _refuse_unsupported(input_ids: Tensor, generation_config: Any, streamer: Any
 
 def _call_config(config: NablaConfig, generation_config: Any, model: Any, prompt_length: int) -> NablaConfig:
     """``config`` with what this call of generate sets itself."""
-    changes: dict[str, Any] = {}
-    for name, default in _LIBRARY_DEFAULTS.items():
-        value = getattr(generation_config, name, None)
-        own = getattr(model.generation_config, name, None)
-        if value is not None and value != (default if own is None else own):
-            changes[name] = value
     rollout = config.rollout
-    settings = {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k, **changes}
+    settings = {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k}
+    settings |= {name: value for name in settings if (value := _own_value(generation_config, model, name)) is not None}
     if settings["top_k"] == 0:  # transformers' way of saying "all"
         settings["top_k"] = None
-    eos = generation_config.eos_token_id
-    if config.eos_token_ids is not None or eos is None:
-        eos_token_ids = config.eos_token_ids
-    else:
-        eos_token_ids = (eos,) if isinstance(eos, int) else tuple(eos)
     return config.replace(
         rollout=Sampling(**settings),
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=_eos_token_ids(config, generation_config, model),
         max_new_tokens=_max_new_tokens(config, generation_config, model, prompt_length),
     )
 
 
+def _own_value(generation_config: Any, model: Any, name: str) -> Any:
+    """What the call sets ``name`` to; None where it leaves it at the model's or the library's default.
+
+    transformers fills a call's generation config up with defaults before we see it, so only a difference shows.
+    """
+    value = getattr(generation_config, name, None)
+    default = getattr(model.generation_config, name, None)
+    return None if value == (_LIBRARY_DEFAULTS.get(name) if default is None else default) else value
+
+
+def _eos_token_ids(config: NablaConfig, generation_config: Any, model: Any) -> tuple[int, ...] | None:
+    eos = _own_value(generation_config, model, "eos_token_id")
+    if eos is None and config.eos_token_ids is not None:
+        return config.eos_token_ids
+    eos = generation_config.eos_token_id if eos is None else eos
+    return None if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+
 def _max_new_tokens(config: NablaConfig, generation_config: Any, model: Any, prompt_length: int) -> int:
-    if generation_config.max_new_tokens is not None:
-        return int(generation_config.max_new_tokens)
-    # generate turns its own default, 20 new tokens, into a max_length; that is nobody's wish.
-    default = model.generation_config.max_length in (None, 20) and generation_config.max_length == 20 + prompt_length
-    if generation_config.max_length is None or default:
+    new_tokens = _own_value(generation_config, model, "max_new_tokens")
+    if new_tokens is not None:
+        return int(new_tokens)
+    length = _own_value(generation_config, model, "max_length")
+    # generate turns its own default, 20 new tokens, into a max_length; that is nobody's wish. A max_new_tokens of the
+    # model's sets max_length too.
+    if length in (None, 20 + prompt_length) or generation_config.max_new_tokens is not None:
         return config.max_new_tokens
-    room = int(generation_config.max_length) - prompt_length
-    if room < 1:
+    if length <= prompt_length:
         raise ValueError(
-            f"max_length ({generation_config.max_length}) leaves no room after a prompt of {prompt_length} tokens; "
-            "give max_new_tokens"
+            f"max_length ({length}) leaves no room after a prompt of {prompt_length} tokens; give max_new_tokens"
         )
-    return room
+    return int(length) - prompt_length
 
 
 def _frames(pair: Pair, prompts: list[tuple[int, ...]], messages: Any) -> list[RewardFrame]:
