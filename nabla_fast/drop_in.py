@@ -142,7 +142,7 @@ def _refuse_unsupported(input_ids: Tensor, generation_config: Any, streamer: Any
 def _call_config(config: NablaConfig, generation_config: Any, model: Any, prompt_length: int) -> NablaConfig:
     """``config`` with what this call of generate sets itself."""
     rollout = config.rollout
-    settings = {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k}
+    settings: dict[str, Any] = {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k}
     settings |= {name: value for name in settings if (value := _own_value(generation_config, model, name)) is not None}
     if settings["top_k"] == 0:  # transformers' way of saying "all"
         settings["top_k"] = None

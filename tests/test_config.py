@@ -74,7 +74,7 @@ def test_replace_validates_and_lists_known_names():
     assert nf.NablaConfig().replace(seed=3).seed == 3
     with pytest.raises(ValueError, match="tau"):
         nf.NablaConfig().replace(tau=-1.0)
-    with pytest.raises(TypeError, match="max_iterations.*max_iters"):
+    with pytest.raises(TypeError, match=r"max_iterations.*max_iters"):
         nf.NablaConfig().replace(max_iterations=3)
 
 

@@ -119,7 +119,7 @@ def test_without_rejection_every_proposal_is_accepted():
 
 
 def test_the_reward_is_that_of_the_text_as_the_template_writes_it():
-    model, tokenizer, reward_model, _ = models()
+    _, tokenizer, reward_model, _ = models()
     output = generate(PROMPTS)
     for prompt, sequence, reward in zip(PROMPTS, output.sequences, output.rewards, strict=True):
         text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False)
@@ -264,8 +264,8 @@ def test_a_scripted_decode_commits_accepts_and_rejects_as_designed():
         resampled=[10, 20, 30, 41],
         config=config,
     )
-    # 10 stays; 20 in place of 11 is rejected, so 11 is committed; 30 in place of 12 is accepted with 31 behind it; 41 in
-    # place of 31 is accepted with 42 behind it; the four rollouts are used up and 42 is committed.
+    # 10 stays; 20 in place of 11 is rejected, so 11 is committed; 30 in place of 12 is accepted with 31 behind it; 41
+    # in place of 31 is accepted with 42 behind it; the four rollouts are used up and 42 is committed.
     assert asked == [[()], [(10, 20)], [(10, 11, 30)], [(10, 11, 30, 41)]]
     assert sequence.current.tokens.tolist() == [10, 11, 30, 41, 42]
     assert sequence.current.reward == 3.0

@@ -197,6 +197,6 @@ def test_what_cannot_work_is_refused_by_name(models):
     mismatched = nf.custom_generate(tokenizer, *rest, CONFIG, messages=chats(PROMPTS[:2]))
     with pytest.raises(ValueError, match="messages holds 2 chats for a batch of 3"):
         model.generate(**batch, custom_generate=mismatched)
+    embeds = model.get_input_embeddings()(batch["input_ids"])
     with pytest.raises(ValueError, match="input_ids is empty"):
-        embeds = model.get_input_embeddings()(batch["input_ids"])
         model.generate(inputs_embeds=embeds, attention_mask=batch["attention_mask"], custom_generate=drop_in)

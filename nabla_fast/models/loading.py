@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import os
 import tempfile
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ def load_language_model(
     source = _resolve(path, "path")
     chosen = choose_device(device)
     kind = choose_dtype(dtype, chosen)
-    model = _load(AutoModelForCausalLM, source, chosen, kind, attn_implementation)
+    model, _ = _load(AutoModelForCausalLM, source, chosen, kind, attn_implementation)
     return model, _load_tokenizer(source)
 
 
@@ -89,7 +90,14 @@ def load_reward_model(
         model, source = _load_adapter(source, base, chosen, kind, attn_implementation)
     else:
         _require_one_label(source)
-        model = _load(AutoModelForSequenceClassification, source, chosen, kind, attn_implementation, num_labels=1)
+        model, missing = _load(
+            AutoModelForSequenceClassification, source, chosen, kind, attn_implementation, num_labels=1
+        )
+        if missing:
+            raise ValueError(
+                f"path is {source}, which has no weights for {', '.join(sorted(missing))}; give a trained reward model "
+                "(a sequence classifier with one label), not a language model"
+            )
     return model, _load_tokenizer(source)
 
 
@@ -122,7 +130,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in _DTYPES.values():
+    if chosen is None or chosen not in _DTYPES.values():
         raise ValueError(f'dtype is {dtype!r}; use "auto" or one of {", ".join(_DTYPES)} (or the torch dtype)')
     return chosen
 
@@ -185,7 +193,8 @@ def _convert_gguf(file: Path, target: Path) -> None:
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f'reading {file.name} needs {" and ".join(missing)}; run pip install "nabla_fast[demo]"')
-    with _quiet_transformers():
+    # gguf draws a progress bar of its own that transformers' switch does not reach.
+    with _quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
         loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         # transformers refuses to save a model that is marked as quantised, though its weights no longer are.
@@ -221,17 +230,19 @@ def _looks_like_path(text: str) -> bool:
 
 def _load(
     auto_class: Any, source: str, device: torch.device, dtype: torch.dtype, attn_implementation: str, **options: Any
-) -> Any:
+) -> tuple[Any, set[str]]:
+    """The model, ready for inference, and the names of the weights that the checkpoint does not hold."""
+    options |= {"dtype": dtype, "output_loading_info": True}
     attention = choose_attention(attn_implementation, device, dtype)
     with _quiet_transformers():
         try:
-            model = auto_class.from_pretrained(source, dtype=dtype, attn_implementation=attention, **options)
+            model, info = auto_class.from_pretrained(source, attn_implementation=attention, **options)
         except ValueError as error:
-            # Some families (Gemma2 among them) have no sdpa; only where the caller left the choice to us is eager ours.
+            # Some families have no sdpa. Eager is our choice only where the caller left the choice to us.
             if attn_implementation != "auto" or "attention" not in str(error).lower():
                 raise
-            model = auto_class.from_pretrained(source, dtype=dtype, attn_implementation="eager", **options)
-    return model.to(device).eval().requires_grad_(False)
+            model, info = auto_class.from_pretrained(source, attn_implementation="eager", **options)
+    return model.to(device).eval().requires_grad_(False), set(info["missing_keys"])
 
 
 def _load_tokenizer(source: str) -> Any:
@@ -255,12 +266,15 @@ def _load_adapter(
     except ImportError as error:
         raise ImportError(f'{folder} holds a peft adapter; run pip install "nabla_fast[demo]"') from error
     named = base if base is not None else PeftConfig.from_pretrained(folder).base_model_name_or_path
-    source = _resolve(named, "base model")
+    source = _resolve(named, "the adapter's base model")
     # Merged in float32 whatever the dtype asked for: added to bfloat16 weights, a small update would round away.
-    model = _load(AutoModelForSequenceClassification, source, device, torch.float32, attn_implementation, num_labels=1)
+    model, _ = _load(
+        AutoModelForSequenceClassification, source, device, torch.float32, attn_implementation, num_labels=1
+    )
     with _quiet_transformers():
         merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
-    return merged.to(dtype).eval().requires_grad_(False), source
+    has_tokenizer = (Path(folder) / "tokenizer_config.json").is_file()
+    return merged.to(dtype).eval().requires_grad_(False), folder if has_tokenizer else source
 
 
 def _require_one_label(source: str) -> None:

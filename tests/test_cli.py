@@ -1,0 +1,147 @@
+"""The command line, as a subprocess: what a user types and sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny_models import save_pair
+from typer.testing import CliRunner
+
+import nabla_fast as nf
+from nabla_fast import cli, cli_config
+
+FAST = ("--max-new-tokens", "6", "--max-rollouts", "2", "--max-iters", "2", "--gradient-threshold", "none")
+
+
+def run(*arguments, env=None):
+    return subprocess.run(
+        [sys.executable, "-m", "nabla_fast", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **(env or {})},
+    )
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return save_pair(tmp_path_factory.mktemp("pair"))
+
+
+def test_generate_prints_answer_reward_and_tables(pair):
+    done = run("generate", "--model", pair[0], "--reward-model", pair[1], "--prompt", "is it on", *FAST)
+    assert done.returncode == 0, done.stderr
+    for expected in ("is it on", "∇-Reasoner", "reward", "gradient_evaluations", "seconds per phase", "rollout"):
+        assert expected in done.stdout
+    assert "tokens" in done.stderr, "no progress bar"
+    assert "Traceback" not in done.stderr
+
+
+def test_json_holds_what_the_library_returns(pair, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    chat = [{"role": "user", "content": "the user"}]
+    prompts.write_text(f'"is it on"\n\n{json.dumps({"messages": chat})}\n')
+    options = ("--model", pair[0], "--reward-model", pair[1], "--seed", "3", "--dtype", "float32", "--json")
+    done = run("generate", *options, "--prompts", prompts, *FAST)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["config"]["seed"] == 3
+    assert told["config"]["gradient_threshold"] is None
+
+    from nabla_fast.models.loading import load_language_model, load_reward_model
+
+    config = nf.NablaConfig(seed=3, max_new_tokens=6, max_rollouts=2, max_iters=2, gradient_threshold=None)
+    models = (*load_language_model(pair[0]), *load_reward_model(pair[1]))
+    expected = nf.generate(*models, ["is it on", chat], config)
+    assert [answer["tokens"] for answer in told["answers"]] == [s.tolist() for s in expected.sequences]
+    assert [answer["text"] for answer in told["answers"]] == expected.texts
+    assert told["totals"]["model_calls"] == expected.stats.totals.model_calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["generate", "--model", "/no/such/model", "--reward-model", "/no/such/model", "--prompt", "x"],
+            "/no/such/model",
+        ),
+        (["generate", "--prompt", "x"], "--model is missing"),
+        (["generate", "--model", "x"], "no prompt given"),
+        (["generate", "--demo", "--model", "x"], "--demo brings its own models"),
+        (["generate", "--prompts", "/no/file.txt", "--demo"], "there is no file /no/file.txt"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert "error:" in done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_bad_setting_names_the_field(pair):
+    done = run("generate", "--model", pair[0], "--reward-model", pair[1], "--prompt", "x", "--max-rollouts", "0")
+    assert done.returncode == 2
+    assert "max_rollouts must be at least 1, got 0" in done.stderr
+
+
+def test_doctor_reports_versions_and_back_ends():
+    done = run("doctor")
+    assert done.returncode == 0, done.stderr
+    for expected in ("torch", "transformers", "native", "reference", "triton", "cuda"):
+        assert expected in done.stdout
+    told = json.loads(run("doctor", "--json").stdout)
+    assert told["backends"]["reference"]["available"] is True
+    assert told["backends"]["native"]["available"] is True
+
+
+def test_every_config_field_is_an_option_with_a_description():
+    help_text = " ".join(CliRunner().invoke(cli.app, ["generate", "--help"], env={"COLUMNS": "300"}).stdout.split())
+    for field in dataclasses.fields(nf.NablaConfig):
+        if field.name in ("rollout", "resample"):
+            for part in dataclasses.fields(nf.Sampling):
+                assert f"--{field.name}-{part.name}".replace("_", "-") in help_text
+        else:
+            assert "--" + field.name.replace("_", "-") in help_text
+    assert "Default: 0.97" in help_text
+
+
+def test_options_become_the_config():
+    base = nf.NablaConfig(max_rollouts=3, resample=nf.Sampling(0.1, 0.2, 3))
+    assert cli_config.configured(base, {"max_rollouts": None, "resample_top_k": None, "stop_strings": []}) == base
+    settings = {"max_rollouts": 5, "resample_temperature": 0.0, "stop_strings": ["a", "b"], "update_postfix": True}
+    config = cli_config.configured(base, settings)
+    assert (config.max_rollouts, config.stop_strings, config.update_postfix) == (5, ("a", "b"), True)
+    assert config.resample == nf.Sampling(0.0, 0.2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '"fine"\n{broken\n', "line 2 of .* is not JSON"),
+        ("a.jsonl", '{"question": "x"}\n', 'line 1 of .* must be a string, a chat, or an object with "prompt"'),
+        ("a.jsonl", "7\n", "line 1"),
+        ("a.txt", "\n \n", "holds no prompt"),
+    ],
+)
+def test_a_bad_prompt_file_is_refused_with_the_line(tmp_path, name, text, message):
+    file = tmp_path / name
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        cli.read_prompts(file)
+
+
+def test_prompt_files_give_lines_or_json_values(tmp_path):
+    plain = tmp_path / "a.txt"
+    plain.write_text("first\n\n  second\n")
+    assert cli.read_prompts(plain) == ["first", "  second"]
+    lines = tmp_path / "a.jsonl"
+    chat = [{"role": "user", "content": "x"}]
+    lines.write_text(f'"first"\n{{"prompt": "second"}}\n{json.dumps(chat)}\n')
+    assert cli.read_prompts(lines) == ["first", "second", chat]
