@@ -199,4 +199,6 @@ def test_what_cannot_work_is_refused_by_name(models):
         model.generate(**batch, custom_generate=mismatched)
     embeds = model.get_input_embeddings()(batch["input_ids"])
     with pytest.raises(ValueError, match="input_ids is empty"):
-        model.generate(inputs_embeds=embeds, attention_mask=batch["attention_mask"], custom_generate=drop_in)
+        model.generate(
+            inputs_embeds=embeds, attention_mask=batch["attention_mask"], custom_generate=drop_in, max_new_tokens=3
+        )
