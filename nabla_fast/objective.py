@@ -139,13 +139,14 @@ class Objective:
         spans = [slice(len(r.conversation.prompt_ids) + r.start, len(i)) for r, i in zip(requests, ids, strict=True)]
         hidden = [states[row, span.start - 1 : span.stop - 1] for row, span in enumerate(spans)]
         targets = torch.cat([i[span] for i, span in zip(ids, spans, strict=True)])
-        log_pi = ops.linear_log_likelihood(torch.cat(hidden), model.head, targets)
+        log_pi = ops.linear_log_likelihood(torch.cat(hidden), model.head, targets, backend=self.config.backend)
         (grad,) = torch.autograd.grad(log_pi.sum(), embeds)
         scale = -self.config.nll_coeff * model.embedding.scale
-        factors = [ops.reference.upcast(grad[row, span]) * scale for row, span in enumerate(spans)]
+        factors = [ops.upcast(grad[row, span]) * scale for row, span in enumerate(spans)]
         self._require_finite([*factors, log_pi], model.name)
         sums = [float(part.sum()) for part in log_pi.detach().split([span.stop - span.start for span in spans])]
-        return [h.detach() for h in hidden], factors, sums
+        # Copies: a view would keep the whole batch's states alive in the cache.
+        return [h.detach().clone() for h in hidden], factors, sums
 
     def _reward_gradient(self, requests: Sequence[Request]) -> tuple[list[Tensor], list[float]]:
         """Per request: b = dL/d(reward embedding weight row) (m, d_r), and the reward."""
@@ -154,13 +155,18 @@ class Objective:
             model.conversation(r.conversation.frame, r.response).detach().requires_grad_() for r in requests
         ]
         rewards = model.rewards(conversations)
+        if not rewards.requires_grad:
+            raise ValueError(
+                f"{model.name} returned rewards without a gradient; it must be differentiable with respect to "
+                "inputs_embeds"
+            )
         grads = torch.autograd.grad(rewards.sum(), conversations)
         scale = -self.config.reward_coeff * model.table.scale
         factors = []
         for request, grad in zip(requests, grads, strict=True):
             opening = len(request.conversation.frame.opening)
             span = slice(opening + request.start, opening + len(request.response))
-            factors.append(ops.reference.upcast(grad[span]) * scale)
+            factors.append(ops.upcast(grad[span]) * scale)
         self._require_finite(factors, model.name)
         return factors, rewards.tolist()
 

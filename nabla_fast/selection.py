@@ -57,7 +57,7 @@ def gradient_norms(candidates: Sequence[Candidates], positions: Sequence[int], o
     evaluations = objective.evaluate(requests)
     rows = [evaluation.rows_from(t).rows(slice(0, 1)) for evaluation, t in zip(evaluations, positions, strict=True)]
     factors = ops.TokenGradient(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
-    return ops.gradient_norm(factors, objective.tables).tolist()
+    return ops.gradient_norm(factors, objective.tables, backend=objective.config.backend).tolist()
 
 
 def _next_masked(candidates: Candidates, start: int) -> int:

@@ -14,7 +14,7 @@ from nabla_fast.ops import native
 def test_report_is_plain_data() -> None:
     report = environment.report()
     assert json.loads(json.dumps(report)) == report
-    assert set(report) == {"versions", "devices", "backends", "demo"}
+    assert set(report) == {"versions", "devices", "backends", "operators", "demo"}
 
 
 def test_report_says_what_is_running() -> None:

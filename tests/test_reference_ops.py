@@ -87,8 +87,8 @@ def test_relaxed_stats_take_the_lowest_index_of_a_tie_and_know_extreme_distribut
     certain[0, 5] = 1e4
     stats = reference.relaxed_stats(torch.cat([uniform, certain]))
     assert stats.token.tolist() == [0, 5]
-    torch.testing.assert_close(stats.entropy, torch.tensor([math.log(V), 0.0]).double(), rtol=0, atol=1e-13)
-    torch.testing.assert_close(stats.max_prob, torch.tensor([1 / V, 1.0]).double(), rtol=0, atol=1e-15)
+    torch.testing.assert_close(stats.entropy, torch.tensor([math.log(V), 0.0], dtype=torch.float64), rtol=0, atol=1e-13)
+    torch.testing.assert_close(stats.max_prob, torch.tensor([1 / V, 1.0], dtype=torch.float64), rtol=0, atol=1e-15)
 
 
 def test_relaxed_stats_ignore_removed_tokens() -> None:
@@ -135,7 +135,9 @@ def test_linear_relaxed_stats_are_those_of_the_logits_in_any_chunks(
         torch.testing.assert_close(mine, expected, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize(("rows", "vocabulary", "budget"), [(7, 10, 20), (7, 10, 1), (0, 10, 20), (6, 10, 30), (1, 10, 999)])
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "budget"), [(7, 10, 20), (7, 10, 1), (0, 10, 20), (6, 10, 30), (1, 10, 999)]
+)
 def test_row_chunks_cover_every_row_once_within_the_budget(
     monkeypatch: pytest.MonkeyPatch, rows: int, vocabulary: int, budget: int
 ) -> None:
@@ -173,7 +175,9 @@ def objective_by_autograd(
     e = one_hot @ where.embedding
     r = one_hot @ where.reward_embedding
     log_pi = logits_by_hand(hidden, *where.head).log_softmax(-1)
-    value = -where.nll_coeff * (one_hot * log_pi).sum() + (e * embedding).tanh().sum() + (r * reward_embedding).sin().sum()
+    value = (
+        -where.nll_coeff * (one_hot * log_pi).sum() + (e * embedding).tanh().sum() + (r * reward_embedding).sin().sum()
+    )
     dense, a, b = torch.autograd.grad(value, (one_hot, e, r))
     return dense, TokenGradient(hidden, a, b)
 
@@ -238,11 +242,17 @@ def step_by_autograd(
     return grad
 
 
-def run_steps(parameters: Tensor, gradient: Tensor | TokenGradient, where: Tables, **options: Any) -> tuple[Tensor, ...]:
+def run_steps(
+    parameters: Tensor, gradient: Tensor | TokenGradient, where: Tables, **options: Any
+) -> tuple[Tensor, ...]:
     """Three steps of `dto_step`: parameters, moments and tokens."""
     parameters, m, v = parameters.clone(), torch.zeros_like(parameters), torch.zeros_like(parameters)
-    for step, rate in enumerate((0.3, 0.2, 0.05), start=1):
-        tokens = reference.dto_step(parameters, m, v, step, rate, gradient, where, **options)
+    count, rates = torch.zeros(len(parameters), dtype=torch.long), torch.tensor((0.3, 0.2, 0.05), dtype=torch.float64)
+    tokens = reference.hard_tokens(parameters, where.head, options["latents"], options.get("hard_noise"))
+    for _ in rates:
+        # Whatever the tokens do, the gradient is taken to hold.
+        tokens, _ = reference.dto_step(parameters, m, v, count, tokens, rates, gradient, where, **options)
+    assert count.tolist() == [3] * len(parameters)
     return parameters, m, v, tokens
 
 
@@ -303,7 +313,9 @@ def test_latents_gradient_is_the_difference_of_two_weighted_means_of_the_head(
     a, b = (e * dense * slope) @ weight, (e * slope) @ weight
     identity = (a / s - q / s * b / s) / tau
     moments = torch.zeros_like(h), torch.zeros_like(h)
-    reference.dto_step(h.clone(), *moments, 1, 0.1, factors, where, latents=True, tau=tau)
+    count, tokens = torch.zeros(len(h), dtype=torch.long), reference.hard_tokens(h, where.head, True)
+    rates = torch.tensor([0.1], dtype=torch.float64)
+    reference.dto_step(h.clone(), *moments, count, tokens, rates, factors, where, latents=True, tau=tau)
     assert float((moments[0] / 0.1 - identity).abs().max()) < 1e-12
     autograd = step_by_autograd(h, dense, where, True, tau, None)
     assert float((autograd - identity).abs().max()) < 1e-12
@@ -361,7 +373,9 @@ def test_token_diff_finds_the_first_change_and_counts_all(shape: tuple[int, int]
     for _ in range(20):
         old, new = (torch.randint(2, shape, generator=generator) for _ in range(2))
         first, count = reference.token_diff(old, new)
-        differ = [[i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b] for x, y in zip(old, new, strict=True)]
+        differ = [
+            [i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b] for x, y in zip(old, new, strict=True)
+        ]
         assert first.tolist() == [d[0] if d else shape[1] for d in differ]
         assert count.tolist() == [len(d) for d in differ]
         assert first.dtype == count.dtype == torch.int64

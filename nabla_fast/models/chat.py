@@ -96,7 +96,7 @@ def _as_chat(prompt: object, index: int) -> Chat:
     if not _is_chat(prompt):
         raise TypeError(
             f"prompts[{index}] must be a string or a non-empty list of messages, got {type(prompt).__name__}"
-            if prompt
+            if not isinstance(prompt, Sequence) or prompt
             else f"prompts[{index}] is an empty chat; give at least one message"
         )
     for message in prompt:  # type: ignore[attr-defined]

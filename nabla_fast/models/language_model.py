@@ -153,7 +153,8 @@ def embedding_table(model: Any, name: str, vocab_size: int | None = None) -> Emb
     """
     module = model.get_input_embeddings()
     weight = module.weight.detach()
-    ids = torch.arange(min(8, weight.shape[0]), device=weight.device)
+    # The longest rows, because some (a padding token's) are zero and tell nothing.
+    ids = weight.float().norm(dim=1).topk(min(8, weight.shape[0])).indices
     rows, embedded = weight[ids].double(), module(ids).detach().double()
     scale = float((rows * embedded).sum() / (rows * rows).sum().clamp(min=1e-300))
     scale = 1.0 if abs(scale - 1.0) < 1e-6 else scale

@@ -82,6 +82,11 @@ class RewardModel:
             self.function = model
             if hasattr(model, "get_input_embeddings"):
                 own_table = embedding_table(model, self.name)
+            elif self.tokenizer.get_vocab() != language_tokenizer.get_vocab():
+                raise ValueError(
+                    f"reward_tokenizer has another vocabulary than tokenizer, and {self.name} has no embeddings of its "
+                    "own to go with it; give None, or a callable with a get_input_embeddings method"
+                )
         else:
             raise TypeError(
                 "reward_model must be a sequence classifier with one label or a callable that maps (inputs_embeds, "

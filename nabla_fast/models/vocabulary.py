@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast.models.language_model import EmbeddingTable
+from nabla_fast.ops import upcast
 
 MINIMUM_SHARE = 0.9
 
@@ -84,6 +85,7 @@ def aligned_table(alignment: Alignment, table: EmbeddingTable, tokenizer: Any, r
     weight = table.weight[alignment.partner.clamp(min=0).to(table.weight.device)].clone()
     for token_id in (alignment.partner < 0).nonzero().flatten().tolist():
         pieces = reward_tokenizer(tokenizer.decode([token_id]), add_special_tokens=False)["input_ids"]
+        pieces = [piece for piece in pieces if piece < table.weight.shape[0]]
         rows = table.weight[torch.tensor(pieces, dtype=torch.long, device=table.weight.device)]
-        weight[token_id] = rows.float().mean(0).to(weight.dtype) if pieces else 0
+        weight[token_id] = upcast(rows).mean(0).to(weight.dtype) if pieces else 0
     return EmbeddingTable(weight, table.scale)

@@ -7,6 +7,7 @@ Half-precision inputs are upcast, so sums and logits are float32 (float64 for fl
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -166,6 +167,88 @@ def linear_log_likelihood(h: Tensor, head: Head, tokens: Tensor) -> Tensor:
     return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, dim=-1)
 
 
+def straight_through_embedding(
+    z: Tensor, tables: Sequence[Tensor], tau: float = 1.0
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Embeddings of the hard tokens; `relaxed_backward` is the gradient, that of ``softmax(z / tau) @ table``.
+
+    Args:
+        z: (N, V) logits.
+        tables: one or two embedding tables (V, d_k).
+
+    Returns:
+        ``table[argmax z]``, (N, d_k) float32 (float64 for float64 z) per table; log-sum-exp of ``z / tau`` (N,); the
+        tokens (N,) int64.
+    """
+    token = z.argmax(-1)
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    return [table[token].to(dtype) for table in tables], torch.logsumexp(z.to(dtype) / tau, dim=-1), token
+
+
+def linear_straight_through_embedding(
+    h: Tensor, head: Head, tables: Sequence[Tensor], tau: float = 1.0
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """`straight_through_embedding` of the logits of hidden states h (N, d); see `linear_relaxed_backward`."""
+    return straight_through_embedding(linear_logits(h, head), tables, tau)
+
+
+def soft_embedding(z: Tensor, table: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The embedding mixture ``softmax(z / tau) @ table``; `relaxed_backward` is its gradient.
+
+    Returns:
+        (N, d_k) float32 (float64 for float64 z), and the log-sum-exp of ``z / tau`` (N,).
+    """
+    x = upcast(z) / tau
+    return torch.softmax(x, dim=-1) @ upcast(table).to(x.dtype), torch.logsumexp(x, dim=-1)
+
+
+def linear_soft_embedding(h: Tensor, head: Head, table: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`soft_embedding` of the logits of hidden states h (N, d): attention over the vocabulary."""
+    return soft_embedding(linear_logits(h, head), table, tau)
+
+
+def relaxed_backward(
+    z: Tensor, lse: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tensor], tau: float = 1.0
+) -> Tensor:
+    """The gradient that reaches logits z (N, V) through the relaxation p = softmax(z / tau).
+
+        dL/dz = p * (G - <p, G>) / tau      with G(v) = sum_k <vectors_k, tables_k[v]>
+
+    Args:
+        z: (N, V) logits.
+        lse: (N,) log-sum-exp of ``z / tau``.
+        vectors: (N, d_k) per table, the gradients with respect to the embeddings.
+        tables: (V, d_k) each.
+    """
+    p = (upcast(z) / tau - lse.unsqueeze(-1)).exp()
+    gradient = sum(upcast(v).to(p.dtype) @ upcast(t).T.to(p.dtype) for v, t in zip(vectors, tables, strict=True))
+    pg = p * gradient
+    return (pg - p * pg.sum(-1, keepdim=True)) / tau
+
+
+def linear_relaxed_backward(
+    h: Tensor, head: Head, lse: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tensor], tau: float = 1.0
+) -> Tensor:
+    """`relaxed_backward` carried on to hidden states: dL/dh (N, d), by one pass over the vocabulary (identity (b))."""
+    z = linear_logits(h, head)
+    return _head_backward(relaxed_backward(z, lse, vectors, tables, tau), z, head)
+
+
+def log_likelihood_gradient(h: Tensor, head: Head, tokens: Tensor, need_grad: bool) -> tuple[Tensor, Tensor]:
+    """`linear_log_likelihood` without autograd, and its gradient from the same pass over the vocabulary.
+
+    Returns:
+        log pi (N,); d(log pi)/dh (N, d), or (0, d) without ``need_grad``.
+    """
+    logits = linear_logits(h, head)
+    lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+    log_pi = (logits.gather(-1, tokens.unsqueeze(-1)) - lse).squeeze(-1)
+    if not need_grad:
+        return log_pi, log_pi.new_empty(0, h.shape[-1])
+    one_hot = torch.zeros_like(logits).scatter_(-1, tokens.unsqueeze(-1), 1.0)
+    return log_pi, _head_backward(one_hot - (logits - lse).exp(), logits, head)
+
+
 def token_gradient(factors: TokenGradient, tables: Tables) -> Tensor:
     """The gradient over the vocabulary (N, V), up to a constant per row, which DTO does not see."""
     gradient = -tables.nll_coeff * linear_logits(factors.hidden, tables.head)
@@ -194,8 +277,9 @@ def dto_step(
     parameters: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    step: int,
-    learning_rate: float,
+    step: Tensor,
+    tokens: Tensor,
+    learning_rates: Tensor,
     gradient: Tensor | TokenGradient,
     tables: Tables,
     *,
@@ -204,16 +288,25 @@ def dto_step(
     weight_decay: float = 0.0,
     soft_noise: Tensor | None = None,
     hard_noise: Tensor | None = None,
-) -> Tensor:
-    """One DTO step (Alg. 2) of N rows: straight-through backward, Adam, next hard token.
+    group: Tensor | None = None,
+    max_steps: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """DTO steps (Alg. 2) of N rows for as long as the gradient holds.
+
+    Up to ``max_steps`` times, for every row that still moves: take its hard token at the parameters as they are; if it
+    is not ``tokens`` any more, the gradient is stale and the row stops there; else make one step,
 
         p = softmax((z + soft_noise) / tau)      dL/dz = p * (G - <p, G>) / tau      dL/dh = d(logits)/dh^T dL/dz
+
+    and Adam (betas 0.9 and 0.999, eps 1e-8). After the last step the token is taken once more. Rows of one group stop
+    together, before the step that one of them cannot make.
 
     Args:
         parameters: (N, d) latents or (N, V) logits, float32 or float64; updated in place.
         exp_avg, exp_avg_sq: Adam's moments, shaped like ``parameters``; updated in place.
-        step: 1 for the first step (Adam's bias correction).
-        learning_rate: of this step.
+        step: (N,) int64, steps made so far; updated in place. A row makes no step past ``len(learning_rates)``.
+        tokens: (N,) int64, the hard tokens at which the gradient was taken.
+        learning_rates: (S,) float32 or float64, of every step of the whole optimisation.
         gradient: G, dense (N, V) or as factors.
         tables: head and embedding tables.
         latents: the rows are hidden states, with logits by ``tables.head``; otherwise the rows are logits.
@@ -221,20 +314,44 @@ def dto_step(
         weight_decay: L2 penalty, as in ``torch.optim.Adam``.
         soft_noise: (N, V) added to the logits inside the softmax.
         hard_noise: (N, V) added to the logits where the hard token is taken.
+        group: (N,) int64 in ascending order, which rows stop together; None lets every row go by itself.
+        max_steps: most steps of this call.
 
     Returns:
-        (N,) int64, the hard token of each row after the step.
+        (N,) int64, each row's hard token at its parameters as they are now; (N,) bool, whether it differs from
+        ``tokens``.
     """
-    tokens = []
-    for rows in row_chunks(parameters.shape[0], tables.head.weight.shape[0]):
-        row = parameters[rows]
-        dense = token_gradient(gradient.rows(rows), tables) if isinstance(gradient, TokenGradient) else gradient[rows]
-        z = linear_logits(row, tables.head) if latents else row
-        dz = _straight_through_backward(z, dense, tau, None if soft_noise is None else soft_noise[rows])
-        grad = _head_backward(dz, z, tables.head).to(row.dtype) if latents else dz
-        _adam(row, exp_avg[rows], exp_avg_sq[rows], grad, step, learning_rate, weight_decay)
-        tokens.append(hard_tokens(row, tables.head, latents, None if hard_noise is None else hard_noise[rows]))
-    return torch.cat(tokens)
+    rows, vocabulary = parameters.shape[0], tables.head.weight.shape[0]
+    group = torch.arange(rows, device=parameters.device) if group is None else group
+    current = torch.cat(
+        [
+            hard_tokens(parameters[r], tables.head, latents, None if hard_noise is None else hard_noise[r])
+            for r in row_chunks(rows, vocabulary)
+        ]
+    )
+    for _ in range(max_steps):
+        # A row moves if no token of its group has changed and it has steps left.
+        held = (current != tokens) | (step >= len(learning_rates))
+        held_groups = torch.unique(group[held])
+        moving = (~torch.isin(group, held_groups)).nonzero().squeeze(-1)
+        if len(moving) == 0:
+            break
+        for chunk in row_chunks(len(moving), vocabulary):
+            index = moving[chunk]
+            row = parameters[index]
+            dense = (
+                token_gradient(gradient.rows(index), tables) if isinstance(gradient, TokenGradient) else gradient[index]
+            )
+            z = linear_logits(row, tables.head) if latents else row
+            dz = _straight_through_backward(z, dense, tau, None if soft_noise is None else soft_noise[index])
+            grad = _head_backward(dz, z, tables.head).to(row.dtype) if latents else dz
+            m, v = exp_avg[index], exp_avg_sq[index]
+            step[index] += 1
+            _adam(row, m, v, grad, step[index], learning_rates, weight_decay)
+            parameters[index], exp_avg[index], exp_avg_sq[index] = row, m, v
+            noise = None if hard_noise is None else hard_noise[index]
+            current[index] = hard_tokens(row, tables.head, latents, noise)
+    return current, current != tokens
 
 
 def hard_tokens(parameters: Tensor, head: Head, latents: bool, hard_noise: Tensor | None = None) -> Tensor:
@@ -284,15 +401,18 @@ def _adam(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     grad: Tensor,
-    step: int,
-    learning_rate: float,
+    step: Tensor,
+    learning_rates: Tensor,
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> None:
+    """Adam with a step count per row (1 for the first step), as `torch.optim.Adam` does it."""
+    count = step.to(parameters.dtype).unsqueeze(-1)
+    rate = learning_rates.to(parameters.dtype)[step - 1].unsqueeze(-1)
     if weight_decay:
         grad = grad + weight_decay * parameters
     exp_avg.lerp_(grad, 1 - betas[0])
     exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    denominator = (exp_avg_sq / (1 - betas[1] ** step)).sqrt_().add_(eps)
-    parameters.addcdiv_(exp_avg, denominator, value=-learning_rate / (1 - betas[0] ** step))
+    denominator = (exp_avg_sq / (1 - betas[1] ** count)).sqrt_().add_(eps)
+    parameters.sub_(rate / (1 - betas[0] ** count) * exp_avg / denominator)

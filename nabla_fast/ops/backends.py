@@ -1,0 +1,130 @@
+"""Which back end runs an operator.
+
+A back end is a module with functions of the same names and signatures as `nabla_fast.ops.reference`. One that lacks an
+operator, or is not for a device, is passed over; the reference has them all.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from nabla_fast.ops import native
+
+OPERATORS = (
+    "relaxed_stats",
+    "linear_relaxed_stats",
+    "straight_through_embedding",
+    "linear_straight_through_embedding",
+    "soft_embedding",
+    "linear_soft_embedding",
+    "relaxed_backward",
+    "linear_relaxed_backward",
+    "log_likelihood_gradient",
+    "gradient_norm",
+    "dto_step",
+    "token_diff",
+)
+_MODULES = {
+    "reference": "nabla_fast.ops.reference",
+    "native": "nabla_fast.ops.native",
+    "triton": "nabla_fast.ops.triton",
+    "cuda": "nabla_fast.ops.cuda",
+}
+# What a setting tries, in order. "cuda" has what Triton cannot say well, and Triton the rest.
+_PREFERENCES = {
+    ("auto", "cpu"): ("native", "reference"),
+    ("auto", "cuda"): ("cuda", "triton", "reference"),
+    ("reference", "cpu"): ("reference",),
+    ("reference", "cuda"): ("reference",),
+    ("native", "cpu"): ("native",),
+    ("triton", "cpu"): ("triton",),
+    ("triton", "cuda"): ("triton",),
+    ("cuda", "cuda"): ("cuda", "triton"),
+}
+
+
+def setting(backend: str) -> str:
+    """``backend``, or what the environment variable NABLA_FAST_BACKEND says where that is "auto"."""
+    return os.environ.get("NABLA_FAST_BACKEND") or "auto" if backend == "auto" else backend
+
+
+def resolve(operator: str, backend: str, device_type: str) -> str:
+    """The back end that runs ``operator``: one of "reference", "native", "triton", "cuda".
+
+    Raises:
+        ValueError: if ``backend`` (or NABLA_FAST_BACKEND) is unknown, or names one that cannot run here; it says why.
+    """
+    wanted = setting(backend)
+    candidates = _PREFERENCES.get((wanted, device_type))
+    if candidates is None and wanted == "auto":
+        candidates = ("reference",)
+    if candidates is None:
+        raise ValueError(_refusal(wanted, device_type, f"it does not run on {device_type}"))
+    for name in candidates:
+        if why_not(operator, name, device_type) is None:
+            return name
+        if name == "native":
+            native.available()  # warns once if the library is missing, or raises where it is required
+    raise ValueError(_refusal(wanted, device_type, why_not(operator, candidates[0], device_type) or ""))
+
+
+# torch.compile calls it while it traces and keeps the answer as a constant; see the same in native.py.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def implementation(operator: str, backend: str) -> Callable[..., Any]:
+    """The function of a back end that `resolve` has named."""
+    return getattr(importlib.import_module(_MODULES[backend]), operator)  # type: ignore[no-any-return]
+
+
+def why_not(operator: str, backend: str, device_type: str) -> str | None:
+    """Why ``backend`` cannot run ``operator`` on such a device, in one clause; None if it can."""
+    if backend == "native" and device_type != "cpu":
+        return "it runs on the CPU only"
+    if backend == "cuda" and device_type != "cuda":
+        return "it runs on CUDA only"
+    if backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it runs on CUDA, or on the CPU with TRITON_INTERPRET=1"
+    module = _import(backend)
+    if isinstance(module, str):
+        return module
+    if backend in ("native", "cuda") and (reason := module.why_missing()) is not None:
+        return str(reason)
+    return None if hasattr(module, operator) else f"it has no {operator}"
+
+
+def availability() -> dict[str, dict[str, str | None]]:
+    """For every operator: back end → why it cannot run here, None if it can (on the GPU if there is one)."""
+    device_types = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    table: dict[str, dict[str, str | None]] = {}
+    for operator in OPERATORS:
+        table[operator] = {}
+        for backend in _MODULES:
+            reasons = [why_not(operator, backend, device_type) for device_type in device_types]
+            table[operator][backend] = None if None in reasons else reasons[0]
+    return table
+
+
+def _refusal(wanted: str, device_type: str, reason: str) -> str:
+    usable = [name for name, device in _PREFERENCES if device == device_type and name != wanted]
+    if (wanted, device_type) not in _PREFERENCES and wanted not in _MODULES:
+        return f"backend must be one of {', '.join(('auto', *_MODULES))}, got {wanted!r}"
+    return f"backend {wanted!r} cannot be used on {device_type}: {reason}; use one of {', '.join(usable)}"
+
+
+@functools.cache
+def _import(backend: str) -> ModuleType | str:
+    """The module of a back end, or why it cannot be imported."""
+    if importlib.util.find_spec(_MODULES[backend]) is None:
+        return "this version of nabla_fast does not have it"
+    try:
+        return importlib.import_module(_MODULES[backend])
+    except ImportError as error:
+        return f"it cannot be imported: {error}"

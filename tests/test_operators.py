@@ -1,0 +1,242 @@
+"""The operators as PyTorch sees them: schemas, autograd, torch.compile, the choice of a back end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nabla_fast import ops
+from nabla_fast.ops import backends
+from nabla_fast.ops.reference import Head, Tables, TokenGradient, linear_logits
+
+V, D, DR = 37, 8, 6
+CPU_BACKENDS = ("reference", "native")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+def head(dtype=torch.float32, scale=1.0, softcap=0.0):
+    return Head(randn(V, D, dtype=dtype, seed=1), scale, softcap)
+
+
+def tables(dtype=torch.float32, **options):
+    return Tables(head(dtype, **options), randn(V, D, dtype=dtype, seed=2), randn(V, DR, dtype=dtype, seed=3), 0.1)
+
+
+def factors(rows, dtype=torch.float32):
+    return TokenGradient(
+        randn(rows, D, dtype=dtype, seed=4), randn(rows, D, dtype=dtype, seed=5), randn(rows, DR, dtype=dtype, seed=6)
+    )
+
+
+def step_arguments(rows, dtype=torch.float32, latents=True, dense=True):
+    parameters = randn(rows, D if latents else V, dtype=dtype)
+    gradient = randn(rows, V, dtype=dtype, seed=7) if dense else factors(rows, dtype)
+    tokens = (linear_logits(parameters, head(dtype)) if latents else parameters).argmax(-1)
+    state = (torch.zeros_like(parameters), torch.zeros_like(parameters), torch.zeros(rows, dtype=torch.long))
+    return parameters, *state, tokens, torch.full((4,), 0.01), gradient, tables(dtype)
+
+
+def calls(rows, dtype, backend):
+    """One call of every operator, as (operator, positional arguments) below its Python wrapper."""
+    library = torch.ops.nabla_fast
+    z, h = randn(rows, V, dtype=dtype), randn(rows, D, dtype=dtype, seed=8)
+    first, second = randn(V, D, dtype=dtype, seed=2), randn(V, DR, dtype=dtype, seed=3)
+    weight = (head(dtype).weight, 1.5, 4.0)
+    grads = (randn(rows, D, dtype=dtype, seed=9), first, randn(rows, DR, dtype=dtype, seed=10), second)
+    lse = torch.logsumexp(z.float() / 0.7, -1).to(z.dtype if dtype == torch.float64 else torch.float32)
+    linear_lse = torch.logsumexp(linear_logits(h, Head(*weight)) / 0.7, -1)
+    tokens = torch.arange(rows) % V
+    old, new = torch.arange(3 * rows).view(rows, 3), torch.arange(3 * rows).view(rows, 3) // 2
+    step = step_arguments(rows, dtype)
+    where = step[-1]
+    flat = (*where.head, where.embedding, where.reward_embedding, where.nll_coeff)
+    options = (True, 0.7, 0.1, None, None, None, 2, backend)
+    return {
+        "relaxed_stats": (library.relaxed_stats, (z, 0.7, 0.5, 0.9, backend)),
+        "linear_relaxed_stats": (library.linear_relaxed_stats, (h, *weight, 0.7, None, 0.9, backend)),
+        "straight_through_embedding": (library.straight_through_embedding, (z, first, second, 0.7, backend)),
+        "straight_through_embedding_one_table": (library.straight_through_embedding, (z, first, None, 0.7, backend)),
+        "linear_straight_through_embedding": (
+            library.linear_straight_through_embedding,
+            (h, *weight, first, second, 0.7, backend),
+        ),
+        "soft_embedding": (library.soft_embedding, (z, first, 0.7, backend)),
+        "linear_soft_embedding": (library.linear_soft_embedding, (h, *weight, first, 0.7, backend)),
+        "relaxed_backward": (library.relaxed_backward, (z, lse, *grads, 0.7, backend)),
+        "linear_relaxed_backward": (library.linear_relaxed_backward, (h, *weight, linear_lse, *grads, 0.7, backend)),
+        "linear_log_likelihood": (library.linear_log_likelihood, (h, *weight, tokens, True, backend)),
+        "gradient_norm": (library.gradient_norm, (*factors(rows, dtype), *flat, backend)),
+        "dto_step": (library.dto_step, (*step[:6], [step[6]], *flat, *options)),
+        "dto_step_factors": (library.dto_step, (*step[:6], list(factors(rows, dtype)), *flat, *options)),
+        "token_diff": (library.token_diff, (old, new, backend)),
+    }
+
+
+NAMES = list(calls(1, torch.float32, "reference"))
+DIFFERENTIABLE = {
+    "straight_through_embedding",
+    "straight_through_embedding_one_table",
+    "linear_straight_through_embedding",
+    "soft_embedding",
+    "linear_soft_embedding",
+    "linear_log_likelihood",
+}
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck_passes(name, backend):
+    operator, arguments = calls(3, torch.float32, backend)[name]
+    if name in DIFFERENTIABLE:
+        arguments = (arguments[0].requires_grad_(), *arguments[1:])
+    torch.library.opcheck(operator.default, arguments)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_results_have_the_fake_kernels_shapes_and_dtypes(name, dtype, backend):
+    for rows in (0, 1, 5):
+        operator, arguments = calls(rows, dtype, backend)[name]
+        if name.startswith("dto_step"):  # parameters and moments are float32 or float64
+            master = torch.float64 if dtype == torch.float64 else torch.float32
+            arguments = (*(a.to(master) for a in arguments[:3]), *arguments[3:])
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+            fakes = [[mode.from_tensor(t) for t in a] if isinstance(a, list) else a for a in fakes]
+            expected = operator(*fakes)
+        got = operator(*arguments)
+        for one, other in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (got, expected)), strict=True):
+            assert one.shape == other.shape
+            assert one.dtype == other.dtype
+
+
+DIFFERENTIABLE_CALLS = {
+    "straight_through_embedding": lambda x, t, r: ops.straight_through_embedding(x, t, r, tau=0.7, backend="reference"),
+    "soft_embedding": lambda x, t, r: ops.soft_embedding(x, t, tau=0.7, backend="reference"),
+}
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, 0.0), (1.7, 0.0), (0.8, 3.0)])
+def test_gradcheck_of_the_smooth_operators(scale, softcap):
+    own = head(torch.float64, scale, softcap)
+    table = randn(V, DR, dtype=torch.float64, seed=3)
+    z = randn(3, V, dtype=torch.float64).requires_grad_()
+    h = randn(3, D, dtype=torch.float64, seed=8).requires_grad_()
+    tokens = torch.tensor([0, 5, 36])
+    options = {"tau": 0.7, "backend": "reference"}
+    assert torch.autograd.gradcheck(lambda x: ops.soft_embedding(x, table, **options), (z,))
+    assert torch.autograd.gradcheck(lambda x: ops.linear_soft_embedding(x, own, table, **options), (h,))
+    assert torch.autograd.gradcheck(lambda x: ops.linear_log_likelihood(x, own, tokens, backend="reference"), (h,))
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, 0.0), (0.8, 3.0)])
+@pytest.mark.parametrize("two", [False, True])
+def test_straight_through_takes_hard_tokens_forward_and_the_relaxation_backward(backend, scale, softcap, two):
+    own = head(torch.float64, scale, softcap)
+    table, other = randn(V, D, dtype=torch.float64, seed=2), randn(V, DR, dtype=torch.float64, seed=3)
+    first_grad, second_grad = randn(4, D, dtype=torch.float64, seed=9), randn(4, DR, dtype=torch.float64, seed=10)
+
+    def loss(embedding, second):
+        return (embedding * first_grad).sum() + ((second * second_grad).sum() if two else 0.0)
+
+    for linear in (False, True):
+        x = randn(4, D if linear else V, dtype=torch.float64, seed=8).requires_grad_()
+        z = linear_logits(x, own) if linear else x
+        p = (z / 0.7).softmax(-1)
+        (meant,) = torch.autograd.grad(loss(p @ table, p @ other), x, retain_graph=True)
+        function = ops.linear_straight_through_embedding if linear else ops.straight_through_embedding
+        arguments = (x, own) if linear else (x,)
+        embedding, second, token = function(*arguments, table, other if two else None, tau=0.7, backend=backend)
+        assert torch.equal(token, z.argmax(-1))
+        assert torch.equal(embedding, table[token])
+        assert (second is None) is not two
+        (got,) = torch.autograd.grad(loss(embedding, second), x)
+        torch.testing.assert_close(got, meant, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_every_operator_compiles_in_one_graph_for_any_number_of_rows(backend):
+    own, where = head(), tables()
+    table = randn(V, DR, seed=3)
+
+    def everything(z, h, tokens):
+        stats = ops.relaxed_stats(z, 0.7, 0.5, 0.9, backend=backend)
+        linear = ops.linear_relaxed_stats(h, own, backend=backend)
+        hard, _, token = ops.straight_through_embedding(z, table, backend=backend)
+        linear_hard, _, _ = ops.linear_straight_through_embedding(h, own, table, backend=backend)
+        soft = ops.soft_embedding(z, table, backend=backend) + ops.linear_soft_embedding(h, own, table, backend=backend)
+        likelihood = ops.linear_log_likelihood(h, own, tokens, backend=backend)
+        norm = ops.gradient_norm(TokenGradient(h, h, h[:, :DR]), where, backend=backend)
+        first, count = ops.token_diff(tokens.unsqueeze(0), token.unsqueeze(0), backend=backend)
+        loss = (hard + linear_hard + soft).sum() + likelihood.sum()
+        return loss, stats.entropy, linear.mask, norm, first, count
+
+    compiled = torch.compile(everything, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (3, 5, 9):
+        z, h = randn(rows, V).requires_grad_(), randn(rows, D, seed=8).requires_grad_()
+        tokens = torch.arange(rows)
+        expected, got = everything(z, h, tokens), compiled(z, h, tokens)
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other)
+        grads = torch.autograd.grad(got[0], (z, h)), torch.autograd.grad(expected[0], (z, h))
+        for one, other in zip(*grads, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_compiled_step_updates_in_place(backend):
+    def run(state, tokens, rates, gradient, where):
+        return ops.dto_step(*state, tokens, rates, gradient, where, latents=True, max_steps=3, backend=backend)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    eager_args, compiled_args = step_arguments(3), step_arguments(3)
+    expected = run(eager_args[:4], *eager_args[4:])
+    got = compiled(compiled_args[:4], *compiled_args[4:])
+    assert not torch.equal(eager_args[0], step_arguments(3)[0]), "nothing moved"
+    for one, other in zip((*got, *compiled_args[:4]), (*expected, *eager_args[:4]), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_row_that_cannot_be_read_is_reported():
+    z = torch.stack([randn(V), torch.full((V,), -torch.inf), randn(V).index_fill(0, torch.tensor([3]), torch.nan)])
+    for backend in CPU_BACKENDS:
+        stats = ops.relaxed_stats(z, backend=backend)
+        assert (stats.token >= 0).tolist() == [True, False, False]
+        assert stats.mask.tolist() == [True, False, False]
+        assert stats.entropy.isnan().tolist() == [False, True, True]
+
+
+def test_the_environment_chooses_where_the_setting_is_auto(monkeypatch):
+    assert backends.resolve("relaxed_stats", "auto", "cpu") == "native"
+    monkeypatch.setenv("NABLA_FAST_BACKEND", "reference")
+    assert backends.resolve("relaxed_stats", "auto", "cpu") == "reference"
+    assert backends.resolve("relaxed_stats", "native", "cpu") == "native"
+    monkeypatch.setenv("NABLA_FAST_BACKEND", "tpu")
+    with pytest.raises(ValueError, match="backend must be one of .* got 'tpu'"):
+        backends.resolve("relaxed_stats", "auto", "cpu")
+
+
+def test_a_back_end_that_cannot_run_is_refused_with_the_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"'triton' cannot be used on cpu: it runs on CUDA, or .* TRITON_INTERPRET"):
+        backends.resolve("relaxed_stats", "triton", "cpu")
+    with pytest.raises(ValueError, match=r"'cuda' cannot be used on cpu: it does not run on cpu"):
+        backends.resolve("relaxed_stats", "cuda", "cpu")
+
+
+def test_every_operator_has_a_reference_and_availability_is_told_for_each():
+    table = backends.availability()
+    assert set(table) == set(backends.OPERATORS)
+    for reasons in table.values():
+        assert set(reasons) == {"reference", "native", "triton", "cuda"}
+        assert reasons["reference"] is None
+        assert reasons["native"] is None
