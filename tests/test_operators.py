@@ -221,7 +221,7 @@ def test_the_environment_chooses_where_the_setting_is_auto(monkeypatch):
     assert backends.resolve("relaxed_stats", "auto", "cpu") == "reference"
     assert backends.resolve("relaxed_stats", "native", "cpu") == "native"
     monkeypatch.setenv("NABLA_FAST_BACKEND", "tpu")
-    with pytest.raises(ValueError, match="backend must be one of .* got 'tpu'"):
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'tpu'"):
         backends.resolve("relaxed_stats", "auto", "cpu")
 
 

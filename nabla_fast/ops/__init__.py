@@ -1,4 +1,4 @@
-"""The operators of DTO. What each one means is in `nabla_fast.ops.reference`; who runs it, in `nabla_fast.ops.backends`."""
+"""The operators of DTO. `nabla_fast.ops.reference` says what each one means, `nabla_fast.ops.backends` who runs it."""
 
 from nabla_fast.ops.backends import OPERATORS, availability, resolve
 from nabla_fast.ops.objective import gradient_norm, linear_log_likelihood

@@ -81,7 +81,7 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def implementation(operator: str, backend: str) -> Callable[..., Any]:
     """The function of a back end that `resolve` has named."""
-    return getattr(importlib.import_module(_MODULES[backend]), operator)  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(_MODULES[backend]), operator)
 
 
 def why_not(operator: str, backend: str, device_type: str) -> str | None:
