@@ -133,16 +133,20 @@ def optimize(
         config: settings; None takes the defaults.
 
     Raises:
-        ValueError: if ``start`` or ``prefix_ids`` have another shape or range than these models need.
+        ValueError, TypeError: if ``messages``, ``prefix_ids`` or ``start`` have another type, shape, range or length
+            than these models need.
         FloatingPointError: if ``start`` or a model's output is not finite.
     """
     config = config or NablaConfig()
     language_model = LanguageModel(model, tokenizer)
     ops.resolve("dto_step", config.backend, language_model.device.type)
-    rewards = RewardModel(reward_model, reward_tokenizer, language_model, tokenizer)
-    prefix = tuple(torch.as_tensor(prefix_ids).long().flatten().tolist())
-    _check_start(start, prefix, language_model, config)
+    eos_token_ids = language_model.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
+    rewards = RewardModel(reward_model, reward_tokenizer, language_model, tokenizer, eos_token_ids)
+    prefix = _check_prefix(prefix_ids, language_model)
+    _check_start(start, language_model, config)
+    _check_messages(messages)
     prompt = tuple(generation_prompt_ids(tokenizer, messages))
+    _check_length(len(prompt) + len(prefix) + len(start), language_model)
     conversation = Conversation(prompt, rewards.chat_frame(messages), limit=len(prefix) + len(start))
     (seed,) = sequence_seeds(config.seed, [prompt])
     problem = Problem(conversation, prefix, start.to(language_model.device), seed)
@@ -247,11 +251,12 @@ class _Rows:
     def _record(self, i: int, steps: int, changes: int, evaluation: Evaluation) -> None:
         """Notes the steps that problem i made with one gradient; only the last of them can have changed a token."""
         problem, first = self.problems[i], self.steps_made[i]
+        log_likelihood = evaluation.log_likelihood_from(problem.position)
         for step in range(first, steps):
             last = step == steps - 1
             rate = float(self.learning_rates[step])
             problem.trace.append(
-                TraceStep(rate, step == first, changes if last else 0, evaluation.log_likelihood, evaluation.reward)
+                TraceStep(rate, step == first, changes if last else 0, log_likelihood, evaluation.reward)
             )
         problem.conversation.stats.dto_iterations += steps - first
         self.steps_made[i] = steps
@@ -327,14 +332,36 @@ def start_tokens(start: Tensor, latents: bool, seed: int, position: int, head: o
     return torch.cat(tokens)
 
 
-def _check_start(start: Tensor, prefix: tuple[int, ...], model: LanguageModel, config: NablaConfig) -> None:
+def _check_start(start: Tensor, model: LanguageModel, config: NablaConfig) -> None:
     width = model.head.weight.shape[1] if config.parameterization == "latents" else model.vocab_size
+    wanted = f"start must be a float tensor (m, {width}) of {config.parameterization} with m >= 1"
+    if not isinstance(start, Tensor):
+        raise TypeError(f"{wanted}, got {type(start).__name__}")
     if start.ndim != 2 or start.shape[0] < 1 or start.shape[1] != width or not start.is_floating_point():
-        raise ValueError(
-            f"start must be a float tensor (m, {width}) of {config.parameterization} with m >= 1, "
-            f"got {tuple(start.shape)} {start.dtype}"
-        )
+        raise ValueError(f"{wanted}, got {tuple(start.shape)} {start.dtype}")
     if not bool(start.isfinite().all()):
         raise FloatingPointError("start holds NaN or infinite values")
+
+
+def _check_prefix(prefix_ids: Sequence[int] | Tensor, model: LanguageModel) -> tuple[int, ...]:
+    ids = torch.as_tensor(prefix_ids)
+    if ids.ndim != 1 or (len(ids) > 0 and (ids.is_floating_point() or ids.dtype == torch.bool)):
+        raise ValueError(f"prefix_ids must be (n,) integer token ids, got {tuple(ids.shape)} {ids.dtype}")
+    prefix = tuple(ids.long().tolist())
     if any(not 0 <= token < model.vocab_size for token in prefix):
         raise ValueError(f"prefix_ids must hold token ids from 0 to {model.vocab_size - 1}, got {list(prefix)}")
+    return prefix
+
+
+def _check_messages(messages: Sequence[dict[str, Any]]) -> None:
+    is_chat = isinstance(messages, Sequence) and all(isinstance(message, Mapping) for message in messages)
+    if not is_chat or len(messages) == 0:
+        raise TypeError(f"messages must be a non-empty list of messages, got {messages!r}")
+
+
+def _check_length(tokens: int, model: LanguageModel) -> None:
+    if model.context_length is not None and tokens > model.context_length:
+        raise ValueError(
+            f"start is too long: {model.name} takes at most {model.context_length} tokens, got {tokens} with the "
+            "prompt and prefix_ids"
+        )

@@ -86,7 +86,7 @@ def generate(
 def make_pair(model: Any, tokenizer: Any, reward_model: Any, reward_tokenizer: Any, config: NablaConfig) -> Pair:
     """Checks two models and their tokenizers and makes them work together."""
     language_model = LanguageModel(model, tokenizer)
-    eos_token_ids = _eos_token_ids(model, tokenizer, config, language_model.vocab_size)
+    eos_token_ids = end_tokens(language_model, config)
     rewards = RewardModel(reward_model, reward_tokenizer, language_model, tokenizer, eos_token_ids)
     return Pair(language_model, tokenizer, rewards, eos_token_ids)
 
@@ -159,15 +159,17 @@ def response_limit(pair: Pair, index: int, prompt_ids: tuple[int, ...], frame: R
     return limit
 
 
-def _eos_token_ids(model: Any, tokenizer: Any, config: NablaConfig, vocab_size: int) -> frozenset[int]:
-    """The end tokens: the setting's, else the model's generation config, else the tokenizer's."""
-    if config.eos_token_ids is not None:
-        outside = [token for token in config.eos_token_ids if token >= vocab_size]
-        if outside:
-            raise ValueError(f"eos_token_ids must be below {vocab_size}, the vocabulary size, got {outside[0]}")
-        return frozenset(config.eos_token_ids)
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return frozenset(token for token in ids if token < vocab_size)
+def end_tokens(language_model: LanguageModel, config: NablaConfig) -> frozenset[int]:
+    """The end tokens of ``config``, else the model's own.
+
+    Raises:
+        ValueError: if one of ``config.eos_token_ids`` is not in the vocabulary.
+    """
+    if config.eos_token_ids is None:
+        return language_model.eos_token_ids
+    outside = [token for token in config.eos_token_ids if token >= language_model.vocab_size]
+    if outside:
+        raise ValueError(
+            f"eos_token_ids must be below {language_model.vocab_size}, the vocabulary size, got {outside[0]}"
+        )
+    return frozenset(config.eos_token_ids)

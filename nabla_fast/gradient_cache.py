@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -17,18 +18,27 @@ class Evaluation:
     Attributes:
         start: first response position that the factors cover.
         factors: token gradient of positions start, start + 1, ... (m rows).
-        log_likelihood: sum of log pi over those positions.
+        log_likelihoods: log pi at each of those positions.
         reward: of the whole response.
     """
 
     start: int
     factors: TokenGradient
-    log_likelihood: float
+    log_likelihoods: tuple[float, ...]
     reward: float
 
     def rows_from(self, position: int) -> TokenGradient:
         """The factors of response positions ``position`` and later; a view."""
         return self.factors.rows(slice(position - self.start, None))
+
+    @property
+    def log_likelihood(self) -> float:
+        """Sum of log pi over all of those positions."""
+        return self.log_likelihood_from(self.start)
+
+    def log_likelihood_from(self, position: int) -> float:
+        """Sum of log pi over response positions ``position`` and later."""
+        return math.fsum(self.log_likelihoods[position - self.start :])
 
     @property
     def nbytes(self) -> int:

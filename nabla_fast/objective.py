@@ -128,8 +128,10 @@ class Objective:
             )
         ]
 
-    def _likelihood_gradient(self, requests: Sequence[Request]) -> tuple[list[Tensor], list[Tensor], list[float]]:
-        """Per request: h^pi (m, d), a = dL/d(embedding weight row) (m, d), sum of log pi over the m positions."""
+    def _likelihood_gradient(
+        self, requests: Sequence[Request]
+    ) -> tuple[list[Tensor], list[Tensor], list[tuple[float, ...]]]:
+        """Per request: h^pi (m, d), a = dL/d(embedding weight row) (m, d), log pi at each of the m positions."""
         model = self.language_model
         ids = [torch.tensor([*r.conversation.prompt_ids, *r.response], device=model.device) for r in requests]
         lengths = torch.tensor([len(i) for i in ids], device=model.device)
@@ -144,9 +146,9 @@ class Objective:
         scale = -self.config.nll_coeff * model.embedding.scale
         factors = [ops.upcast(grad[row, span]) * scale for row, span in enumerate(spans)]
         self._require_finite([*factors, log_pi], model.name)
-        sums = [float(part.sum()) for part in log_pi.detach().split([span.stop - span.start for span in spans])]
+        values = [tuple(part.tolist()) for part in log_pi.detach().split([span.stop - span.start for span in spans])]
         # Copies: a view would keep the whole batch's states alive in the cache.
-        return [h.detach().clone() for h in hidden], factors, sums
+        return [h.detach().clone() for h in hidden], factors, values
 
     def _reward_gradient(self, requests: Sequence[Request]) -> tuple[list[Tensor], list[float]]:
         """Per request: b = dL/d(reward embedding weight row) (m, d_r), and the reward."""

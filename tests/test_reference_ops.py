@@ -243,16 +243,28 @@ def step_by_autograd(
 
 
 def run_steps(
-    parameters: Tensor, gradient: Tensor | TokenGradient, where: Tables, **options: Any
+    parameters: Tensor,
+    gradient: Tensor | TokenGradient,
+    where: Tables,
+    *,
+    latents: bool,
+    hard_noise: Tensor | None = None,
+    rates: tuple[float, ...] = (0.3, 0.2, 0.05),
+    **options: Any,
 ) -> tuple[Tensor, ...]:
-    """Three steps of `dto_step`: parameters, moments and tokens."""
+    """Steps of `dto_step` with one gradient, whatever the tokens do: parameters, moments and tokens."""
     parameters, m, v = parameters.clone(), torch.zeros_like(parameters), torch.zeros_like(parameters)
-    count, rates = torch.zeros(len(parameters), dtype=torch.long), torch.tensor((0.3, 0.2, 0.05), dtype=torch.float64)
-    tokens = reference.hard_tokens(parameters, where.head, options["latents"], options.get("hard_noise"))
+    step = torch.zeros(len(parameters), dtype=torch.long)
     for _ in rates:
-        # Whatever the tokens do, the gradient is taken to hold.
-        tokens, _ = reference.dto_step(parameters, m, v, count, tokens, rates, gradient, where, **options)
-    assert count.tolist() == [3] * len(parameters)
+        before = reference.hard_tokens(parameters, where.head, latents, hard_noise)
+        tokens, changed = reference.dto_step(
+            *(parameters, m, v, step, before, torch.tensor(rates, dtype=torch.float64), gradient, where),
+            latents=latents,
+            hard_noise=hard_noise,
+            **options,
+        )
+        assert torch.equal(changed, tokens != before)
+    assert step.tolist() == [len(rates)] * len(parameters)
     return parameters, m, v, tokens
 
 
@@ -312,11 +324,8 @@ def test_latents_gradient_is_the_difference_of_two_weighted_means_of_the_head(
     s, q = e.sum(-1, keepdim=True), (e * dense).sum(-1, keepdim=True)
     a, b = (e * dense * slope) @ weight, (e * slope) @ weight
     identity = (a / s - q / s * b / s) / tau
-    moments = torch.zeros_like(h), torch.zeros_like(h)
-    count, tokens = torch.zeros(len(h), dtype=torch.long), reference.hard_tokens(h, where.head, True)
-    rates = torch.tensor([0.1], dtype=torch.float64)
-    reference.dto_step(h.clone(), *moments, count, tokens, rates, factors, where, latents=True, tau=tau)
-    assert float((moments[0] / 0.1 - identity).abs().max()) < 1e-12
+    _, moment, _, _ = run_steps(h, factors, where, latents=True, tau=tau, rates=(0.1,))
+    assert float((moment / 0.1 - identity).abs().max()) < 1e-12
     autograd = step_by_autograd(h, dense, where, True, tau, None)
     assert float((autograd - identity).abs().max()) < 1e-12
 
@@ -355,6 +364,62 @@ def test_rows_with_nan_do_not_reach_other_rows() -> None:
     assert bool(ours[0][1].isnan().all())
     for mine, expected in zip(ours, meant, strict=True):
         assert torch.equal(mine[[0, 2]], expected[[0, 2]])
+
+
+STEPS = 15
+RATES = torch.linspace(0.2, 0.02, STEPS, dtype=torch.float64)
+
+
+def fresh_state(seed: int = 22) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents, moments and step counts of seven rows."""
+    start = randn(7, D, seed=seed)
+    return start, torch.zeros_like(start), torch.zeros_like(start), torch.zeros(7, dtype=torch.long)
+
+
+@pytest.mark.parametrize("group", [None, [0, 0, 1, 2, 2, 2, 3]])
+def test_many_steps_in_one_call_stop_before_the_first_stale_gradient(group: list[int] | None) -> None:
+    """As one step after the other does, where a row goes on only while no token of its group has changed."""
+    where = tables()
+    _, factors = random_gradient(7, where)
+    together = torch.arange(7) if group is None else torch.tensor(group)
+    parameters, m, v, step = fresh_state()
+    tokens = reference.hard_tokens(parameters, where.head, True)
+    one_by_one = fresh_state()
+    moves = torch.ones(7, dtype=torch.bool)
+    for _ in range(STEPS):
+        for row in moves.nonzero().flatten().tolist():
+            alone = [state[row : row + 1] for state in one_by_one]
+            gradient = factors.rows(slice(row, row + 1))
+            reference.dto_step(*alone, tokens[row : row + 1], RATES, gradient, where, latents=True)
+        changed = reference.hard_tokens(one_by_one[0], where.head, True) != tokens
+        moves = ~torch.isin(together, together[changed])
+    now, stale = reference.dto_step(
+        *(parameters, m, v, step, tokens, RATES, factors, where),
+        latents=True,
+        group=None if group is None else together,
+        max_steps=99,
+    )
+    for mine, expected in zip((parameters, m, v, step), one_by_one, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-13)
+    assert torch.equal(now, reference.hard_tokens(parameters, where.head, True))
+    assert torch.equal(stale, now != tokens)
+    assert 0 < int(stale.sum()) < 7
+    assert group is not None or int(step.max()) == STEPS
+    assert len(set(step.tolist())) > 2
+
+
+def test_rows_without_steps_left_or_with_a_stale_gradient_stay_as_they_are() -> None:
+    where = tables()
+    _, factors = random_gradient(7, where)
+    parameters, m, v, step = fresh_state()
+    step[2] = STEPS
+    tokens = reference.hard_tokens(parameters, where.head, True)
+    tokens[4] = (tokens[4] + 1) % V
+    _, stale = reference.dto_step(parameters, m, v, step, tokens, RATES, factors, where, latents=True)
+    moved = (parameters != fresh_state()[0]).any(1)
+    assert moved.tolist() == [True, True, False, True, False, True, True]
+    assert step.tolist() == [1, 1, STEPS, 1, 0, 1, 1]
+    assert bool(stale[4])
 
 
 def test_hard_tokens_follow_the_noise_where_it_is_given() -> None:

@@ -59,6 +59,7 @@ class LanguageModel:
         head: output head over V tokens.
         embedding: input embedding table over V tokens.
         name: what errors call the model.
+        eos_token_ids: the end tokens of the model's generation config, else the tokenizer's.
         context_length: most positions the model takes, None if it does not say.
 
     Raises:
@@ -81,6 +82,7 @@ class LanguageModel:
         self.head = Head(lm_head.weight.detach()[: self.vocab_size], _logit_factor(model), _softcap(model))
         self.embedding = embedding_table(model, self.name, self.vocab_size)
         self.context_length: int | None = context_length(model)
+        self.eos_token_ids = _eos_token_ids(model, tokenizer, self.vocab_size)
         self._check_head(lm_head)
 
     @property
@@ -188,6 +190,14 @@ def require_eval(model: Any, name: str) -> None:
     """Raises ValueError for a model in training mode: dropout would make its gradients random."""
     if model.training:
         raise ValueError(f"{name} is in training mode; call .eval() on it first")
+
+
+def _eos_token_ids(model: Any, tokenizer: Any, vocab_size: int) -> frozenset[int]:
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return frozenset(token for token in ids if token < vocab_size)
 
 
 def _describe(model: Any, argument: str) -> str:
