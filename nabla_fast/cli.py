@@ -103,8 +103,12 @@ def doctor(
 
 def quiet_transformers() -> None:
     """Leaves the terminal to our own progress display."""
+    import warnings
+
     from transformers.utils import logging
 
+    # Its advice on its own deprecations is for those who call it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -187,6 +187,7 @@ def _under_progress(
     observer = ProgressObserver(label)
     with observer.progress:
         output: NablaOutput = method(*models, questions, config, observer=observer)
+        observer.progress.update(observer.task, description=f"{label}: done")
     return output
 
 
