@@ -1,13 +1,38 @@
 // The index of everything native. Schemas, fake kernels and autograd formulas live in Python, so that the operators
 // exist without this library; here only kernels are added to them, and either side may be loaded first.
+#include <ATen/Version.h>
 #include <torch/library.h>
+
+#include <string>
 
 #include "cpu/operators.h"
 
-TORCH_LIBRARY_IMPL(nabla_fast, CPU, m) {
-  m.impl("token_diff", &nabla_fast::cpu::token_diff);
-  m.impl("relaxed_stats", &nabla_fast::cpu::relaxed_stats);
+namespace {
+
+#define NABLA_FAST_REGISTER(capability, name) m.impl("native_" #name, &nabla_fast::cpu::capability::name);
+#define NABLA_FAST_REGISTER_DEFAULT(name, result, arguments) NABLA_FAST_REGISTER(DEFAULT, name)
+#define NABLA_FAST_REGISTER_AVX2(name, result, arguments) NABLA_FAST_REGISTER(AVX2, name)
+#define NABLA_FAST_REGISTER_AVX512(name, result, arguments) NABLA_FAST_REGISTER(AVX512, name)
+
+// The list of operators stands in cpu/operators.h.
+void register_cpu(torch::Library& m) {
+#ifdef NABLA_FAST_X86
+  const std::string capability = at::get_cpu_capability();
+  if (capability == "AVX512") {
+    NABLA_FAST_CPU_OPERATORS(NABLA_FAST_REGISTER_AVX512)
+    return;
+  }
+  if (capability == "AVX2") {
+    NABLA_FAST_CPU_OPERATORS(NABLA_FAST_REGISTER_AVX2)
+    return;
+  }
+#endif
+  NABLA_FAST_CPU_OPERATORS(NABLA_FAST_REGISTER_DEFAULT)
 }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(nabla_fast, CPU, m) { register_cpu(m); }
 
 // Read through ctypes by the environment report: plain C, because it must answer before any operator is called.
 extern "C" __attribute__((visibility("default"))) const char* nabla_fast_build_info() {

@@ -22,6 +22,7 @@ LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 """Maps (input_ids (B, T), scores (B, V)) to scores, as transformers' logits processors do."""
 
 _MASK = 0xFFFFFFFF
+_LIFT = 1e-4
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,9 @@ def anchor_noise(logits: Tensor, sampling: Sampling, keys: Sequence[NoiseKey], t
     drawn = tokens.unsqueeze(-1)
     perturbed = logits + noise
     best, winner = perturbed.max(-1, keepdim=True)
-    lifted = torch.nextafter(best, torch.full_like(best, torch.inf)) - logits.gather(-1, drawn)
-    # One ulp of the sum can be lost in the difference, so the margin is relative to both terms.
-    lifted = lifted + 4 * torch.finfo(logits.dtype).eps * (best.abs() + logits.gather(-1, drawn).abs())
+    own = logits.gather(-1, drawn)
+    # The margin is well above what float32 kernels that sum in another order make of the same logits.
+    lifted = best - own + _LIFT * (1 + best.abs() + own.abs())
     return torch.where(winner == drawn, noise, noise.scatter(-1, drawn, lifted))
 
 

@@ -1,148 +1,155 @@
+#include "online_softmax.h"
 #include "operators.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/vec.h>
-#include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
+#include <ATen/cpu/vec/functional.h>
 
 #include <algorithm>
 #include <array>
-#include <cmath>
-#include <limits>
 #include <type_traits>
-#include <vector>
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
 
 // A row is cut into parts of fixed length whatever the number of rows or threads, and the parts are merged from left
 // to right: a row's statistics are the same bits alone and in a batch.
 constexpr int64_t kPart = 8192;
-// A block is read twice, for its maximum and for its sums; the second reading comes from the first-level cache.
-constexpr int64_t kBlock = 1024;
+// Vectors that wait in registers while it is seen whether one of them raises the maximum.
+constexpr int kVectors = 8;
 
-// exp() of this is zero. Exponents are clamped to it, so that an entry of -inf adds 0 * finite = 0 to the entropy and
-// not 0 * -inf = NaN.
 template <typename acc_t>
-constexpr acc_t kVanishing = std::is_same_v<acc_t, double> ? acc_t(-800) : acc_t(-110);
+constexpr int64_t kBlock = kVectors * at::vec::Vectorized<acc_t>::size();
 
-// Of the entries seen so far, with x = (z - max) / tau. The sums are double: a vocabulary's worth of float32 additions
-// would cost digits, and there is one addition per block.
-struct State {
-  double max = -std::numeric_limits<double>::infinity();
-  double sum = 0;             // sum of exp(x)
-  double weighted = 0;        // sum of exp(x) * x
-  int64_t token = -1;         // lowest index of the maximum
-  bool undefined = false;     // NaN or +inf seen: a maximum would drop the first and exp() choke on the second
-
-  // Makes `value` the maximum: x moves by `shift`, exp(x) by the factor exp(shift).
-  void raise_max(double value, int64_t index, double inverse_tau) {
-    if (sum > 0) {
-      const double shift = (max - value) * inverse_tau;
-      const double factor = std::exp(shift);
-      weighted = factor > 0 ? factor * (weighted + shift * sum) : 0;
-      sum *= factor;
-    }
-    max = value;
-    token = index;
+template <typename scalar_t, typename Vec>
+void load_block(const scalar_t* z, std::array<Vec, kVectors>& x) {
+  if constexpr (std::is_same_v<scalar_t, typename Vec::value_type>) {
+    for (int k = 0; k < kVectors; ++k) x[k] = Vec::loadu(z + k * Vec::size());
+  } else {
+    for (int k = 0; k < kVectors; k += 2) at::vec::load_to_float<scalar_t>(z + k * Vec::size(), x[k], x[k + 1]);
   }
-
-  void merge_right(State other, double inverse_tau) {
-    undefined |= other.undefined;
-    if (other.token < 0) return;
-    if (other.max > max) {
-      raise_max(other.max, other.token, inverse_tau);
-    } else {
-      other.raise_max(max, other.token, inverse_tau);
-    }
-    sum += other.sum;
-    weighted += other.weighted;
-  }
-};
-
-// Adds `size` entries, the first of which is entry `offset` of its row.
-template <typename acc_t>
-void add_block(State& state, const acc_t* z, int64_t size, int64_t offset, double inverse_tau) {
-  using Vec = at::vec::Vectorized<acc_t>;
-  constexpr acc_t kInfinity = std::numeric_limits<acc_t>::infinity();
-
-  acc_t block_max = -kInfinity;
-  bool undefined = false;
-  for (int64_t i = 0; i < size; ++i) {
-    undefined |= !(z[i] < kInfinity);
-    block_max = z[i] > block_max ? z[i] : block_max;
-  }
-  state.undefined |= undefined;
-  if (state.undefined || block_max == -kInfinity) return;
-  if (block_max > state.max) {
-    state.raise_max(block_max, offset + (std::find(z, z + size, block_max) - z), inverse_tau);
-  }
-
-  const Vec max(static_cast<acc_t>(state.max));
-  const Vec scale(static_cast<acc_t>(inverse_tau));
-  const Vec vanishing(kVanishing<acc_t>);
-  Vec sum(acc_t(0));
-  Vec weighted(acc_t(0));
-  const auto add = [&](const Vec& entries) {
-    const Vec x = at::vec::maximum((entries - max) * scale, vanishing);
-    const Vec e = x.exp();
-    sum = sum + e;
-    weighted = weighted + e * x;
-  };
-  int64_t i = 0;
-  for (; i + Vec::size() <= size; i += Vec::size()) add(Vec::loadu(z + i));
-  if (i < size) {
-    // The lanes behind the row's end must add nothing.
-    std::array<acc_t, Vec::size()> tail;
-    tail.fill(-kInfinity);
-    std::copy(z + i, z + size, tail.begin());
-    add(Vec::loadu(tail.data()));
-  }
-  std::array<acc_t, Vec::size()> lanes;
-  sum.store(lanes.data());
-  for (const acc_t lane : lanes) state.sum += lane;
-  weighted.store(lanes.data());
-  for (const acc_t lane : lanes) state.weighted += lane;
 }
 
-// The state of entries [begin, end) of one row of any element type and stride.
+// Adds up one part of a row, block by block.
 template <typename scalar_t>
-State reduce_part(const scalar_t* row, int64_t stride, int64_t begin, int64_t end, double inverse_tau) {
+class Reducer {
   using acc_t = at::opmath_type<scalar_t>;
-  State state;
-  std::array<acc_t, kBlock> buffer;
-  for (int64_t offset = begin; offset < end; offset += kBlock) {
-    const int64_t size = std::min(kBlock, end - offset);
-    if constexpr (std::is_same_v<scalar_t, acc_t>) {
-      if (stride == 1) {
-        add_block<acc_t>(state, row + offset, size, offset, inverse_tau);
-        continue;
+  using Vec = at::vec::Vectorized<acc_t>;
+
+ public:
+  explicit Reducer(double inverse_tau)
+      : inverse_tau_(inverse_tau), scale_(static_cast<acc_t>(inverse_tau * Power<acc_t>::kUnits)) {}
+
+  void add_block(const scalar_t* z, int64_t offset) {
+    std::array<Vec, kVectors> x;
+    load_block(z, x);
+    // clamp_min is the bare instruction. It may drop a NaN, which the sum below will show.
+    const Vec max = at::vec::clamp_min(
+        at::vec::clamp_min(at::vec::clamp_min(x[0], x[1]), at::vec::clamp_min(x[2], x[3])),
+        at::vec::clamp_min(at::vec::clamp_min(x[4], x[5]), at::vec::clamp_min(x[6], x[7])));
+    // As seldom as the logarithm of the row's length, where the order is random.
+    if ((max > max_).zero_mask() != kNoLane) raise_max(max, offset);
+    const Vec lowest(Power<acc_t>::kLowest);
+    for (int k = 0; k < kVectors; ++k) {
+      const Vec y = at::vec::clamp_min((x[k] - subtract_) * scale_, lowest);
+      const Vec e = Power<acc_t>::of(y);
+      sum_[k % 2] = sum_[k % 2] + e;
+      weighted_[k % 2] = at::vec::fmadd(e, y, weighted_[k % 2]);
+    }
+  }
+
+  // The last entries of the part, less than a block of them.
+  void add_tail(const scalar_t* z, int64_t size, int64_t offset) {
+    std::array<scalar_t, kBlock<acc_t>> padded;
+    padded.fill(-std::numeric_limits<scalar_t>::infinity());
+    std::copy(z, z + size, padded.begin());
+    add_block(padded.data(), offset);
+  }
+
+  // The block that holds the maximum begins here, if any entry is above -inf.
+  int64_t max_offset() const { return max_offset_; }
+
+  State state() const {
+    State state;
+    state.max = scalar_max_;
+    const auto plus = [](const Vec& a, const Vec& b) { return a + b; };
+    state.sum = at::vec::vec_reduce_all<acc_t>(plus, sum_[0] + sum_[1]);
+    state.weighted = at::vec::vec_reduce_all<acc_t>(plus, weighted_[0] + weighted_[1]) / Power<acc_t>::kUnits;
+    return state;
+  }
+
+ private:
+  static constexpr int kNoLane = Vec::size() == 32 ? -1 : (1 << Vec::size()) - 1;
+
+  void raise_max(const Vec& block_max, int64_t offset) {
+    const auto larger = [](const Vec& a, const Vec& b) { return at::vec::clamp_min(a, b); };
+    const acc_t value = at::vec::vec_reduce_all<acc_t>(larger, at::vec::clamp_min(max_, block_max));
+    if (max_offset_ >= 0) {
+      const double shift = (static_cast<double>(scalar_max_) - value) * inverse_tau_;
+      const acc_t factor = static_cast<acc_t>(std::exp(shift));
+      const Vec units(factor > 0 ? static_cast<acc_t>(shift * Power<acc_t>::kUnits) : acc_t(0));
+      for (int k = 0; k < 2; ++k) {
+        weighted_[k] = (weighted_[k] + units * sum_[k]) * Vec(factor);
+        sum_[k] = sum_[k] * Vec(factor);
       }
     }
-    for (int64_t i = 0; i < size; ++i) buffer[i] = static_cast<acc_t>(row[(offset + i) * stride]);
-    add_block<acc_t>(state, buffer.data(), size, offset, inverse_tau);
+    scalar_max_ = value;
+    max_offset_ = offset;
+    max_ = Vec(value);
+    subtract_ = max_;
+  }
+
+  double inverse_tau_;
+  Vec scale_;
+  Vec max_{-std::numeric_limits<acc_t>::infinity()};
+  Vec subtract_{acc_t(0)};  // the maximum, or 0 while there is none: -inf - -inf would be NaN
+  std::array<Vec, 2> sum_{Vec(acc_t(0)), Vec(acc_t(0))};
+  std::array<Vec, 2> weighted_{Vec(acc_t(0)), Vec(acc_t(0))};
+  acc_t scalar_max_ = -std::numeric_limits<acc_t>::infinity();
+  int64_t max_offset_ = -1;
+};
+
+// The state of `size` entries in a row, the first of which is entry `first` of its row.
+template <typename scalar_t>
+State reduce_part(const scalar_t* z, int64_t size, int64_t first, double inverse_tau) {
+  constexpr int64_t block = kBlock<at::opmath_type<scalar_t>>;
+  Reducer<scalar_t> reducer(inverse_tau);
+  int64_t offset = 0;
+  for (; offset + block <= size; offset += block) reducer.add_block(z + offset, offset);
+  if (offset < size) reducer.add_tail(z + offset, size - offset, offset);
+  State state = reducer.state();
+  if (reducer.max_offset() >= 0) {
+    const scalar_t* begin = z + reducer.max_offset();
+    const scalar_t* end = std::min(begin + block, z + size);
+    const scalar_t* position = std::find_if(begin, end, [&](scalar_t value) { return double(value) == state.max; });
+    state.token = first + (position - z);
   }
   return state;
 }
 
 template <typename scalar_t>
-std::vector<State> reduce_rows(const at::Tensor& logits, double inverse_tau) {
-  const int64_t rows = logits.size(0);
-  const int64_t columns = logits.size(1);
-  const int64_t row_stride = logits.stride(0);
-  const int64_t column_stride = logits.stride(1);
+std::vector<State> reduce_rows(const at::Tensor& z, double inverse_tau) {
+  const int64_t rows = z.size(0);
+  const int64_t columns = z.size(1);
+  const int64_t row_stride = z.stride(0);
+  const int64_t column_stride = z.stride(1);
   const int64_t parts = (columns + kPart - 1) / kPart;
-  const auto* data = logits.const_data_ptr<scalar_t>();
+  const auto* data = z.const_data_ptr<scalar_t>();
 
   std::vector<State> states(rows * parts);
   const int64_t grain = std::max<int64_t>(1, kPart / columns);
   at::parallel_for(0, rows * parts, grain, [&](int64_t task_begin, int64_t task_end) {
+    std::vector<scalar_t> gathered(column_stride == 1 ? 0 : std::min(kPart, columns));
     for (int64_t task = task_begin; task < task_end; ++task) {
-      const int64_t begin = task % parts * kPart;
-      states[task] = reduce_part(data + task / parts * row_stride, column_stride, begin,
-                                 std::min(begin + kPart, columns), inverse_tau);
+      const int64_t first = task % parts * kPart;
+      const int64_t size = std::min(kPart, columns - first);
+      const scalar_t* part = data + task / parts * row_stride + first * column_stride;
+      if (column_stride != 1) {
+        for (int64_t i = 0; i < size; ++i) gathered[i] = part[i * column_stride];
+        part = gathered.data();
+      }
+      states[task] = reduce_part(part, size, first, inverse_tau);
     }
   });
 
@@ -153,48 +160,18 @@ std::vector<State> reduce_rows(const at::Tensor& logits, double inverse_tau) {
   return merged;
 }
 
-template <typename acc_t>
-void write_row(const State& state, double inverse_tau, acc_t* max_prob, acc_t* lse, acc_t* entropy, int64_t* token) {
-  if (state.undefined || state.token < 0) {
-    *max_prob = *lse = *entropy = std::numeric_limits<acc_t>::quiet_NaN();
-    *token = -1;
-    return;
-  }
-  const double log_sum = std::log(state.sum);
-  *max_prob = static_cast<acc_t>(1 / state.sum);
-  *lse = static_cast<acc_t>(state.max * inverse_tau + log_sum);
-  // Never below zero, rounding or not: the maximum adds exactly 1 to the sum, and nothing adds to weighted.
-  *entropy = static_cast<acc_t>(log_sum - state.weighted / state.sum);
-  *token = state.token;
-}
-
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> relaxed_stats(const at::Tensor& logits, double tau) {
-  TORCH_CHECK(logits.dim() == 2, "relaxed_stats: z must have shape (N, V), got ", logits.sizes());
-  TORCH_CHECK(logits.size(1) > 0, "relaxed_stats: z must have at least one column, got ", logits.sizes());
-  const double inverse_tau = 1 / tau;
-  // Not a normal float: 1 / tau is zero or infinite where float32 rows are scaled by it.
-  TORCH_CHECK_VALUE(tau > 0 && std::isnormal(static_cast<float>(inverse_tau)),
-                    "relaxed_stats: tau must be positive, with 1 / tau in float32's range, got ", tau);
-
-  const int64_t rows = logits.size(0);
-  const auto dtype = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  at::Tensor max_prob = at::empty({rows}, logits.options().dtype(dtype));
-  at::Tensor lse = at::empty({rows}, logits.options().dtype(dtype));
-  at::Tensor entropy = at::empty({rows}, logits.options().dtype(dtype));
-  at::Tensor token = at::empty({rows}, logits.options().dtype(at::kLong));
-
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "relaxed_stats", [&] {
-    using acc_t = at::opmath_type<scalar_t>;
-    const std::vector<State> states = reduce_rows<scalar_t>(logits, inverse_tau);
-    for (int64_t row = 0; row < rows; ++row) {
-      write_row<acc_t>(states[row], inverse_tau, max_prob.mutable_data_ptr<acc_t>() + row,
-                       lse.mutable_data_ptr<acc_t>() + row, entropy.mutable_data_ptr<acc_t>() + row,
-                       token.mutable_data_ptr<int64_t>() + row);
-    }
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> relaxed_stats(const at::Tensor& z, double tau) {
+  TORCH_CHECK(z.dim() == 2, "relaxed_stats: z must have shape (N, V), got ", z.sizes());
+  TORCH_CHECK(z.size(1) > 0, "relaxed_stats: z must have at least one column, got ", z.sizes());
+  const double inverse_tau = checked_inverse(tau, "relaxed_stats");
+  FourTensors statistics;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, z.scalar_type(), "relaxed_stats", [&] {
+    statistics = relaxed_statistics<at::opmath_type<scalar_t>>(reduce_rows<scalar_t>(z, inverse_tau), z.size(0),
+                                                               inverse_tau, z.options());
   });
-  return {max_prob, lse, entropy, token};
+  return statistics;
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::cpu::CPU_CAPABILITY

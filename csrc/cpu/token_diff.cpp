@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
 
 // Below this many tokens a second thread costs more than it saves.
@@ -47,4 +47,4 @@ std::tuple<at::Tensor, at::Tensor> token_diff(const at::Tensor& old_tokens, cons
   return {first, count};
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::cpu::CPU_CAPABILITY

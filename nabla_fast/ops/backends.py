@@ -37,10 +37,11 @@ _MODULES = {
     "triton": "nabla_fast.ops.triton",
     "cuda": "nabla_fast.ops.cuda",
 }
-# What a setting tries, in order. "cuda" has what Triton cannot say well, and Triton the rest.
+# What a setting tries, in order. "cuda" has what Triton cannot say well, and Triton the rest. Neither has run on a GPU
+# yet, so "auto" does not choose them there; they can be asked for by name.
 _PREFERENCES = {
     ("auto", "cpu"): ("native", "reference"),
-    ("auto", "cuda"): ("cuda", "triton", "reference"),
+    ("auto", "cuda"): ("reference",),
     ("reference", "cpu"): ("reference",),
     ("reference", "cuda"): ("reference",),
     ("native", "cpu"): ("native",),

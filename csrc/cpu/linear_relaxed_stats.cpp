@@ -1,0 +1,63 @@
+#include "operators.h"
+#include "tile_softmax.h"
+
+namespace nabla_fast::cpu::CPU_CAPABILITY {
+namespace {
+
+// One pass over the head for at most kRowsPerPass rows.
+template <typename acc_t>
+std::vector<State> reduce_pass(const at::Tensor& h, const Table& table, const HeadTransform& transform,
+                               double inverse_tau) {
+  const Rows<acc_t> rows(h, table);
+  const Split split(table.entries, table.width);
+  std::vector<std::vector<State>> states(split.parts);
+  split.run([&](int64_t part, int64_t first, int64_t last) {
+    // Of this thread's own memory while it is written to.
+    std::vector<State> own(rows.padded_rows());
+    std::vector<acc_t> logits(split.tile * kPanel);
+    std::vector<double> factors(kPanel);
+    TableTile<acc_t> tile;
+    for (int64_t index = first; index < last; ++index) {
+      const int64_t begin = split.begin(index);
+      const int64_t size = split.size(index);
+      if (!rows.bfloat16()) tile.load(table, begin, size);
+      for (int64_t panel = 0; panel < rows.panels(); ++panel) {
+        const int64_t columns = rows.columns(panel);
+        rows.multiply(table, tile, begin, size, panel, logits.data(), false);
+        transform.apply(logits.data(), size * columns);
+        add_tile<false>(logits.data(), size, columns, begin, inverse_tau, own.data() + panel * kPanel, factors.data());
+      }
+    }
+    states[part] = std::move(own);
+  });
+  return merge_parts(states, inverse_tau);
+}
+
+template <typename acc_t>
+std::vector<State> reduce(const at::Tensor& h, const at::Tensor& weight, const HeadTransform& transform,
+                          double inverse_tau) {
+  const Table table(weight);
+  std::vector<State> states;
+  for (int64_t row = 0; row < h.size(0); row += kRowsPerPass) {
+    const int64_t rows = std::min(kRowsPerPass, h.size(0) - row);
+    const std::vector<State> pass = reduce_pass<acc_t>(h.narrow(0, row, rows), table, transform, inverse_tau);
+    states.insert(states.end(), pass.begin(), pass.begin() + rows);
+  }
+  return states;
+}
+
+}  // namespace
+
+FourTensors linear_relaxed_stats(const Tensor& h, const Tensor& weight, double scale, double softcap, double tau) {
+  check_product("linear_relaxed_stats", h, weight);
+  const double inverse_tau = checked_inverse(tau, "linear_relaxed_stats");
+  const HeadTransform transform{scale, softcap};
+  if (h.scalar_type() == at::kDouble || weight.scalar_type() == at::kDouble) {
+    return relaxed_statistics<double>(reduce<double>(h, weight, transform, inverse_tau), h.size(0), inverse_tau,
+                                      h.options());
+  }
+  return relaxed_statistics<float>(reduce<float>(h, weight, transform, inverse_tau), h.size(0), inverse_tau,
+                                   h.options());
+}
+
+}  // namespace nabla_fast::cpu::CPU_CAPABILITY

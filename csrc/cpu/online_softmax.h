@@ -1,0 +1,153 @@
+// What a softmax over a row adds up to, entry by entry, while the row's maximum is still rising.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+namespace nabla_fast::cpu::CPU_CAPABILITY {
+namespace {
+
+// Exponentials count in the units that their implementation likes: exp(y) = power(y * kUnits), y <= 0.
+template <typename acc_t>
+struct Power;
+
+template <>
+struct Power<float> {
+  static constexpr double kUnits = 1.4426950408889634;  // of log2
+  // What is further below the maximum counts as 2^-126, which no float32 sum with a 1 in it can see. It keeps an entry
+  // of -inf from adding 0 * inf = NaN to the entropy, and the exponent of the result a normal one.
+  static constexpr float kLowest = -126;
+
+  // 2^x for -126 <= x <= 0, exactly 1 for 0. Relative error below 2e-7: that of the minimax polynomials is 1e-7, the
+  // rest is rounding, and its mean over x is below 2e-8.
+  static at::vec::Vectorized<float> of(const at::vec::Vectorized<float>& x) {
+    using Vec = at::vec::Vectorized<float>;
+#ifdef CPU_CAPABILITY_AVX512
+    const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const Vec p = polynomial(f, {1.8671300495043397e-3f, 9.017030708491802e-3f, 5.579991266131401e-2f,
+                                 0.24016444385051727f, 0.6931512951850891f});
+    return _mm512_scalef_ps(p, x);
+#else
+    // Adding it rounds to an integer, whose bits are then the lowest ones of the sum.
+    const Vec magic(12582912.0f);
+    const Vec shifted = x + magic;
+    const Vec f = x - (shifted - magic);
+    const Vec p = polynomial(f, {1.326472731307149e-3f, 9.671512991189957e-3f, 5.550733581185341e-2f,
+                                 0.24022242426872253f, 0.6931470036506653f});
+    const auto exponent = at::vec::cast<int32_t>(shifted) << at::vec::Vectorized<int32_t>(23);
+    return at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
+#endif
+  }
+
+ private:
+  static at::vec::Vectorized<float> polynomial(const at::vec::Vectorized<float>& f,
+                                               const std::array<float, 5>& coefficients) {
+    using Vec = at::vec::Vectorized<float>;
+    Vec p(coefficients[0]);
+    for (int k = 1; k < 5; ++k) p = at::vec::fmadd(p, f, Vec(coefficients[k]));
+    return at::vec::fmadd(p, f, Vec(1.0f));
+  }
+};
+
+template <>
+struct Power<double> {
+  static constexpr double kUnits = 1;
+  static constexpr double kLowest = -700;
+
+  static at::vec::Vectorized<double> of(const at::vec::Vectorized<double>& x) { return x.exp(); }
+};
+
+// Not NaN and not -inf, of which nothing can be subtracted.
+template <typename acc_t>
+acc_t finite_or_zero(double max) {
+  return max == -std::numeric_limits<double>::infinity() ? acc_t(0) : static_cast<acc_t>(max);
+}
+
+// Of the entries seen so far, with y = (z - max) / tau. The sums are double: a vocabulary's worth of float32 additions
+// would cost digits, and there is one addition per block. Rows that hold NaN or +inf show it in `sum`, which is NaN.
+struct State {
+  double max = -std::numeric_limits<double>::infinity();
+  double sum = 0;       // sum of exp(y)
+  double weighted = 0;  // sum of exp(y) * y
+  int64_t token = -1;   // lowest index of the maximum
+
+  // Makes `value` the maximum: y moves by a shift, exp(y) by the factor that is returned.
+  double raise_max(double value, int64_t index, double inverse_tau) {
+    double factor = 0;
+    if (token >= 0) {
+      const double shift = (max - value) * inverse_tau;
+      factor = std::exp(shift);
+      // A shift of -inf times a factor of 0 would be NaN, and so would be the right answer for a row with +inf in it.
+      weighted = factor > 0 ? factor * (weighted + shift * sum) : sum * 0;
+      sum *= factor;
+    }
+    max = value;
+    token = index;
+    return factor;
+  }
+
+  void merge_right(State other, double inverse_tau) {
+    if (other.max > max) {
+      raise_max(other.max, other.token, inverse_tau);
+    } else {
+      other.raise_max(max, other.token, inverse_tau);
+    }
+    sum += other.sum;
+    weighted += other.weighted;
+  }
+
+  bool defined() const { return token >= 0 && std::isfinite(sum) && std::isfinite(max); }
+
+  double lse(double inverse_tau) const {
+    return defined() ? max * inverse_tau + std::log(sum) : std::numeric_limits<double>::quiet_NaN();
+  }
+};
+
+template <typename acc_t>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> relaxed_statistics(const std::vector<State>& states,
+                                                                              int64_t rows, double inverse_tau,
+                                                                              const at::TensorOptions& options) {
+  constexpr auto kDtype = c10::CppTypeToScalarType<acc_t>::value;
+  at::Tensor max_prob = at::empty({rows}, options.dtype(kDtype));
+  at::Tensor lse = at::empty({rows}, options.dtype(kDtype));
+  at::Tensor entropy = at::empty({rows}, options.dtype(kDtype));
+  at::Tensor token = at::empty({rows}, options.dtype(at::kLong));
+  auto* max_prob_out = max_prob.mutable_data_ptr<acc_t>();
+  auto* lse_out = lse.mutable_data_ptr<acc_t>();
+  auto* entropy_out = entropy.mutable_data_ptr<acc_t>();
+  auto* token_out = token.mutable_data_ptr<int64_t>();
+  for (int64_t row = 0; row < rows; ++row) {
+    const State& state = states[row];
+    if (!state.defined()) {
+      max_prob_out[row] = lse_out[row] = entropy_out[row] = std::numeric_limits<acc_t>::quiet_NaN();
+      token_out[row] = -1;
+      continue;
+    }
+    max_prob_out[row] = static_cast<acc_t>(1 / state.sum);
+    lse_out[row] = static_cast<acc_t>(state.lse(inverse_tau));
+    // Never below zero, rounding or not: the maximum adds exactly 1 to the sum, and nothing adds to weighted.
+    entropy_out[row] = static_cast<acc_t>(std::log(state.sum) - state.weighted / state.sum);
+    token_out[row] = state.token;
+  }
+  return {max_prob, lse, entropy, token};
+}
+
+inline double checked_inverse(double tau, const char* name) {
+  const double inverse_tau = 1 / tau;
+  // Not a normal float: 1 / tau is zero or infinite where float32 rows are scaled by it.
+  TORCH_CHECK_VALUE(tau > 0 && std::isnormal(static_cast<float>(inverse_tau)), name,
+                    ": tau must be positive, with 1 / tau in float32's range, got ", tau);
+  return inverse_tau;
+}
+
+}  // namespace
+}  // namespace nabla_fast::cpu::CPU_CAPABILITY

@@ -1,0 +1,101 @@
+#include "operators.h"
+#include "vocabulary_pass.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+
+namespace nabla_fast::cpu::CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kBlock = 512;
+// Rows that go through both passes while their G is warm.
+constexpr int64_t kRowsTogether = 16;
+
+// G of one row becomes dz: the second pass needs <p, G>, which the first makes from G and z.
+template <typename acc_t>
+void finish_row(const StridedRows& z, int64_t row, int64_t vocabulary, double lse, double tau, acc_t* dz) {
+  using Vec = at::vec::Vectorized<acc_t>;
+  const Vec scale(static_cast<acc_t>(1 / tau));
+  acc_t buffer[kBlock];
+  // Of the likeliest entry: differences from it keep their digits where it holds nearly all of the weight.
+  acc_t largest = -std::numeric_limits<acc_t>::infinity();
+  acc_t shift = 0;
+  for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
+    const int64_t count = std::min(kBlock, vocabulary - begin);
+    const acc_t* logits = z.read(row, begin, count, -std::numeric_limits<acc_t>::infinity(), buffer);
+    const acc_t* top = std::max_element(logits, logits + count);
+    if (*top > largest) {
+      largest = *top;
+      shift = dz[begin + (top - logits)];
+    }
+  }
+  const Vec reference(std::isfinite(shift) ? shift : acc_t(0));
+  // exp(z / tau - lse) by way of the maximum: z / tau alone may be large and lose the digits that matter.
+  const Vec max(std::isfinite(largest) ? largest : acc_t(0));
+  const Vec offset(static_cast<acc_t>((std::isfinite(largest) ? largest : 0) / tau - lse));
+  double expected = 0;
+  for (int pass = 0; pass < 2; ++pass) {
+    const Vec mean(static_cast<acc_t>(expected));
+    for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
+      const int64_t count = std::min(kBlock, vocabulary - begin);
+      const acc_t* logits = z.read(row, begin, count, -std::numeric_limits<acc_t>::infinity(), buffer);
+      Vec sum(acc_t(0));
+      for (int64_t i = 0; i < count; i += Vec::size()) {
+        const int64_t lanes = std::min<int64_t>(Vec::size(), count - i);
+        const Vec p = at::vec::fmadd(Vec::loadu(logits + i) - max, scale, offset).exp();
+        const Vec difference = Vec::loadu(dz + begin + i, lanes) - reference;
+        if (pass == 0) {
+          sum = sum + weighted(p, difference);
+        } else {
+          (weighted(p, difference - mean) * scale).store(dz + begin + i, lanes);
+        }
+      }
+      if (pass == 0) expected += Lanes<acc_t>(sum).sum();
+    }
+  }
+}
+
+template <typename acc_t>
+Tensor backward(const Tensor& z, const Tensor& lse, at::TensorList vectors, at::TensorList tables, double tau) {
+  const int64_t rows = z.size(0);
+  const int64_t vocabulary = z.size(1);
+  const auto dtype = c10::CppTypeToScalarType<acc_t>::value;
+  Tensor dz = at::empty({rows, vocabulary}, z.options().dtype(dtype));
+  std::vector<GradientTerm> terms;
+  for (size_t i = 0; i < tables.size(); ++i) terms.push_back({vectors[i].to(dtype).contiguous(), tables[i]});
+  write_gradient<acc_t>(vocabulary, terms, dz);
+  const Tensor log_sums = lse.to(at::kDouble).contiguous();
+  const StridedRows logits(z);
+  at::parallel_for(0, rows, std::max<int64_t>(1, kRowsTogether * 1024 / vocabulary), [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      finish_row<acc_t>(logits, row, vocabulary, log_sums.const_data_ptr<double>()[row], tau,
+                        dz.mutable_data_ptr<acc_t>() + row * vocabulary);
+    }
+  });
+  return dz;
+}
+
+}  // namespace
+
+Tensor relaxed_backward(const Tensor& z, const Tensor& lse, at::TensorList vectors, at::TensorList tables, double tau) {
+  TORCH_CHECK(z.dim() == 2 && z.size(1) > 0, "relaxed_backward: z must be (N, V) with V >= 1, got ", z.sizes());
+  TORCH_CHECK(lse.dim() == 1 && lse.size(0) == z.size(0), "relaxed_backward: lse must have shape (", z.size(0),
+              "), got ", lse.sizes());
+  TORCH_CHECK(vectors.size() == tables.size() && !tables.empty(), "relaxed_backward: vectors and tables must be as ",
+              "many and at least one, got ", vectors.size(), " and ", tables.size());
+  TORCH_CHECK_VALUE(tau > 0 && std::isnormal(static_cast<float>(1 / tau)),
+                    "relaxed_backward: tau must be positive, got ", tau);
+  for (size_t i = 0; i < tables.size(); ++i) {
+    TORCH_CHECK(tables[i].dim() == 2 && tables[i].size(0) == z.size(1) && vectors[i].dim() == 2 &&
+                    vectors[i].size(0) == z.size(0) && vectors[i].size(1) == tables[i].size(1),
+                "relaxed_backward: vectors and tables must be (N, d_k) and (V, d_k), got ", vectors[i].sizes(), " and ",
+                tables[i].sizes());
+  }
+  return z.scalar_type() == at::kDouble ? backward<double>(z, lse, vectors, tables, tau)
+                                        : backward<float>(z, lse, vectors, tables, tau);
+}
+
+}  // namespace nabla_fast::cpu::CPU_CAPABILITY

@@ -1,0 +1,300 @@
+// Products of a few hundred rows with a vocabulary table, a tile of the table at a time, so that nothing of the size of
+// rows x vocabulary is ever stored. A tile of products has one line per vocabulary entry and one column per row: the
+// table, which is large, is read as it lies, and the rows, which are few, are transposed once.
+#pragma once
+
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+namespace nabla_fast::cpu::CPU_CAPABILITY {
+namespace {
+
+// Rows per panel. A tile of products of one panel stays in the first-level cache.
+constexpr int64_t kPanel = 64;
+// Rows that are multiplied at a time: so many, transposed, stay in the first-level cache too.
+constexpr int64_t kStrip = 32;
+// Panels are filled up with rows of zeros to a multiple of this: matmul kernels are generated per shape, so few shapes.
+constexpr int64_t kPanelUnit = 16;
+// Rows that are worked on in one pass over a table; it bounds the memory of the accumulators that each thread has.
+constexpr int64_t kRowsPerPass = 512;
+
+// c (m, n) = a (m, k) b (k, n), or c += ..., all row-major.
+template <typename acc_t>
+void matmul(int64_t m, int64_t n, int64_t k, const acc_t* a, int64_t lda, const acc_t* b, int64_t ldb, acc_t* c,
+            int64_t ldc, bool add) {
+#ifdef CPUBLAS_BRGEMM_F32F32F32
+  if constexpr (std::is_same_v<acc_t, float>) {
+    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c);
+    return;
+  }
+#endif
+  constexpr auto kDtype = c10::CppTypeToScalarType<acc_t>::value;
+  const auto wrap = [](const acc_t* data, int64_t rows, int64_t columns, int64_t stride) {
+    return at::from_blob(const_cast<acc_t*>(data), {rows, columns}, {stride, 1}, kDtype);
+  };
+  at::Tensor out = wrap(c, m, n, ldc);
+  if (add) {
+    at::addmm_out(out, out, wrap(a, m, k, lda), wrap(b, k, n, ldb));
+  } else {
+    at::mm_out(out, wrap(a, m, k, lda), wrap(b, k, n, ldb));
+  }
+}
+
+// Whether bfloat16 products that accumulate in float32 run on the hardware's own instructions.
+inline bool has_bfloat16_matmul() {
+#if defined(CPU_CAPABILITY_AVX512) && defined(CPUBLAS_BRGEMM_BF16BF16F32)
+  static const bool works = [] {
+    if (!__builtin_cpu_supports("avx512bf16")) return false;
+    try {
+      // Only trying tells whether this torch was built with it.
+      const std::vector<at::BFloat16> ones(2 * kPanelUnit, at::BFloat16(1));
+      std::vector<float> product(kPanelUnit);
+      at::native::cpublas::brgemm(1, kPanelUnit, 2, 2, kPanelUnit, kPanelUnit, false, ones.data(), ones.data(),
+                                  product.data());
+      at::native::cpublas::brgemm_release();
+      return product[0] == 2;
+    } catch (const c10::Error&) {
+      return false;
+    }
+  }();
+  return works && at::globalContext().userEnabledMkldnn();
+#else
+  return false;
+#endif
+}
+
+// Some processors hold the state of the last matmul in a thread's registers.
+inline void release_matmul() {
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+  at::native::cpublas::brgemm_release();
+#endif
+}
+
+// A vocabulary table (V, d) of any float dtype and strides.
+struct Table {
+  explicit Table(const at::Tensor& tensor)
+      : data(tensor.const_data_ptr()),
+        dtype(tensor.scalar_type()),
+        entries(tensor.size(0)),
+        width(tensor.size(1)),
+        entry_stride(tensor.stride(0)),
+        element_stride(tensor.size(1) == 1 ? 1 : tensor.stride(1)) {}
+
+  template <typename scalar_t>
+  const scalar_t* entry(int64_t index) const {
+    return static_cast<const scalar_t*>(data) + index * entry_stride;
+  }
+
+  const void* data;
+  at::ScalarType dtype;
+  int64_t entries;
+  int64_t width;
+  int64_t entry_stride;
+  int64_t element_stride;
+};
+
+template <typename scalar_t, typename acc_t>
+void convert_line(const scalar_t* source, int64_t stride, int64_t size, acc_t* target) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<acc_t, float> && c10::is_reduced_floating_point_v<scalar_t>) {
+    using Vec = at::vec::Vectorized<float>;
+    Vec low;
+    Vec high;
+    for (; stride == 1 && i + 2 * Vec::size() <= size; i += 2 * Vec::size()) {
+      at::vec::load_to_float<scalar_t>(source + i, low, high);
+      low.store(target + i);
+      high.store(target + i + Vec::size());
+    }
+  }
+  for (; i < size; ++i) target[i] = static_cast<acc_t>(source[i * stride]);
+}
+
+// A tile of a table as acc_t with elements side by side: the table itself where it is that already, else a copy.
+template <typename acc_t>
+class TableTile {
+ public:
+  void load(const Table& table, int64_t begin, int64_t size) {
+    if (table.dtype == c10::CppTypeToScalarType<acc_t>::value && table.element_stride == 1) {
+      data_ = table.entry<acc_t>(begin);
+      stride_ = table.entry_stride;
+      return;
+    }
+    buffer_.resize(size * table.width);
+    data_ = buffer_.data();
+    stride_ = table.width;
+    switch (table.dtype) {
+      case at::kBFloat16: return convert<at::BFloat16>(table, begin, size);
+      case at::kHalf: return convert<at::Half>(table, begin, size);
+      case at::kFloat: return convert<float>(table, begin, size);
+      case at::kDouble: return convert<double>(table, begin, size);
+      default: TORCH_CHECK_TYPE(false, "tables must be of a float dtype, got ", table.dtype);
+    }
+  }
+
+  const acc_t* data() const { return data_; }
+  int64_t stride() const { return stride_; }
+
+ private:
+  template <typename scalar_t>
+  void convert(const Table& table, int64_t begin, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) {
+      convert_line(table.entry<scalar_t>(begin + i), table.element_stride, table.width,
+                   buffer_.data() + i * table.width);
+    }
+  }
+
+  std::vector<acc_t> buffer_;
+  const acc_t* data_ = nullptr;
+  int64_t stride_ = 0;
+};
+
+// Rows (N, d), transposed panel by panel, ready to be multiplied with tiles of one table.
+template <typename acc_t>
+class Rows {
+ public:
+  Rows(const at::Tensor& rows, const Table& table)
+      : width_(table.width),
+        rows_(rows.size(0)),
+        bfloat16_(rows.scalar_type() == at::kBFloat16 && table.dtype == at::kBFloat16 && width_ % 2 == 0 &&
+                  table.element_stride == 1 && std::is_same_v<acc_t, float> && has_bfloat16_matmul()) {
+    at::Tensor lines = rows;
+    if (bfloat16_) {
+      // Two elements that are multiplied together lie together: as 32-bit words, that is a transposition too.
+      lines = at::empty(rows.sizes(), rows.options()).copy_(rows).view(at::kInt);
+    } else if (rows.scalar_type() != kDtype) {
+      lines = rows.to(kDtype);
+    }
+    packed_ = at::zeros({padded_rows() * lines.size(1)}, lines.options());
+    for (int64_t first = 0; first < rows_; first += kStrip) {
+      const int64_t count = std::min(kStrip, rows_ - first);
+      const int64_t padded = std::min(kStrip, padded_rows() - first);
+      packed_.narrow(0, first * lines.size(1), padded * lines.size(1))
+          .view({lines.size(1), padded})
+          .narrow(1, 0, count)
+          .copy_(lines.narrow(0, first, count).t());
+    }
+  }
+
+  int64_t panels() const { return (rows_ + kPanel - 1) / kPanel; }
+  int64_t columns(int64_t panel) const { return std::min(kPanel, padded_rows() - panel * kPanel); }
+  int64_t padded_rows() const { return (rows_ + kPanelUnit - 1) / kPanelUnit * kPanelUnit; }
+  int64_t rows() const { return rows_; }
+  // Whether the products are taken from the table itself, not from a TableTile.
+  bool bfloat16() const { return bfloat16_; }
+
+  // out (size, columns(panel)) = the products of table entries [begin, begin + size) with one panel, or += them.
+  void multiply(const Table& table, const TableTile<acc_t>& tile, int64_t begin, int64_t size, int64_t panel,
+                acc_t* out, bool add) const {
+    for (int64_t strip = 0; strip < columns(panel); strip += kStrip) {
+      multiply_strip(table, tile, begin, size, panel * kPanel + strip, std::min(kStrip, columns(panel) - strip),
+                     out + strip, columns(panel), add);
+    }
+  }
+
+ private:
+  static constexpr auto kDtype = c10::CppTypeToScalarType<acc_t>::value;
+
+  // Rows [row, row + n), which lie packed together.
+  void multiply_strip(const Table& table, const TableTile<acc_t>& tile, int64_t begin, int64_t size, int64_t row,
+                      int64_t n, acc_t* out, int64_t out_stride, bool add) const {
+    if constexpr (std::is_same_v<acc_t, float>) {
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+      if (bfloat16_) {
+        const auto* packed = static_cast<const at::BFloat16*>(packed_.const_data_ptr()) + row * width_;
+        at::native::cpublas::brgemm(size, n, width_, table.entry_stride, n, out_stride, add,
+                                    table.entry<at::BFloat16>(begin), packed, out);
+        return;
+      }
+#endif
+    }
+    matmul<acc_t>(size, n, width_, tile.data(), tile.stride(), packed_.const_data_ptr<acc_t>() + row * width_, n, out,
+                  out_stride, add);
+  }
+
+  int64_t width_;
+  int64_t rows_;
+  bool bfloat16_;
+  at::Tensor packed_;
+};
+
+// logits = softcap * tanh(scale * product / softcap), in place.
+struct HeadTransform {
+  double scale;
+  double softcap;  // 0: none
+
+  template <typename acc_t>
+  void apply(acc_t* products, int64_t size) const {
+    using Vec = at::vec::Vectorized<acc_t>;
+    if (scale == 1 && softcap == 0) return;
+    const Vec factor(static_cast<acc_t>(scale));
+    const Vec cap(static_cast<acc_t>(softcap));
+    // `size` is a multiple of kPanelUnit.
+    for (int64_t i = 0; i < size; i += Vec::size()) {
+      Vec z = Vec::loadu(products + i) * factor;
+      if (softcap != 0) z = (z / cap).tanh() * cap;
+      z.store(products + i);
+    }
+  }
+
+  // d(logit) / d(product) / scale
+  template <typename acc_t>
+  acc_t slope(acc_t logit) const {
+    if (softcap == 0) return 1;
+    const acc_t t = logit / static_cast<acc_t>(softcap);
+    return 1 - t * t;
+  }
+};
+
+inline void check_product(const char* name, const at::Tensor& rows, const at::Tensor& table) {
+  TORCH_CHECK(rows.dim() == 2 && table.dim() == 2 && rows.size(1) == table.size(1) && table.size(0) > 0, name,
+              ": rows must have shape (N, d) and their table (V, d), V >= 1, got ", rows.sizes(), " and ",
+              table.sizes());
+  TORCH_CHECK_TYPE(at::isFloatingType(rows.scalar_type()) && at::isFloatingType(table.scalar_type()), name,
+                   ": rows and tables must be of a float dtype, got ", rows.scalar_type(), " and ",
+                   table.scalar_type());
+}
+
+// How a vocabulary is cut: one contiguous part per thread, each part into tiles.
+struct Split {
+  // `width` is the number of elements that are read per vocabulary entry.
+  Split(int64_t entries, int64_t width)
+      : entries(entries),
+        // A tile of the table and the panels of rows share the second-level cache.
+        tile(std::clamp<int64_t>((int64_t(1) << 17) / std::max<int64_t>(1, width) / 16 * 16, 16, 256)),
+        tiles((entries + tile - 1) / tile),
+        parts(std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), tiles))) {}
+
+  // work(part, first tile, last tile) for all parts, on the threads there are.
+  template <typename Work>
+  void run(const Work& work) const {
+    at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part) work(part, tiles * part / parts, tiles * (part + 1) / parts);
+      release_matmul();
+    });
+  }
+
+  int64_t begin(int64_t index) const { return index * tile; }
+  int64_t size(int64_t index) const { return std::min(tile, entries - index * tile); }
+
+  int64_t entries;
+  int64_t tile;
+  int64_t tiles;
+  int64_t parts;
+};
+
+}  // namespace
+}  // namespace nabla_fast::cpu::CPU_CAPABILITY

@@ -1,0 +1,294 @@
+"""The native embeddings of relaxed tokens and the gradients through them, against the reference in float64."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nabla_fast.ops import native, reference
+from nabla_fast.ops.reference import Head
+
+if not native.available():
+    pytest.skip(f"no native library: {native.why_missing()}", allow_module_level=True)
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+# (N, V, d)
+SHAPES = [(0, 33, 8), (1, 1, 8), (3, 2, 33), (1, 1000, 64), (17, 1000, 33), (3, 33, 64), (150, 77, 5)]
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64).to(
+        dtype
+    )
+
+
+def double(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.double() for tensor in tensors]
+
+
+def close(ours: Tensor, exact: Tensor, dtype: torch.dtype, tolerance: float = 1e-5) -> None:
+    """Within ``tolerance`` of the largest entry."""
+    assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert ours.shape == exact.shape
+    scale = float(exact.nan_to_num().abs().max()) if exact.numel() else 1.0
+    atol = (1e-12 if dtype == torch.float64 else tolerance) * max(scale, 1e-30)
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=atol, equal_nan=True)
+
+
+def linear_case(rows: int, vocabulary: int, width: int, dtype: torch.dtype, tied: bool = False, **head: float):  # type: ignore[no-untyped-def]
+    weight = (randn(vocabulary, width, seed=1) * 2 / math.sqrt(width)).to(dtype)
+    other = weight if tied else randn(vocabulary, 12, seed=2, dtype=dtype)
+    tables = [other, randn(vocabulary, 7, seed=3, dtype=dtype)]
+    vectors = [randn(rows, table.shape[1], seed=4, dtype=dtype) for table in tables]
+    return randn(rows, width, seed=5, dtype=dtype), Head(weight, **head), tables, vectors
+
+
+def exact_head(head: Head) -> Head:
+    return head._replace(weight=head.weight.double())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tau", [0.3, 1.0])
+def test_rows_of_logits(tau: float, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    rows, vocabulary, width = shape
+    z = (randn(rows, vocabulary, seed=6) * 3).to(dtype)
+    tables = [randn(vocabulary, width, seed=7, dtype=dtype), randn(vocabulary, 3, seed=8, dtype=dtype)]
+    vectors = [randn(rows, width, seed=9, dtype=dtype), randn(rows, 3, seed=10, dtype=dtype)]
+
+    embeddings, lse, token = native.straight_through_embedding(z, tables, tau)
+    exact, exact_lse, _ = reference.straight_through_embedding(z.double(), double(tables), tau)
+    is_max = z == (z.amax(-1, keepdim=True) if rows else z)
+    assert torch.equal(token, torch.where(is_max, torch.arange(vocabulary), vocabulary).amin(-1))
+    for ours, table in zip(embeddings, tables, strict=True):
+        assert torch.equal(ours.double(), table[token].double())
+    close(lse, exact_lse, dtype)
+    assert len(exact) == 2
+
+    mixture, lse = native.soft_embedding(z, tables[0], tau)
+    exact_mixture, _ = reference.soft_embedding(z.double(), tables[0].double(), tau)
+    close(mixture, exact_mixture, dtype)
+    close(lse, exact_lse, dtype)
+
+    gradient = native.relaxed_backward(z, lse, vectors, tables, tau)
+    close(
+        gradient, reference.relaxed_backward(z.double(), exact_lse, double(vectors), double(tables), tau), dtype, 3e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("head", [{}, {"scale": 0.7}, {"scale": 1.3, "softcap": 2.0}])
+@pytest.mark.parametrize("tied", [False, True])
+def test_hidden_states(tied: bool, head: dict[str, float], shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    h, output, tables, vectors = linear_case(*shape, dtype, tied, **head)
+    exact = exact_head(output)
+    tau = 0.8
+    z = reference.linear_logits(h.double(), exact)
+
+    embeddings, lse, token = native.linear_straight_through_embedding(h, output, tables, tau)
+    _, exact_lse, exact_token = reference.straight_through_embedding(z, double(tables), tau)
+    if len(z) and z.shape[1] > 1:
+        top = z.topk(2, dim=-1).values
+        sure = top[:, 0] - top[:, 1] > 1e-5
+        assert torch.equal(token[sure], exact_token[sure])
+    for ours, table in zip(embeddings, tables, strict=True):
+        assert torch.equal(ours.double(), table[token].double())
+    close(lse, exact_lse, dtype)
+
+    mixture, lse = native.linear_soft_embedding(h, output, tables[0], tau)
+    close(mixture, reference.soft_embedding(z, tables[0].double(), tau)[0], dtype)
+    close(lse, exact_lse, dtype)
+
+    gradient = native.linear_relaxed_backward(h, output, lse, vectors, tables, tau)
+    meant = reference.linear_relaxed_backward(h.double(), exact, exact_lse, double(vectors), double(tables), tau)
+    # Cancellation is judged by the size of what cancels.
+    close(gradient, meant, dtype, 5e-5)
+
+
+def test_float32_states_are_not_rounded_to_a_bfloat16_head() -> None:
+    h, head, tables, vectors = linear_case(9, 500, 64, torch.bfloat16)
+    h = randn(9, 64, seed=11, dtype=torch.float32)
+    vectors = [vector.float() for vector in vectors]
+    exact = exact_head(head)
+    mixture, lse = native.linear_soft_embedding(h, head, tables[0], 0.5)
+    exact_mixture, exact_lse = reference.linear_soft_embedding(h.double(), exact, tables[0].double(), 0.5)
+    close(mixture, exact_mixture, torch.float32)
+    close(lse, exact_lse, torch.float32, 2e-6)
+    gradient = native.linear_relaxed_backward(h, head, lse, vectors, tables, 0.5)
+    meant = reference.linear_relaxed_backward(h.double(), exact, exact_lse, double(vectors), double(tables), 0.5)
+    close(gradient, meant, torch.float32, 5e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_strides(dtype: torch.dtype) -> None:
+    z = randn(300, 24, dtype=dtype).T[::2, 3:-1:2]
+    table = randn(6, 2 * z.shape[1], dtype=dtype).T[::2]
+    vector = randn(24, 6, dtype=dtype)[::2]
+    h, weight = randn(16, 12, dtype=dtype).T, randn(16, z.shape[1], dtype=dtype).T
+    dense = [x.contiguous() for x in (z, table, vector, h, weight)]
+    for ours, expected in zip(results(z, table, vector, h, weight), results(*dense), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+def results(z: Tensor, table: Tensor, vector: Tensor, h: Tensor, weight: Tensor) -> list[Tensor]:
+    (hard,), lse, token = native.straight_through_embedding(z, [table], 0.7)
+    (linear_hard,), linear_lse, linear_token = native.linear_straight_through_embedding(h, Head(weight), [table], 0.7)
+    return [
+        *(hard, lse, token, linear_hard, linear_lse, linear_token),
+        *native.soft_embedding(z, table, 0.7),
+        *native.linear_soft_embedding(h, Head(weight), table, 0.7),
+        native.relaxed_backward(z, lse, [vector], [table], 0.7),
+        native.linear_relaxed_backward(h, Head(weight), linear_lse, [vector], [table], 0.7),
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("at", [0, 700])
+def test_rows_without_a_distribution(at: int, value: float) -> None:
+    z = randn(4, 900, dtype=torch.float32)
+    z[1, at] = value
+    z[2] = -math.inf
+    table = randn(900, 6, dtype=torch.float32)
+    (hard,), lse, token = native.straight_through_embedding(z, [table], 1.0)
+    soft, soft_lse = native.soft_embedding(z, table, 1.0)
+    back = native.relaxed_backward(z, lse, [randn(4, 6, dtype=torch.float32)], [table], 1.0)
+    assert token[1:3].tolist() == [-1, -1]
+    for result in (hard, lse[:, None], soft, soft_lse[:, None], back):
+        assert bool(result[1:3].isnan().all())
+        assert bool(result[[0, 3]].isfinite().all())
+    h = randn(3, 5, dtype=torch.float32)
+    h[1, 2] = value
+    head = Head(randn(900, 5, dtype=torch.float32))
+    (hard,), lse, token = native.linear_straight_through_embedding(h, head, [table], 1.0)
+    soft, soft_lse = native.linear_soft_embedding(h, head, table, 1.0)
+    back = native.linear_relaxed_backward(h, head, lse, [randn(3, 6, dtype=torch.float32)], [table], 1.0)
+    assert token[1] == -1
+    for result in (hard, lse[:, None], soft, soft_lse[:, None], back):
+        assert bool(result[1].isnan().all())
+        assert bool(result[[0, 2]].isfinite().all())
+
+
+def test_masked_entries_take_no_part() -> None:
+    z = torch.full((2, 3000), -math.inf)
+    z[0, [7, 2900]] = torch.tensor([2.0, 2.0])
+    z[1, 2999] = -50.0
+    table = randn(3000, 4, dtype=torch.float32)
+    (hard,), lse, token = native.straight_through_embedding(z, [table], 0.5)
+    assert token.tolist() == [7, 2999]
+    assert torch.equal(hard, table[token])
+    soft, _ = native.soft_embedding(z, table, 0.5)
+    torch.testing.assert_close(soft, torch.stack([(table[7] + table[2900]) / 2, table[2999]]))
+    back = native.relaxed_backward(z, lse, [randn(2, 4, dtype=torch.float32)], [table], 0.5)
+    assert bool((back[z == -math.inf] == 0).all())
+    assert bool(back.isfinite().all())
+
+
+@pytest.mark.parametrize("tau", [0.05, 10.0])
+def test_large_logits_and_far_temperatures(tau: float) -> None:
+    z = randn(3, 4000) * 1e4 * tau
+    z[1] *= 1e-3
+    # The same numbers in both.
+    z = z.float().double()
+    table = randn(4000, 6)
+    exact = reference.soft_embedding(z, table, tau)
+    soft, lse = native.soft_embedding(z.float(), table.float(), tau)
+    close(soft, exact[0], torch.float32, 3e-5)
+    torch.testing.assert_close(lse.double(), exact[1], rtol=3e-7, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 9),
+    vocabulary=st.integers(1, 900),
+    width=st.integers(1, 40),
+    tied=st.booleans(),
+    softcap=st.sampled_from([0.0, 3.0]),
+    tau=st.floats(0.05, 10),
+)
+def test_property(rows: int, vocabulary: int, width: int, tied: bool, softcap: float, tau: float) -> None:
+    h, head, tables, vectors = linear_case(rows, vocabulary, width, torch.float64, tied, softcap=softcap, scale=0.9)
+    z = reference.linear_logits(h, head)
+    soft, lse = native.linear_soft_embedding(h, head, tables[0], tau)
+    exact, exact_lse = reference.soft_embedding(z, tables[0], tau)
+    torch.testing.assert_close(soft, exact, rtol=0, atol=1e-11)
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(native.soft_embedding(z, tables[0], tau)[0], exact, rtol=0, atol=1e-11)
+    torch.testing.assert_close(
+        native.linear_relaxed_backward(h, head, lse, vectors, tables, tau),
+        reference.linear_relaxed_backward(h, head, lse, vectors, tables, tau),
+        rtol=1e-9,
+        atol=1e-10 / tau,
+    )
+    torch.testing.assert_close(
+        native.relaxed_backward(z, lse, vectors, tables, tau),
+        reference.relaxed_backward(z, lse, vectors, tables, tau),
+        rtol=1e-9,
+        atol=1e-11 / tau,
+    )
+
+
+def test_wrong_arguments() -> None:
+    z, table = torch.randn(2, 9), torch.randn(9, 3)
+    with pytest.raises(RuntimeError, match="table must have 9 rows"):
+        native.soft_embedding(z, table[1:], 1.0)
+    with pytest.raises(ValueError, match="tau must be positive"):
+        native.soft_embedding(z, table, 0.0)
+    with pytest.raises(RuntimeError, match="tables must have 9 rows"):
+        native.straight_through_embedding(z, [table[1:]], 1.0)
+    with pytest.raises(RuntimeError, match="vectors and tables must be"):
+        native.relaxed_backward(z, torch.zeros(2), [torch.zeros(2, 4)], [table], 1.0)
+    with pytest.raises(RuntimeError, match="lse must have shape"):
+        native.linear_relaxed_backward(
+            torch.zeros(2, 3), Head(table), torch.zeros(3), [torch.zeros(2, 3)], [table], 1.0
+        )
+
+
+MEMORY_SCRIPT = """
+import resource, torch
+from nabla_fast.ops import native
+from nabla_fast.ops.reference import Head
+rows, vocabulary, width = 400, 40000, 32
+head, table = Head(torch.randn(vocabulary, width)), torch.randn(vocabulary, 16)
+h, vector = torch.randn(rows, width), torch.randn(rows, 16)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def work(h, vector):
+    _, lse, _ = native.linear_straight_through_embedding(h, head, [table], 1.0)
+    native.linear_soft_embedding(h, head, table, 1.0)
+    native.linear_relaxed_backward(h, head, lse, [vector], [table], 1.0)
+work(h[:2], vector[:2])
+before = peak()
+work(h, vector)
+print(peak() - before)
+"""
+
+
+def run_python(*arguments: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+def test_linear_operators_make_no_temporary_over_the_vocabulary() -> None:
+    """One (N, V) float32 tensor would be 61 MiB."""
+    assert float(run_python("-c", MEMORY_SCRIPT)) < 20
+
+
+@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="runs inside such a process")
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_instruction_sets(capability: str) -> None:
+    run_python(
+        *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "not memory"),
+        ATEN_CPU_CAPABILITY=capability,
+    )
