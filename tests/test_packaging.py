@@ -86,6 +86,8 @@ def test_wheel_serves_every_cpython(source: Path) -> None:
     shutil.rmtree(source / "csrc")
     (source / "csrc").mkdir()
     (source / "csrc" / "registration.cpp").write_text("int nothing;\n")
+    (source / "csrc" / "cpu").mkdir()
+    (source / "csrc" / "cpu" / "nothing.cpp").write_text("static int nothing;\n")
     result = run_setup(source, "bdist_wheel", NABLA_FAST_REQUIRE_NATIVE="1")
     assert result.returncode == 0, result.stderr
     (wheel,) = (source / "dist").glob("*.whl")
