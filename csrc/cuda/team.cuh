@@ -1,0 +1,89 @@
+// How the threads of a block, and the blocks of a row's team, put their parts of the row together.
+#pragma once
+
+#include "arguments.h"
+#include "intrinsics.cuh"
+#include "row.cuh"
+
+namespace nabla_fast::cuda {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+
+// A scratch buffer begins with one arrival counter per row, zero at launch.
+__host__ __device__ constexpr int64_t counter_bytes(int64_t rows) { return (rows * 4 + 15) / 16 * 16; }
+
+// The whole warp's part, in every lane. The rounding of a merge depends on its order, so all take lane 0's result:
+// blocks that merge the same parts must come to the same decision.
+__device__ __forceinline__ Part warp_merge(Part part) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    const Part other{shuffle_xor(part.max, offset),  shuffle_xor(part.sum, offset),   shuffle_xor(part.weighted, offset),
+                     shuffle_xor(part.best, offset), shuffle_xor(part.index, offset), shuffle_xor(part.bad, offset)};
+    part = merge(part, other);
+  }
+  return {shuffle(part.max, 0),  shuffle(part.sum, 0),   shuffle(part.weighted, 0),
+          shuffle(part.best, 0), shuffle(part.index, 0), shuffle(part.bad, 0)};
+}
+
+// The whole block's part, in every thread. `slots` has room for kWarps parts and is free again on return.
+__device__ __forceinline__ Part block_merge(const Part& part, Part* slots) {
+  const Part mine = warp_merge(part);
+  if (lane_index() == 0) {
+    slots[warp_index()] = mine;
+  }
+  block_sync();
+  const Part all = warp_merge(lane_index() < kWarps ? slots[lane_index()] : Part{});
+  block_sync();
+  return all;
+}
+
+__device__ __forceinline__ Part load_part(const Part* address) {
+  const float* values = &address->max;
+  const int* numbers = &address->index;
+  return {load_shared_by_blocks(values),     load_shared_by_blocks(values + 1), load_shared_by_blocks(values + 2),
+          load_shared_by_blocks(values + 3), load_shared_by_blocks(numbers),    load_shared_by_blocks(numbers + 1)};
+}
+
+// The whole row's part, in every thread, from one part per block of the team in global memory.
+__device__ __forceinline__ Part team_merge(const Part* parts, int team) {
+  Part part;
+#pragma unroll 1
+  for (int rank = lane_index(); rank < team; rank += 32) {
+    part = merge(part, load_part(parts + rank));
+  }
+  return warp_merge(part);
+}
+
+// Where a row stands: the same in all threads of its team.
+struct Progress {
+  int64_t expected;  // the token at which the gradient was taken
+  int64_t start;     // steps made before this call
+  int allowed;       // steps this call may make
+
+  __device__ __forceinline__ bool stops(int token, int done) const {
+    return token < 0 || token != expected || done >= allowed;
+  }
+};
+
+__device__ __forceinline__ Progress progress_of(const DtoRows& rows, int row) {
+  const int64_t start = rows.step[row], left = rows.rates - start;
+  return {rows.tokens[row], start, static_cast<int>(left < rows.max_steps ? left : rows.max_steps)};
+}
+
+__device__ __forceinline__ AdamStep next_step(const DtoRows& rows, int64_t start, int done) {
+  const int64_t index = start + done;
+  const double rate = rows.rates_are_double ? static_cast<const double*>(rows.learning_rates)[index]
+                                            : static_cast<const float*>(rows.learning_rates)[index];
+  return adam_step(index + 1, rate, static_cast<float>(rows.weight_decay));
+}
+
+// By one thread of the team.
+__device__ __forceinline__ void report(const DtoRows& rows, int row, const Progress& progress, int token,
+                                       int done) {
+  rows.token[row] = token;
+  rows.changed[row] = token < 0 || token != progress.expected;
+  rows.step[row] = progress.start + done;
+}
+
+}  // namespace nabla_fast::cuda

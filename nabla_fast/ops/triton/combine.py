@@ -1,0 +1,122 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Partial states merged into what callers see: row statistics, gradient norms."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nabla_fast.ops.reference import RelaxedStats
+from nabla_fast.ops.triton.launch import run
+from nabla_fast.ops.triton.online import merge
+
+
+@triton.jit
+def _stats_kernel(
+    STATE,
+    TOKENS,
+    MAX_PROB,
+    LSE,
+    ENTROPY,
+    TOP,
+    Q,
+    TOKEN,
+    MASK,
+    rows,
+    splits,
+    inv_tau,
+    entropy_threshold,
+    confidence_threshold,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    top, total, t, q, token = merge(STATE, TOKENS, row, rows, splits, inv_tau, SPLITS)
+    nan = tl.where(token < 0, float("nan"), 0.0)
+    log_total = tl.log(total)
+    max_prob = 1.0 / total + nan
+    entropy = log_total - t / total + nan
+    tl.store(MAX_PROB + row, max_prob, mask=inside)
+    tl.store(LSE + row, top * inv_tau + log_total + nan, mask=inside)
+    tl.store(ENTROPY + row, entropy, mask=inside)
+    tl.store(TOP + row, top, mask=inside)
+    tl.store(Q + row, q / total + nan, mask=inside)
+    tl.store(TOKEN + row, token.to(tl.int64), mask=inside)
+    passes = (token >= 0) & (entropy >= entropy_threshold) & (max_prob <= confidence_threshold)
+    tl.store(MASK + row, passes.to(tl.int8), mask=inside)
+
+
+@triton.jit
+def _norm_kernel(STATE, TOKENS, NORM, rows, splits, V, size, nll, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.arange(0, SPLITS)[None, :]
+    inside = (part < splits) & (row < rows)[:, None]
+    top, total, _, _, token = merge(STATE, TOKENS, row, rows, splits, 1.0, SPLITS)
+    at = STATE + part * rows + row[:, None]
+    mean = tl.load(at + 2 * splits * rows, mask=inside, other=0.0)
+    squares = tl.load(at + 3 * splits * rows, mask=inside, other=0.0)
+    count = tl.where(inside, tl.minimum(V - part * size, size), 0).to(tl.float32)
+    # The likelihood's log-sum-exp moves the mean and leaves the deviations: sum (G + c)^2 = M2 + n (mean + c)^2.
+    moved = mean + tl.where(nll == 0, 0.0, nll * (top + tl.log(total)))[:, None]
+    norm = tl.sqrt(tl.sum(squares + count * moved * moved, axis=1)) + tl.where(token < 0, float("nan"), 0.0)
+    tl.store(NORM + row, norm, mask=row < rows)
+
+
+def _blocks(rows: int, splits: int) -> tuple[tuple[int, ...], dict[str, int]]:
+    padded = triton.next_power_of_2(splits)
+    block = max(1, 256 // padded)
+    return (triton.cdiv(rows, block),), {"BLOCK": block, "SPLITS": padded, "num_warps": 4}
+
+
+class Row:
+    """What a merged state says of every row.
+
+    Attributes:
+        stats: `RelaxedStats`.
+        top: (N,) the maximum that the softmax is taken relative to.
+        q: (N,) <p, G>, where a gradient was given.
+    """
+
+    def __init__(self, stats: RelaxedStats, top: Tensor, q: Tensor) -> None:
+        self.stats, self.top, self.q = stats, top, q
+
+
+def combine(
+    state: tuple[Tensor, Tensor],
+    inv_tau: float,
+    entropy_threshold: float | None = None,
+    confidence_threshold: float | None = None,
+) -> Row:
+    """Merges the splits of a state."""
+    _, splits, rows = state[0].shape
+    device = state[0].device
+    max_prob, lse, entropy, top, q = torch.empty(5, rows, dtype=torch.float32, device=device).unbind(0)
+    token = torch.empty(rows, dtype=torch.int64, device=device)
+    mask = torch.empty(rows, dtype=torch.bool, device=device)
+    grid, options = _blocks(rows, splits)
+    if rows:
+        run(
+            _stats_kernel, grid, device, STATE=state[0], TOKENS=state[1], MAX_PROB=max_prob, LSE=lse, ENTROPY=entropy,
+            TOP=top, Q=q, TOKEN=token, MASK=mask.view(torch.int8), rows=rows, splits=splits, inv_tau=inv_tau,
+            entropy_threshold=-math.inf if entropy_threshold is None else float(entropy_threshold),
+            confidence_threshold=math.inf if confidence_threshold is None else float(confidence_threshold), **options,
+        )  # fmt: skip
+    return Row(RelaxedStats(max_prob, lse, entropy, token, mask), top, q)
+
+
+def combine_norm(state: tuple[Tensor, Tensor], size: int, vocabulary: int, nll: float) -> Tensor:
+    """L2 norm (N,) of G + nll * lse, from the moments of G."""
+    _, splits, rows = state[0].shape
+    norm = torch.empty(rows, dtype=torch.float32, device=state[0].device)
+    grid, options = _blocks(rows, splits)
+    if rows:
+        run(
+            _norm_kernel, grid, norm.device, STATE=state[0], TOKENS=state[1], NORM=norm, rows=rows, splits=splits,
+            V=vocabulary, size=size, nll=float(nll), **options,
+        )  # fmt: skip
+    return norm

@@ -1,0 +1,276 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""The small launches of a DTO step: who moves, and Adam. Nothing here waits for the GPU or tells the host anything."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nabla_fast.ops.triton.launch import run, strides
+from nabla_fast.ops.triton.online import merge, shift
+
+
+@triton.jit(do_not_specialize=["made"])
+def _decide_kernel(
+    STATE,
+    TOKENS,
+    EXPECTED,
+    STEP,
+    CURRENT,
+    HELD,
+    TOP,
+    INVERSE,
+    Q,
+    rows,
+    splits,
+    made,
+    limit,
+    inv_tau,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    # A row that was held before has no new state.
+    inside = inside & (tl.load(HELD + row, mask=inside, other=1) == 0)
+    top, total, _, q, token = merge(STATE, TOKENS, row, rows, splits, inv_tau, SPLITS)
+    token = token.to(tl.int64)
+    expected = tl.load(EXPECTED + row, mask=inside, other=0)
+    step = tl.load(STEP + row, mask=inside, other=0) + made
+    held = (token != expected) | (token < 0) | (step >= limit)
+    tl.store(CURRENT + row, token, mask=inside)
+    tl.store(HELD + row, held.to(tl.int32), mask=inside)
+    tl.store(TOP + row, top, mask=inside)
+    tl.store(INVERSE + row, 1.0 / total, mask=inside)
+    tl.store(Q + row, q / total, mask=inside)
+
+
+@triton.jit
+def _group_held(HELD, FIRST, LAST, row):
+    """Whether the row, or one of its group, is held."""
+    held = tl.load(HELD + row)
+    if FIRST is not None:
+        last = tl.load(LAST + row)
+        for start in range(tl.load(FIRST + row), last, 128):
+            member = start + tl.arange(0, 128)
+            held = tl.maximum(held, tl.max(tl.load(HELD + member, mask=member < last, other=0), axis=0))
+    return held != 0
+
+
+@triton.jit
+def _adam(P, M, S, inside, grad, rate, correction, decay):
+    p = tl.load(P, mask=inside, other=0.0)
+    grad += decay * p
+    m = tl.load(M, mask=inside, other=0.0)
+    m += (grad - m) * (1 - 0.9)
+    s = tl.load(S, mask=inside, other=0.0) * 0.999 + grad * grad * (1 - 0.999)
+    tl.store(M, m, mask=inside)
+    tl.store(S, s, mask=inside)
+    tl.store(P, p - rate * m / (tl.sqrt(s * correction) + 1e-8), mask=inside)
+
+
+@triton.jit(do_not_specialize=["made"])
+def _update_kernel(
+    SUMS,
+    STATE,
+    P,
+    P_n,
+    P_d,
+    M,
+    M_n,
+    M_d,
+    S,
+    S_n,
+    S_d,
+    HELD,
+    FIRST,
+    LAST,
+    STEP,
+    MADE,
+    RATE,
+    CORRECTION,
+    TOP,
+    INVERSE,
+    Q,
+    rows,
+    D,
+    parts,
+    made,
+    factor,
+    decay,
+    inv_tau,
+    BD: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    if _group_held(HELD, FIRST, LAST, row):
+        # Held, maybe by another row of its group: later passes skip it. Whoever reads the flag concludes the same.
+        tl.store(HELD + row, 1)
+        return
+    depth = tl.program_id(1) * BD + tl.arange(0, BD)
+    inside = depth < D
+    grad = tl.zeros([BD], tl.float32)
+    if STATE is not None:
+        mean = tl.zeros([BD], tl.float32)
+        base = shift(tl.load(TOP + row))
+        for part in range(parts):
+            weight = tl.exp((tl.load(STATE + part * rows + row) - base) * inv_tau)
+            at = SUMS + (part * rows + row) * 2 * D + depth
+            grad += weight * tl.load(at, mask=inside, other=0.0)
+            mean += weight * tl.load(at + D, mask=inside, other=0.0)
+        grad = (grad - tl.load(Q + row) * mean) * tl.load(INVERSE + row) * inv_tau
+    else:
+        for part in range(parts):
+            grad += tl.load(SUMS + (part * rows + row) * D + depth, mask=inside, other=0.0)
+    step = tl.load(STEP + row) + made
+    place = depth.to(tl.int64)
+    _adam(
+        P + row * P_n + place * P_d, M + row * M_n + place * M_d, S + row * S_n + place * S_d,
+        inside, grad * factor, tl.load(RATE + step), tl.load(CORRECTION + step), decay,
+    )  # fmt: skip
+    if tl.program_id(1) == 0:
+        tl.store(MADE + row, (made + 1).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["made"])
+def _logits_update_kernel(
+    DZ,
+    DZ_n,
+    G,
+    G_n,
+    G_v,
+    SOFT,
+    SOFT_n,
+    SOFT_v,
+    P,
+    P_n,
+    P_d,
+    M,
+    M_n,
+    M_d,
+    S,
+    S_n,
+    S_d,
+    HELD,
+    FIRST,
+    LAST,
+    STEP,
+    MADE,
+    RATE,
+    CORRECTION,
+    TOP,
+    INVERSE,
+    Q,
+    rows,
+    V,
+    first,
+    made,
+    decay,
+    inv_tau,
+    BV: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    if _group_held(HELD, FIRST, LAST, row):
+        tl.store(HELD + row, 1)
+        return
+    local = tl.program_id(1) * BV + tl.arange(0, BV)
+    column = (first + local).to(tl.int64)
+    inside = column < V
+    if DZ is not None:
+        grad = tl.load(DZ + row * DZ_n + local, mask=inside, other=0.0)
+    else:
+        x = tl.load(P + row * P_n + column * P_d, mask=inside, other=float("-inf"))
+        if SOFT is not None:
+            x += tl.load(SOFT + row * SOFT_n + column * SOFT_v, mask=inside, other=0.0).to(tl.float32)
+        p = tl.exp((x - tl.load(TOP + row)) * inv_tau) * tl.load(INVERSE + row)
+        g = tl.load(G + row * G_n + column * G_v, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.where(p == 0, 0.0, p * (g - tl.load(Q + row)) * inv_tau)
+    step = tl.load(STEP + row) + made
+    _adam(
+        P + row * P_n + column * P_d, M + row * M_n + column * M_d, S + row * S_n + column * S_d,
+        inside, grad, tl.load(RATE + step), tl.load(CORRECTION + step), decay,
+    )  # fmt: skip
+    if tl.program_id(1) == 0:
+        tl.store(MADE + row, (made + 1).to(tl.int64))
+
+
+class Rows:
+    """The rows of a `dto_step` call: parameters, moments, and the flags on the device that stop them.
+
+    Attributes:
+        current: (N,) int64 hard token at the last check.
+        held: (N,) int32, 1 for a row that makes no further step in this call.
+        top, inverse, q: (N,) of the last check, for rows not held: p = exp((x - top) / tau) * inverse; <p, G>.
+    """
+
+    def __init__(
+        self,
+        parameters: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        step: Tensor,
+        tokens: Tensor,
+        learning_rates: Tensor,
+        group: Tensor | None,
+        weight_decay: float,
+        inv_tau: float,
+    ) -> None:
+        rows, device = parameters.shape[0], parameters.device
+        self.parameters, self.inv_tau, self.decay = parameters, inv_tau, float(weight_decay)
+        self.step, self.expected = step.contiguous(), tokens.contiguous()
+        self.limit = learning_rates.shape[0]
+        self.current = torch.empty(rows, dtype=torch.int64, device=device)
+        self.held = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.made = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.top, self.inverse, self.q = torch.empty(3, rows, dtype=torch.float32, device=device).unbind(0)
+        # Adam's corrections in float64: 1 - 0.999^1 in float32 would be wrong in the fifth digit.
+        count = torch.arange(1, self.limit + 1, dtype=torch.float64, device=device)
+        rate = (learning_rates.double() / (1 - 0.9**count)).float()
+        correction = (1 / (1 - 0.999**count)).float()
+        first = last = None
+        if group is not None:
+            group = group.contiguous()
+            first, last = torch.searchsorted(group, group), torch.searchsorted(group, group, right=True)
+        self._common = {
+            "P": parameters, **strides("P", parameters, "nd"), "M": exp_avg, **strides("M", exp_avg, "nd"),
+            "S": exp_avg_sq, **strides("S", exp_avg_sq, "nd"), "HELD": self.held, "FIRST": first, "LAST": last,
+            "STEP": self.step, "MADE": self.made, "RATE": rate, "CORRECTION": correction,
+            "TOP": self.top, "INVERSE": self.inverse, "Q": self.q, "rows": rows,
+            "decay": self.decay, "inv_tau": inv_tau,
+        }  # fmt: skip
+
+    def decide(self, state: tuple[Tensor, Tensor], made: int) -> None:
+        """Takes the hard tokens of a pass, and holds the rows that cannot make step number ``made`` of this call."""
+        _, splits, rows = state[0].shape
+        padded = triton.next_power_of_2(splits)
+        block = max(1, 256 // padded)
+        run(
+            _decide_kernel, (triton.cdiv(rows, block),), self.held.device, STATE=state[0], TOKENS=state[1],
+            EXPECTED=self.expected, STEP=self.step, CURRENT=self.current, HELD=self.held,
+            TOP=self.top, INVERSE=self.inverse, Q=self.q, rows=rows, splits=splits, made=made, limit=self.limit,
+            inv_tau=self.inv_tau, BLOCK=block, SPLITS=padded, num_warps=4,
+        )  # fmt: skip
+
+    def update_latents(self, sums: Tensor, state: Tensor | None, factor: float, made: int) -> None:
+        """Adam on latents, from sums (parts, N, d), or (parts, N, 2, d) relative to the maxima in ``state``."""
+        rows, depth = self.parameters.shape
+        block = 128
+        run(
+            _update_kernel, (rows, triton.cdiv(depth, block)), sums.device, SUMS=sums, STATE=state, **self._common,
+            D=depth, parts=sums.shape[0], made=made, factor=float(factor), BD=block, num_warps=4,
+        )  # fmt: skip
+
+    def update_logits(
+        self, made: int, *, dz: Tensor | None = None, first: int = 0, dense: Tensor | None, soft: Tensor | None
+    ) -> None:
+        """Adam on logits, from a chunk of dL/dz (N, C) that starts at ``first``, or from a dense G."""
+        rows, vocabulary = self.parameters.shape
+        block = 1024
+        length = vocabulary if dz is None else dz.shape[1]
+        run(
+            _logits_update_kernel, (rows, triton.cdiv(length, block)), self.held.device,
+            DZ=dz, DZ_n=0 if dz is None else dz.stride(0), G=dense, **strides("G", dense, "nv"),
+            SOFT=soft, **strides("SOFT", soft, "nv"), **self._common, V=first + length, first=first, made=made,
+            BV=block, num_warps=4,
+        )  # fmt: skip

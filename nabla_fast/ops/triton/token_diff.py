@@ -1,0 +1,42 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""`token_diff`: first changed position and number of changes per row, one program per row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nabla_fast.ops.triton.launch import check, run, strides
+
+
+@triton.jit
+def _token_diff_kernel(OLD, OLD_b, OLD_m, NEW, NEW_b, NEW_m, FIRST, COUNT, length, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    first = tl.full([BLOCK], 9223372036854775807, tl.int64)
+    count = tl.zeros([BLOCK], tl.int64)
+    for start in range(0, length, BLOCK):
+        at = (start + lane).to(tl.int64)
+        inside = at < length
+        old = tl.load(OLD + row * OLD_b + at * OLD_m, mask=inside, other=0)
+        new = tl.load(NEW + row * NEW_b + at * NEW_m, mask=inside, other=0)
+        changed = inside & (old != new)
+        first = tl.minimum(first, tl.where(changed, at, 9223372036854775807))
+        count += changed.to(tl.int64)
+    tl.store(FIRST + row, tl.minimum(tl.min(first, axis=0), length))
+    tl.store(COUNT + row, tl.sum(count, axis=0))
+
+
+def token_diff(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.token_diff`."""
+    check(old, new)
+    rows, length = old.shape
+    first, count = torch.empty(2, rows, dtype=torch.int64, device=old.device).unbind(0)
+    if rows:
+        run(
+            _token_diff_kernel, (rows,), old.device, OLD=old, **strides("OLD", old, "bm"),
+            NEW=new, **strides("NEW", new, "bm"), FIRST=first, COUNT=count, length=length, BLOCK=512, num_warps=4,
+        )  # fmt: skip
+    return first, count

@@ -1,0 +1,418 @@
+"""The CUDA back end against the reference.
+
+Every test runs twice: on a GPU, where there is one, and on the emulated device of tests/cuda_emulation, which compiles
+the same kernels for the host. The emulation shows that what they compute is right, in any order of the threads; not
+that they are fast, nor that the GPU's memory model is served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nabla_fast.ops import cuda, reference
+from nabla_fast.ops.reference import Head, Tables, TokenGradient
+
+ROOT = Path(__file__).parent.parent
+NO_GPU = cuda.why_missing()
+
+
+@dataclass
+class Place:
+    """Where a test runs. The emulated device takes the shape of a row's team from here; a GPU has its own."""
+
+    device: torch.device
+    blocks: int = 3
+    cluster: bool = False
+
+    @property
+    def emulated(self) -> bool:
+        return self.device.type == "cpu"
+
+    def team(self, blocks: int, cluster: bool = False) -> None:
+        self.blocks, self.cluster = blocks, cluster
+        cuda._plan_latents.cache_clear()
+        cuda._plan_logits.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    compiler = shutil.which("g++")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("the emulated device needs g++ on Linux")
+    library = tmp_path_factory.mktemp("emulation") / "emulation.so"
+    source = ROOT / "tests" / "cuda_emulation"
+    flags = "-std=c++17 -O1 -shared -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-missing-field-initializers"
+    subprocess.run(
+        [compiler, *flags.split(), f"-I{ROOT / 'csrc' / 'cuda'}", str(source / "launchers.cpp"), "-o", str(library)],
+        check=True,
+    )
+    return cuda.declared(library)
+
+
+@pytest.fixture(params=["emulated", "gpu"])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    if request.param == "gpu":
+        if NO_GPU is not None:
+            pytest.skip(f"needs a GPU: {NO_GPU}")
+        yield Place(torch.device("cuda", torch.cuda.current_device()))
+        return
+    library = request.getfixturevalue("emulation")
+    place = Place(torch.device("cpu"))
+
+    @contextlib.contextmanager
+    def device(_: torch.device) -> Iterator[tuple[int, None]]:
+        yield 2 * place.blocks + place.cluster, None
+
+    monkeypatch.setattr(cuda, "_library", lambda: library)
+    monkeypatch.setattr(cuda, "_device", device)
+    # A case that the kernels do not take must fail here, not run elsewhere.
+    monkeypatch.setitem(sys.modules, "nabla_fast.ops.triton", types.ModuleType("triton"))
+    monkeypatch.setattr("nabla_fast.ops.triton", sys.modules["nabla_fast.ops.triton"], raising=False)
+    place.team(3)
+    yield place
+    place.team(3)
+
+
+@dataclass
+class Case:
+    """Arguments of `dto_step`, and what the reference makes of them in float64."""
+
+    state: list[Tensor]  # parameters, exp_avg, exp_avg_sq, step
+    tokens: Tensor
+    rates: Tensor
+    gradient: Tensor
+    tables: Tables
+    options: dict[str, Any]
+
+    def run(self, place: Place, rtol: float = 2e-5, atol: float = 2e-6) -> tuple[Tensor, Tensor]:
+        """Runs both, compares, returns tokens and flags. ``state`` is updated in place."""
+        expected = [_double(x.clone()) for x in self.state]
+        tables = self.tables._replace(head=self.tables.head._replace(weight=_double(self.tables.head.weight)))
+        options = {key: _double(value) if isinstance(value, Tensor) else value for key, value in self.options.items()}
+        tokens, changed = reference.dto_step(
+            *expected, self.tokens, _double(self.rates), _double(self.gradient), tables, **options
+        )
+        ours = self.call(place)
+        assert torch.equal(ours[0], tokens)
+        assert torch.equal(ours[1], changed)
+        for actual, meant in zip(self.state, expected, strict=True):
+            torch.testing.assert_close(actual, meant.to(actual.dtype), rtol=rtol, atol=atol)
+        return ours
+
+    def call(self, place: Place) -> tuple[Tensor, Tensor]:
+        """`cuda.dto_step`, which may not wait for the GPU."""
+        if place.emulated:
+            return cuda.dto_step(*self.state, self.tokens, self.rates, self.gradient, self.tables, **self.options)
+        cuda.dto_step(  # plans and modules are made by the first call
+            *(x.clone() for x in self.state), self.tokens, self.rates, self.gradient, self.tables, **self.options
+        )
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return cuda.dto_step(*self.state, self.tokens, self.rates, self.gradient, self.tables, **self.options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def make_case(
+    place: Place,
+    latents: bool,
+    vocabulary: int,
+    *,
+    hidden: int = 16,
+    rows: int = 1,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    noise: bool = True,
+    seed: int = 0,
+    **options: Any,
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    weight = (2 * normal(vocabulary, hidden) / hidden**0.5).to(dtype).to(place.device)
+    parameters = normal(rows, hidden if latents else vocabulary)
+    state = [parameters, 0.1 * normal(*parameters.shape), 0.1 * normal(*parameters.shape) ** 2]
+    state.append(torch.randint(0, 3, (rows,), generator=generator))
+    state = [x.to(place.device) for x in state]
+    gradient = normal(rows, vocabulary).to(place.device)
+    options |= {"latents": latents}
+    options = {"tau": 0.7, "max_steps": 3, **options}
+    if noise:
+        options["soft_noise"], options["hard_noise"] = (normal(rows, vocabulary).to(place.device) for _ in range(2))
+    head = Head(weight, scale, softcap)
+    tokens = reference.hard_tokens(state[0], head, latents, options.get("hard_noise"))
+    rates = 0.02 * torch.rand(20, generator=generator).to(place.device)
+    return Case(state, tokens, rates, gradient, Tables(head, weight, weight, 0.0), options)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 33, 1000])
+@pytest.mark.parametrize(("blocks", "cluster"), [(1, True), (4, True), (3, False)])
+def test_logits(place: Place, blocks: int, cluster: bool, vocabulary: int) -> None:
+    place.team(blocks, cluster)
+    make_case(place, False, vocabulary, weight_decay=0.01, seed=vocabulary).run(place)
+
+
+@pytest.mark.parametrize(("blocks", "cluster"), [(2, True), (2, False)])
+def test_logits_rows(place: Place, blocks: int, cluster: bool) -> None:
+    place.team(blocks, cluster)
+    make_case(place, False, 50257 if not place.emulated else 5025, rows=2, noise=False).run(place)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hidden"),
+    [
+        (torch.bfloat16, 16),
+        (torch.bfloat16, 576),
+        (torch.bfloat16, 3584),
+        (torch.float16, 896),
+        (torch.float16, 8192),
+        (torch.float32, 64),
+        (torch.float32, 2052),
+        (torch.float32, 5000),
+    ],
+)
+def test_latents(place: Place, dtype: torch.dtype, hidden: int) -> None:
+    make_case(place, True, 101, hidden=hidden, dtype=dtype, max_steps=2, seed=hidden).run(place)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 33, 700])
+def test_latents_vocabulary(place: Place, vocabulary: int) -> None:
+    make_case(place, True, vocabulary, hidden=72, dtype=torch.bfloat16, weight_decay=0.01, noise=False).run(place)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_latents_scale_and_softcap(place: Place, softcap: float) -> None:
+    make_case(place, True, 64, hidden=64, scale=1.7, softcap=softcap, tau=0.3).run(place)
+
+
+def test_latents_rows(place: Place) -> None:
+    """Rows of one call do not touch each other."""
+    place.team(2)
+    case = make_case(place, True, 50, hidden=32, rows=3, dtype=torch.float16)
+    case.tokens[1] = (case.tokens[1] + 1) % 50
+    before = case.state[0].clone()
+    _, changed = case.run(place)
+    assert changed[1]
+    assert torch.equal(case.state[0][1], before[1])
+    assert not torch.equal(case.state[0][2], before[2])
+
+
+@pytest.mark.parametrize("latents", [False, True])
+def test_stops_at_the_first_change(place: Place, latents: bool) -> None:
+    place.team(2)
+    case = make_case(place, latents, 40, hidden=16, noise=False, max_steps=16, seed=3)
+    case.rates.fill_(0.2)
+    for x in case.state[1:]:
+        x.zero_()
+    case.gradient.zero_().scatter_(1, case.tokens.unsqueeze(1), 5.0)
+    _, changed = case.run(place, rtol=1e-3, atol=1e-4)
+    assert changed.all()
+    assert 0 < int(case.state[3]) < 16
+
+
+@pytest.mark.parametrize("latents", [False, True])
+@pytest.mark.parametrize(("made", "max_steps"), [(19, 5), (20, 5), (25, 5), (0, 0)])
+def test_no_step_past_the_learning_rates(place: Place, latents: bool, made: int, max_steps: int) -> None:
+    case = make_case(place, latents, 40, noise=False, max_steps=max_steps)
+    case.rates = case.rates.double()
+    case.state[3].fill_(made)
+    case.run(place)
+
+
+@pytest.mark.parametrize("latents", [False, True])
+def test_state_with_strides(place: Place, latents: bool) -> None:
+    case = make_case(place, latents, 24, hidden=24, rows=2)
+    wide = torch.full((2, 40), math.nan, device=place.device)
+    for i in range(3):
+        buffer = wide.clone()
+        buffer[:, 5:29] = case.state[i]
+        case.state[i] = buffer[:, 5:29]
+    case.gradient = case.gradient.T.contiguous().T
+    case.options["soft_noise"] = case.options["soft_noise"][:1].expand(2, -1)
+    weight = torch.randn(24, 64, device=place.device)[:, 8:32]
+    case.tables = case.tables._replace(head=Head(weight))
+    case.tokens = reference.hard_tokens(case.state[0], Head(weight), latents, case.options["hard_noise"])
+    case.run(place)
+
+
+@pytest.mark.parametrize("cluster", [True, False])
+def test_logits_ties_and_infinities(place: Place, cluster: bool) -> None:
+    """The lowest index of equals; entries at -inf do not move, whatever their gradient."""
+    place.team(2, cluster)
+    case = make_case(place, False, 1400, noise=False, max_steps=1)
+    case.state[0][0, [3, 700, 1399]] = 9.0
+    case.state[0][0, [0, 2, 1398]] = -math.inf
+    case.gradient[0, 2] = math.inf
+    case.options["max_steps"] = 0
+    token, _ = case.call(place)
+    assert token.tolist() == [3]
+    case.tokens, case.options["max_steps"] = token, 1
+    case.run(place)
+    assert case.state[0][0, 2] == -math.inf
+
+
+@pytest.mark.parametrize("latents", [False, True])
+def test_latents_ties(place: Place, latents: bool) -> None:
+    case = make_case(place, latents, 300, noise=False, max_steps=0)
+    case.tables.head.weight[[20, 130, 299]] = 5 * case.state[0][0, :16]
+    if not latents:
+        case.state[0][0, [20, 130, 299]] = 50.0
+    assert case.call(place)[0].tolist() == [20]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("latents", [False, True])
+def test_a_row_without_a_token_is_reported(place: Place, latents: bool, bad: float) -> None:
+    case = make_case(place, latents, 30, noise=False)
+    case.tokens.fill_(-1)
+    if bad == -math.inf:
+        case.options["hard_noise"] = torch.full((1, 30), bad, device=place.device)
+    elif latents:
+        case.tables.head.weight[17, 3] = bad * case.state[0][0, 3].sign()
+    else:
+        case.state[0][0, 17] = bad
+    before = [x.clone() for x in case.state]
+    token, changed = case.call(place)
+    assert (token.tolist(), changed.tolist()) == ([-1], [True])
+    for x, was in zip(case.state, before, strict=True):
+        torch.testing.assert_close(x, was, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("latents", [False, True])
+def test_a_gradient_of_nan_ends_in_token_minus_one(place: Place, latents: bool) -> None:
+    case = make_case(place, latents, 30)
+    case.gradient[0, 5] = math.nan
+    token, changed = case.call(place)
+    assert (token.tolist(), changed.tolist()) == ([-1], [True])
+
+
+@pytest.mark.parametrize("latents", [False, True])
+def test_a_constant_on_the_gradient_changes_nothing(place: Place, latents: bool) -> None:
+    case = make_case(place, latents, 64)
+    moved = [x.clone() for x in case.state]
+    case.call(place)
+    case.gradient = case.gradient + 1024
+    case.state, moved = moved, case.state
+    case.call(place)
+    for x, y in zip(case.state, moved, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+
+
+def test_what_the_kernels_do_not_take_goes_to_triton(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    stand_in = types.ModuleType("triton")
+    stand_in.dto_step = lambda *_, **options: calls.append(options)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nabla_fast.ops.triton", stand_in)
+    monkeypatch.setattr("nabla_fast.ops.triton", stand_in, raising=False)
+    case = make_case(place, True, 30, hidden=16, rows=2)
+    weight = case.tables.head.weight
+    factors = TokenGradient(*(case.state[0].clone() for _ in range(3)))
+
+    def call(
+        state: list[Tensor] = case.state, gradient: Any = case.gradient, w: Tensor = weight, **options: Any
+    ) -> None:
+        tables = case.tables._replace(head=Head(w))
+        cuda.dto_step(*state, case.tokens, case.rates, gradient, tables, **case.options | options)
+
+    call(gradient=factors)
+    call(group=torch.zeros(2, dtype=torch.int64, device=place.device))
+    call(state=[*(x.double() for x in case.state[:3]), case.state[3]])
+    call(state=[*(x.T.contiguous().T for x in case.state[:3]), case.state[3]])
+    call(w=weight.double())
+    call(w=weight.T.contiguous().T)
+    call(w=torch.randn(30, 17, device=place.device)[:, 1:])
+    assert len(calls) == 7
+    many = make_case(place, True, 30, rows=5)
+    cuda.dto_step(*many.state, many.tokens, many.rates, many.gradient, many.tables, **many.options)
+    assert len(calls) == 8
+    assert calls[1]["max_steps"] == 3
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "step", "tokens", "gradient", "hard_noise"])
+def test_shapes_are_checked(place: Place, name: str) -> None:
+    case = make_case(place, True, 30, rows=2)
+    if name in ("exp_avg", "step"):
+        i = 1 if name == "exp_avg" else 3
+        case.state[i] = case.state[i][:1]
+    elif name == "hard_noise":
+        case.options[name] = case.options[name][:1]
+    else:
+        setattr(case, name, getattr(case, name)[:1])
+    with pytest.raises(ValueError, match=name):
+        cuda.dto_step(*case.state, case.tokens, case.rates, case.gradient, case.tables, **case.options)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1), (5, 7), (3, 1000)])
+def test_token_diff(place: Place, shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    old = torch.randint(0, 50, shape, generator=generator)
+    new = torch.where(torch.rand(shape, generator=generator) < 0.02, old + 2**32, old)
+    if 0 not in shape:
+        new[-1, -1] += 1
+        new[0] = old[0]
+    old, new = old.to(place.device), new.to(place.device)
+    for a, b in ((old, new), (old.T.contiguous().T, new), (old.repeat(1, 2)[:, : shape[1]], new)):
+        first, count = cuda.token_diff(a, b)
+        expected = reference.token_diff(old.cpu(), new.cpu())
+        assert torch.equal(first.cpu(), expected[0])
+        assert torch.equal(count.cpu(), expected[1])
+
+
+def test_token_diff_refuses() -> None:
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(TypeError, match="int64"):
+        cuda.token_diff(tokens, tokens.int())
+    with pytest.raises(RuntimeError, match=r"\(2, 3\)"):
+        cuda.token_diff(tokens, tokens[:, :2])
+
+
+@pytest.mark.skipif(NO_GPU is not None, reason=f"needs a GPU: {NO_GPU}")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("vocabulary", "hidden"), [(50257, 768), (49152, 576), (151936, 3584)])
+@pytest.mark.parametrize("latents", [False, True])
+def test_real_sizes(latents: bool, vocabulary: int, hidden: int, dtype: torch.dtype) -> None:
+    place = Place(torch.device("cuda", torch.cuda.current_device()))
+    for rows in (1, 3):
+        case = make_case(place, latents, vocabulary, hidden=hidden, rows=rows, dtype=dtype, max_steps=10)
+        case.run(place, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(NO_GPU is not None, reason=f"needs a GPU: {NO_GPU}")
+@pytest.mark.parametrize("latents", [False, True])
+def test_in_a_cuda_graph(latents: bool) -> None:
+    place = Place(torch.device("cuda", torch.cuda.current_device()))
+    case = make_case(place, latents, 1000, hidden=64, noise=False)
+    start = [x.clone() for x in case.state]
+    expected = case.call(place)
+    meant = [x.clone() for x in case.state]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        token, changed = cuda.dto_step(*case.state, case.tokens, case.rates, case.gradient, case.tables, **case.options)
+    for x, was in zip(case.state, start, strict=True):
+        x.copy_(was)
+    graph.replay()
+    assert torch.equal(token, expected[0])
+    assert torch.equal(changed, expected[1])
+    for x, was in zip(case.state, meant, strict=True):
+        torch.testing.assert_close(x, was)
