@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import resource
@@ -176,22 +175,6 @@ def eager_likelihood(h: Tensor, weight: Tensor, tokens: Tensor) -> tuple[Tensor,
     return log_likelihood.detach(), gradient
 
 
-def peak_bytes(name: str, vocabulary: int, dtype: torch.dtype) -> int:
-    """Growth of the resident set in this process, which must be a fresh one, over that of a call with one row."""
-    h, weight, tokens = likelihood_inputs(vocabulary, dtype)
-    function = {"native": native_likelihood, "eager": eager_likelihood}[name]
-    function(h[:1], weight, tokens[:1])
-    before = peak_resident()
-    function(h, weight, tokens)
-    return peak_resident() - before
-
-
-def peak_resident() -> int:
-    """Largest resident set of this process so far, in bytes. Not by getrusage: a child takes over its parent's."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
 def log_likelihood_gradient_rows(repeats: int) -> list[Row]:
     rows = []
     for vocabulary in VOCABULARIES:
@@ -204,10 +187,6 @@ def log_likelihood_gradient_rows(repeats: int) -> list[Row]:
                 },
                 repeats,
             )
-            peaks = {}
-            for name in ("native", "eager"):
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    peaks[name] = pool.apply(peak_bytes, (name, vocabulary, dtype))
             shape = {"N": ROWS, "V": vocabulary, "d": WIDTH}
             rows.append(
                 row(
@@ -215,8 +194,6 @@ def log_likelihood_gradient_rows(repeats: int) -> list[Row]:
                     dtype,
                     shape,
                     timings,
-                    peak_bytes=peaks,
-                    peak_ours_over_eager=peaks["native"] / peaks["eager"],
                 )
             )
     return rows
