@@ -118,12 +118,6 @@ def test_results_have_the_fake_kernels_shapes_and_dtypes(name, dtype, backend):
             assert one.dtype == other.dtype
 
 
-DIFFERENTIABLE_CALLS = {
-    "straight_through_embedding": lambda x, t, r: ops.straight_through_embedding(x, t, r, tau=0.7, backend="reference"),
-    "soft_embedding": lambda x, t, r: ops.soft_embedding(x, t, tau=0.7, backend="reference"),
-}
-
-
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, 0.0), (1.7, 0.0), (0.8, 3.0)])
 def test_gradcheck_of_the_smooth_operators(scale, softcap):
     own = head(torch.float64, scale, softcap)
