@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -175,25 +176,52 @@ def eager_likelihood(h: Tensor, weight: Tensor, tokens: Tensor) -> tuple[Tensor,
     return log_likelihood.detach(), gradient
 
 
+LIKELIHOODS = {"native": native_likelihood, "eager": eager_likelihood}
+
+
+def peak_growth(name: str, vocabulary: int, dtype: torch.dtype) -> int:
+    """Bytes by which one call raises this process's resident memory at its highest; Linux only.
+
+    For a process of its own: what an allocator kept from earlier calls would hide what a call needs.
+    """
+    inputs = likelihood_inputs(vocabulary, dtype)
+    LIKELIHOODS[name](*(x[:1] for x in inputs[:1]), inputs[1][:64], torch.zeros(1, dtype=torch.int64))  # loads code
+    Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts anew
+    before = resident("VmRSS")
+    LIKELIHOODS[name](*inputs)
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def peaks(vocabulary: int, dtype: torch.dtype) -> dict[str, int]:
+    context = multiprocessing.get_context("spawn")
+    result = {}
+    for name in LIKELIHOODS:
+        with context.Pool(1, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+            result[name] = pool.apply(peak_growth, (name, vocabulary, dtype))
+    return result
+
+
 def log_likelihood_gradient_rows(repeats: int) -> list[Row]:
     rows = []
     for vocabulary in VOCABULARIES:
         for dtype in (torch.float32, torch.bfloat16):
             inputs = likelihood_inputs(vocabulary, dtype)
-            timings = measure(
-                {
-                    "native": lambda inputs=inputs: native_likelihood(*inputs),
-                    "eager": lambda inputs=inputs: eager_likelihood(*inputs),
-                },
-                repeats,
-            )
-            shape = {"N": ROWS, "V": vocabulary, "d": WIDTH}
+            timings = measure({name: lambda f=f, inputs=inputs: f(*inputs) for name, f in LIKELIHOODS.items()}, repeats)
+            memory = peaks(vocabulary, dtype)
+            print("peak memory", {name: f"{size / 2**20:.1f} MiB" for name, size in memory.items()})
             rows.append(
                 row(
                     "log_likelihood_gradient",
                     dtype,
-                    shape,
+                    {"N": ROWS, "V": vocabulary, "d": WIDTH},
                     timings,
+                    peak_bytes=memory,
+                    peak_over_eager=memory["native"] / memory["eager"],
                 )
             )
     return rows

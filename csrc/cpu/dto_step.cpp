@@ -116,8 +116,10 @@ std::tuple<Tensor, Tensor> dto_step(const Tensor& parameters, const Tensor& exp_
   problem.softcap = softcap;
   problem.tau = tau;
   problem.weight_decay = weight_decay;
-  const Tensor rates = learning_rates.to(at::kDouble).contiguous();
-  problem.rates.assign(rates.const_data_ptr<double>(), rates.const_data_ptr<double>() + rates.numel());
+  const Tensor rates = learning_rates.contiguous();
+  AT_DISPATCH_FLOATING_TYPES(rates.scalar_type(), "dto_step: learning_rates", [&] {
+    problem.rates.assign(rates.const_data_ptr<scalar_t>(), rates.const_data_ptr<scalar_t>() + rates.numel());
+  });
   for (const int64_t made : problem.step) {
     TORCH_CHECK_VALUE(made >= 0, "dto_step: step must not be negative, got ", made);
   }
@@ -154,11 +156,15 @@ std::tuple<Tensor, Tensor> dto_step(const Tensor& parameters, const Tensor& exp_
   write_back(exp_avg, problem.exp_avg);
   write_back(exp_avg_sq, problem.exp_avg_sq);
   Tensor current = at::empty({rows}, tokens.options());
-  std::copy(problem.current.begin(), problem.current.end(), current.mutable_data_ptr<int64_t>());
-  Tensor made = at::empty({rows}, tokens.options());
-  std::copy(problem.step.begin(), problem.step.end(), made.mutable_data_ptr<int64_t>());
-  step.copy_(made);
-  return {current, current.ne(tokens)};
+  Tensor changed = at::empty({rows}, tokens.options().dtype(at::kBool));
+  // Written by hand: for one row, every call of an operator costs as much as a hundredth of a step.
+  auto* made = step.mutable_data_ptr<int64_t>();
+  for (int64_t row = 0; row < rows; ++row) {
+    current.mutable_data_ptr<int64_t>()[row] = problem.current[row];
+    changed.mutable_data_ptr<bool>()[row] = problem.current[row] != problem.tokens[row];
+    made[row * step.stride(0)] = problem.step[row];
+  }
+  return {current, changed};
 }
 
 }  // namespace nabla_fast::cpu::CPU_CAPABILITY

@@ -353,7 +353,7 @@ void step_groups(DtoProblem& problem, size_t begin, size_t end) {
     write_gradient<acc_t>(problem.vocabulary, select_terms(problem.terms, all), gradient);
   }
   at::Tensor weights;
-  if (problem.max_steps > 1) weights = at::empty({last - first, problem.vocabulary}, options);
+  if (problem.max_steps > 0) weights = at::empty({last - first, problem.vocabulary}, options);
   LogitsRows<acc_t> rows(problem, first, last, weights, gradient);
   rows.start(all, problem.max_steps > 0);
   for (int64_t i = 0; i < problem.max_steps; ++i) {

@@ -15,9 +15,12 @@ namespace {
 
 // A row is cut into parts of fixed length whatever the number of rows or threads, and the parts are merged from left
 // to right: a row's statistics are the same bits alone and in a batch.
-constexpr int64_t kPart = 8192;
+constexpr int64_t kPart = 16384;
 // Vectors that wait in registers while it is seen whether one of them raises the maximum.
 constexpr int kVectors = 8;
+// A row is read once, from memory: so far ahead, the hardware's own prefetching, which stops at a page, is too late.
+constexpr int64_t kPrefetchBytes = 8192;
+constexpr int64_t kLineBytes = 64;
 
 template <typename acc_t>
 constexpr int64_t kBlock = kVectors * at::vec::Vectorized<acc_t>::size();
@@ -43,6 +46,9 @@ class Reducer {
 
   void add_block(const scalar_t* z, int64_t offset) {
     std::array<Vec, kVectors> x;
+    for (int64_t line = 0; line < kBlock<acc_t> * int64_t(sizeof(scalar_t)); line += kLineBytes) {
+      __builtin_prefetch(reinterpret_cast<const char*>(z) + kPrefetchBytes + line);
+    }
     load_block(z, x);
     // clamp_min is the bare instruction. It may drop a NaN, which the sum below will show.
     const Vec max = at::vec::clamp_min(
@@ -54,8 +60,8 @@ class Reducer {
     for (int k = 0; k < kVectors; ++k) {
       const Vec y = at::vec::clamp_min((x[k] - subtract_) * scale_, lowest);
       const Vec e = Power<acc_t>::of(y);
-      sum_[k % 2] = sum_[k % 2] + e;
-      weighted_[k % 2] = at::vec::fmadd(e, y, weighted_[k % 2]);
+      sum_[k % kSums] = sum_[k % kSums] + e;
+      weighted_[k % kSums] = at::vec::fmadd(e, y, weighted_[k % kSums]);
     }
   }
 
@@ -74,13 +80,20 @@ class Reducer {
     State state;
     state.max = scalar_max_;
     const auto plus = [](const Vec& a, const Vec& b) { return a + b; };
-    state.sum = at::vec::vec_reduce_all<acc_t>(plus, sum_[0] + sum_[1]);
-    state.weighted = at::vec::vec_reduce_all<acc_t>(plus, weighted_[0] + weighted_[1]) / Power<acc_t>::kUnits;
+    state.sum = at::vec::vec_reduce_all<acc_t>(plus, (sum_[0] + sum_[1]) + (sum_[2] + sum_[3]));
+    state.weighted = at::vec::vec_reduce_all<acc_t>(plus, (weighted_[0] + weighted_[1]) + (weighted_[2] + weighted_[3])) / Power<acc_t>::kUnits;
     return state;
   }
 
  private:
+  // So many, because 256 additions of one value to a float32 are about what its precision bears.
+  static constexpr int kSums = 4;
   static constexpr int kNoLane = Vec::size() == 32 ? -1 : (1 << Vec::size()) - 1;
+
+  static std::array<Vec, kSums> zeros() {
+    const Vec zero(acc_t(0));
+    return {zero, zero, zero, zero};
+  }
 
   void raise_max(const Vec& block_max, int64_t offset) {
     const auto larger = [](const Vec& a, const Vec& b) { return at::vec::clamp_min(a, b); };
@@ -89,7 +102,7 @@ class Reducer {
       const double shift = (static_cast<double>(scalar_max_) - value) * inverse_tau_;
       const acc_t factor = static_cast<acc_t>(std::exp(shift));
       const Vec units(factor > 0 ? static_cast<acc_t>(shift * Power<acc_t>::kUnits) : acc_t(0));
-      for (int k = 0; k < 2; ++k) {
+      for (int k = 0; k < kSums; ++k) {
         weighted_[k] = (weighted_[k] + units * sum_[k]) * Vec(factor);
         sum_[k] = sum_[k] * Vec(factor);
       }
@@ -104,8 +117,8 @@ class Reducer {
   Vec scale_;
   Vec max_{-std::numeric_limits<acc_t>::infinity()};
   Vec subtract_{acc_t(0)};  // the maximum, or 0 while there is none: -inf - -inf would be NaN
-  std::array<Vec, 2> sum_{Vec(acc_t(0)), Vec(acc_t(0))};
-  std::array<Vec, 2> weighted_{Vec(acc_t(0)), Vec(acc_t(0))};
+  std::array<Vec, kSums> sum_ = zeros();
+  std::array<Vec, kSums> weighted_ = zeros();
   acc_t scalar_max_ = -std::numeric_limits<acc_t>::infinity();
   int64_t max_offset_ = -1;
 };
@@ -113,16 +126,18 @@ class Reducer {
 // The state of `size` entries in a row, the first of which is entry `first` of its row.
 template <typename scalar_t>
 State reduce_part(const scalar_t* z, int64_t size, int64_t first, double inverse_tau) {
-  constexpr int64_t block = kBlock<at::opmath_type<scalar_t>>;
+  using acc_t = at::opmath_type<scalar_t>;
+  constexpr int64_t block = kBlock<acc_t>;
   Reducer<scalar_t> reducer(inverse_tau);
   int64_t offset = 0;
   for (; offset + block <= size; offset += block) reducer.add_block(z + offset, offset);
   if (offset < size) reducer.add_tail(z + offset, size - offset, offset);
   State state = reducer.state();
   if (reducer.max_offset() >= 0) {
+    const auto max = static_cast<acc_t>(state.max);
     const scalar_t* begin = z + reducer.max_offset();
     const scalar_t* end = std::min(begin + block, z + size);
-    const scalar_t* position = std::find_if(begin, end, [&](scalar_t value) { return double(value) == state.max; });
+    const scalar_t* position = std::find_if(begin, end, [&](scalar_t value) { return acc_t(value) == max; });
     state.token = first + (position - z);
   }
   return state;

@@ -38,6 +38,18 @@ def test_linear_relaxed_stats(shape, dtype, scale_cap, tau):
     )
 
 
+def test_linear_operators_of_real_vocabularies():
+    """One each: a vocabulary takes the interpreter seconds."""
+    h, head = make((2, 151936, 8), (torch.bfloat16, torch.bfloat16))
+    close(kernels.linear_relaxed_stats(h, head, 0.7), reference.linear_relaxed_stats(h.double(), double(head), 0.7))
+    h, head = make((1, 50257, 8), (torch.float32, torch.float16))
+    tokens = torch.tensor([50256])
+    close(
+        kernels.log_likelihood_gradient(h, head, tokens, True),
+        reference.log_likelihood_gradient(h.double(), double(head), tokens, True),
+    )
+
+
 def test_linear_relaxed_stats_of_64_rows():
     h, head = make((64, 1000, 64), (torch.float32, torch.bfloat16))
     close(kernels.linear_relaxed_stats(h, head), reference.linear_relaxed_stats(h.double(), double(head)))

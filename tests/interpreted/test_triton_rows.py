@@ -22,12 +22,18 @@ def test_relaxed_stats(shape, kind, dtype, tau, seed):
     close(kernels.relaxed_stats(z, tau, 0.5, 0.9), reference.relaxed_stats(z.double(), tau, 0.5, 0.9))
 
 
-@pytest.mark.parametrize("vocabulary", [49152, 50257])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_relaxed_stats_of_real_vocabularies(vocabulary, dtype):
-    for kind in ("random", "ties"):
-        z = logits(1, 3, vocabulary, kind, dtype)
-        close(kernels.relaxed_stats(z), reference.relaxed_stats(z.double()))
+@few(30)
+@given(
+    st.sampled_from([1, 3]),
+    st.sampled_from([49152, 50257, 151936]),
+    st.sampled_from(KINDS),
+    st.sampled_from(DTYPES),
+    taus,
+    st.integers(0, 99),
+)
+def test_relaxed_stats_of_real_vocabularies(rows, vocabulary, kind, dtype, tau, seed):
+    z = logits(seed, rows, vocabulary, kind, dtype)
+    close(kernels.relaxed_stats(z, tau, 0.5, 0.9), reference.relaxed_stats(z.double(), tau, 0.5, 0.9))
 
 
 def test_relaxed_stats_of_64_rows():
