@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/operators.h"
+#include "gradient_cache.h"
 
 namespace {
 
@@ -30,9 +31,24 @@ void register_cpu(torch::Library& m) {
   NABLA_FAST_CPU_OPERATORS(NABLA_FAST_REGISTER_DEFAULT)
 }
 
+void register_gradient_cache(torch::Library& m) {
+  using nabla_fast::GradientCache;
+  m.class_<GradientCache>("GradientCache")
+      .def(torch::init<int64_t, int64_t, bool>(), "",
+           {torch::arg("max_bytes"), torch::arg("hash_bits") = 64, torch::arg("on_device") = false})
+      .def("find", &GradientCache::find)
+      .def("find_reward", &GradientCache::find_reward)
+      .def("insert", &GradientCache::insert)
+      .def("insert_reward", &GradientCache::insert_reward)
+      .def("clear", &GradientCache::clear)
+      .def("stats", &GradientCache::stats);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nabla_fast, CPU, m) { register_cpu(m); }
+
+TORCH_LIBRARY_FRAGMENT(nabla_fast, m) { register_gradient_cache(m); }
 
 // Read through ctypes by the environment report: plain C, because it must answer before any operator is called.
 extern "C" __attribute__((visibility("default"))) const char* nabla_fast_build_info() {

@@ -65,6 +65,8 @@ class NablaConfig:
         resample: how the optimised position is sampled anew.
         gradient_cache: keep gradients, keyed by the token ids, between DTO runs.
         gradient_cache_bytes: budget of that cache; the least recently used entries go first.
+        checkpoint_activations: for long answers: keep only each layer's input for the backward pass, compute the rest
+            again.
         backend: which kernels the operators use.
         seed: seed of the noise; a sequence's noise depends on this and on its prompt alone.
     """
@@ -94,6 +96,7 @@ class NablaConfig:
     resample: Sampling = field(default_factory=lambda: Sampling(temperature=0.5, top_p=0.95))
     gradient_cache: bool = True
     gradient_cache_bytes: int = 2**30
+    checkpoint_activations: bool = False
     backend: str = "auto"
     seed: int = 0
 
@@ -112,7 +115,7 @@ class NablaConfig:
         _require_number("nll_coeff", self.nll_coeff)
         _require_choice("parameterization", self.parameterization, PARAMETERIZATIONS)
         _require_choice("anchor", self.anchor, ANCHORS)
-        for name in ("update_postfix", "rejection_sampling", "gradient_cache"):
+        for name in ("update_postfix", "rejection_sampling", "gradient_cache", "checkpoint_activations"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.confidence_threshold is not None:

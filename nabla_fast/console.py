@@ -93,7 +93,8 @@ class Outcome:
             if self.greedy is not None:
                 entry["greedy"] = {**_answer(self.greedy, i), "stats": self.greedy.stats.sequences[i].to_dict()}
             answers.append(entry)
-        return {"config": asdict(self.config), "answers": answers, "totals": self.refined.stats.totals.to_dict()}
+        told = self.refined.stats.to_dict()
+        return {"config": asdict(self.config), "answers": answers, "totals": told["totals"], "cache": told["cache"]}
 
     def show(self) -> None:
         """Prints answers and tables."""

@@ -230,7 +230,7 @@ class Decoder:
 
     def _score(self, sequences: Seq[Sequence], tokens: Seq[Tensor]) -> list[float]:
         self._announce("reward", sequences)
-        return self.objective.rewards([s.conversation for s in sequences], [t.tolist() for t in tokens])
+        return self.objective.rewards([s.conversation for s in sequences], tokens)
 
     def _trajectory(self, sequence: Sequence, new: Rollout, tokens: Tensor, reward: float) -> Trajectory:
         """A rollout behind what it shares with the current trajectory: the rows up to where it starts."""
@@ -255,7 +255,7 @@ class Decoder:
         start = rows if self.config.parameterization == "latents" else self.objective.language_model.logits(rows)
         return dto.Problem(
             sequence.conversation,
-            sequence.committed,
+            trajectory.tokens[:t],
             start,
             sequence.seed,
             tokens=trajectory.hard[t:],

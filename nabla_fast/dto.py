@@ -65,7 +65,7 @@ class Problem:
 
     Attributes:
         conversation: prompt and counters.
-        committed: response tokens before the ones ahead.
+        committed: (n,) int64 response tokens before the ones ahead.
         start: (m, d) latents or (m, V) logits of the tokens ahead; where ``tokens`` is given, the moving rows suffice.
         seed: the sequence's seed.
         tokens: (m,) int64 hard tokens to start from, where they are known; None takes them from ``start``.
@@ -73,7 +73,7 @@ class Problem:
     """
 
     conversation: Conversation
-    committed: tuple[int, ...]
+    committed: Tensor
     start: Tensor
     seed: int
     tokens: Tensor | None = None
@@ -203,8 +203,8 @@ class _Rows:
     def request(self, i: int) -> Request:
         """Asks for the gradient at problem i's hard tokens."""
         problem = self.problems[i]
-        ahead = self.tokens[i, : problem.ahead].tolist()
-        return Request(problem.conversation, (*problem.committed, *ahead), problem.position)
+        ahead = self.tokens[i, : problem.ahead]
+        return Request(problem.conversation, torch.cat([problem.committed, ahead]), problem.position)
 
     def set_gradient(self, which: Sequence[int], evaluations: Sequence[Evaluation]) -> None:
         """Replaces the gradients of some problems: as factors where all rows move, else the one dense row of each."""
@@ -343,14 +343,13 @@ def _check_start(start: Tensor, model: LanguageModel, config: NablaConfig) -> No
         raise FloatingPointError("start holds NaN or infinite values")
 
 
-def _check_prefix(prefix_ids: Sequence[int] | Tensor, model: LanguageModel) -> tuple[int, ...]:
+def _check_prefix(prefix_ids: Sequence[int] | Tensor, model: LanguageModel) -> Tensor:
     ids = torch.as_tensor(prefix_ids)
     if ids.ndim != 1 or (len(ids) > 0 and (ids.is_floating_point() or ids.dtype == torch.bool)):
         raise ValueError(f"prefix_ids must be (n,) integer token ids, got {tuple(ids.shape)} {ids.dtype}")
-    prefix = tuple(ids.long().tolist())
-    if any(not 0 <= token < model.vocab_size for token in prefix):
-        raise ValueError(f"prefix_ids must hold token ids from 0 to {model.vocab_size - 1}, got {list(prefix)}")
-    return prefix
+    if bool(((ids < 0) | (ids >= model.vocab_size)).any()):
+        raise ValueError(f"prefix_ids must hold token ids from 0 to {model.vocab_size - 1}, got {ids.tolist()}")
+    return ids.to(model.device, torch.long)
 
 
 def _check_messages(messages: Sequence[dict[str, Any]]) -> None:

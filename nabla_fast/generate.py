@@ -123,7 +123,7 @@ def run(
         texts=[pair.tokenizer.decode(t, skip_special_tokens=True) for t in tokens],
         sequences=tokens,
         rewards=[s.current.reward for s in sequences],
-        stats=Stats([s.stats for s in sequences]),
+        stats=Stats([s.stats for s in sequences], {} if objective.cache is None else objective.cache.stats()),
     )
 
 

@@ -1,21 +1,26 @@
 """The objective of ∇-Reasoner (Eq. 2) at hard tokens, and its factored gradient.
 
 L(y) = -(nll_coeff * sum_t log pi(y_t | x, y_<t) + reward_coeff * r(x, y))
+
+A gradient is evaluated once per distinct token sequence, over the tokens ahead only: what lies before them is keys and
+values that each conversation keeps (`nabla_fast.models.prefix`), and what was evaluated is in the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from nabla_fast import ops
 from nabla_fast.config import NablaConfig
 from nabla_fast.gradient_cache import Evaluation, GradientCache
+from nabla_fast.models.activations import checkpointed, frozen, require_layers
 from nabla_fast.models.language_model import LanguageModel
+from nabla_fast.models.prefix import Track, catch_up, common_lengths
 from nabla_fast.models.reward_model import RewardFrame, RewardModel
 from nabla_fast.stats import Clock, SequenceStats
 
@@ -24,40 +29,63 @@ _SEPARATOR = -1  # never a token id
 
 @dataclass
 class Conversation:
-    """One prompt, as both models see it.
+    """One prompt, as both models see it, and what they have computed of it.
 
     Attributes:
         prompt_ids: the language model's prompt tokens, not empty.
         frame: what the reward model sees around the response.
         limit: longest response that both models and the settings allow, in tokens.
         stats: this sequence's counters.
+        language, reward: keys and values of each model; None before its first pass.
     """
 
     prompt_ids: tuple[int, ...]
     frame: RewardFrame
     limit: int
     stats: SequenceStats = field(default_factory=SequenceStats)
+    language: Track | None = None
+    reward: Track | None = None
 
-    def cache_key(self, response: Sequence[int]) -> tuple[int, ...]:
-        """Every token that the gradient of ``response`` depends on."""
-        return (*self.frame.key, _SEPARATOR, *self.prompt_ids, _SEPARATOR, *response)
+    def __post_init__(self) -> None:
+        separator = self.frame.key.new_tensor([_SEPARATOR])
+        prompt = self.frame.key.new_tensor(self.prompt_ids)
+        self._key = torch.cat([self.frame.key, separator, prompt, separator])
+
+    def cache_key(self, response: Tensor) -> Tensor:
+        """Every token that the gradient of ``response`` (n,) depends on: (k,) int64 on the models' device."""
+        return torch.cat([self._key, response])
 
 
 @dataclass(frozen=True)
 class Request:
-    """Asks for the gradient at ``response`` with respect to its positions ``start`` and later."""
+    """Asks for the gradient at ``response`` (n,) int64 with respect to its positions ``start`` < n and later."""
 
     conversation: Conversation
-    response: tuple[int, ...]
+    response: Tensor
     start: int
+
+
+@dataclass
+class _Part:
+    """What one model contributes to the evaluation of a batch; one entry per request."""
+
+    factors: list[Tensor]
+    values: Tensor
+    hidden: list[Tensor] = field(default_factory=list)
 
 
 class Objective:
     """Evaluates the objective of a pair of models.
 
+    Args:
+        clock: where its time is charged; None makes one.
+
     Attributes:
         tables: what turns factors into gradients over the vocabulary.
-        clock: where its time is charged.
+        cache: of evaluations and rewards; None with ``gradient_cache=False``.
+
+    Raises:
+        ValueError: if ``config.checkpoint_activations`` is set for a model without layers to recompute.
     """
 
     def __init__(
@@ -75,17 +103,32 @@ class Objective:
             language_model.head, language_model.embedding.weight, reward_model.table.weight, config.nll_coeff
         )
         self.cache = GradientCache(config.gradient_cache_bytes) if config.gradient_cache else None
+        bodies = (language_model.body, reward_model.body)
+        self._models = [body.model for body in bodies if body is not None]
+        if config.checkpoint_activations:
+            for model, name in zip(self._models, (language_model.name, reward_model.name), strict=False):
+                require_layers(model, name)
+        device = language_model.device
+        self._reward_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def rewards(self, conversations: Sequence[Conversation], responses: Sequence[Sequence[int]]) -> list[float]:
-        """Rewards of complete responses, one batched call."""
-        records = [conversation.stats for conversation in conversations]
-        with self.clock.phase("reward", records), torch.no_grad():
-            model = self.reward_model
-            embedded = [model.conversation(c.frame, y) for c, y in zip(conversations, responses, strict=True)]
-            rewards: list[float] = model.rewards(embedded).tolist()
-        for record in records:
-            record.reward_calls += 1
-        return rewards
+    def rewards(self, conversations: Sequence[Conversation], responses: Sequence[Tensor]) -> list[float]:
+        """Rewards of complete responses (n_b,): from the cache, and one batched call for the rest.
+
+        Raises:
+            FloatingPointError: if a reward is NaN or infinite.
+        """
+        found = [self._known_reward(c, y) for c, y in zip(conversations, responses, strict=True)]
+        missing = [i for i, reward in enumerate(found) if reward is None]
+        if missing:
+            asked = [conversations[i] for i in missing]
+            with self.clock.phase("reward", [c.stats for c in asked]), torch.inference_mode(False), torch.no_grad():
+                scored = self._score(asked, [responses[i] for i in missing])
+            for i, reward in zip(missing, scored, strict=True):
+                found[i] = reward
+                conversations[i].stats.reward_calls += 1
+                if self.cache is not None:
+                    self.cache.insert_reward(conversations[i].cache_key(responses[i]), reward)
+        return [reward for reward in found if reward is not None]
 
     def evaluate(self, requests: Sequence[Request]) -> list[Evaluation]:
         """Objective and token gradients of some responses: from the cache, and one batched call for the rest.
@@ -95,84 +138,206 @@ class Objective:
         """
         found = [self._find(request) for request in requests]
         missing = [i for i, evaluation in enumerate(found) if evaluation is None]
-        if missing:
-            asked = [requests[i] for i in missing]
+        first = _first_equal([requests[i] for i in missing]) if self.cache is not None else list(range(len(missing)))
+        asked = [requests[missing[i]] for i in sorted(set(first))]
+        if asked:
             with self.clock.phase("gradient", [r.conversation.stats for r in asked]):
-                computed = self._compute(asked)
-            for i, request, evaluation in zip(missing, asked, computed, strict=True):
+                computed = dict(zip(sorted(set(first)), self._compute(asked), strict=True))
+            for request, evaluation in zip(asked, computed.values(), strict=True):
                 request.conversation.stats.gradient_evaluations += 1
-                found[i] = evaluation
                 if self.cache is not None:
                     self.cache.insert(request.conversation.cache_key(request.response), evaluation)
+            for i, source in zip(missing, first, strict=True):
+                found[i] = computed[source]
         return [evaluation for evaluation in found if evaluation is not None]
 
     def _find(self, request: Request) -> Evaluation | None:
         if self.cache is None:
             return None
         stats = request.conversation.stats
-        entry = self.cache.find(request.conversation.cache_key(request.response), request.start)
+        entry = self.cache.find(request.conversation.cache_key(request.response), request.start).evaluation
         if entry is None:
             stats.cache_misses += 1
         else:
             stats.cache_hits += 1
         return entry
 
+    def _known_reward(self, conversation: Conversation, response: Tensor) -> float | None:
+        return None if self.cache is None else self.cache.find_reward(conversation.cache_key(response))
+
     def _compute(self, requests: Sequence[Request]) -> list[Evaluation]:
-        with torch.inference_mode(False), torch.enable_grad():
-            hidden, embedding, likelihoods = self._likelihood_gradient(requests)
-            reward_embedding, rewards = self._reward_gradient(requests)
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(frozen(*self._models))
+            if self.config.checkpoint_activations:
+                stack.enter_context(checkpointed(*self._models))
+            # The reward model first: on a GPU, the language model is launched while it runs.
+            with self._reward_side():
+                reward = self._reward_gradient(requests)
+            language = self._likelihood_gradient(requests)
+            self._join(reward)
+        self._require_finite([*language.factors, language.values], self.language_model.name)
+        self._require_finite([*reward.factors, reward.values], self.reward_model.name)
+        log_pi = language.values.double().cpu().split([len(factors) for factors in language.factors])
         return [
-            Evaluation(request.start, ops.TokenGradient(h, a, b), likelihood, reward)
-            for request, h, a, b, likelihood, reward in zip(
-                requests, hidden, embedding, reward_embedding, likelihoods, rewards, strict=True
+            Evaluation(request.start, ops.TokenGradient(h, a, b), likelihoods.clone(), value)
+            for request, h, a, b, likelihoods, value in zip(
+                requests,
+                language.hidden,
+                language.factors,
+                reward.factors,
+                log_pi,
+                reward.values.tolist(),
+                strict=True,
             )
         ]
 
-    def _likelihood_gradient(
-        self, requests: Sequence[Request]
-    ) -> tuple[list[Tensor], list[Tensor], list[tuple[float, ...]]]:
-        """Per request: h^pi (m, d), a = dL/d(embedding weight row) (m, d), log pi at each of the m positions."""
+    def _likelihood_gradient(self, requests: Sequence[Request]) -> _Part:
+        """Per request h^pi (m, d) and a = dL/d(embedding weight row) (m, d); log pi at all their positions."""
         model = self.language_model
-        ids = [torch.tensor([*r.conversation.prompt_ids, *r.response], device=model.device) for r in requests]
-        lengths = torch.tensor([len(i) for i in ids], device=model.device)
-        mask = (torch.arange(int(lengths.max()), device=model.device) < lengths.unsqueeze(1)).long()
-        embeds = model.embedding(pad_sequence(ids, batch_first=True)).requires_grad_()
-        states = model.hidden_states(embeds, mask)
-        spans = [slice(len(r.conversation.prompt_ids) + r.start, len(i)) for r, i in zip(requests, ids, strict=True)]
-        hidden = [states[row, span.start - 1 : span.stop - 1] for row, span in enumerate(spans)]
-        targets = torch.cat([i[span] for i, span in zip(ids, spans, strict=True)])
+        tracks = [self._language_track(r.conversation) for r in requests]
+        # The last token is predicted, but predicts nothing that is asked for.
+        suffixes = [r.response[r.start : -1] for r in requests]
+        hidden, embeds = self._language_states(requests, tracks, suffixes)
+        targets = torch.cat([r.response[r.start :] for r in requests])
         log_pi = ops.linear_log_likelihood(torch.cat(hidden), model.head, targets, backend=self.config.backend)
-        (grad,) = torch.autograd.grad(log_pi.sum(), embeds)
+        asked = [x for x in embeds if len(x)]
+        grads = iter(torch.autograd.grad(log_pi.sum(), asked) if asked else ())
         scale = -self.config.nll_coeff * model.embedding.scale
-        factors = [ops.upcast(grad[row, span]) * scale for row, span in enumerate(spans)]
-        self._require_finite([*factors, log_pi], model.name)
-        values = [tuple(part.tolist()) for part in log_pi.detach().split([span.stop - span.start for span in spans])]
-        # Copies: a view would keep the whole batch's states alive in the cache.
-        return [h.detach().clone() for h in hidden], factors, values
+        factors = []
+        for x in embeds:
+            rows = ops.upcast(next(grads)) * scale if len(x) else ops.upcast(x.detach())
+            factors.append(torch.cat([rows, rows.new_zeros(1, rows.shape[1])]))
+        return _Part(factors, log_pi.detach(), [h.detach() for h in hidden])
 
-    def _reward_gradient(self, requests: Sequence[Request]) -> tuple[list[Tensor], list[float]]:
-        """Per request: b = dL/d(reward embedding weight row) (m, d_r), and the reward."""
+    def _language_states(
+        self, requests: Sequence[Request], tracks: Sequence[Track], suffixes: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The hidden states (m, d) that predict each token ahead, and the embeddings (m - 1, d) they depend on."""
+        model = self.language_model
+        embeds = [model.embedding(suffix).requires_grad_() for suffix in suffixes]
+        if not model.body.incremental:
+            whole = [
+                torch.cat([t.opening, model.embedding(r.response[: r.start]), x])
+                for t, r, x in zip(tracks, requests, embeds, strict=True)
+            ]
+            outputs, _ = model.body([None] * len(whole), whole)
+            return [out[-1 - len(x) :] for out, x in zip(outputs, embeds, strict=True)], embeds
+        catch_up(model.body, model.embedding, tracks, [r.response for r in requests], [r.start for r in requests])
+        states = [track.state for track in tracks]
+        hidden = [state.hidden[-1:] for state in states if state is not None]
+        longer = [i for i, x in enumerate(embeds) if len(x)]
+        if longer:
+            outputs, after = model.body([states[i] for i in longer], [embeds[i] for i in longer])
+            for i, out, state in zip(longer, outputs, after, strict=True):
+                hidden[i] = torch.cat([hidden[i], out])
+                tracks[i].keep(requests[i].response[:-1], state)
+        # Copies where there is no cat: the cache keeps them, and a view would keep the prefix alive.
+        return [h if len(h) > 1 else h.clone() for h in hidden], embeds
+
+    def _reward_gradient(self, requests: Sequence[Request]) -> _Part:
+        """Per request b = dL/d(reward embedding weight row) (m, d_r); the rewards."""
         model = self.reward_model
-        conversations = [
-            model.conversation(r.conversation.frame, r.response).detach().requires_grad_() for r in requests
-        ]
-        rewards = model.rewards(conversations)
+        tracks = [self._reward_track(r.conversation) for r in requests]
+        if model.incremental:
+            assert model.body is not None
+            catch_up(model.body, model.table, tracks, [r.response for r in requests], [r.start for r in requests])
+            skipped = [r.start for r in requests]
+            embeds = [model.conversation(r.conversation.frame, r.response, r.start) for r in requests]
+        else:
+            skipped = [-len(r.conversation.frame.opening) for r in requests]
+            embeds = [model.conversation(r.conversation.frame, r.response) for r in requests]
+        embeds = [x.detach().requires_grad_() for x in embeds]
+        rewards, after = model.rewards(embeds, [track.state for track in tracks])
         if not rewards.requires_grad:
             raise ValueError(
                 f"{model.name} returned rewards without a gradient; it must be differentiable with respect to "
                 "inputs_embeds"
             )
-        grads = torch.autograd.grad(rewards.sum(), conversations)
+        grads = torch.autograd.grad(rewards.sum(), embeds)
         scale = -self.config.reward_coeff * model.table.scale
         factors = []
-        for request, grad in zip(requests, grads, strict=True):
-            opening = len(request.conversation.frame.opening)
-            span = slice(opening + request.start, opening + len(request.response))
-            factors.append(ops.upcast(grad[span]) * scale)
-        self._require_finite(factors, model.name)
-        return factors, rewards.tolist()
+        for request, track, state, grad, skip in zip(requests, tracks, after, grads, skipped, strict=True):
+            track.keep(request.response, state)
+            factors.append(ops.upcast(grad[request.start - skip : len(request.response) - skip]) * scale)
+        return _Part(factors, rewards.detach())
+
+    def _score(self, conversations: Sequence[Conversation], responses: Sequence[Tensor]) -> list[float]:
+        model = self.reward_model
+        with self._reward_side():
+            tracks = [self._reward_track(c) for c in conversations]
+            states, embeds = [], []
+            common = common_lengths(tracks, responses) if model.incremental else [0] * len(tracks)
+            for c, track, response, shared in zip(conversations, tracks, responses, common, strict=True):
+                start = min(shared, len(response) - 1)
+                behind = track.state is not None and start >= 0
+                states.append(track.state.crop(len(track.opening) + start) if behind and track.state else None)
+                embeds.append(model.conversation(c.frame, response, start if behind else None))
+            rewards, after = model.rewards(embeds, states)
+            # A proposal is mostly rejected, and what it shares with the trajectory stays; so only the first is kept.
+            for track, response, state in zip(tracks, responses, after, strict=True):
+                if track.state is None:
+                    track.keep(response, state)
+            self._require_finite([rewards], model.name)
+            scored: list[float] = rewards.tolist()
+        return scored
+
+    def _language_track(self, conversation: Conversation) -> Track:
+        if conversation.language is None:
+            model = self.language_model
+            prompt = torch.tensor(conversation.prompt_ids, dtype=torch.long, device=model.device)
+            conversation.language = Track(model.embedding(prompt))
+        return conversation.language
+
+    def _reward_track(self, conversation: Conversation) -> Track:
+        if conversation.reward is None:
+            # A copy where the caller is in inference mode, whose tensors autograd cannot use.
+            conversation.reward = Track(conversation.frame.opening.clone())
+        return conversation.reward
+
+    @contextmanager
+    def _reward_side(self) -> Iterator[None]:
+        """On a GPU, a stream for the reward model: its small kernels and the language model's fill each other's gaps.
+
+        Whatever the reward model computes is allocated on that stream, so memory is not reused while it is read.
+        """
+        if self._reward_stream is None:
+            yield
+            return
+        self._reward_stream.wait_stream(torch.cuda.current_stream(self.language_model.device))
+        with torch.cuda.stream(self._reward_stream):
+            yield
+
+    def _join(self, part: _Part) -> None:
+        """Lets the current stream read what the reward model's stream computes."""
+        if self._reward_stream is None:
+            return
+        current = torch.cuda.current_stream(self.language_model.device)
+        current.wait_stream(self._reward_stream)
+        for tensor in (*part.factors, part.values):
+            tensor.record_stream(current)
 
     @staticmethod
     def _require_finite(tensors: Sequence[Tensor], name: str) -> None:
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        if not bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all()):
             raise FloatingPointError(f"{name} gave a value or gradient that is NaN or infinite")
+
+
+def _first_equal(requests: Sequence[Request]) -> list[int]:
+    """For each request, the first one that its evaluation serves, too."""
+    first: list[int] = []
+    for i, request in enumerate(requests):
+        key = None
+        for j in sorted(set(first)):
+            other = requests[j]
+            alike = request.conversation.prompt_ids == other.conversation.prompt_ids
+            if not alike or request.start < other.start or len(request.response) != len(other.response):
+                continue
+            key = request.conversation.cache_key(request.response) if key is None else key
+            if torch.equal(key, other.conversation.cache_key(other.response)):
+                first.append(j)
+                break
+        else:
+            first.append(i)
+    return first

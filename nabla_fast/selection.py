@@ -31,9 +31,9 @@ class Candidates:
     mask: Tensor
     position: int
 
-    def anchored(self, position: int) -> tuple[int, ...]:
+    def anchored(self, position: int) -> Tensor:
         """The response that DTO at ``position`` starts from: committed tokens before it, hard tokens from there on."""
-        return (*self.tokens[:position].tolist(), *self.hard[position:].tolist())
+        return torch.cat([self.tokens[:position], self.hard[position:]])
 
 
 def select(candidates: Sequence[Candidates], objective: Objective, config: NablaConfig) -> list[int]:

@@ -41,7 +41,7 @@ class SequenceStats:
         gradient_evaluations: forward and backward passes over both models.
         cache_hits, cache_misses: look-ups in the gradient cache.
         dto_iterations: optimisation steps.
-        reward_calls: trajectories scored.
+        reward_calls: trajectories scored, those left out whose reward was known.
         optimised_positions: positions at which DTO ran.
         skipped_positions: positions committed without DTO while rollouts were left.
         seconds: wall-clock seconds per phase; a phase shared by several sequences is divided equally among them.
@@ -78,9 +78,15 @@ class SequenceStats:
 
 @dataclass
 class Stats:
-    """Counters of a call: one record per sequence, and their totals."""
+    """Counters of a call: one record per sequence, and their totals.
+
+    Attributes:
+        sequences: one record per prompt.
+        cache: what `GradientCache.stats` said at the end, its evictions and bytes among it; empty without a cache.
+    """
 
     sequences: list[SequenceStats]
+    cache: dict[str, int] = field(default_factory=dict)
 
     @property
     def totals(self) -> SequenceStats:
@@ -97,7 +103,11 @@ class Stats:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""
-        return {"sequences": [record.to_dict() for record in self.sequences], "totals": self.totals.to_dict()}
+        return {
+            "sequences": [record.to_dict() for record in self.sequences],
+            "totals": self.totals.to_dict(),
+            "cache": dict(self.cache),
+        }
 
 
 class Clock:

@@ -133,7 +133,7 @@ def test_limits_and_counters_hold(max_rollouts):
     output = generate(PROMPTS, BASE.replace(max_rollouts=max_rollouts))
     for sequence, stats in zip(output.sequences, output.stats.sequences, strict=True):
         assert 1 <= len(sequence) <= BASE.max_new_tokens
-        assert stats.rollouts == stats.reward_calls == 1 + len(stats.revisions) <= max_rollouts
+        assert 1 <= stats.reward_calls <= stats.rollouts == 1 + len(stats.revisions) <= max_rollouts
         assert stats.rejections == sum(not r.accepted for r in stats.revisions)
         assert stats.dto_iterations == BASE.max_iters * stats.optimised_positions
         calls = stats.generated_tokens + 4 * stats.gradient_evaluations + stats.reward_calls
@@ -144,6 +144,11 @@ def test_limits_and_counters_hold(max_rollouts):
         assert totals[name] == sum(s.counters()[name] for s in output.stats.sequences)
     if max_rollouts == 1:
         assert totals["dto_iterations"] == totals["gradient_evaluations"] == 0
+
+
+def test_without_a_cache_every_rollout_is_scored():
+    for stats in generate(PROMPTS, BASE.replace(gradient_cache=False)).stats.sequences:
+        assert stats.reward_calls == stats.rollouts
 
 
 def test_plain_sampling_is_gumbel_max_over_the_models_own_logits():

@@ -369,7 +369,12 @@ def batch(config: nf.NablaConfig) -> tuple[Objective, list[Problem]]:
         chat = [{"role": "user", "content": question}]
         conversation = Conversation(tuple(prompt_ids(tokenizer, chat)), rewards.chat_frame(chat), limit=20)
         problems.append(
-            Problem(conversation, tuple(PREFIX[:i]), start_rows(config, seed=i, rows=2 + 2 * i), seed=7 + i)
+            Problem(
+                conversation,
+                torch.tensor(PREFIX[:i], dtype=torch.long),
+                start_rows(config, seed=i, rows=2 + 2 * i),
+                seed=7 + i,
+            )
         )
     return Objective(language_model, rewards, config), problems
 
@@ -419,7 +424,9 @@ def test_trace_counts_the_tokens_ahead_alone_where_the_gradient_was_found_in_the
         problem = problems[1]
         (first,) = optimize_batch([problem], objective)
         token = int(first.tokens[0])
-        later = Problem(problem.conversation, (*problem.committed, token), problem.start[1:], problem.seed)
+        later = Problem(
+            problem.conversation, torch.cat([problem.committed, torch.tensor([token])]), problem.start[1:], problem.seed
+        )
         (results[cache],) = optimize_batch([later], objective)
     assert (results[True].gradient_evaluations, results[False].gradient_evaluations) == (0, 1)
     found, fresh = results[True].trace[0], results[False].trace[0]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from nabla_fast.models.prefix import Body
 from nabla_fast.ops import Head, linear_logits
 
 # Names under which families keep a constant factor on the logits; the first one found is used.
@@ -61,6 +62,7 @@ class LanguageModel:
         name: what errors call the model.
         eos_token_ids: the end tokens of the model's generation config, else the tokenizer's.
         context_length: most positions the model takes, None if it does not say.
+        body: the model without its head, for gradients.
 
     Raises:
         TypeError: if ``model`` has no output head.
@@ -84,6 +86,7 @@ class LanguageModel:
         self.context_length: int | None = context_length(model)
         self.eos_token_ids = _eos_token_ids(model, tokenizer, self.vocab_size)
         self._check_head(lm_head)
+        self.body = Body(model, self.name)
 
     @property
     def device(self) -> torch.device:
@@ -92,10 +95,6 @@ class LanguageModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (N, V), float32 or float64, of hidden states (N, d)."""
         return linear_logits(hidden, self.head)
-
-    def hidden_states(self, inputs_embeds: Tensor, mask: Tensor) -> Tensor:
-        """Last hidden states (B, T, d) of right-padded embeddings (B, T, d) with mask (B, T); differentiable."""
-        return base_forward(self.model, inputs_embeds, mask)
 
     @torch.no_grad()
     def prefill(self, sequences: Sequence[Sequence[int]]) -> DecodeState:
@@ -137,13 +136,6 @@ class LanguageModel:
                 f"{self.name} computes its logits in a way that nabla_fast does not know (its head is a "
                 f"{type(lm_head).__name__}), so gradients would be wrong; it cannot be used"
             )
-
-
-def base_forward(model: Any, inputs_embeds: Tensor, mask: Tensor) -> Tensor:
-    """Last hidden states (B, T, d) of a decoder's body over right-padded embeddings (B, T, d), mask (B, T)."""
-    positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    out = model.base_model(inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=positions, use_cache=False)
-    return out.last_hidden_state
 
 
 @torch.no_grad()

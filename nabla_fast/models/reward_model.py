@@ -13,11 +13,11 @@ from nabla_fast.models.chat import Chat, conversation_frame
 from nabla_fast.models.language_model import (
     EmbeddingTable,
     LanguageModel,
-    base_forward,
     context_length,
     embedding_table,
     require_eval,
 )
+from nabla_fast.models.prefix import Body, PrefixState
 from nabla_fast.models.vocabulary import Alignment, align, aligned_table
 
 RewardFunction = Callable[[Tensor, Tensor], Tensor]
@@ -32,12 +32,12 @@ class RewardFrame:
     Attributes:
         opening: (P, d_r) embeddings before the response.
         closing: (c, d_r) embeddings after it.
-        key: what tells this frame from another one over the same prompt.
+        key: (k,) int64, what tells this frame from another one over the same prompt.
     """
 
     opening: Tensor
     closing: Tensor
-    key: tuple[int, ...] = ()
+    key: Tensor
 
 
 class RewardModel:
@@ -58,6 +58,7 @@ class RewardModel:
         table: the reward model's input embeddings in the language model's token order (V, d_r).
         alignment: which token is which; its ``share`` says how many have a partner.
         name: what errors call the model.
+        body: a classifier's decoder, which goes on from prefixes; None for a function, which takes whole conversations.
     """
 
     def __init__(
@@ -71,15 +72,17 @@ class RewardModel:
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.tokenizer = language_tokenizer if tokenizer is None else tokenizer
         self.context_length: int | None = None
+        self.body: Body | None = None
         own_table: EmbeddingTable = language_model.embedding
         if hasattr(model, "base_model") and hasattr(model, "config"):
             self.name = f"reward_model ({model.config.name_or_path or type(model).__name__})"
-            self.function: RewardFunction = _classifier_function(model, self.name)
+            self._score = _score_head(model, self.name)
+            self.body = Body(model, self.name)
             own_table = embedding_table(model, self.name)
             self.context_length = context_length(model)
         elif callable(model):
             self.name = f"reward_model ({getattr(model, '__name__', type(model).__name__)})"
-            self.function = model
+            self._function: RewardFunction = model
             if hasattr(model, "get_input_embeddings"):
                 own_table = embedding_table(model, self.name)
             elif self.tokenizer.get_vocab() != language_tokenizer.get_vocab():
@@ -105,43 +108,64 @@ class RewardModel:
     def chat_frame(self, chat: Chat) -> RewardFrame:
         """The frame that the reward tokenizer's chat template puts around a response to ``chat``."""
         frame = conversation_frame(self.tokenizer, chat)
-        return RewardFrame(self._embed(frame.opening), self._embed(frame.closing), frame.opening)
+        return RewardFrame(self._embed(frame.opening), self._embed(frame.closing), self._ids(frame.opening))
 
     def prompt_frame(self, prompt_ids: Sequence[int]) -> RewardFrame:
         """A frame over the language model's own prompt ids, closed as the reward tokenizer's template closes."""
-        return RewardFrame(self.table(self._ids(prompt_ids)), self._embed(self._closing))
+        return RewardFrame(self.table(self._ids(prompt_ids)), self._embed(self._closing), self._ids(()))
 
-    def conversation(self, frame: RewardFrame, tokens: Sequence[int]) -> Tensor:
-        """Embeddings (T, d_r) of a whole conversation whose response is ``tokens`` (n,), LM ids.
+    @property
+    def incremental(self) -> bool:
+        """Whether `rewards` goes on from prefixes."""
+        return self.body is not None and self.body.incremental
+
+    def conversation(self, frame: RewardFrame, tokens: Tensor, start: int | None = None) -> Tensor:
+        """Embeddings (T, d_r) of a conversation whose response is ``tokens`` (n,) int64, LM ids.
 
         A response that ends with the token that the template would write next keeps one of the two.
-        """
-        response = self.table(self._ids(tokens))
-        ends_turn = bool(tokens) and bool(self._closing) and int(self.alignment.partner[tokens[-1]]) == self._closing[0]
-        return torch.cat([frame.opening, response, frame.closing[1:] if ends_turn else frame.closing])
 
-    def rewards(self, conversations: Sequence[Tensor]) -> Tensor:
-        """Rewards (B,), float32 or float64, of embedded conversations (T_b, d_r); differentiable.
+        Args:
+            start: leaves out everything before this response position; None leaves out nothing.
+        """
+        ends_turn = len(tokens) > 0 and self._closing and int(self.alignment.partner[tokens[-1]]) == self._closing[0]
+        closing = frame.closing[1:] if ends_turn else frame.closing
+        response = self.table(tokens[start:])
+        return torch.cat([response, closing] if start is not None else [frame.opening, response, closing])
+
+    def rewards(
+        self, conversations: Sequence[Tensor], states: Sequence[PrefixState | None] | None = None
+    ) -> tuple[Tensor, list[PrefixState | None]]:
+        """Scores embedded conversations (T_b, d_r), each behind its prefix if there is one; differentiable.
+
+        Args:
+            conversations: what follows the prefix, T_b >= 1.
+            states: the prefix of each; only None unless `incremental`.
+
+        Returns:
+            Rewards (B,), float32 or float64; the states of the whole conversations (None unless `incremental`).
 
         Raises:
             ValueError: if the reward model does not return one number per conversation, or a conversation is too long.
-            FloatingPointError: if a reward is NaN or infinite.
         """
-        longest = max(len(c) for c in conversations)
-        if self.context_length is not None and longest > self.context_length:
-            raise ValueError(f"{self.name} takes at most {self.context_length} tokens, got a conversation of {longest}")
-        embeds = torch.nn.utils.rnn.pad_sequence(list(conversations), batch_first=True)
-        lengths = torch.tensor([len(c) for c in conversations], device=embeds.device)
-        mask = (torch.arange(longest, device=embeds.device) < lengths.unsqueeze(1)).long()
-        rewards = self.function(embeds, mask)
+        states = [None] * len(conversations) if states is None else states
+        lengths = [len(c) + (0 if s is None else len(s)) for c, s in zip(conversations, states, strict=True)]
+        if self.context_length is not None and max(lengths) > self.context_length:
+            raise ValueError(
+                f"{self.name} takes at most {self.context_length} tokens, got a conversation of {max(lengths)}"
+            )
+        after: list[PrefixState | None] = [None] * len(conversations)
+        if self.body is not None:
+            hidden, after = self.body(states, conversations)
+            rewards = self._score(torch.stack([h[-1] for h in hidden])).squeeze(-1)
+        else:
+            embeds = torch.nn.utils.rnn.pad_sequence(list(conversations), batch_first=True)
+            mask = torch.arange(max(lengths)).unsqueeze(0) < torch.tensor(lengths).unsqueeze(1)
+            rewards = self._function(embeds, mask.long().to(embeds.device))
         if rewards.shape != (len(conversations),):
             raise ValueError(
                 f"{self.name} must return rewards of shape ({len(conversations)},), got {tuple(rewards.shape)}"
             )
-        rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
-        if not bool(rewards.isfinite().all()):
-            raise FloatingPointError(f"{self.name} returned a reward that is not finite: {rewards.tolist()}")
-        return rewards
+        return rewards.to(torch.promote_types(rewards.dtype, torch.float32)), after
 
     def _template_closing(self) -> tuple[int, ...]:
         if not getattr(self.tokenizer, "chat_template", None):
@@ -162,8 +186,8 @@ class RewardModel:
         return self._own_table(self._ids(ids))
 
 
-def _classifier_function(model: Any, name: str) -> RewardFunction:
-    """The score of a sequence classifier at the last real token of right-padded embeddings."""
+def _score_head(model: Any, name: str) -> Any:
+    """The head of a sequence classifier with one label: hidden states (B, d) to scores (B, 1)."""
     score = getattr(model, "score", None)
     if score is None:
         raise TypeError(f"{name} has no `score` head; give an AutoModelForSequenceClassification of a decoder model")
@@ -171,11 +195,4 @@ def _classifier_function(model: Any, name: str) -> RewardFunction:
     if labels != 1:
         raise ValueError(f"{name} has {labels} labels; a reward model has one")
     require_eval(model, name)
-
-    def function(inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = base_forward(model, inputs_embeds, attention_mask)
-        last = attention_mask.sum(1) - 1
-        pooled = hidden[torch.arange(len(last), device=last.device), last]
-        return score(pooled).squeeze(-1)
-
-    return function
+    return score

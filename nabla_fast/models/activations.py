@@ -1,0 +1,57 @@
+"""What a forward pass keeps for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+@contextmanager
+def frozen(*models: Any) -> Iterator[None]:
+    """No parameter of the models asks for a gradient, or activations would be kept for gradients nobody wants."""
+    parameters = [p for model in models for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def checkpointed(*models: Any) -> Iterator[None]:
+    """Keeps only each layer's input for the backward pass, which runs the layers once more.
+
+    Not transformers' own switch, which drops the prefix and needs training mode.
+    """
+    layers = [layer for model in models for layer in _layers(model)]
+    # Another library (accelerate, for one) may have set a layer's forward itself.
+    own = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+def require_layers(model: Any, name: str) -> None:
+    """Raises ValueError where `checkpointed` would find nothing to do."""
+    if not _layers(model):
+        raise ValueError(
+            f"checkpoint_activations must be False for {name}: transformers knows no layers of it to recompute"
+        )
+
+
+def _layers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
