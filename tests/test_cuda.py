@@ -1,65 +1,30 @@
 """The CUDA back end against the reference.
 
 Every test runs twice: on a GPU, where there is one, and on the emulated device of tests/cuda_emulation, which compiles
-the same kernels for the host. The emulation shows that what they compute is right, in any order of the threads; not
-that they are fast, nor that the GPU's memory model is served.
+the same kernels for the host. The emulation shows that what they compute is right, and that between every two threads
+that touch the same memory there is a barrier; not that they are fast, nor that a barrier does on the GPU what it says.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import shutil
-import subprocess
 import sys
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cuda_cases import Place, emulation, make_case
 from torch import Tensor
 
+from nabla_fast.config import Sampling
 from nabla_fast.ops import cuda, reference
-from nabla_fast.ops.reference import Head, Tables, TokenGradient
+from nabla_fast.ops.reference import Head, TokenGradient
+from nabla_fast.sampling import anchor_noise, gumbel
 
-ROOT = Path(__file__).parent.parent
 NO_GPU = cuda.why_missing()
-
-
-@dataclass
-class Place:
-    """Where a test runs. The emulated device takes the shape of a row's team from here; a GPU has its own."""
-
-    device: torch.device
-    blocks: int = 3
-    cluster: bool = False
-
-    @property
-    def emulated(self) -> bool:
-        return self.device.type == "cpu"
-
-    def team(self, blocks: int, cluster: bool = False) -> None:
-        self.blocks, self.cluster = blocks, cluster
-        cuda._plan_latents.cache_clear()
-        cuda._plan_logits.cache_clear()
-
-
-@pytest.fixture(scope="session")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    compiler = shutil.which("g++")
-    if compiler is None or sys.platform != "linux":
-        pytest.skip("the emulated device needs g++ on Linux")
-    library = tmp_path_factory.mktemp("emulation") / "emulation.so"
-    source = ROOT / "tests" / "cuda_emulation"
-    flags = "-std=c++17 -O1 -shared -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-missing-field-initializers"
-    subprocess.run(
-        [compiler, *flags.split(), f"-I{ROOT / 'csrc' / 'cuda'}", str(source / "launchers.cpp"), "-o", str(library)],
-        check=True,
-    )
-    return cuda.declared(library)
 
 
 @pytest.fixture(params=["emulated", "gpu"])
@@ -69,7 +34,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
             pytest.skip(f"needs a GPU: {NO_GPU}")
         yield Place(torch.device("cuda", torch.cuda.current_device()))
         return
-    library = request.getfixturevalue("emulation")
+    library = emulation()
     place = Place(torch.device("cpu"))
 
     @contextlib.contextmanager
@@ -84,86 +49,6 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     place.team(3)
     yield place
     place.team(3)
-
-
-@dataclass
-class Case:
-    """Arguments of `dto_step`, and what the reference makes of them in float64."""
-
-    state: list[Tensor]  # parameters, exp_avg, exp_avg_sq, step
-    tokens: Tensor
-    rates: Tensor
-    gradient: Tensor
-    tables: Tables
-    options: dict[str, Any]
-
-    def run(self, place: Place, rtol: float = 2e-5, atol: float = 2e-6) -> tuple[Tensor, Tensor]:
-        """Runs both, compares, returns tokens and flags. ``state`` is updated in place."""
-        expected = [_double(x.clone()) for x in self.state]
-        tables = self.tables._replace(head=self.tables.head._replace(weight=_double(self.tables.head.weight)))
-        options = {key: _double(value) if isinstance(value, Tensor) else value for key, value in self.options.items()}
-        tokens, changed = reference.dto_step(
-            *expected, self.tokens, _double(self.rates), _double(self.gradient), tables, **options
-        )
-        ours = self.call(place)
-        assert torch.equal(ours[0], tokens)
-        assert torch.equal(ours[1], changed)
-        for actual, meant in zip(self.state, expected, strict=True):
-            torch.testing.assert_close(actual, meant.to(actual.dtype), rtol=rtol, atol=atol)
-        return ours
-
-    def call(self, place: Place) -> tuple[Tensor, Tensor]:
-        """`cuda.dto_step`, which may not wait for the GPU."""
-        if place.emulated:
-            return cuda.dto_step(*self.state, self.tokens, self.rates, self.gradient, self.tables, **self.options)
-        cuda.dto_step(  # plans and modules are made by the first call
-            *(x.clone() for x in self.state), self.tokens, self.rates, self.gradient, self.tables, **self.options
-        )
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return cuda.dto_step(*self.state, self.tokens, self.rates, self.gradient, self.tables, **self.options)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-
-def _double(x: Tensor) -> Tensor:
-    return x.double() if x.is_floating_point() else x
-
-
-def make_case(
-    place: Place,
-    latents: bool,
-    vocabulary: int,
-    *,
-    hidden: int = 16,
-    rows: int = 1,
-    dtype: torch.dtype = torch.float32,
-    scale: float = 1.0,
-    softcap: float = 0.0,
-    noise: bool = True,
-    seed: int = 0,
-    **options: Any,
-) -> Case:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    weight = (2 * normal(vocabulary, hidden) / hidden**0.5).to(dtype).to(place.device)
-    parameters = normal(rows, hidden if latents else vocabulary)
-    state = [parameters, 0.1 * normal(*parameters.shape), 0.1 * normal(*parameters.shape) ** 2]
-    state.append(torch.randint(0, 3, (rows,), generator=generator))
-    state = [x.to(place.device) for x in state]
-    gradient = normal(rows, vocabulary).to(place.device)
-    options |= {"latents": latents}
-    options = {"tau": 0.7, "max_steps": 3, **options}
-    if noise:
-        options["soft_noise"], options["hard_noise"] = (normal(rows, vocabulary).to(place.device) for _ in range(2))
-    head = Head(weight, scale, softcap)
-    tokens = reference.hard_tokens(state[0], head, latents, options.get("hard_noise"))
-    rates = 0.02 * torch.rand(20, generator=generator).to(place.device)
-    return Case(state, tokens, rates, gradient, Tables(head, weight, weight, 0.0), options)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 33, 1000])
@@ -231,6 +116,39 @@ def test_stops_at_the_first_change(place: Place, latents: bool) -> None:
     assert 0 < int(case.state[3]) < 16
 
 
+@pytest.mark.parametrize(("latents", "blocks", "cluster"), [(False, 3, True), (False, 2, False), (True, 3, False)])
+def test_rows_stop_each_at_its_own_step(place: Place, latents: bool, blocks: int, cluster: bool) -> None:
+    """At once, at a change after two steps or four, at the end of the learning rates, and at the end of the call."""
+    place.team(blocks, cluster)
+    rows, most = (4, 6) if latents else (5, 6)
+    case = make_case(place, latents, 41, hidden=40, rows=rows, max_steps=most, seed=11)
+    case.tokens[0] = (case.tokens[0] + 1) % 41
+    case.state[3].copy_(torch.tensor([0, 0, 17, 1, 2][:rows]))
+    # Away from the token of the row, by a rate at which it falls behind the next one on the way.
+    for row, drop in ((1, 60.0), (4, 20.0))[: rows - 3]:
+        case.gradient[row, case.tokens[row]] = drop
+    case.rates = torch.linspace(0.08, 0.12, 20, device=place.device)
+    before = case.state[3].clone()
+    case.run(place, rtol=1e-3, atol=1e-4)
+    assert (case.state[3] - before).tolist() == [0, 2, 3, 6, 4][:rows]
+
+
+@pytest.mark.parametrize(("latents", "blocks", "cluster"), [(False, 3, True), (False, 2, False), (True, 3, False)])
+def test_many_steps(place: Place, latents: bool, blocks: int, cluster: bool) -> None:
+    """What the team exchanged two steps ago is written over."""
+    place.team(blocks, cluster)
+    case = make_case(place, latents, 33, hidden=64, max_steps=20, seed=5)
+    case.rates *= 0.1
+    case.run(place, rtol=1e-4, atol=1e-5)
+    assert int(case.state[3]) > 10
+
+
+@pytest.mark.parametrize("latents", [False, True])
+def test_more_blocks_than_a_warp_has_lanes(place: Place, latents: bool) -> None:
+    place.team(33)
+    make_case(place, latents, 10 * 33, hidden=40, max_steps=1).run(place)  # so that none is without work
+
+
 @pytest.mark.parametrize("latents", [False, True])
 @pytest.mark.parametrize(("made", "max_steps"), [(19, 5), (20, 5), (25, 5), (0, 0)])
 def test_no_step_past_the_learning_rates(place: Place, latents: bool, made: int, max_steps: int) -> None:
@@ -254,6 +172,57 @@ def test_state_with_strides(place: Place, latents: bool) -> None:
     case.tables = case.tables._replace(head=Head(weight))
     case.tokens = reference.hard_tokens(case.state[0], Head(weight), latents, case.options["hard_noise"])
     case.run(place)
+
+
+@pytest.mark.parametrize(("latents", "blocks", "cluster"), [(False, 3, True), (False, 3, False), (True, 3, False)])
+@pytest.mark.parametrize("given", ["hard", "soft", "both"])
+def test_noise(place: Place, latents: bool, blocks: int, cluster: bool, given: str) -> None:
+    """An anchor's noise: the hard token is another one, and never one that sampling had left out."""
+    place.team(blocks, cluster)
+    vocabulary = 300
+    case = make_case(place, latents, vocabulary, hidden=48, rows=3, dtype=torch.bfloat16, max_steps=4, noise=False)
+    generator = torch.Generator().manual_seed(7)
+    uniform = torch.rand(2, 3, vocabulary, generator=generator).clamp_min(1e-6)
+    soft, hard = (-(-uniform.log()).log()).to(place.device)
+    head, parameters = case.tables.head, case.state[0]
+    plain = case.tokens
+    # Row 0 without its best tokens, row 1 with all of the first block's and more gone, row 2 with one token left.
+    logits = reference.linear_logits(parameters, head) if latents else parameters
+    hard[0, logits[0].topk(100).indices] = -math.inf
+    hard[1, :120] = hard[1, 130:200:3] = -math.inf
+    hard[2, torch.arange(vocabulary, device=place.device) != 288] = -math.inf
+    soft[1, 200:] = -math.inf  # all of the last block's
+    if given != "soft":
+        case.options["hard_noise"] = hard
+        case.tokens = reference.hard_tokens(parameters, head, latents, hard)
+        assert (case.tokens != plain)[[0, 2]].all()
+        assert int(case.tokens[2]) == 288
+    if given != "hard":
+        case.options["soft_noise"] = soft
+    before = case.state[3].clone()
+    token, _ = case.run(place)
+    assert (case.state[3] > before).all()
+    assert given == "soft" or hard.gather(1, token.unsqueeze(1)).isfinite().all()
+
+
+@pytest.mark.parametrize(("latents", "blocks", "cluster"), [(False, 4, True), (False, 3, False), (True, 3, False)])
+def test_anchor_at_the_rollout(place: Place, latents: bool, blocks: int, cluster: bool) -> None:
+    """The noise that makes what was sampled the hard token, as the decoder gives it, beside Gumbel noise."""
+    place.team(blocks, cluster)
+    case = make_case(place, latents, 250, hidden=56, rows=4, max_steps=5, noise=False)
+    logits = reference.linear_logits(case.state[0], case.tables.head) if latents else case.state[0]
+    keys = [(seed, 3) for seed in range(4)]
+    sampling = Sampling(temperature=0.6, top_k=40)
+    case.tokens = logits.topk(3).indices[torch.arange(4), torch.tensor([0, 1, 2, 1])].contiguous()
+    case.options["hard_noise"] = anchor_noise(logits, sampling, keys, case.tokens)
+    case.options["soft_noise"] = gumbel(keys, 250, place.device)
+    assert int(case.options["hard_noise"].isinf().sum()) == 4 * 210
+    # Towards the token, so that some rows stay.
+    case.gradient[::2].scatter_(1, case.tokens[::2].unsqueeze(1), -5.0)
+    before = case.state[3].clone()
+    _, changed = case.run(place)
+    assert (case.state[3] > before).all()
+    assert not changed.all()
 
 
 @pytest.mark.parametrize("cluster", [True, False])

@@ -1,4 +1,5 @@
-// The arguments of the DTO launchers. nabla_fast/ops/cuda.py mirrors them: fields are 8 bytes each, so there is no padding.
+// The arguments of the DTO launchers. nabla_fast/ops/cuda.py mirrors them: fields are 8 bytes each, so there is no
+// padding.
 #pragma once
 
 #include <cstdint>

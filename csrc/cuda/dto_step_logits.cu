@@ -7,7 +7,8 @@ using namespace nabla_fast::cuda;
 namespace {
 
 constexpr int64_t kMaxCluster = 16;
-constexpr int64_t kSliceWanted = 8 * kThreads;  // entries per block; fewer would wait for each other more than they work
+// Entries per block: blocks with fewer would wait for each other more than they work.
+constexpr int64_t kSliceWanted = 8 * kThreads;
 
 struct ClusterLaunch {
   cudaLaunchConfig_t config = {};

@@ -18,8 +18,9 @@ __host__ __device__ constexpr int64_t counter_bytes(int64_t rows) { return (rows
 __device__ __forceinline__ Part warp_merge(Part part) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
-    const Part other{shuffle_xor(part.max, offset),  shuffle_xor(part.sum, offset),   shuffle_xor(part.weighted, offset),
-                     shuffle_xor(part.best, offset), shuffle_xor(part.index, offset), shuffle_xor(part.bad, offset)};
+    const Part other{shuffle_xor(part.max, offset),      shuffle_xor(part.sum, offset),
+                     shuffle_xor(part.weighted, offset), shuffle_xor(part.best, offset),
+                     shuffle_xor(part.index, offset),    shuffle_xor(part.bad, offset)};
     part = merge(part, other);
   }
   return {shuffle(part.max, 0),  shuffle(part.sum, 0),   shuffle(part.weighted, 0),

@@ -9,24 +9,44 @@ using namespace nabla_fast::cuda;
 
 namespace {
 
-unsigned seed = 0;
+// Where the threads of a launch may meet. What scratch held before is nobody's business but the counters'.
+Launch shape_of(const DtoRows& rows, const DtoPlan& plan, int64_t width, int64_t shared_bytes) {
+  const int64_t counters = counter_bytes(rows.rows);
+  std::memset(rows.scratch, 0xff, static_cast<size_t>(plan.scratch_bytes));
+  std::memset(rows.scratch, 0, static_cast<size_t>(counters));
+  const auto state = [&](const char* name, const float* data, int64_t stride) {
+    return Memory{name, data, 4 * ((rows.rows - 1) * stride + width), true};
+  };
+  return {static_cast<int>(rows.rows * plan.team),
+          kThreads,
+          plan.cluster ? static_cast<int>(plan.team) : 1,
+          shared_bytes,
+          {{"scratch", static_cast<char*>(rows.scratch) + counters, plan.scratch_bytes - counters, false},
+           state("parameters", rows.parameters, rows.parameters_stride),
+           state("exp_avg", rows.exp_avg, rows.exp_avg_stride),
+           state("exp_avg_sq", rows.exp_avg_sq, rows.exp_avg_sq_stride),
+           {"step", rows.step, 8 * rows.rows, true},
+           {"token", rows.token, 8 * rows.rows, false}}};
+}
 
 template <Weight kType, int kChunks>
-void run_latents(const DtoRows& rows, const DtoHead& head, const DtoPlan& plan) {
-  launch(static_cast<int>(rows.rows * plan.team), kThreads, 1, sizeof(LatentsShared), ++seed,
-         [&] { dto_latents_kernel<kType, kChunks>(rows, head, plan); });
+int run_latents(const DtoRows& rows, const DtoHead& head, const DtoPlan& plan) {
+  return launch(shape_of(rows, plan, head.hidden, sizeof(LatentsShared)),
+                [&] { dto_latents_kernel<kType, kChunks>(rows, head, plan); });
 }
 
 template <Weight kType>
-void run_latents_type(const DtoRows& rows, const DtoHead& head, const DtoPlan& plan) {
+int run_latents_type(const DtoRows& rows, const DtoHead& head, const DtoPlan& plan) {
   const int64_t one = kThreads * Shape<kType, 1>::kColumns;
   if (head.hidden <= one) {
-    run_latents<kType, 1>(rows, head, plan);
-  } else if (head.hidden <= 2 * one) {
-    run_latents<kType, 2>(rows, head, plan);
-  } else if constexpr (kType == Weight::kFloat32) {
-    run_latents<kType, 4>(rows, head, plan);
+    return run_latents<kType, 1>(rows, head, plan);
   }
+  if constexpr (kType == Weight::kFloat32) {
+    if (head.hidden > 2 * one) {
+      return run_latents<kType, 4>(rows, head, plan);
+    }
+  }
+  return run_latents<kType, 2>(rows, head, plan);
 }
 
 }  // namespace
@@ -35,15 +55,14 @@ extern "C" {
 
 int nabla_fast_cuda_check(int) { return 0; }
 
-const char* nabla_fast_cuda_error(int) { return "emulated error"; }
+const char* nabla_fast_cuda_error(int) { return last_mistake(); }
 
 int nabla_fast_cuda_token_diff(const int64_t* old_tokens, int64_t old_row, int64_t old_column,
                                const int64_t* new_tokens, int64_t new_row, int64_t new_column, int64_t* first,
                                int64_t* count, int64_t rows, int64_t columns, int, void*) {
   const Tokens before{old_tokens, old_row, old_column}, after{new_tokens, new_row, new_column};
-  launch(static_cast<int>(rows), kDiffThreads, 1, 2 * sizeof(long long) * (kDiffThreads / 32), ++seed,
-         [&] { token_diff_kernel(before, after, first, count, columns); });
-  return 0;
+  return launch({static_cast<int>(rows), kDiffThreads, 1, 2 * sizeof(long long) * (kDiffThreads / 32), {}},
+                [&] { token_diff_kernel(before, after, first, count, columns); });
 }
 
 int nabla_fast_cuda_plan_latents(int64_t rows, int64_t, int64_t, int64_t hidden, int device_number, DtoPlan* plan) {
@@ -59,33 +78,24 @@ int nabla_fast_cuda_plan_logits(int64_t rows, int64_t, int device_number, DtoPla
 }
 
 int nabla_fast_cuda_dto_latents(const DtoRows* rows, const DtoHead* head, const DtoPlan* plan, int, void*) {
-  std::memset(rows->scratch, 0, static_cast<size_t>(counter_bytes(rows->rows)));
   switch (static_cast<Weight>(head->type)) {
     case Weight::kFloat32:
-      run_latents_type<Weight::kFloat32>(*rows, *head, *plan);
-      break;
+      return run_latents_type<Weight::kFloat32>(*rows, *head, *plan);
     case Weight::kBfloat16:
-      run_latents_type<Weight::kBfloat16>(*rows, *head, *plan);
-      break;
+      return run_latents_type<Weight::kBfloat16>(*rows, *head, *plan);
     case Weight::kFloat16:
-      run_latents_type<Weight::kFloat16>(*rows, *head, *plan);
-      break;
+      return run_latents_type<Weight::kFloat16>(*rows, *head, *plan);
   }
-  return 0;
+  return 1;
 }
 
 int nabla_fast_cuda_dto_logits(const DtoRows* rows, const DtoPlan* plan, int, void*) {
-  std::memset(rows->scratch, 0, static_cast<size_t>(counter_bytes(rows->rows)));
-  const int blocks = static_cast<int>(rows->rows * plan->team);
   if (plan->cluster) {
-    const int64_t bytes =
-        logits_shared_bytes(plan->chip_gradient ? 4 : 3, slice_size(rows->vocabulary, plan->team));
-    launch(blocks, kThreads, static_cast<int>(plan->team), bytes, ++seed,
-           [&] { dto_logits_kernel<true>(*rows, *plan); });
-  } else {
-    launch(blocks, kThreads, 1, sizeof(LogitsShared), ++seed, [&] { dto_logits_kernel<false>(*rows, *plan); });
+    const int64_t bytes = logits_shared_bytes(plan->chip_gradient ? 4 : 3, slice_size(rows->vocabulary, plan->team));
+    return launch(shape_of(*rows, *plan, rows->vocabulary, bytes), [&] { dto_logits_kernel<true>(*rows, *plan); });
   }
-  return 0;
+  return launch(shape_of(*rows, *plan, rows->vocabulary, sizeof(LogitsShared)),
+                [&] { dto_logits_kernel<false>(*rows, *plan); });
 }
 
 }  // extern "C"
