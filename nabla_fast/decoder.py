@@ -147,7 +147,9 @@ class Decoder:
             sequence.stats.generated_tokens += len(new.tokens)
         tokens = [torch.cat([new.tokens.new_tensor(p), new.tokens]) for p, new in zip(prefixes, drawn, strict=True)]
         rewards = self._score(sequences, tokens)
-        return [self._trajectory(*parts) for parts in zip(sequences, drawn, tokens, rewards, strict=True)]
+        # Entropy and confidence of every position: criteria of the selection.
+        with self.objective.clock.phase("selection", [s.stats for s in sequences]):
+            return [self._trajectory(*parts) for parts in zip(sequences, drawn, tokens, rewards, strict=True)]
 
     # 2
     def select(self, sequences: Seq[Sequence]) -> list[Sequence]:

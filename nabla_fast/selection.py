@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nabla_fast import ops
 from nabla_fast.config import NablaConfig
+from nabla_fast.gradient_cache import Evaluation
 from nabla_fast.objective import Conversation, Objective, Request
 
 
@@ -35,15 +36,24 @@ class Candidates:
         """The response that DTO at ``position`` starts from: committed tokens before it, hard tokens from there on."""
         return torch.cat([self.tokens[:position], self.hard[position:]])
 
+    def alike(self, earlier: int, later: int) -> bool:
+        """Whether DTO starts from one and the same response at both positions."""
+        return torch.equal(self.tokens[earlier:later], self.hard[earlier:later])
+
 
 def select(candidates: Sequence[Candidates], objective: Objective, config: NablaConfig) -> list[int]:
     """The first position of each sequence that passes every criterion that is set; its length where none does."""
     selected = [_next_masked(c, c.position) for c in candidates]
     if config.gradient_threshold is None:
         return selected
+    evaluated: dict[int, tuple[int, Evaluation]] = {}  # candidate → the position it was evaluated at last
     pending = [i for i, c in enumerate(candidates) if selected[i] < len(c.tokens)]
     while pending:
-        norms = gradient_norms([candidates[i] for i in pending], [selected[i] for i in pending], objective)
+        stale = [i for i in pending if i not in evaluated or not candidates[i].alike(evaluated[i][0], selected[i])]
+        requests = [Request(c.conversation, c.anchored(t), t) for c, t in ((candidates[i], selected[i]) for i in stale)]
+        for i, evaluation in zip(stale, objective.evaluate(requests), strict=True):
+            evaluated[i] = selected[i], evaluation
+        norms = gradient_norms([evaluated[i][1] for i in pending], [selected[i] for i in pending], objective)
         failed = [i for i, norm in zip(pending, norms, strict=True) if norm < config.gradient_threshold]
         for i in failed:
             selected[i] = _next_masked(candidates[i], selected[i] + 1)
@@ -51,10 +61,8 @@ def select(candidates: Sequence[Candidates], objective: Objective, config: Nabla
     return selected
 
 
-def gradient_norms(candidates: Sequence[Candidates], positions: Sequence[int], objective: Objective) -> list[float]:
-    """||G_t||_2 of one position per sequence, at the tokens that DTO would start from there."""
-    requests = [Request(c.conversation, c.anchored(t), t) for c, t in zip(candidates, positions, strict=True)]
-    evaluations = objective.evaluate(requests)
+def gradient_norms(evaluations: Sequence[Evaluation], positions: Sequence[int], objective: Objective) -> list[float]:
+    """||G_t||_2 of one position of each evaluation."""
     rows = [evaluation.rows_from(t).rows(slice(0, 1)) for evaluation, t in zip(evaluations, positions, strict=True)]
     factors = ops.TokenGradient(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
     return ops.gradient_norm(factors, objective.tables, backend=objective.config.backend).tolist()
