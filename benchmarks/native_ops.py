@@ -10,7 +10,6 @@ all are used and `clean` is 0.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import platform
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from machine import machine, resident, write
 from torch import Tensor
 
 from nabla_fast.ops import native
@@ -192,11 +192,6 @@ def peak_growth(name: str, vocabulary: int, dtype: torch.dtype) -> int:
     return resident("VmHWM") - before
 
 
-def resident(field: str) -> int:
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
-
-
 def peaks(vocabulary: int, dtype: torch.dtype) -> dict[str, int]:
     context = multiprocessing.get_context("spawn")
     result = {}
@@ -320,13 +315,6 @@ OPERATORS: dict[str, Callable[[int], list[Row]]] = {
 }
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -339,12 +327,7 @@ def main() -> None:
     if not native.available():
         raise SystemExit(f"nothing to measure: {native.why_missing()}")
     result = {
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "system": platform.platform(),
-        },
+        "machine": machine(),
         "versions": {"torch": torch.__version__, "python": platform.python_version(), **native.build_info()},
         "threads": arguments.threads,
         "load_average_before": os.getloadavg(),
@@ -352,8 +335,7 @@ def main() -> None:
         "load_average_after": os.getloadavg(),
     }
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        write(arguments.output, result)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 #include "gradient_cache.h"
 
+#include <ATen/TensorIndexing.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
-#include <ATen/ops/repeat_interleave.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
 #include <c10/core/ScalarType.h>
@@ -48,9 +48,8 @@ void check_start(const char* method, int64_t start) {
 
 void check_values(const std::vector<at::Tensor>& values, int64_t start, int64_t length) {
   constexpr std::array names{"hidden", "embedding", "reward_embedding", "log_likelihoods"};
-  TORCH_CHECK_VALUE(values.size() == names.size(),
-                    "GradientCache.insert: values must be hidden, embedding, reward_embedding and log_likelihoods, got ",
-                    values.size(), " tensors");
+  TORCH_CHECK_VALUE(values.size() == names.size(), "GradientCache.insert: values must be hidden, embedding, ",
+                    "reward_embedding and log_likelihoods, got ", values.size(), " tensors");
   for (size_t i = 0; i < names.size(); ++i) {
     const int64_t dim = i < 3 ? 2 : 1;
     TORCH_CHECK_VALUE(values[i].defined() && values[i].dim() == dim, "GradientCache.insert: ", names[i],
@@ -269,16 +268,18 @@ std::pair<GradientCache::Place, int64_t> GradientCache::nearest_on_device(const 
   const auto count = static_cast<int64_t>(candidates.size());
   for (int64_t i = 0; i < count; ++i) ranks.push_back(count - 1 - i);
 
-  // All of them in one row; `which` is the candidate that a token belongs to, `position` its place there.
-  const at::Tensor limits = to_device(lengths, tokens.device());
-  const at::Tensor which = at::repeat_interleave(limits, std::optional<int64_t>(total));
-  const at::Tensor position = at::arange(total, tokens.options()) -
-                              to_device(offsets, tokens.device()).index_select(0, which);
-  const at::Tensor differs = at::cat(heads).ne(tokens.index_select(0, position));
-  const at::Tensor first = at::where(differs, position, limits.index_select(0, which));
-  const at::Tensor prefixes = limits.scatter_reduce(0, which, first, "amin");
+  const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
+  if (longest == 0) return {candidates.front(), 0};
+
+  // One row per candidate; beyond its end it reads other tokens, which count as different.
+  const c10::Device device = tokens.device();
+  const at::Tensor position = at::arange(longest, tokens.options());
+  const at::Tensor place = (to_device(offsets, device).unsqueeze(1) + position).clamp_max(total - 1);
+  const at::Tensor differs = at::cat(heads).index({place}).ne(tokens.narrow(0, 0, longest))
+                                 .logical_or_(position.ge(to_device(lengths, device).unsqueeze(1)));
+  const at::Tensor prefixes = at::where(differs, position, longest).amin(1);
   // One number says both: the most recently used comes first and so has the highest rank among equals.
-  const int64_t score = (prefixes * count + to_device(ranks, tokens.device())).max().item<int64_t>();
+  const int64_t score = (prefixes * count + to_device(ranks, device)).max().item<int64_t>();
   return {candidates[static_cast<size_t>(count - 1 - score % count)], score / count};
 }
 
