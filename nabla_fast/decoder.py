@@ -229,6 +229,8 @@ class Decoder:
         if position > sequence.position and self.observer is not None:
             self.observer.on_commit(sequence.index, tokens[sequence.position : position].tolist(), len(tokens))
         sequence.position = position
+        if sequence.finished:
+            sequence.conversation.release()
 
     def _score(self, sequences: Seq[Sequence], tokens: Seq[Tensor]) -> list[float]:
         self._announce("reward", sequences)

@@ -20,6 +20,7 @@ from nabla_fast.config import NablaConfig
 from nabla_fast.gradient_cache import Evaluation, GradientCache
 from nabla_fast.models.activations import checkpointed, frozen, require_layers
 from nabla_fast.models.language_model import LanguageModel
+from nabla_fast.models.linear import fast_linear
 from nabla_fast.models.prefix import Track, catch_up, common_lengths
 from nabla_fast.models.reward_model import RewardFrame, RewardModel
 from nabla_fast.stats import Clock, SequenceStats
@@ -50,6 +51,10 @@ class Conversation:
         separator = self.frame.key.new_tensor([_SEPARATOR])
         prompt = self.frame.key.new_tensor(self.prompt_ids)
         self._key = torch.cat([self.frame.key, separator, prompt, separator])
+
+    def release(self) -> None:
+        """Gives back the keys and values; a later pass would compute them again."""
+        self.language = self.reward = None
 
     def cache_key(self, response: Tensor) -> Tensor:
         """Every token that the gradient of ``response`` (n,) depends on: (k,) int64 on the models' device."""
@@ -170,6 +175,7 @@ class Objective:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(frozen(*self._models))
+            stack.enter_context(fast_linear())
             if self.config.checkpoint_activations:
                 stack.enter_context(checkpointed(*self._models))
             # The reward model first: on a GPU, the language model is launched while it runs.
@@ -265,7 +271,7 @@ class Objective:
 
     def _score(self, conversations: Sequence[Conversation], responses: Sequence[Tensor]) -> list[float]:
         model = self.reward_model
-        with self._reward_side():
+        with self._reward_side(), frozen(*self._models), fast_linear():
             tracks = [self._reward_track(c) for c in conversations]
             states, embeds = [], []
             common = common_lengths(tracks, responses) if model.incremental else [0] * len(tracks)

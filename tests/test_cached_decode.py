@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import FAMILIES, shared_language_model, shared_reward_model, tiny_tokenizer
 
 import nabla_fast as nf
+from nabla_fast.decoder import Decoder, Sequence
 from nabla_fast.generate import NablaOutput
 from nabla_fast.models.prefix import Body
 from nabla_fast.objective import Objective, Request
@@ -165,6 +166,22 @@ def test_a_tiny_budget_changes_counters_and_never_tokens(budget: int) -> None:
         assert tight.stats.totals.cache_hits == tight.stats.cache["entries"] == 0
     else:
         assert tight.stats.cache["evictions"] > 0
+
+
+def test_finished_sequences_keep_no_keys_and_values() -> None:
+    held: list[int] = []
+    commit = Decoder._commit
+
+    def spy(self: Decoder, sequence: Sequence, position: int) -> None:
+        commit(self, sequence, position)
+        talk = sequence.conversation
+        held.append(talk.language is not None)
+        assert not (sequence.finished and (talk.language or talk.reward))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "_commit", spy)
+        generate(BASE)
+    assert any(held)
 
 
 def test_equal_requests_of_one_call_are_evaluated_once() -> None:

@@ -12,7 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import FAMILIES, shared_language_model, shared_reward_model, tiny_language_model, tiny_tokenizer
+from tiny_models import (
+    FAMILIES,
+    shared_language_model,
+    shared_reward_model,
+    tiny_language_model,
+    tiny_reward_model,
+    tiny_tokenizer,
+)
 from torch import Tensor, nn
 
 import nabla_fast as nf
@@ -79,6 +86,27 @@ def test_suffix_gradients_equal_whole_sequences_at_every_split_point(family: str
             incremental.evaluate(requests[incremental]), full.evaluate(requests[full]), strict=True
         ):
             same(mine, theirs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_factors_in_float32_agree_to_rounding(family: str) -> None:
+    language = tiny_language_model(family, dtype=torch.float32)
+    reward = tiny_reward_model(FAMILIES[(FAMILIES.index(family) + 3) % len(FAMILIES)], dtype=torch.float32)
+    results = []
+    for incremental in (True, False):
+        language_model = LanguageModel(language, TOKENIZER)
+        ours = Objective(language_model, RewardModel(reward, None, language_model, TOKENIZER), CONFIG)
+        for body in (ours.language_model.body, ours.reward_model.body):
+            assert body is not None
+            body.incremental = incremental
+        y = response(12, seed=3)
+        requests = [Request(conversation(ours, p), y[: 12 - i], 2 * i) for i, p in enumerate(PROMPTS)]
+        results.append(ours.evaluate(requests))
+    for mine, theirs in zip(*results, strict=True):
+        for one, other in zip(mine.factors, theirs.factors, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * max(1.0, float(other.abs().max())))
+        torch.testing.assert_close(mine.log_likelihoods, theirs.log_likelihoods, rtol=1e-5, atol=1e-4)
+        assert mine.reward == pytest.approx(theirs.reward, rel=1e-4, abs=1e-4)
 
 
 @settings(max_examples=40, deadline=None)

@@ -10,6 +10,8 @@ from typing import Any
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from nabla_fast.models.linear import fast_linear
+
 
 @contextmanager
 def frozen(*models: Any) -> Iterator[None]:
@@ -34,7 +36,7 @@ def checkpointed(*models: Any) -> Iterator[None]:
     # Another library (accelerate, for one) may have set a layer's forward itself.
     own = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = partial(checkpoint, partial(_run, layer.forward), use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:
@@ -43,6 +45,12 @@ def checkpointed(*models: Any) -> Iterator[None]:
                 del layer.forward
             else:
                 layer.forward = forward
+
+
+def _run(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    # Entered here as well: the modes that surround a forward pass are gone when the backward pass repeats it.
+    with fast_linear():
+        return forward(*args, **kwargs)
 
 
 def require_layers(model: Any, name: str) -> None:

@@ -1,0 +1,80 @@
+"""Linear layers by oneDNN: the same numbers as PyTorch's own, and only where they are meant."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_prefix import PROMPTS, TOKENIZER, conversation, response
+from tiny_models import tiny_language_model, tiny_reward_model
+from torch.nn import functional as F
+
+import nabla_fast as nf
+from nabla_fast.models import linear
+from nabla_fast.models.language_model import LanguageModel
+from nabla_fast.models.reward_model import RewardModel
+from nabla_fast.objective import Objective, Request
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch has no oneDNN; its own products are used"
+)
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (3, 7), (2, 3, 7), (200, 7)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_and_gradients_equal_float64(shape: tuple[int, ...], bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).requires_grad_()
+    weight, b = torch.randn(5, 7, generator=generator), torch.randn(5, generator=generator) if bias else None
+    with linear._OneDNN():
+        out = F.linear(x, weight, b)
+        (grad,) = torch.autograd.grad(out.square().sum(), x)
+    assert type(out.grad_fn).__name__ == "_LinearBackward"
+    exact = x.detach().double().requires_grad_()
+    expected = F.linear(exact, weight.double(), None if b is None else b.double())
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), exact)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-5, atol=1e-4)
+
+
+def test_other_products_are_left_to_pytorch() -> None:
+    x, weight = torch.randn(3, 7), torch.randn(5, 7)
+    cases = [
+        (x.double(), weight.double()),
+        (x.bfloat16(), weight.bfloat16()),
+        (x, weight.clone().requires_grad_()),
+        (x[:0], weight),
+    ]
+    with linear._OneDNN():
+        for a, b in cases:
+            a = a.clone().requires_grad_()
+            out = F.linear(a, b)
+            assert "_Linear" not in type(out.grad_fn).__name__
+            assert out.shape == (len(a), 5)
+    assert F.linear(x.requires_grad_(), weight).grad_fn is not None
+    assert "_Linear" not in type(F.linear(x, weight).grad_fn).__name__, "the mode ends with its block"
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_factors_are_the_same_either_way(checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    language = LanguageModel(tiny_language_model("qwen2", dtype=torch.float32), TOKENIZER)
+    reward = RewardModel(tiny_reward_model("llama", dtype=torch.float32), None, language, TOKENIZER)
+    results = []
+    for slow in (True, False):
+        monkeypatch.setattr(linear, "_mkl_is_slow", lambda slow=slow: slow)
+        config = nf.NablaConfig(nll_coeff=0.4, gradient_cache=False, checkpoint_activations=checkpoint)
+        ours = Objective(language, reward, config)
+        talks = [conversation(ours, p) for p in PROMPTS]
+        requests = [Request(talk, response(9, seed=5), 2) for talk in talks]
+        results.append((ours.evaluate(requests), ours.rewards(talks, [r.response[:-1] for r in requests])))
+    for mine, theirs in zip(results[0][0], results[1][0], strict=True):
+        for one, other in zip(mine.factors, theirs.factors, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * max(1.0, float(other.abs().max())))
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize(("text", "slow"), [("vendor_id : AuthenticAMD", True), ("vendor_id : GenuineIntel", False)])
+def test_the_processor_decides(text: str, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear.Path, "read_text", lambda self: text)
+    monkeypatch.setattr(linear.Path, "exists", lambda self: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert linear._mkl_is_slow.__wrapped__() is slow
