@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from nabla_fast.config import NablaConfig, Sampling
 from nabla_fast.decoder import Observer
-from nabla_fast.generate import NablaOutput, generate
+from nabla_fast.generate import NablaOutput, Pair, generate, make_pair, response_limit, stop_rule
+from nabla_fast.models.chat import as_chats, generation_prompt_ids
+from nabla_fast.models.reward_model import RewardFrame
+from nabla_fast.objective import Conversation, Objective
+from nabla_fast.rollout import HFRollout, StopRule
+from nabla_fast.sampling import Context, sequence_seeds
+from nabla_fast.stats import SequenceStats, Stats
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Independent answers to one prompt.
+
+    Attributes:
+        texts: n answers, special tokens left out.
+        sequences: n tensors (n_j,) int64 of response token ids, on the CPU.
+        rewards: n rewards, or None where nothing was scored.
+        stats: what they took together.
+    """
+
+    texts: list[str]
+    sequences: list[Tensor]
+    rewards: list[float] | None
+    stats: SequenceStats
 
 
 def greedy(
@@ -22,3 +53,165 @@ def greedy(
     """Greedy decoding, scored once. Arguments as in `nabla_fast.generate`; ``config`` gives lengths and stops."""
     config = (config or NablaConfig()).replace(max_rollouts=1, rollout=Sampling(temperature=0.0))
     return generate(model, tokenizer, reward_model, reward_tokenizer, prompts, config, observer=observer)
+
+
+def best_of_n(
+    model: Any,
+    tokenizer: Any,
+    reward_model: Any,
+    reward_tokenizer: Any,
+    prompts: Any,
+    n: int,
+    config: NablaConfig | None = None,
+) -> NablaOutput:
+    """The answer with the highest reward among ``n`` samples, the first of equals; every sample is scored.
+
+    Arguments as in `nabla_fast.generate`; ``config`` gives sampling (``rollout``), lengths, stops and seed. The first
+    sample is the one that ``generate`` starts from, and those of a smaller ``n`` are among those of a larger one.
+    """
+    config = config or NablaConfig()
+    pair = make_pair(model, tokenizer, reward_model, reward_tokenizer, config)
+    groups = sample(pair, *_prompts(pair, prompts), n, config, scored=True)
+    return _chosen(groups, [best(group) for group in groups])
+
+
+def self_consistency(
+    model: Any,
+    tokenizer: Any,
+    reward_model: Any,
+    reward_tokenizer: Any,
+    prompts: Any,
+    n: int,
+    answer: Callable[[str], T | None],
+    same: Callable[[T, T], bool],
+    config: NablaConfig | None = None,
+) -> NablaOutput:
+    """The first of ``n`` samples whose answer is the most frequent one; nothing is scored, so rewards are NaN.
+
+    Args:
+        answer: what a text gives as its answer; None if it gives none.
+        same: whether two answers are the same.
+
+    The others as in `best_of_n`.
+    """
+    config = config or NablaConfig()
+    pair = make_pair(model, tokenizer, reward_model, reward_tokenizer, config)
+    groups = sample(pair, *_prompts(pair, prompts), n, config, scored=False)
+    return _chosen(groups, [vote([answer(text) for text in group.texts], same) for group in groups])
+
+
+def best(group: Samples) -> int:
+    """Index of the highest reward, the first of equals."""
+    assert group.rewards is not None, "the samples were not scored"
+    return max(range(len(group.rewards)), key=group.rewards.__getitem__)
+
+
+def vote(answers: Seq[T | None], same: Callable[[T, T], bool]) -> int:
+    """Index of the first answer of the largest group of same answers, the earliest of equally large groups.
+
+    None has no vote; where all are None, the index is 0.
+    """
+    groups: list[list[int]] = []
+    for i, answer in enumerate(answers):
+        if answer is None:
+            continue
+        for group in groups:
+            first = answers[group[0]]
+            if first is not None and same(first, answer):
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return max(groups, key=len)[0] if groups else 0
+
+
+def sample(
+    pair: Pair,
+    prompt_ids: Seq[tuple[int, ...]],
+    frames: Seq[RewardFrame],
+    n: int,
+    config: NablaConfig,
+    *,
+    scored: bool,
+    seeds: Seq[int] | None = None,
+    batch_size: int | None = None,
+) -> list[Samples]:
+    """Draws ``n`` answers to each of B token prompts, with ``config.rollout``, and scores them if asked to.
+
+    No gradient, hidden state or statistic beyond what sampling needs is kept or charged.
+
+    Args:
+        frames: (B) what the reward model sees around a response.
+        seeds: (B) of the prompts; None takes those of ``config.seed``.
+        batch_size: most answers that are decoded together; None decodes all together.
+
+    Raises:
+        ValueError: if ``n`` or ``batch_size`` is below 1, or a prompt leaves no room for a response.
+        FloatingPointError: if a model gives NaN or infinite values.
+    """
+    for name, value in (("n", n), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    limits = [response_limit(pair, i, *prompt, config) for i, prompt in enumerate(zip(prompt_ids, frames, strict=True))]
+    seeds = sequence_seeds(config.seed, prompt_ids) if seeds is None else seeds
+    rows = [
+        (Conversation(ids, frame, limit), seed)
+        for ids, frame, limit, first in zip(prompt_ids, frames, limits, seeds, strict=True)
+        for seed in _sample_seeds(first, ids, n)
+    ]
+    sequences: list[Tensor] = []
+    rewards: list[float] = []
+    # A caller's inference mode would make tensors that the reward model's autograd cannot use.
+    with torch.inference_mode(False), torch.no_grad():
+        # Without its cache, so that a sample costs one reward call whatever the others say.
+        objective = Objective(pair.language_model, pair.reward_model, config.replace(gradient_cache=False))
+        for first in range(0, len(rows), batch_size or len(rows)):
+            part = rows[first : first + (batch_size or len(rows))]
+            drawn = _draw(pair, objective, part, config.rollout, stop_rule(pair, config))
+            rewards += objective.rewards([conversation for conversation, _ in part], drawn) if scored else []
+            sequences += [tokens.cpu() for tokens in drawn]
+            for conversation, _ in part:
+                conversation.reward = None  # keys and values of a scored answer: nobody asks for them again
+    return [
+        _samples(pair, sequences[i : i + n], rewards[i : i + n] or None, [c.stats for c, _ in rows[i : i + n]])
+        for i in range(0, len(rows), n)
+    ]
+
+
+def _prompts(pair: Pair, prompts: Any) -> tuple[list[tuple[int, ...]], list[RewardFrame]]:
+    chats = as_chats(prompts)
+    ids = [tuple(generation_prompt_ids(pair.tokenizer, chat)) for chat in chats]
+    return ids, [pair.reward_model.chat_frame(chat) for chat in chats]
+
+
+def _sample_seeds(first: int, prompt_ids: tuple[int, ...], n: int) -> list[int]:
+    """The prompt's own seed, and others that depend on it and on their number alone."""
+    return [first, *sequence_seeds(first, [prompt_ids] * (n - 1))]
+
+
+def _draw(
+    pair: Pair, objective: Objective, rows: Seq[tuple[Conversation, int]], sampling: Sampling, stop: StopRule
+) -> list[Tensor]:
+    contexts = [Context(conversation.prompt_ids, (), seed, conversation.limit) for conversation, seed in rows]
+    records = [conversation.stats for conversation, _ in rows]
+    with objective.clock.phase("rollout", records):
+        drawn = HFRollout(pair.language_model).rollout(contexts, sampling, stop)
+    for stats, rollout in zip(records, drawn, strict=True):
+        stats.rollouts += 1
+        stats.generated_tokens += len(rollout.tokens)
+    return [rollout.tokens for rollout in drawn]
+
+
+def _samples(pair: Pair, sequences: list[Tensor], rewards: list[float] | None, records: list[SequenceStats]) -> Samples:
+    texts = [pair.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in sequences]
+    return Samples(texts, sequences, rewards, Stats(records).totals)
+
+
+def _chosen(groups: Seq[Samples], indices: Seq[int]) -> NablaOutput:
+    chosen = list(zip(groups, indices, strict=True))
+    return NablaOutput(
+        texts=[group.texts[i] for group, i in chosen],
+        sequences=[group.sequences[i] for group, i in chosen],
+        rewards=[float("nan") if group.rewards is None else group.rewards[i] for group, i in chosen],
+        stats=Stats([group.stats for group in groups]),
+    )

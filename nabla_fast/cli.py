@@ -1,4 +1,4 @@
-"""The command line: `nabla-fast generate` and `nabla-fast doctor`."""
+"""The command line: `nabla-fast generate`, `nabla-fast eval` and `nabla-fast doctor`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 
 from nabla_fast.cli_config import configured, with_config_options
+from nabla_fast.cli_eval import evaluate
+from nabla_fast.cli_models import load_models
 
 app = typer.Typer(
     help="∇-Reasoner made fast: refines a language model's answers by gradient descent on their tokens.",
@@ -63,28 +65,23 @@ def generate(
     """Answers prompts with ∇-Reasoner."""
     from nabla_fast import console
 
-    if demo and (model or reward_model):
-        raise ValueError("--demo brings its own models; leave out --model and --reward-model, or leave out --demo")
     questions = _questions(prompt, prompts, demo)
-    quiet_transformers()
-    with console.status("loading the models"):
-        if demo:
-            from nabla_fast import demo as bundled
-            from nabla_fast.demo import example
+    base = None
+    if demo:
+        from nabla_fast.demo import example
 
-            config = configured(example.CONFIG, settings)
-            models = (
-                *bundled.load_smollm2(device=device, dtype=dtype),
-                *bundled.load_smollm2_reward(device=device, dtype=dtype),
-            )
-        else:
-            config = configured(None, settings)
-            models = _load_models(model, reward_model, device, dtype, attn_implementation)
+        base = example.CONFIG
+    config = configured(base, settings)
+    with console.status("loading the models"):
+        models = load_models(model, reward_model, demo, device, dtype, attn_implementation)
     outcome = console.answer(models, questions, config, compare_greedy=demo)
     if as_json:
         print(json.dumps(outcome.to_dict(), ensure_ascii=False, indent=2))
     else:
         outcome.show()
+
+
+app.command("eval")(evaluate)
 
 
 @app.command()
@@ -99,34 +96,6 @@ def doctor(
         print(json.dumps(report, ensure_ascii=False, indent=2))
     else:
         console.show_report(report)
-
-
-def quiet_transformers() -> None:
-    """Leaves the terminal to our own progress display."""
-    import warnings
-
-    from transformers.utils import logging
-
-    # Its advice on its own deprecations is for those who call it.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _load_models(
-    model: str | None, reward_model: str | None, device: str, dtype: str, attn_implementation: str
-) -> tuple[Any, Any, Any, Any]:
-    from nabla_fast.models.loading import load_language_model, load_reward_model
-
-    for option, value in (("--model", model), ("--reward-model", reward_model)):
-        if not value:
-            raise ValueError(
-                f"{option} is missing; give a GGUF file, a safetensors directory or a hub id, or use --demo"
-            )
-    assert model is not None
-    assert reward_model is not None
-    common: dict[str, Any] = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
-    return (*load_language_model(model, **common), *load_reward_model(reward_model, **common))
 
 
 def _questions(prompt: list[str] | None, file: Path | None, demo: bool) -> list[Any]:

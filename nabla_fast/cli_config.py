@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from typing import Annotated, Any
 
@@ -19,11 +19,11 @@ class _Off:
     """The value "none" on the command line, as different from an option that was not given."""
 
 
-def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replaces the ``**settings`` of a typer command by one option for each field of `NablaConfig`."""
+def with_config_options(command: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
+    """Replaces the ``**settings`` of a typer command by an option for each field of `NablaConfig`, some left out."""
     signature = inspect.signature(command, eval_str=True)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    own += _parameters()
+    own += [parameter for parameter in _parameters() if parameter.name not in without]
     command.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in own}
     return command

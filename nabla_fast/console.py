@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -16,6 +18,13 @@ from rich.text import Text
 from nabla_fast import baselines
 from nabla_fast.config import NablaConfig
 from nabla_fast.generate import NablaOutput, generate
+
+if TYPE_CHECKING:
+    from nabla_fast.evaluation.journal import Journal
+    from nabla_fast.evaluation.runner import Plan
+    from nabla_fast.evaluation.tasks import Task
+
+_SHOWN_FAILURES = 5
 
 _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
@@ -139,11 +148,66 @@ def answer(
     """Answers questions under a progress bar. ``models`` are the first four arguments of `nabla_fast.generate`."""
     greedy = None
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: _err.print(f"[yellow]warning:[/] {message}")
+        warnings.showwarning = _show_warning
         if compare_greedy:
             greedy = _under_progress("greedy", baselines.greedy, models, questions, config)
         refined = _under_progress("∇-Reasoner", generate, models, questions, config)
     return Outcome(questions, config, refined, greedy, models[1])
+
+
+def evaluate(
+    loaded: tuple[Any, Any, Any, Any],
+    task: Task,
+    plan: Plan,
+    journal: Journal,
+    out: Path,
+    *,
+    retry_failed: bool = False,
+    as_json: bool = False,
+) -> int:
+    """Runs an evaluation under progress bars, writes its report and shows it.
+
+    Args:
+        loaded: the first four arguments of `nabla_fast.generate`.
+        out: the directory of ``journal``.
+
+    Returns:
+        How many answers failed.
+    """
+    from nabla_fast.evaluation import methods, report, runner
+    from nabla_fast.evaluation.progress import RunProgress
+
+    models = methods.load(*loaded, plan.config)
+    bars = RunProgress(plan, task.problems, journal.records, _err, retry_failed=retry_failed)
+    try:
+        with warnings.catch_warnings(), bars.progress:
+            warnings.showwarning = _show_warning
+            records = runner.evaluate(models, task, plan, journal, retry_failed=retry_failed, on_record=bars.on_record)
+    except KeyboardInterrupt:
+        done, total = len(runner.latest(journal.records)), len(plan.keys(task.problems))
+        _err.print(f"stopped with {done} of {total} answers in {out}; the same command goes on from there")
+        raise
+    failed = [record for record in records if record["error"] is not None]
+    try:
+        summary = report.write_report(out)
+    except ImportError as error:
+        _err.print(f"[yellow]warning:[/] no plots: {error}", soft_wrap=True)
+        summary = report.summarise(*report.read_run(out))
+    if as_json:
+        print(json.dumps(summary, ensure_ascii=False, indent=2))
+    else:
+        show(*report.tables(summary))
+    for record in failed[:_SHOWN_FAILURES]:
+        where = f"{record['method']} {record['n']}, seed {record['seed']}, {record['problem']}"
+        _err.print(Text(f"failed: {where}: {record['error']}", style="red"), soft_wrap=True)
+    if failed:
+        _err.print(f"{len(failed)} of {len(records)} answers failed; {runner.RESULTS} has them all")
+    return len(failed)
+
+
+def show(*parts: Any) -> None:
+    """Prints tables to standard output."""
+    _out.print(*parts)
 
 
 def show_report(report: dict[str, Any]) -> None:
@@ -180,6 +244,10 @@ def _availability(title: str, entries: dict[str, dict[str, Any]]) -> Table:
 
 def _mark(available: bool) -> str:
     return "[green]yes[/]" if available else "[yellow]no[/]"
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _err.print(f"[yellow]warning:[/] {message}")
 
 
 def _under_progress(

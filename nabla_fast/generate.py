@@ -104,11 +104,12 @@ def run(
     stop: StopRule,
     sampler: Sampler | None = None,
     observer: Observer | None = None,
+    seeds: Seq[int] | None = None,
 ) -> NablaOutput:
-    """Decodes token prompts (B), each with its reward frame, together."""
+    """Decodes token prompts (B), each with its reward frame, together; ``seeds`` (B) are theirs by `config.seed`."""
     ops.resolve("relaxed_stats", config.backend, pair.language_model.device.type)
     sampler = sampler or Sampler()
-    seeds = sequence_seeds(config.seed, prompt_ids)
+    seeds = sequence_seeds(config.seed, prompt_ids) if seeds is None else seeds
     sequences = [
         Sequence(i, Conversation(ids, frame, response_limit(pair, i, ids, frame, config)), seed)
         for i, (ids, frame, seed) in enumerate(zip(prompt_ids, frames, seeds, strict=True))

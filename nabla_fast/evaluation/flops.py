@@ -1,0 +1,91 @@
+"""Estimated floating-point operations of an answer, so that methods can be compared at equal arithmetic.
+
+    FLOPs = 2 P_lm T_lm + 2 P_rm T_rm                          forward passes of sampling and scoring
+          + (1 + 2) * 2 (P_lm + P_rm) * n * gradients          forward and backward of every gradient evaluation
+          + 4 V d * rows * steps                               the head of every DTO step on latents
+
+P are parameters without the input embedding (a look-up), the output head included; attention over the context is left
+out, as is usual. T_lm counts every generated token and, for every rollout, the tokens before it that are filled in
+anew; T_rm the tokens of every scored conversation, the part that a proposal shares with the first one left out. A
+gradient evaluation is charged for all n tokens of the answer though it runs over those ahead only, and its backward
+pass for two forward passes, as in training, though frozen weights get no gradient: the estimate favours methods without
+gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nabla_fast.config import NablaConfig
+from nabla_fast.generate import Pair
+from nabla_fast.stats import SequenceStats
+
+_BACKWARD_PER_FORWARD = 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters that every token passes through.
+
+    Attributes:
+        language: of the language model, its head included.
+        reward: of the reward model; 0 for a function, whose size is unknown.
+        head: of the language model's head alone.
+    """
+
+    language: int
+    reward: int
+    head: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What was computed, in tokens.
+
+    Attributes:
+        stats: the counters.
+        prompt: tokens of the language model's prompt.
+        frame: tokens around a response in the reward model's conversation, before and after it.
+        response: tokens of the answer.
+        conversations: scored ones that share nothing with each other.
+    """
+
+    stats: SequenceStats
+    prompt: int
+    frame: tuple[int, int]
+    response: int
+    conversations: int
+
+
+def sizes(pair: Pair) -> Sizes:
+    """Parameters of the two models of ``pair``."""
+    head = pair.language_model.head.weight.numel()
+    body = pair.reward_model.body
+    language = _without_tables(pair.language_model.model) + head
+    return Sizes(language, 0 if body is None else _without_tables(body.model), head)
+
+
+def estimate(sizes: Sizes, work: Work, config: NablaConfig) -> float:
+    """The FLOPs of ``work``, by the formula of this module."""
+    stats = work.stats
+    before = stats.rollouts * work.prompt + sum(revision.position + 1 for revision in stats.revisions)
+    language = before + stats.generated_tokens
+    opening, closing = work.frame
+    scored_share = stats.reward_calls / max(stats.rollouts, 1)
+    reward = work.conversations * opening + scored_share * stats.generated_tokens + stats.reward_calls * closing
+    gradients = (1 + _BACKWARD_PER_FORWARD) * work.response * stats.gradient_evaluations
+    rows = work.response if config.update_postfix else 1
+    head = 2 * sizes.head * rows * stats.dto_iterations if config.parameterization == "latents" else 0
+    return 2.0 * (
+        sizes.language * language + sizes.reward * reward + (sizes.language + sizes.reward) * gradients + head
+    )
+
+
+def _without_tables(model: Any) -> int:
+    """Parameters without input embedding and language-model head, tied or not."""
+    tables = {id(model.get_input_embeddings().weight)}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None:
+        tables.add(id(head.weight))
+    return sum(weight.numel() for weight in model.parameters() if id(weight) not in tables)

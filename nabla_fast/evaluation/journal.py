@@ -1,0 +1,96 @@
+"""A file of results, one JSON object a line, that survives whatever ends the process."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+Record = dict[str, Any]
+
+
+def read_records(file: Path) -> list[Record]:
+    """The complete lines of ``file``, in order; what follows the last newline was never finished and is left out.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a complete line is not a JSON object; the message gives its number.
+    """
+    lines = file.read_bytes().split(b"\n")[:-1]
+    return [_record(file, number, line) for number, line in enumerate(lines, start=1)]
+
+
+class Journal:
+    """Appends to a file of results, for one process at a time.
+
+    A line counts when its newline is on the disk: a line cut short by a kill is dropped when the file is opened again.
+
+    Args:
+        file: made if it is missing.
+
+    Attributes:
+        records: every record of the file.
+
+    Raises:
+        BlockingIOError: if another process has the file open.
+        ValueError: if a complete line is not a JSON object.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._stream: BinaryIO = file.open("a+b", buffering=0)
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.records = read_records(file)
+        except BlockingIOError as error:
+            self._stream.close()
+            raise BlockingIOError(f"--out: another process is writing to {file}; wait until it has finished") from error
+        except ValueError:
+            self._stream.close()
+            raise
+        self._stream.truncate(file.read_bytes().rfind(b"\n") + 1)
+
+    def append(self, record: Record) -> None:
+        """Writes a record and returns when it is on the disk."""
+        # In one piece, so that no part of a line can follow another one.
+        data = memoryview((json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        while data:
+            data = data[self._stream.write(data) :]
+        os.fsync(self._stream.fileno())
+        self.records.append(record)
+
+    def close(self) -> None:
+        """Closes the file; another process may now write to it."""
+        self._stream.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes JSON so that ``file`` holds either what it held before or all of ``value``."""
+    part = file.with_name(f".{file.name}.part")
+    with part.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, ensure_ascii=False, allow_nan=False, indent=2)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(file)
+
+
+def _record(file: Path, number: int, line: bytes) -> Record:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} of {file} is not JSON, so it is not a file of results: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"line {number} of {file} is not a result")
+    return value

@@ -1,0 +1,248 @@
+"""What a run says: a summary with intervals, a table, and two runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from nabla_fast.evaluation import plots
+from nabla_fast.evaluation.bootstrap import LEVEL, RESAMPLES, interval, paired_difference
+from nabla_fast.evaluation.journal import Record, read_records, write_json
+from nabla_fast.evaluation.runner import CONFIG, RESULTS, SUMMARY, latest, read_json
+from nabla_fast.stats import SequenceStats
+
+# Name in the summary → name in a record. Each gets an interval over problems.
+_MEASURES = {
+    "accuracy": "right",
+    "reward": "reward",
+    "reward_before": "reward_before",
+    "model_calls": "model_calls",
+    "seconds": "seconds",
+    "flops": "flops",
+}
+_COUNTERS = (*SequenceStats().counters(), "tokens")
+_DIFFERENCES = ("accuracy", "reward", "model_calls", "seconds", "flops")
+
+Arms = dict[str, list[Record]]
+"""Label → records, the failed ones among them."""
+
+
+def read_run(directory: Path) -> tuple[dict[str, Any], Arms]:
+    """Configuration and results of a run, finished or not.
+
+    Raises:
+        FileNotFoundError: if ``directory`` holds no run.
+        ValueError: if its files are not those of a run.
+    """
+    config = read_json(directory / CONFIG)
+    file = directory / RESULTS
+    records = latest(read_records(file)) if file.exists() else []
+    try:
+        labels = {(arm["method"], arm["n"]): label for label, arm in config["arms"].items()}
+        arms: Arms = {label: [] for label in config["arms"]}
+        for record in records:
+            arms[labels[record["method"], record["n"]]].append(record)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{directory} holds a {CONFIG} that nabla-fast eval did not write: {error!r}") from error
+    return config, arms
+
+
+def summarise(config: Mapping[str, Any], arms: Arms) -> dict[str, Any]:
+    """Figures of every method and n, as plain data.
+
+    A measure is the mean over problems of its mean over seeds, with a 95 % bootstrap interval over problems. Failed
+    problems are counted, and are in no mean.
+    """
+    return {
+        "task": config["task"],
+        "models": config["models"],
+        "seeds": config["seeds"],
+        "interval": {"level": LEVEL, "resamples": RESAMPLES, "over": "problems"},
+        "arms": {label: _arm(config["arms"][label], records) for label, records in arms.items()},
+    }
+
+
+def write_report(directory: Path) -> dict[str, Any]:
+    """Writes ``summary.json`` and the plots of the run in ``directory``; returns the summary.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_run`.
+        ImportError: if matplotlib is not installed; the summary is then written.
+    """
+    config, arms = read_run(directory)
+    summary = summarise(config, arms)
+    write_json(directory / SUMMARY, summary)
+    plots.draw(summary, directory)
+    return summary
+
+
+def tables(summary: Mapping[str, Any]) -> list[Table]:
+    """The summary as two tables that fit 80 columns, quality and cost; means per problem."""
+    quality = _table(
+        f"{summary['task']['name']}: means per problem, 95 % bootstrap intervals",
+        ("accuracy", "interval", "reward\nbefore", "reward", "failed"),
+    )
+    cost = _table("cost per problem", ("model\ncalls", "tokens", "gradients", "cache\nhits", "seconds", "FLOPs"))
+    for label, arm in summary["arms"].items():
+        quality.add_row(
+            label,
+            _number(_mean(arm["accuracy"]), ".1%"),
+            _percent_interval(arm["accuracy"]),
+            _number(_mean(arm["reward_before"]), "+.3f"),
+            _number(_mean(arm["reward"]), "+.3f"),
+            Text(str(arm["failed"]), style="red" if arm["failed"] else ""),
+        )
+        cost.add_row(
+            label,
+            _number(_mean(arm["model_calls"]), ".0f"),
+            _number(arm["counters"]["generated_tokens"], ".0f"),
+            _number(arm["counters"]["gradient_evaluations"], ".1f"),
+            _number(arm["cache_hit_rate"], ".0%"),
+            _number(_mean(arm["seconds"]), ".3g"),
+            _number(_mean(arm["flops"]), ".1e"),
+        )
+    return [quality, cost]
+
+
+def compare(first: Path, second: Path) -> dict[str, Any]:
+    """Two runs on the same problems side by side, as plain data.
+
+    Returns:
+        ``arms``: label → the figures of each run (None where it has none), and for every measure that both have
+        ``differences``, second minus first: mean and paired bootstrap interval over the problems that both finished.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_run`; ValueError also if the runs are on different problems.
+    """
+    (config, arms), (other_config, other_arms) = read_run(first), read_run(second)
+    tasks = [config["task"], other_config["task"]]
+    if tasks[0].get("fingerprint") != tasks[1].get("fingerprint"):
+        told = [f"{task['name']} ({task['problems']} problems, {task['fingerprint']})" for task in tasks]
+        raise ValueError(f"--compare: {first} is a run on {told[0]} and {second} on {told[1]}; give runs on the same")
+    told_arms = {}
+    for label in dict.fromkeys([*arms, *other_arms]):
+        figures: list[dict[str, Any] | None] = [
+            _arm(run["arms"][label], records[label]) if label in records else None
+            for run, records in ((config, arms), (other_config, other_arms))
+        ]
+        differences = _paired(arms.get(label, []), other_arms.get(label, []))
+        told_arms[label] = {"first": figures[0], "second": figures[1], "differences": differences}
+    return {"task": config["task"], "first": str(first), "second": str(second), "arms": told_arms}
+
+
+def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
+    """A comparison as two tables, quality and cost; a difference that may be noise has 0 in its interval."""
+    runs = f"A is {comparison['first']}, B is {comparison['second']}; paired 95 % intervals"
+    quality = _table(f"{comparison['task']['name']}: {runs}", ("accuracy A", "accuracy B", "B - A in points"))
+    cost = _table("cost per problem", ("calls A", "calls B", "B / A", "seconds\nA", "seconds\nB", "B / A"))
+    for label, arm in comparison["arms"].items():
+        sides = [arm["first"], arm["second"]]
+        quality.add_row(
+            label,
+            *(_number(_side(side, "accuracy"), ".1%") for side in sides),
+            _points(arm["differences"].get("accuracy")),
+        )
+        cost.add_row(
+            label,
+            *_side_by_side(sides, "model_calls", ".0f"),
+            *_side_by_side(sides, "seconds", ".3g"),
+        )
+    return [quality, cost]
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    shown = Table(title=Text(title))
+    shown.add_column("method", no_wrap=True)
+    for column in columns:
+        shown.add_column(column, justify="right", no_wrap=True)
+    return shown
+
+
+def _arm(arm: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+    good = [record for record in records if record["error"] is None]
+    figures: dict[str, Any] = {
+        "method": arm["method"],
+        "n": arm["n"],
+        "problems": len({record["problem"] for record in good}),
+        "answers": len(good),
+        "failed": len(records) - len(good),
+    }
+    for name, field in _MEASURES.items():
+        values = list(_by_problem(good, field).values())
+        figures[name] = asdict(interval(values)) if values else None
+    figures["counters"] = {name: _ratio(_total(good, name), len(good)) for name in _COUNTERS}
+    looked_up = _total(good, "cache_hits") + _total(good, "cache_misses")
+    positions = _total(good, "skipped_positions") + _total(good, "optimised_positions")
+    figures["cache_hit_rate"] = _ratio(_total(good, "cache_hits"), looked_up)
+    if arm["method"] == "nabla":
+        proposals = _total(good, "rollouts") - len(good)
+        figures["rejection_rate"] = _ratio(_total(good, "rejections"), proposals)
+        figures["skipped_share"] = _ratio(_total(good, "skipped_positions"), positions)
+    return figures
+
+
+def _paired(first: Sequence[Record], second: Sequence[Record]) -> dict[str, dict[str, float]]:
+    differences = {}
+    for name in _DIFFERENCES:
+        ours, theirs = (
+            _by_problem([r for r in records if r["error"] is None], _MEASURES[name]) for records in (second, first)
+        )
+        both = [problem for problem in ours if problem in theirs]
+        if both:
+            found = paired_difference([ours[problem] for problem in both], [theirs[problem] for problem in both])
+            differences[name] = asdict(found)
+    return differences
+
+
+def _by_problem(records: Sequence[Record], field: str) -> dict[str, float]:
+    """Problem → mean over seeds, of the records that have the field; in the order of the ids, not of the finish."""
+    values: dict[str, list[float]] = {}
+    for record in sorted(records, key=lambda record: (record["problem"], record["seed"])):
+        if record[field] is not None:
+            values.setdefault(record["problem"], []).append(float(record[field]))
+    return {problem: sum(found) / len(found) for problem, found in values.items()}
+
+
+def _total(records: Sequence[Record], field: str) -> int:
+    return sum(int(record[field]) for record in records)
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _mean(measure: Mapping[str, float] | None) -> float | None:
+    return None if measure is None else measure["mean"]
+
+
+def _side(figures: Mapping[str, Any] | None, name: str) -> float | None:
+    return None if figures is None else _mean(figures[name])
+
+
+def _side_by_side(sides: Sequence[Mapping[str, Any] | None], name: str, form: str) -> list[str]:
+    """A figure of both runs, and the second over the first."""
+    first, second = (_side(side, name) for side in sides)
+    ratio = None if first is None or second is None else _ratio(second, first)
+    return [_number(first, form), _number(second, form), _number(ratio, ".2f")]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _percent_interval(measure: Mapping[str, float] | None) -> str:
+    if measure is None:
+        return "-"
+    return f"{100 * measure['low']:.0f} to {100 * measure['high']:.0f}"
+
+
+def _points(measure: Mapping[str, float] | None) -> str:
+    if measure is None:
+        return "-"
+    mean, low, high = (100 * measure[part] for part in ("mean", "low", "high"))
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"

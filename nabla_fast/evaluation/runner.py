@@ -1,0 +1,312 @@
+"""Runs every method, n and seed on every problem of a task; can be killed at any moment and goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nabla_fast.config import NablaConfig
+from nabla_fast.evaluation.grading import GradingError
+from nabla_fast.evaluation.journal import Journal, Record, write_json
+from nabla_fast.evaluation.methods import MAX_ROLLOUTS, METHODS, Models, make_batch
+from nabla_fast.evaluation.tasks import Problem, Task
+from nabla_fast.sampling import sequence_seeds
+
+CONFIG = "config.json"
+RESULTS = "results.jsonl"
+SUMMARY = "summary.json"
+
+Key = tuple[str, int, int, str]
+"""(method, n, seed, problem id)."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method at one n: samples of self-consistency and best-of-n, rollouts of nabla, 1 for greedy."""
+
+    method: str
+    n: int
+
+    @property
+    def label(self) -> str:
+        """What tables and plots call it."""
+        return self.method if self.method == "greedy" else f"{self.method} {self.n}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run.
+
+    Attributes:
+        arms: methods, each at its n.
+        seeds: of the noise. Greedy decoding has none and is run for the first seed alone.
+        config: settings of all methods; ``seed`` and ``max_rollouts`` are replaced.
+        batch_size: most sequences decoded together.
+    """
+
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    config: NablaConfig
+    batch_size: int
+
+    def runs(self, seed: int) -> list[Arm]:
+        """The arms that are run for ``seed``."""
+        return [arm for arm in self.arms if arm.method != "greedy" or seed == self.seeds[0]]
+
+    def keys(self, problems: Sequence[Problem]) -> list[Key]:
+        """Everything that there is to do."""
+        return [
+            (arm.method, arm.n, seed, problem.id)
+            for seed in self.seeds
+            for arm in self.runs(seed)
+            for problem in problems
+        ]
+
+
+def make_plan(
+    methods: Sequence[str],
+    n: Sequence[int],
+    seeds: Sequence[int],
+    config: NablaConfig,
+    *,
+    batch_size: int = 8,
+    max_rollouts: int | None = None,
+) -> Plan:
+    """A plan of every method at every n.
+
+    Args:
+        max_rollouts: run nabla at this n alone; None runs it at every n.
+
+    Raises:
+        ValueError: for an unknown method, an empty list, or a number below 1; the message names the option.
+    """
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown or not methods:
+        raise ValueError(f"--methods is {', '.join(unknown) or 'empty'}; use some of {', '.join(METHODS)}")
+    if not n or min(n) < 1:
+        raise ValueError(f"--n is {', '.join(map(str, n)) or 'empty'}; give whole numbers of at least 1, such as 2,4,8")
+    if not seeds:
+        raise ValueError("--seeds is empty; give whole numbers, such as 0,1,2")
+    if batch_size < 1:
+        raise ValueError(f"--batch-size is {batch_size}; give at least 1")
+    arms: list[Arm] = []
+    for method in dict.fromkeys(methods):
+        own = list(dict.fromkeys(n))
+        if method == "greedy":
+            own = [1]
+        elif method == MAX_ROLLOUTS and max_rollouts is not None:
+            own = [max_rollouts]
+        arms += [Arm(method, value) for value in own]
+    return Plan(tuple(arms), tuple(dict.fromkeys(seeds)), config, batch_size)
+
+
+def describe(plan: Plan, task: Task, source: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that the results depend on, as plain data: what two runs must share to share a directory.
+
+    Args:
+        source: where the models come from and how they are run.
+    """
+    settings = asdict(plan.config)
+    del settings["seed"], settings["max_rollouts"]
+    told = {
+        "task": task.description,
+        "arms": {arm.label: asdict(arm) for arm in plan.arms},
+        "seeds": plan.seeds,
+        "batch_size": plan.batch_size,
+        "models": dict(source),
+        "settings": settings,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(told))
+    return plain
+
+
+def open_run(out: Path, description: Mapping[str, Any]) -> Journal:
+    """The journal of the run that ``description`` is of, begun or continued in the directory ``out``.
+
+    Raises:
+        ValueError: if ``out`` holds another run, or results without a configuration; nothing is overwritten.
+        NotADirectoryError: if ``out`` is a file.
+        BlockingIOError: if another process is writing to it.
+    """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out is {out}, a file; give a directory")
+    file = out / CONFIG
+    if file.exists():
+        differences = _differences(read_json(file), description)
+        if differences:
+            raise ValueError(
+                f"--out is {out}, which holds a run with other settings ({'; '.join(differences)}); give another "
+                "directory, or the settings of that run to continue it"
+            )
+    else:
+        found = [name for name in (RESULTS, SUMMARY) if (out / name).exists()]
+        if found:
+            raise ValueError(f"--out is {out}, which holds {found[0]} but no {CONFIG}; give another directory")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(file, description)
+    return Journal(out / RESULTS)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object that a run wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a JSON object.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no {file.name} in {file.parent}, so it holds no run of nabla-fast eval")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is not the {file.name} of a run")
+    return value
+
+
+def key(record: Record) -> Key:
+    """Which piece of work a record is of."""
+    return record["method"], record["n"], record["seed"], record["problem"]
+
+
+def latest(records: Sequence[Record]) -> list[Record]:
+    """One record for each piece of work, the last one where a failed problem was tried again."""
+    return list({key(record): record for record in records}.values())
+
+
+def evaluate(
+    models: Models,
+    task: Task,
+    plan: Plan,
+    journal: Journal,
+    *,
+    retry_failed: bool = False,
+    on_record: Callable[[Record], None] | None = None,
+) -> list[Record]:
+    """Does what is left to do, one line of the journal for each finished (method, n, seed, problem).
+
+    A problem that fails is recorded with its error, and the run goes on. Batches never hold the same prompt twice, so a
+    problem's answer and counters do not depend on what else is left to do.
+
+    Args:
+        retry_failed: try problems again that failed in an earlier run.
+        on_record: hears of every new record, when it is on the disk.
+
+    Returns:
+        The latest record of every piece of work.
+    """
+    done = {key(r) for r in latest(journal.records) if not (retry_failed and r["error"] is not None)}
+    prompts = [models.prompt_ids(problem) for problem in task.problems]
+    for seed in plan.seeds:
+        noise = dict(zip((p.id for p in task.problems), sequence_seeds(seed, prompts), strict=True))
+        for arm, problems in batches(plan, seed, task.problems, done):
+            for record in _run(models, task, plan, arm, seed, problems, noise):
+                journal.append(record)
+                if on_record is not None:
+                    on_record(record)
+    return latest(journal.records)
+
+
+def batches(
+    plan: Plan, seed: int, problems: Sequence[Problem], done: Collection[Key]
+) -> Iterator[tuple[Arm, list[Problem]]]:
+    """What is left to do for ``seed``, in batches: a few problems by every arm, then the next few."""
+    for first in range(0, len(problems), plan.batch_size):
+        chunk = problems[first : first + plan.batch_size]
+        for arm in plan.runs(seed):
+            # A nabla sequence is one sequence whatever its n.
+            most = plan.batch_size if arm.method == MAX_ROLLOUTS else max(1, plan.batch_size // arm.n)
+            left = [problem for problem in chunk if (arm.method, arm.n, seed, problem.id) not in done]
+            for batch in _with_distinct_prompts(left, most):
+                yield arm, batch
+
+
+def _with_distinct_prompts(problems: Sequence[Problem], most: int) -> Iterator[list[Problem]]:
+    batch: list[Problem] = []
+    for problem in problems:
+        if len(batch) == most or any(problem.chat == other.chat for other in batch):
+            yield batch
+            batch = []
+        batch.append(problem)
+    if batch:
+        yield batch
+
+
+def _run(
+    models: Models,
+    task: Task,
+    plan: Plan,
+    arm: Arm,
+    seed: int,
+    problems: Sequence[Problem],
+    noise: Mapping[str, int],
+) -> Iterator[Record]:
+    """Records of one batch; where it fails, of its problems one by one, so that only those fail that must."""
+    gradable = []
+    for problem in problems:
+        try:
+            task.grader.check(problem.id, problem.reference)
+            gradable.append(problem)
+        except GradingError as error:
+            yield _record(arm, seed, problem, error=error)
+    if not gradable:
+        return
+    try:
+        config = plan.config.replace(seed=seed)
+        seeds = [noise[problem.id] for problem in gradable]
+        batch = make_batch(models, gradable, seeds, task.grader, config, arm.n, plan.batch_size)
+        answers = METHODS[arm.method](batch)
+    except Exception as error:
+        if len(gradable) == 1:
+            yield _record(arm, seed, gradable[0], error=error)
+            return
+        for problem in gradable:
+            yield from _run(models, task, plan, arm, seed, [problem], noise)
+        return
+    for problem, answer in zip(gradable, answers, strict=True):
+        yield _graded(task, arm, seed, problem, answer.to_dict())
+
+
+def _graded(task: Task, arm: Arm, seed: int, problem: Problem, told: dict[str, Any]) -> Record:
+    grader = task.grader
+    try:
+        found = grader.answer(problem.id, told["text"])
+        right = grader.right(problem.id, problem.reference, found)
+        shown = None if found is None else grader.text(found)
+    except Exception as error:
+        return {**_record(arm, seed, problem, error=error), **told}
+    return {**_record(arm, seed, problem, right=right, answer=shown), **told}
+
+
+def _record(
+    arm: Arm,
+    seed: int,
+    problem: Problem,
+    *,
+    right: bool | None = None,
+    answer: str | None = None,
+    error: Exception | None = None,
+) -> Record:
+    message = None if error is None else " ".join(f"{type(error).__name__}: {error}".split())
+    named = {**asdict(arm), "seed": seed, "problem": problem.id}
+    return {**named, "right": right, "answer": answer, "reference": problem.reference, "error": message}
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Leaves of two plain values that are not the same, by name."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = []
+        for part in dict.fromkeys([*old, *new]):
+            inner = f"{name}.{part}" if name else part
+            if part not in old:
+                found.append(f"{inner} is new")
+            elif part not in new:
+                found.append(f"{inner} is left out")
+            else:
+                found += _differences(old[part], new[part], inner)
+        return found
+    return [] if old == new else [f"{name} was {json.dumps(old)}, is {json.dumps(new)}"]

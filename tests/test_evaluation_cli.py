@@ -1,0 +1,195 @@
+"""`nabla-fast eval`, as a user types it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny_models import save_pair
+from typer.testing import CliRunner
+
+import nabla_fast as nf
+from nabla_fast import cli
+from nabla_fast.evaluation.runner import RESULTS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FAST = ("--max-new-tokens", "5", "--max-iters", "2", "--gradient-threshold", "none", "--dtype", "float64")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    model, reward_model = save_pair(tmp_path_factory.mktemp("pair"), dtype=torch.float64)
+    return "--model", str(model), "--reward-model", str(reward_model)
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    file = tmp_path_factory.mktemp("task") / "sums.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"what is {i} + 2", "answer": i + 2}) + "\n" for i in range(10)))
+    return str(file)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, ["eval", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def lines(directory):
+    """The results without what differs from run to run."""
+    found = {}
+    for line in (directory / RESULTS).read_text().splitlines():
+        record = json.loads(line)
+        del record["seconds"], record["phases"]
+        for reward in ("reward", "reward_before"):
+            # Equal to rounding, in whatever batch.
+            record[reward] = record[reward] and round(record[reward], 9)
+        name = (record["method"], record["n"], record["seed"], record["problem"])
+        assert name not in found, "done twice"
+        found[name] = record
+    return found
+
+
+def test_a_run_killed_in_the_middle_goes_on(pair, problems, tmp_path):
+    command = ("--task", problems, "--n", "2", "--seeds", "0,1", "--batch-size", "2", *pair, *FAST, "--json")
+    whole = invoke(*command, "--out", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.output
+    assert set(json.loads(whole.stdout)["arms"]) == {"greedy", "self-consistency 2", "best-of-n 2", "nabla 2"}
+    expected = lines(tmp_path / "whole")
+    assert len(expected) == 10 + 3 * 2 * 10
+
+    out = tmp_path / "killed"
+    arguments = [sys.executable, "-m", "nabla_fast", "eval", *command, "--out", str(out)]
+    # Nicer than this process, which must not be late to kill it.
+    arguments = ["nice", "-n", "5", *arguments]
+    process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / RESULTS).exists() or (out / RESULTS).read_bytes().count(b"\n") < 7:
+        assert process.poll() is None, "ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = (out / RESULTS).read_bytes()
+    assert 7 <= before.count(b"\n") < len(expected), "was not killed in the middle"
+    assert invoke(*command, "--out", out).exit_code == 0
+    assert lines(out) == expected
+    assert (out / RESULTS).read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+    assert (out / "summary.json").exists()
+
+    compared = invoke("--compare", tmp_path / "whole", out)
+    assert compared.exit_code == 0, compared.output
+    assert "+0.0 (+0.0 to +0.0)" in compared.stdout
+    assert "nabla 2" in json.loads(invoke("--compare", tmp_path / "whole", out, "--json").stdout)["arms"]
+
+
+def test_a_table_bars_and_plots(pair, tmp_path):
+    options = ("--task-option", "max_digits=1", "--task-option", "min_digits=1", "--max-problems", "3")
+    methods = ("--methods", "greedy,nabla", "--max-rollouts", "2")
+    done = invoke("--task", "reasoning_gym:products", *options, *methods, "--out", tmp_path / "a", *pair, *FAST)
+    assert done.exit_code == 0, done.output
+    for expected in ("reasoning_gym:products", "accuracy", "greedy", "nabla 2"):
+        assert expected in done.stdout
+    assert "right" in done.stderr, "no running accuracy"
+    names = {file.name for file in (tmp_path / "a").iterdir()}
+    assert {"config.json", RESULTS, "summary.json", "accuracy_over_model_calls.png", "cache_hit_rate.png"} <= names
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["settings"]["max_iters"] == 2
+    assert config["models"]["dtype"] == "float64"
+
+
+def test_a_failing_problem_is_told_and_the_exit_code_is_1(pair, tmp_path):
+    file = tmp_path / "task.jsonl"
+    file.write_text('{"prompt": "1 + 1", "answer": "$$"}\n{"prompt": "1 + 2", "answer": "3"}\n')
+    command = ("--task", file, "--methods", "greedy", "--out", tmp_path / "a", *pair, *FAST)
+    done = invoke(*command)
+    assert done.exit_code == 1
+    assert "failed: greedy 1, seed 0, line-00001: GradingError: the reference answer '$$' cannot" in done.stderr
+    assert [r["error"] is None for r in lines_of_all(tmp_path / "a")] == [False, True]
+    assert invoke(*command).exit_code == 1
+    assert len(lines_of_all(tmp_path / "a")) == 2
+    invoke(*command, "--retry-failed")
+    assert len(lines_of_all(tmp_path / "a")) == 3
+
+
+def lines_of_all(directory):
+    return [json.loads(line) for line in (directory / RESULTS).read_text().splitlines()]
+
+
+def test_an_interrupt_is_told_how_to_go_on(pair, problems, tmp_path, monkeypatch):
+    from nabla_fast.evaluation import runner
+
+    def interrupt(batch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(runner.METHODS, "best-of-n", interrupt)
+    done = invoke("--task", problems, "--methods", "greedy,best-of-n", "--out", tmp_path / "a", *pair, *FAST)
+    assert done.exit_code == 130
+    assert "stopped with 8 of 20 answers" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--task is missing"),
+        (("--task", "x"), "--out is missing"),
+        (("--task", "x", "--out", "o"), "--model is missing"),
+        (("--task", "x", "--out", "o", "--demo", "--model", "m"), "--demo brings its own models"),
+        (("--task", "x", "--out", "o", "--demo"), "--task is 'x'; use reasoning_gym:NAME"),
+        (("--task", "x", "--out", "o", "--demo", "--methods", "beam"), "--methods is beam; use some of greedy"),
+        (("--task", "x", "--out", "o", "--demo", "--n", "2,x"), "--n is '2,x'; give whole numbers"),
+        (("--task", "x", "--out", "o", "--demo", "--n", "0"), "--n is 0"),
+        (("--task", "x", "--out", "o", "--demo", "--seeds", "one"), "--seeds is 'one'"),
+        (("--task", "x", "--out", "o", "--demo", "--max-iters", "-1"), "max_iters must be at least 0"),
+        (("--task", "x", "--out", "o", "--demo", "--device", "tpu9x"), "device is 'tpu9x'"),
+        (("--task", "reasoning_gym:gcd", "--out", "o", "--demo", "--task-option", "a"), "give NAME=VALUE"),
+        (("--compare", "a", "b", "--out", "o"), "--compare shows two finished runs"),
+        (("--compare", "a", "b"), "there is no config.json in a"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    done = invoke(*arguments)
+    assert done.exit_code != 0
+    assert message in str(done.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_configuration_is_refused_before_the_models_are_loaded(problems, tmp_path, monkeypatch):
+    from nabla_fast import cli_eval
+
+    monkeypatch.setattr(cli_eval, "load_models", lambda *_: pytest.fail("loaded"))
+    monkeypatch.chdir(tmp_path)
+    command = ("--task", problems, "--out", tmp_path / "a", "--model", "m", "--reward-model", "r")
+    with pytest.raises(pytest.fail.Exception):
+        raise invoke(*command).exception
+    done = invoke(*command, "--max-iters", "3")
+    assert "settings.max_iters was 20, is 3" in str(done.exception)
+
+
+def test_help_names_every_option_and_setting():
+    text = " ".join(invoke("--help").stdout.split())
+    own = (
+        "task",
+        "task-option",
+        "methods",
+        "n",
+        "seeds",
+        "max-problems",
+        "out",
+        "compare",
+        "batch-size",
+        "retry-failed",
+    )
+    for name in (*own, "model", "reward-model", "demo", "split", "prompt-column", "answer-column", "json", "device"):
+        assert f"--{name}" in text
+    for field in dataclasses.fields(nf.NablaConfig):
+        if field.name not in ("rollout", "resample", "seed"):
+            assert "--" + field.name.replace("_", "-") in text
