@@ -198,3 +198,19 @@ def test_equal_requests_of_one_call_are_evaluated_once() -> None:
     for mine, theirs in zip(first.rows_from(2), later.rows_from(2), strict=True):
         assert torch.equal(mine, theirs)
     assert len(other.log_likelihoods) == 4
+
+
+def test_a_selection_evaluates_anew_behind_a_token_that_was_not_the_argmax() -> None:
+    from test_prefix import conversation, objective, response
+
+    from nabla_fast.selection import Candidates, select
+
+    ours = objective("llama", gradient_threshold=1e9, gradient_cache=False)
+    tokens = response(5, seed=0)
+    hard = tokens.clone()
+    hard[2] += 1
+    talk = conversation(ours, [5, 9, 11])
+    candidates = Candidates(talk, tokens, hard, torch.ones(5, dtype=torch.bool), 0)
+    assert select([candidates], ours, ours.config) == [5]
+    # One for positions 0 to 2, another one from position 3 on, behind the token that was drawn.
+    assert talk.stats.gradient_evaluations == 2
