@@ -12,7 +12,7 @@ from rich.console import Console
 
 from nabla_fast.cli_config import configured, with_config_options
 from nabla_fast.cli_eval import evaluate
-from nabla_fast.cli_models import load_models
+from nabla_fast.cli_models import choose_pair, load_models, pair_config, pair_question
 
 app = typer.Typer(
     help="∇-Reasoner made fast: refines a language model's answers by gradient descent on their tokens.",
@@ -56,6 +56,9 @@ def generate(
     demo: Annotated[
         bool, typer.Option("--demo", help="SmolLM2-135M with its reward model; greedy against ∇-Reasoner.")
     ] = False,
+    bundled: Annotated[
+        bool, typer.Option("--bundled", help="The small arithmetic models that ship with the package, likewise.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32 or float64.")] = "auto",
@@ -65,16 +68,12 @@ def generate(
     """Answers prompts with ∇-Reasoner."""
     from nabla_fast import console
 
-    questions = _questions(prompt, prompts, demo)
-    base = None
-    if demo:
-        from nabla_fast.demo import example
-
-        base = example.CONFIG
-    config = configured(base, settings)
+    pair = choose_pair(demo, bundled)
+    questions = _questions(prompt, prompts, pair)
+    config = configured(pair_config(pair), settings)
     with console.status("loading the models"):
-        models = load_models(model, reward_model, demo, device, dtype, attn_implementation)
-    outcome = console.answer(models, questions, config, compare_greedy=demo)
+        models = load_models(model, reward_model, pair, device, dtype, attn_implementation)
+    outcome = console.answer(models, questions, config, compare_greedy=pair is not None)
     if as_json:
         print(json.dumps(outcome.to_dict(), ensure_ascii=False, indent=2))
     else:
@@ -98,16 +97,15 @@ def doctor(
         console.show_report(report)
 
 
-def _questions(prompt: list[str] | None, file: Path | None, demo: bool) -> list[Any]:
+def _questions(prompt: list[str] | None, file: Path | None, pair: str | None) -> list[Any]:
     questions: list[Any] = list(prompt or [])
     if file is not None:
         questions += read_prompts(file)
-    if not questions and demo:
-        from nabla_fast.demo import example
-
-        questions = [example.QUESTION]
     if not questions:
-        raise ValueError("no prompt given; use --prompt TEXT, --prompts FILE or --demo")
+        own = pair_question(pair)
+        if own is None:
+            raise ValueError("no prompt given; use --prompt TEXT, --prompts FILE, --demo or --bundled")
+        questions = [own]
     return questions
 
 

@@ -10,24 +10,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nabla_fast.cli_config import configured, with_config_options
-from nabla_fast.cli_models import load_models, require_models
+from nabla_fast.cli_models import choose_pair, load_models, pair_config, require_models
 from nabla_fast.config import NablaConfig
 
 if TYPE_CHECKING:
+    from nabla_fast.evaluation.methods import Models
+    from nabla_fast.evaluation.ray_engine import Cluster
     from nabla_fast.evaluation.tasks import Task
 
 _TASK = "Task"
 _RUN = "Run"
+_ENGINE = "Engine"
 _MODELS = "Models"
 
 # What a shell reports for a command that Ctrl-C stopped.
 _INTERRUPTED = 130
+_ARITHMETIC = "arithmetic"
 
 
 _Task = Annotated[
     str | None,
     typer.Option(
-        help="reasoning_gym:NAME; a .jsonl file of prompt and answer; math500, aime2024, aime2025 or amc; or a hub "
+        help="reasoning_gym:NAME; arithmetic (the bundled pair's); a .jsonl file of prompt and answer; math500, aime2024, aime2025 or amc; or a hub "
         "data set id with its columns.",
         metavar="TASK",
         rich_help_panel=_TASK,
@@ -46,7 +50,9 @@ _PromptColumn = Annotated[str | None, typer.Option(help="Column or key of the qu
 _AnswerColumn = Annotated[
     str | None, typer.Option(help="Column or key of the reference answers.", rich_help_panel=_TASK)
 ]
-_Split = Annotated[str | None, typer.Option(help="Split of a hub data set. Default: test.", rich_help_panel=_TASK)]
+_Split = Annotated[
+    str | None, typer.Option(help="Split of a hub data set or of arithmetic. Default: test.", rich_help_panel=_TASK)
+]
 _Methods = Annotated[str, typer.Option(help="Separated by commas.", rich_help_panel=_RUN)]
 _N = Annotated[
     str,
@@ -68,6 +74,24 @@ _Out = Annotated[
 _BatchSize = Annotated[int, typer.Option(help="Most sequences decoded together.", rich_help_panel=_RUN)]
 _RetryFailed = Annotated[
     bool, typer.Option("--retry-failed", help="Try problems again that failed before.", rich_help_panel=_RUN)
+]
+_Engine = Annotated[
+    str, typer.Option(help="local (this process) or ray (workers on a Ray cluster).", rich_help_panel=_ENGINE)
+]
+_RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        help="A Ray cluster's address, or auto for the one of this machine. Default: start one here.",
+        metavar="ADDRESS",
+        rich_help_panel=_ENGINE,
+    ),
+]
+_Workers = Annotated[
+    int | None, typer.Option(help="Ray workers. Default: as many as there is room for.", rich_help_panel=_ENGINE)
+]
+_CpusPerWorker = Annotated[
+    int | None,
+    typer.Option(help="CPU cores of a Ray worker. Default: 4, or all there are.", rich_help_panel=_ENGINE),
 ]
 _CompareTwo = Annotated[
     tuple[Path, Path] | None,
@@ -96,6 +120,14 @@ _Demo = Annotated[
         rich_help_panel=_MODELS,
     ),
 ]
+_Bundled = Annotated[
+    bool,
+    typer.Option(
+        "--bundled",
+        help="The small arithmetic models that ship with the package, their settings, and --task arithmetic.",
+        rich_help_panel=_MODELS,
+    ),
+]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_MODELS)]
 _Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16, float32 or float64.", rich_help_panel=_MODELS)]
 _Attention = Annotated[str, typer.Option(help="auto, flash_attention_2, sdpa or eager.", rich_help_panel=_MODELS)]
@@ -115,11 +147,16 @@ def evaluate(
     out: _Out = None,
     batch_size: _BatchSize = 8,
     retry_failed: _RetryFailed = False,
+    engine: _Engine = "local",
+    ray_address: _RayAddress = None,
+    workers: _Workers = None,
+    cpus_per_worker: _CpusPerWorker = None,
     compare: _CompareTwo = None,
     as_json: _Json = False,
     model: _Model = None,
     reward_model: _RewardModel = None,
     demo: _Demo = False,
+    bundled: _Bundled = False,
     device: _Device = "auto",
     dtype: _Dtype = "auto",
     attn_implementation: _Attention = "auto",
@@ -131,39 +168,84 @@ def evaluate(
             raise ValueError("--compare shows two finished runs; leave out --task and --out")
         _compare(*compare, as_json)
         return
+    pair = choose_pair(demo, bundled)
+    task = _ARITHMETIC if task is None and pair == "bundled" else task
     if task is None or out is None:
         raise ValueError(f"{'--task' if task is None else '--out'} is missing; give --task and --out, or --compare")
-    require_models(model, reward_model, demo)
+    require_models(model, reward_model, pair)
     from nabla_fast import console
     from nabla_fast.evaluation.runner import describe, make_plan, open_run
 
+    cluster = _cluster(engine, ray_address, workers, cpus_per_worker, device)
     numbers = _integers("--n", n), _integers("--seeds", seeds)
-    config = configured(_demo_config() if demo else None, settings)
+    config = configured(pair_config(pair), settings)
     rollouts = settings["max_rollouts"]
     plan = make_plan(_names(methods), *numbers, config, batch_size=batch_size, max_rollouts=rollouts)
-    source = _source(model, reward_model, demo, device, dtype, attn_implementation)
-    problems = _problems(task, task_option or [], demo, max_problems, prompt_column, answer_column, split)
+    source = _source(model, reward_model, pair, device, dtype, attn_implementation)
+    problems = _problems(task, task_option or [], pair, max_problems, prompt_column, answer_column, split)
     # The directory first: a mistake there should not have to wait for the models.
     with open_run(out, describe(plan, problems, source)) as journal:
-        with console.status("loading the models"):
-            models = load_models(model, reward_model, demo, device, dtype, attn_implementation)
+        named = (_absolute(model), _absolute(reward_model), pair, device, dtype, attn_implementation)
+        load = partial(_load, *named, config)
         try:
-            failed = console.evaluate(models, problems, plan, journal, out, retry_failed=retry_failed, as_json=as_json)
+            failed = console.evaluate(
+                load, problems, plan, journal, out, cluster=cluster, retry_failed=retry_failed, as_json=as_json
+            )
         except KeyboardInterrupt:
             raise typer.Exit(_INTERRUPTED) from None
     raise typer.Exit(1 if failed else 0)
 
 
+def _load(
+    model: str | None,
+    reward_model: str | None,
+    pair: str | None,
+    device: str,
+    dtype: str,
+    attn_implementation: str,
+    config: NablaConfig,
+) -> Models:
+    """Called where the models are to be: in this process, or in each worker."""
+    from nabla_fast.evaluation import methods
+
+    return methods.load(*load_models(model, reward_model, pair, device, dtype, attn_implementation), config)
+
+
+def _absolute(path: str | None) -> str | None:
+    """A local path as workers find it, whose working directory is another one; a hub id as it is."""
+    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+
+
+def _cluster(
+    engine: str, ray_address: str | None, workers: int | None, cpus_per_worker: int | None, device: str
+) -> Cluster | None:
+    options = {"--ray-address": ray_address, "--workers": workers, "--cpus-per-worker": cpus_per_worker}
+    if engine == "local":
+        for option, value in options.items():
+            if value is not None:
+                raise ValueError(f"{option} is {value}, but --engine is local; give --engine ray, or leave it out")
+        return None
+    if engine != "ray":
+        raise ValueError(f"--engine is {engine!r}; use local or ray")
+    from nabla_fast.evaluation.ray_engine import Cluster
+    from nabla_fast.models.loading import choose_device
+
+    chosen = choose_device(device)
+    if chosen.type == "cuda" and chosen.index:
+        raise ValueError(f"--device is {device}, but Ray gives each worker a GPU of its own; use --device cuda")
+    return Cluster(ray_address, workers, cpus_per_worker, chosen.type == "cuda")
+
+
 def _source(
-    model: str | None, reward_model: str | None, demo: bool, device: str, dtype: str, attn_implementation: str
+    model: str | None, reward_model: str | None, pair: str | None, device: str, dtype: str, attn_implementation: str
 ) -> dict[str, str | None]:
     """Where the models come from and how they are run, as two runs must share it to share a directory."""
     from nabla_fast.models.loading import choose_device, choose_dtype
 
     chosen = choose_device(device)
     return {
-        "model": "demo" if demo else model,
-        "reward_model": "demo" if demo else reward_model,
+        "model": pair or model,
+        "reward_model": pair or reward_model,
         "device": str(chosen),
         "dtype": str(choose_dtype(dtype, chosen)).removeprefix("torch."),
         "attn_implementation": attn_implementation,
@@ -184,7 +266,7 @@ def _compare(first: Path, second: Path, as_json: bool) -> None:
 def _problems(
     name: str,
     options: list[str],
-    demo: bool,
+    pair: str | None,
     max_problems: int | None,
     prompt_column: str | None,
     answer_column: str | None,
@@ -193,7 +275,7 @@ def _problems(
     from nabla_fast.demo.tasks import TASKS
     from nabla_fast.evaluation.tasks import GYM_PREFIX, load_task, parse_options
 
-    own = TASKS.get(name.removeprefix(GYM_PREFIX), {}) if demo and name.startswith(GYM_PREFIX) else {}
+    own = TASKS.get(name.removeprefix(GYM_PREFIX), {}) if pair == "demo" and name.startswith(GYM_PREFIX) else {}
     return load_task(
         name,
         {**own, **parse_options(options)},
@@ -202,12 +284,6 @@ def _problems(
         answer_column=answer_column,
         split=split,
     )
-
-
-def _demo_config() -> NablaConfig:
-    from nabla_fast.demo import example
-
-    return example.CONFIG
 
 
 def _names(text: str) -> list[str]:

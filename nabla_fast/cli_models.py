@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nabla_fast.config import NablaConfig
 
 
 def load_models(
-    model: str | None, reward_model: str | None, demo: bool, device: str, dtype: str, attn_implementation: str
+    model: str | None, reward_model: str | None, pair: str | None, device: str, dtype: str, attn_implementation: str
 ) -> tuple[Any, Any, Any, Any]:
-    """Language model, its tokenizer, reward model, its tokenizer; the demo's pair with ``demo``.
+    """Language model, its tokenizer, reward model, its tokenizer.
+
+    Args:
+        pair: "demo" (SmolLM2) or "bundled" (arithmetic); None takes the models that are named.
 
     Raises:
-        ValueError: if a model is not named, or named besides ``demo``; and as `nabla_fast.models.loading` does.
+        ValueError: if a model is not named, or named besides ``pair``; and as `nabla_fast.models.loading` does.
     """
-    require_models(model, reward_model, demo)
+    require_models(model, reward_model, pair)
     quiet_transformers()
-    if demo:
-        from nabla_fast import demo as bundled
+    if pair == "demo":
+        from nabla_fast import demo
 
-        pair = {"device": device, "dtype": dtype}
-        return (*bundled.load_smollm2(**pair), *bundled.load_smollm2_reward(**pair))
+        return (*demo.load_smollm2(device=device, dtype=dtype), *demo.load_smollm2_reward(device=device, dtype=dtype))
+    if pair == "bundled":
+        from nabla_fast.demo import arithmetic
+
+        return (
+            *arithmetic.load_policy(device=device, dtype=dtype),
+            *arithmetic.load_reward(device=device, dtype=dtype),
+        )
     from nabla_fast.models.loading import load_language_model, load_reward_model
 
     assert model is not None
@@ -28,14 +40,47 @@ def load_models(
     return (*load_language_model(model, **common), *load_reward_model(reward_model, **common))
 
 
-def require_models(model: str | None, reward_model: str | None, demo: bool) -> None:
-    """Raises ValueError unless either both models are named or ``demo`` is set."""
-    if demo and (model or reward_model):
-        raise ValueError("--demo brings its own models; leave out --model and --reward-model, or leave out --demo")
+def choose_pair(demo: bool, bundled: bool) -> str | None:
+    """What ``--demo`` and ``--bundled`` ask for; ValueError for both."""
+    if demo and bundled:
+        raise ValueError("--demo and --bundled are two pairs of models; leave out one of them")
+    return "demo" if demo else "bundled" if bundled else None
+
+
+def pair_config(pair: str | None) -> NablaConfig | None:
+    """The settings that belong to a pair; None for models of the user's own."""
+    if pair == "demo":
+        from nabla_fast.demo import example
+
+        return example.CONFIG
+    if pair == "bundled":
+        from nabla_fast.demo import arithmetic
+
+        return arithmetic.CONFIG
+    return None
+
+
+def pair_question(pair: str | None) -> str | None:
+    """The question that a pair answers where none is asked."""
+    if pair == "demo":
+        from nabla_fast.demo import example
+
+        return example.QUESTION
+    if pair == "bundled":
+        from nabla_fast.demo import arithmetic
+
+        return arithmetic.QUESTION
+    return None
+
+
+def require_models(model: str | None, reward_model: str | None, pair: str | None) -> None:
+    """Raises ValueError unless either both models are named or ``pair`` is."""
+    if pair and (model or reward_model):
+        raise ValueError(f"--{pair} brings its own models; leave out --model and --reward-model, or leave out --{pair}")
     for option, value in (("--model", model), ("--reward-model", reward_model)):
-        if not (value or demo):
+        if not (value or pair):
             raise ValueError(
-                f"{option} is missing; give a GGUF file, a safetensors directory or a hub id, or use --demo"
+                f"{option} is missing; give a GGUF file, a safetensors directory or a hub id, or use --demo or --bundled"
             )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ from nabla_fast.generate import NablaOutput, generate
 
 if TYPE_CHECKING:
     from nabla_fast.evaluation.journal import Journal
+    from nabla_fast.evaluation.methods import Models
+    from nabla_fast.evaluation.ray_engine import Cluster
     from nabla_fast.evaluation.runner import Plan
     from nabla_fast.evaluation.tasks import Task
 
@@ -156,33 +160,40 @@ def answer(
 
 
 def evaluate(
-    loaded: tuple[Any, Any, Any, Any],
+    load: Callable[[], Models],
     task: Task,
     plan: Plan,
     journal: Journal,
     out: Path,
     *,
+    cluster: Cluster | None = None,
     retry_failed: bool = False,
     as_json: bool = False,
 ) -> int:
     """Runs an evaluation under progress bars, writes its report and shows it.
 
     Args:
-        loaded: the first four arguments of `nabla_fast.generate`.
+        load: makes the models.
         out: the directory of ``journal``.
+        cluster: runs it; None runs it in this process.
 
     Returns:
         How many answers failed.
     """
-    from nabla_fast.evaluation import methods, report, runner
+    from nabla_fast.evaluation import ray_engine, report, runner
     from nabla_fast.evaluation.progress import RunProgress
 
-    models = methods.load(*loaded, plan.config)
+    if cluster is None:
+        with status("loading the models"):
+            models = load()
+        engine = partial(runner.evaluate, models, task, plan, journal)
+    else:
+        engine = partial(ray_engine.evaluate, load, task, plan, journal, cluster)
     bars = RunProgress(plan, task.problems, journal.records, _err, retry_failed=retry_failed)
     try:
         with warnings.catch_warnings(), bars.progress:
             warnings.showwarning = _show_warning
-            records = runner.evaluate(models, task, plan, journal, retry_failed=retry_failed, on_record=bars.on_record)
+            records = engine(retry_failed=retry_failed, on_record=bars.on_record)
     except KeyboardInterrupt:
         done, total = len(runner.latest(journal.records)), len(plan.keys(task.problems))
         _err.print(f"stopped with {done} of {total} answers in {out}; the same command goes on from there")

@@ -124,12 +124,12 @@ def lines_of_all(directory):
 
 
 def test_an_interrupt_is_told_how_to_go_on(pair, problems, tmp_path, monkeypatch):
-    from nabla_fast.evaluation import runner
+    from nabla_fast.evaluation import worker
 
     def interrupt(batch):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(runner.METHODS, "best-of-n", interrupt)
+    monkeypatch.setitem(worker.METHODS, "best-of-n", interrupt)
     done = invoke("--task", problems, "--methods", "greedy,best-of-n", "--out", tmp_path / "a", *pair, *FAST)
     assert done.exit_code == 130
     assert "stopped with 8 of 20 answers" in " ".join(done.stderr.split())

@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import nabla_fast as nf
-from nabla_fast.evaluation import runner
+from nabla_fast.evaluation import runner, worker
 from nabla_fast.evaluation.grading import GradingError
 from nabla_fast.evaluation.journal import Journal, read_records
 from nabla_fast.evaluation.methods import Answer
-from nabla_fast.evaluation.runner import Arm, batches, describe, evaluate, key, latest, make_plan, open_run
+from nabla_fast.evaluation.runner import Arm, describe, evaluate, key, latest, make_plan, open_run, pieces
 from nabla_fast.evaluation.tasks import Problem, Task
 from nabla_fast.stats import SequenceStats
 
@@ -87,8 +87,8 @@ def made_up(monkeypatch):
     def make_batch(models, problems, seeds, grader, config, n, size):
         return SimpleNamespace(problems=problems, seeds=seeds, n=n, size=size)
 
-    monkeypatch.setattr(runner, "make_batch", make_batch)
-    monkeypatch.setattr(runner, "METHODS", {name: method(name) for name in runner.METHODS})
+    monkeypatch.setattr(worker, "make_batch", make_batch)
+    monkeypatch.setattr(worker, "METHODS", {name: method(name) for name in worker.METHODS})
     return options
 
 
@@ -181,7 +181,8 @@ def test_batches_hold_what_is_left_once_and_no_prompt_twice(prompts, batch_size,
     done = {k for k in keys if data.draw(st.booleans())}
     found = []
     for seed in plan.seeds:
-        for arm, batch in batches(plan, seed, problems, done):
+        for piece in pieces(plan, seed, problems, done):
+            arm, batch = piece.arm, piece.problems
             rows = len(batch) * (1 if arm.method == "nabla" else arm.n)
             assert rows <= batch_size or len(batch) == 1
             assert len({p.chat[0]["content"] for p in batch}) == len(batch)

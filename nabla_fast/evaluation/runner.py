@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nabla_fast.config import NablaConfig
-from nabla_fast.evaluation.grading import GradingError
 from nabla_fast.evaluation.journal import Journal, Record, write_json
-from nabla_fast.evaluation.methods import MAX_ROLLOUTS, METHODS, Models, make_batch
+from nabla_fast.evaluation.methods import MAX_ROLLOUTS, METHODS, Models
 from nabla_fast.evaluation.tasks import Problem, Task
-from nabla_fast.sampling import sequence_seeds
+from nabla_fast.evaluation.worker import Arm, Piece, Worker
 
 CONFIG = "config.json"
 RESULTS = "results.jsonl"
@@ -21,19 +20,6 @@ SUMMARY = "summary.json"
 
 Key = tuple[str, int, int, str]
 """(method, n, seed, problem id)."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A method at one n: samples of self-consistency and best-of-n, rollouts of nabla, 1 for greedy."""
-
-    method: str
-    n: int
-
-    @property
-    def label(self) -> str:
-        """What tables and plots call it."""
-        return self.method if self.method == "greedy" else f"{self.method} {self.n}"
 
 
 @dataclass(frozen=True)
@@ -187,7 +173,7 @@ def evaluate(
     retry_failed: bool = False,
     on_record: Callable[[Record], None] | None = None,
 ) -> list[Record]:
-    """Does what is left to do, one line of the journal for each finished (method, n, seed, problem).
+    """Does what is left to do in this process, one line of the journal for each finished (method, n, seed, problem).
 
     A problem that fails is recorded with its error, and the run goes on. Batches never hold the same prompt twice, so a
     problem's answer and counters do not depend on what else is left to do.
@@ -199,22 +185,24 @@ def evaluate(
     Returns:
         The latest record of every piece of work.
     """
-    done = {key(r) for r in latest(journal.records) if not (retry_failed and r["error"] is not None)}
-    prompts = [models.prompt_ids(problem) for problem in task.problems]
-    for seed in plan.seeds:
-        noise = dict(zip((p.id for p in task.problems), sequence_seeds(seed, prompts), strict=True))
-        for arm, problems in batches(plan, seed, task.problems, done):
-            for record in _run(models, task, plan, arm, seed, problems, noise):
-                journal.append(record)
-                if on_record is not None:
-                    on_record(record)
+    worker = Worker(models, task, plan.config, plan.batch_size)
+    for piece in left_to_do(plan, task, journal, retry_failed=retry_failed):
+        for record in worker.run(piece):
+            journal.append(record)
+            if on_record is not None:
+                on_record(record)
     return latest(journal.records)
 
 
-def batches(
-    plan: Plan, seed: int, problems: Sequence[Problem], done: Collection[Key]
-) -> Iterator[tuple[Arm, list[Problem]]]:
-    """What is left to do for ``seed``, in batches: a few problems by every arm, then the next few."""
+def left_to_do(plan: Plan, task: Task, journal: Journal, *, retry_failed: bool = False) -> Iterator[Piece]:
+    """The pieces of a run that its journal has no result of; with ``retry_failed``, none but a failed one."""
+    done = {key(r) for r in latest(journal.records) if not (retry_failed and r["error"] is not None)}
+    for seed in plan.seeds:
+        yield from pieces(plan, seed, task.problems, done)
+
+
+def pieces(plan: Plan, seed: int, problems: Sequence[Problem], done: Collection[Key]) -> Iterator[Piece]:
+    """What is left to do for ``seed``: a few problems by every arm, then the next few."""
     for first in range(0, len(problems), plan.batch_size):
         chunk = problems[first : first + plan.batch_size]
         for arm in plan.runs(seed):
@@ -222,7 +210,7 @@ def batches(
             most = plan.batch_size if arm.method == MAX_ROLLOUTS else max(1, plan.batch_size // arm.n)
             left = [problem for problem in chunk if (arm.method, arm.n, seed, problem.id) not in done]
             for batch in _with_distinct_prompts(left, most):
-                yield arm, batch
+                yield Piece(arm, seed, tuple(batch))
 
 
 def _with_distinct_prompts(problems: Sequence[Problem], most: int) -> Iterator[list[Problem]]:
@@ -234,66 +222,6 @@ def _with_distinct_prompts(problems: Sequence[Problem], most: int) -> Iterator[l
         batch.append(problem)
     if batch:
         yield batch
-
-
-def _run(
-    models: Models,
-    task: Task,
-    plan: Plan,
-    arm: Arm,
-    seed: int,
-    problems: Sequence[Problem],
-    noise: Mapping[str, int],
-) -> Iterator[Record]:
-    """Records of one batch; where it fails, of its problems one by one, so that only those fail that must."""
-    gradable = []
-    for problem in problems:
-        try:
-            task.grader.check(problem.id, problem.reference)
-            gradable.append(problem)
-        except GradingError as error:
-            yield _record(arm, seed, problem, error=error)
-    if not gradable:
-        return
-    try:
-        config = plan.config.replace(seed=seed)
-        seeds = [noise[problem.id] for problem in gradable]
-        batch = make_batch(models, gradable, seeds, task.grader, config, arm.n, plan.batch_size)
-        answers = METHODS[arm.method](batch)
-    except Exception as error:
-        if len(gradable) == 1:
-            yield _record(arm, seed, gradable[0], error=error)
-            return
-        for problem in gradable:
-            yield from _run(models, task, plan, arm, seed, [problem], noise)
-        return
-    for problem, answer in zip(gradable, answers, strict=True):
-        yield _graded(task, arm, seed, problem, answer.to_dict())
-
-
-def _graded(task: Task, arm: Arm, seed: int, problem: Problem, told: dict[str, Any]) -> Record:
-    grader = task.grader
-    try:
-        found = grader.answer(problem.id, told["text"])
-        right = grader.right(problem.id, problem.reference, found)
-        shown = None if found is None else grader.text(found)
-    except Exception as error:
-        return {**_record(arm, seed, problem, error=error), **told}
-    return {**_record(arm, seed, problem, right=right, answer=shown), **told}
-
-
-def _record(
-    arm: Arm,
-    seed: int,
-    problem: Problem,
-    *,
-    right: bool | None = None,
-    answer: str | None = None,
-    error: Exception | None = None,
-) -> Record:
-    message = None if error is None else " ".join(f"{type(error).__name__}: {error}".split())
-    named = {**asdict(arm), "seed": seed, "problem": problem.id}
-    return {**named, "right": right, "answer": answer, "reference": problem.reference, "error": message}
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

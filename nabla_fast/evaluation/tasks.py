@@ -12,10 +12,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from nabla_fast.demo import arithmetic
 from nabla_fast.evaluation.grading import Grader, GymGrader, MathGrader, is_number
 from nabla_fast.models.chat import as_chats
 
 GYM_PREFIX = "reasoning_gym:"
+ARITHMETIC = "arithmetic"
+_ARITHMETIC_SIZE = 500
 _GYM_SIZE = 500
 _GYM_LOOK = 50
 _TAGGED = "\n\nGive your final answer between <answer> and </answer> tags."
@@ -72,7 +75,7 @@ PRESETS = {
     "amc": Preset("math-ai/amc23", "question", "answer", "test"),
 }
 ACCEPTED = (
-    f"{GYM_PREFIX}NAME, a .jsonl file, {', '.join(PRESETS)}, or a hub data set id with --prompt-column and "
+    f"{GYM_PREFIX}NAME, {ARITHMETIC}, a .jsonl file, {', '.join(PRESETS)}, or a hub data set id with --prompt-column and "
     "--answer-column"
 )
 
@@ -89,11 +92,12 @@ def load_task(
     """The task that ``name`` means.
 
     Args:
-        name: ``reasoning_gym:NAME``, the path of a .jsonl file, one of `PRESETS`, or a hub data set id.
-        options: parameters of a reasoning-gym task; its seed is 0 and its size 500 where they are not given.
+        name: ``reasoning_gym:NAME``, ``arithmetic`` (the bundled pair's), the path of a .jsonl file, one of `PRESETS`, or a hub data set id.
+        options: parameters of a reasoning-gym task; its seed is 0 and its size 500 where they are not given. Arithmetic
+            has the parameter seed, and 500 problems unless ``max_problems`` says otherwise.
         max_problems: take this many problems from the start; None takes all.
         prompt_column, answer_column: of a hub data set, or keys of a .jsonl file ("prompt" and "answer" if None).
-        split: of a hub data set; None is the preset's, else "test".
+        split: of a hub data set or of arithmetic; None is the preset's, else "test".
 
     Raises:
         ValueError: for a name, option, column or line that cannot be used; the message names it.
@@ -106,6 +110,9 @@ def load_task(
     if name.startswith(GYM_PREFIX):
         _refuse(columns, f"{name} has no columns")
         return _gym_task(name, dict(options or {}), max_problems)
+    if name == ARITHMETIC:
+        _refuse({option: columns[option] for option in columns if option != "--split"}, f"{name} has no columns")
+        return _arithmetic_task(dict(options or {}), split or "test", max_problems)
     if options:
         raise ValueError(f"--task-option is {next(iter(options))}, but only {GYM_PREFIX}NAME tasks have parameters")
     if name.endswith(".jsonl"):
@@ -195,6 +202,21 @@ def _gym_task(task: str, options: dict[str, Any], max_problems: int | None) -> T
         for key, entry in entries.items()
     ]
     return _task(task, problems, GymGrader(dataset, entries, numbers), options=settings)
+
+
+def _arithmetic_task(options: dict[str, Any], split: str, max_problems: int | None) -> Task:
+    unknown = sorted(set(options) - {"seed"})
+    if unknown:
+        raise ValueError(f"--task-option is {unknown[0]}, which {ARITHMETIC} does not have; it has seed")
+    if split not in arithmetic.SPLITS:
+        raise ValueError(f"--split is {split!r}; {ARITHMETIC} has {', '.join(arithmetic.SPLITS)}")
+    seed = options.get("seed", 0)
+    drawn = islice(arithmetic.problems(split, seed=seed), max_problems or _ARITHMETIC_SIZE)
+    problems = [
+        Problem(f"{ARITHMETIC}/{i:04d}", ({"role": "user", "content": problem.question},), str(problem.answer))
+        for i, problem in enumerate(drawn)
+    ]
+    return _task(ARITHMETIC, problems, MathGrader(), split=split, seed=seed)
 
 
 def _file_task(name: str, keys: tuple[str, str], max_problems: int | None) -> Task:

@@ -1,0 +1,206 @@
+"""An evaluation on a Ray cluster: the same pieces as in one process, by as many workers as there is room for."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from nabla_fast.evaluation.journal import Journal, Record
+from nabla_fast.evaluation.methods import Models
+from nabla_fast.evaluation.runner import Plan, latest, left_to_do
+from nabla_fast.evaluation.tasks import Task
+from nabla_fast.evaluation.worker import Piece, Worker
+
+# A piece that was running on so many workers when they died is taken to be what kills them.
+_DEATHS_OF_A_PIECE = 3
+# The whole cluster may die so often in a row before anything is finished.
+_DEATHS_IN_A_ROW = 3
+_CPUS = 4
+
+
+class WorkerLostError(RuntimeError):
+    """A worker's process or machine was lost; Ray's account of it is the message."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where an evaluation runs.
+
+    Attributes:
+        address: of a Ray cluster, "auto" for the one this machine belongs to; None starts one on this machine.
+        workers: how many; None takes as many as there is room for.
+        cpus_per_worker: CPU cores of each; None takes 4, or all there are.
+        gpu: whether each has a GPU of its own.
+    """
+
+    address: str | None = None
+    workers: int | None = None
+    cpus_per_worker: int | None = None
+    gpu: bool = False
+
+
+def evaluate(
+    load: Callable[[], Models],
+    task: Task,
+    plan: Plan,
+    journal: Journal,
+    cluster: Cluster,
+    *,
+    retry_failed: bool = False,
+    on_record: Callable[[Record], None] | None = None,
+) -> list[Record]:
+    """Does what is left to do on a cluster; results are what `nabla_fast.evaluation.runner.evaluate` gives.
+
+    Lines come in the order in which workers finish. A lost worker is replaced wherever Ray finds room, and its problems
+    are run again; a problem that is lost with three workers is recorded as failed.
+
+    Args:
+        load: makes the models; called once in each worker, on its machine.
+        retry_failed, on_record: as there.
+
+    Returns:
+        The latest record of every piece of work.
+
+    Raises:
+        ImportError: if ray is not installed.
+        ValueError: if the cluster has no room for a worker.
+        ConnectionError: if there is no cluster at the address.
+        WorkerLostError: if workers die one after the other and none finishes anything.
+        RuntimeError: if a worker cannot load the models; the message says why.
+    """
+    with _connected(cluster) as (ray, size, cpus):
+        actor = ray.remote(_Actor).options(num_cpus=cpus, num_gpus=1 if cluster.gpu else 0, max_restarts=0)
+        shared = ray.put((load, task, plan.config, plan.batch_size, cpus))
+        todo = left_to_do(plan, task, journal, retry_failed=retry_failed)
+        for record in _results(ray, lambda: actor.remote(shared), size, todo):
+            journal.append(record)
+            if on_record is not None:
+                on_record(record)
+    return latest(journal.records)
+
+
+class _Actor:
+    """A `Worker` in a process of its own."""
+
+    def __init__(self, shared: tuple[Callable[[], Models], Task, Any, int, int]) -> None:
+        import torch
+
+        load, task, config, size, cpus = shared
+        torch.set_num_threads(cpus)
+        self._worker = Worker(load(), task, config, size)
+
+    def ready(self) -> None:
+        """Returns when the models are loaded."""
+
+    def run(self, piece: Piece) -> list[Record]:
+        """The records of a piece."""
+        return list(self._worker.run(piece))
+
+
+def _results(ray: Any, start: Callable[[], Any], size: int, todo: Iterable[Piece]) -> Iterator[Record]:
+    """Records as workers finish; every free worker gets the next piece, a new worker when its models are loaded."""
+    source = iter(todo)
+    again: deque[Piece] = deque()
+    lost: Counter[Hashable] = Counter()
+    deaths = 0
+    waiting = next(source, None)
+    if waiting is None:
+        return
+    # Reference of a call → its worker, and the piece it is on; None while the worker loads its models.
+    running: dict[Any, tuple[Any, Piece | None]] = {}
+
+    def load_one() -> None:
+        worker = start()
+        running[worker.ready.remote()] = (worker, None)
+
+    def next_piece() -> Piece | None:
+        nonlocal waiting
+        if again:
+            return again.popleft()
+        piece, waiting = waiting, next(source, None)
+        return piece
+
+    for _ in range(size):
+        load_one()
+    idle: list[Any] = []
+    while any(piece is not None for _, piece in running.values()) or again or waiting is not None:
+        (reference,), _ = ray.wait(list(running), num_returns=1)
+        worker, piece = running.pop(reference)
+        try:
+            records = ray.get(reference)
+        except ray.exceptions.RayActorError as error:
+            deaths += 1
+            _require_hope(ray, error, deaths, size)
+            load_one()
+            if piece is not None:
+                lost[piece.key] += 1
+                if len(piece.problems) > 1:
+                    again.extend(piece.split())
+                elif lost[piece.key] < _DEATHS_OF_A_PIECE:
+                    again.append(piece)
+                else:
+                    yield from piece.failed(WorkerLostError(f"{lost[piece.key]} workers died on it; {error}"))
+        else:
+            idle.append(worker)
+            if piece is not None:
+                deaths = 0
+                yield from records
+        while idle and (found := next_piece()) is not None:
+            worker = idle.pop()
+            running[worker.run.remote(found)] = (worker, found)
+
+
+def _require_hope(ray: Any, error: Exception, deaths: int, size: int) -> None:
+    """Raises what a worker raised while it loaded its models; also if workers only ever die."""
+    cause = error.__cause__ or getattr(error, "cause", None)
+    if isinstance(cause, ray.exceptions.RayTaskError):
+        raise RuntimeError(f"--engine ray: a worker cannot load the models: {cause.cause!r}") from error
+    if getattr(error, "actor_init_failed", False):
+        raise RuntimeError(f"--engine ray: a worker cannot load the models: {error}") from error
+    if deaths >= _DEATHS_IN_A_ROW * size:
+        raise WorkerLostError(f"--engine ray: {deaths} workers died one after the other; the last: {error}") from error
+
+
+@contextmanager
+def _connected(cluster: Cluster) -> Iterator[tuple[Any, int, int]]:
+    """Ray, the number of workers, and the cores of each."""
+    for option, value in (("--workers", cluster.workers), ("--cpus-per-worker", cluster.cpus_per_worker)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option} is {value}; give at least 1")
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError('--engine ray needs ray; run pip install "nabla_fast[ray]"') from error
+    ours = not ray.is_initialized()
+    if ours:
+        # A new cluster shows its board and its workers' output only to those who ask for them.
+        own: dict[str, Any] = {"include_dashboard": False} if cluster.address is None else {}
+        try:
+            ray.init(address=cluster.address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+        except (ConnectionError, TimeoutError, ValueError) as error:
+            raise ConnectionError(f"--ray-address is {cluster.address!r}, and no cluster is there: {error}") from error
+    try:
+        yield ray, *_room(ray.cluster_resources(), cluster)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _room(resources: dict[str, float], cluster: Cluster) -> tuple[int, int]:
+    cores = int(resources.get("CPU", 0))
+    cpus = cluster.cpus_per_worker or max(1, min(_CPUS, cores))
+    most = cores // cpus
+    if most < 1:
+        raise ValueError(f"--cpus-per-worker is {cpus}, and the cluster has {cores} CPU cores; give fewer")
+    if cluster.gpu:
+        gpus = int(resources.get("GPU", 0))
+        if gpus < 1:
+            raise ValueError("--device is cuda, and the cluster has no GPU; use --device cpu")
+        most = min(most, gpus)
+    if cluster.workers is not None and cluster.workers > most:
+        raise ValueError(f"--workers is {cluster.workers}, and the cluster has room for {most}; give fewer")
+    return cluster.workers or most, cpus

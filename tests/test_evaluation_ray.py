@@ -1,0 +1,169 @@
+"""Evaluations on a Ray cluster, whose workers are killed. The cluster is one of this machine's own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from functools import partial
+
+import pytest
+from test_evaluation_cli import FAST, invoke, lines, pair, problems  # noqa: F401
+
+import nabla_fast as nf
+from nabla_fast.evaluation.journal import read_records
+from nabla_fast.evaluation.ray_engine import Cluster, WorkerLostError, evaluate
+from nabla_fast.evaluation.runner import RESULTS, describe, key, make_plan, open_run
+from nabla_fast.evaluation.tasks import Problem, Task
+
+ray = pytest.importorskip("ray", reason="ray is not installed; the local engine has tests of its own")
+psutil = pytest.importorskip("psutil", reason="psutil, which comes with ray, is not installed")
+
+TWO = Cluster(workers=2, cpus_per_worker=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    # The workers cannot import this file.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+class Grader:
+    def check(self, problem_id, reference):
+        pass
+
+    def answer(self, problem_id, response):
+        return response
+
+    def text(self, answer):
+        return answer
+
+    def same(self, one, other):
+        return one == other
+
+    def right(self, problem_id, reference, answer):
+        return answer.startswith(problem_id)
+
+
+class FakeModels:
+    def prompt_ids(self, problem):
+        return tuple(problem.chat[0]["content"].encode())
+
+
+def load(deadly=()):
+    """Models whose methods write down problem and noise, and die of some problems; patched in the worker's process."""
+    import os
+    import time
+    from types import SimpleNamespace
+
+    from nabla_fast.evaluation import worker
+    from nabla_fast.evaluation.methods import Answer
+    from nabla_fast.stats import SequenceStats
+
+    def make_batch(models, asked, seeds, grader, config, n, size):
+        return SimpleNamespace(problems=asked, seeds=seeds, n=n)
+
+    def method(batch):
+        time.sleep(0.02)
+        for problem in batch.problems:
+            if problem.id in deadly:
+                os._exit(1)
+        texts = [f"{p.id} {seed} {batch.n}" for p, seed in zip(batch.problems, batch.seeds, strict=True)]
+        return [Answer(text, 3, 1.0, 0.5, SequenceStats(), 7.0) for text in texts]
+
+    worker.make_batch = make_batch
+    worker.METHODS = dict.fromkeys(worker.METHODS, method)
+    return FakeModels()
+
+
+def unloadable():
+    raise FileNotFoundError("there is no model at /nowhere")
+
+
+def made_up(count):
+    asked = [Problem(f"p{i}", ({"role": "user", "content": f"question {i}"},), "1") for i in range(count)]
+    return Task("made up", asked, Grader(), {"name": "made up", "problems": count, "fingerprint": "x"})
+
+
+def run(out, task, how, **options):
+    plan = make_plan(["best-of-n", "nabla"], [2], [0, 1], nf.NablaConfig(), batch_size=4)
+    with open_run(out, describe(plan, task, {"model": "a"})) as journal:
+        return evaluate(how, task, plan, journal, TWO, **options)
+
+
+def workers():
+    return [child for child in psutil.Process().children(recursive=True) if "_Actor" in " ".join(child.cmdline())]
+
+
+def test_a_killed_worker_is_replaced_and_its_problems_are_run_again(tmp_path):
+    task = made_up(40)
+    heard, killed = [], set()
+
+    def on_record(record):
+        heard.append(record)
+        if len(heard) in (5, 60):
+            victim = workers()[0]
+            killed.add(victim.pid)
+            os.kill(victim.pid, signal.SIGKILL)
+
+    records = run(tmp_path, task, load, on_record=on_record)
+    assert len(killed) == 2
+    written = read_records(tmp_path / RESULTS)
+    assert sorted(map(key, written)) == sorted(map(key, records))
+    assert len(written) == len(heard) == 160
+    assert len({key(record) for record in written}) == 160, "something was done twice"
+    assert all(record["right"] for record in records)
+    # The noise is a problem's own, whoever runs it and beside whom.
+    texts = {key(record): record["text"] for record in records}
+    again = {key(record): record["text"] for record in run(tmp_path / "again", task, load)}
+    assert texts == again
+    assert run(tmp_path, task, unloadable, on_record=pytest.fail) is not None, "nothing was left to do"
+
+
+def test_a_problem_that_kills_its_workers_is_recorded_as_failed_and_the_others_are_not(tmp_path):
+    records = run(tmp_path, made_up(6), partial(load, ("p2",)))
+    assert len(records) == 24
+    for record in records:
+        if record["problem"] == "p2":
+            assert record["error"].startswith("WorkerLostError: 3 workers died on it; ")
+        else:
+            assert record["right"], record["error"]
+
+
+def test_workers_that_only_ever_die_end_the_run(tmp_path):
+    with pytest.raises(WorkerLostError, match="6 workers died one after the other"):
+        run(tmp_path, made_up(12), partial(load, tuple(f"p{i}" for i in range(12))))
+    assert all(record["error"] for record in read_records(tmp_path / RESULTS))
+
+
+def test_models_that_do_not_load_are_an_error_with_its_reason(tmp_path):
+    with pytest.raises(RuntimeError, match=r"a worker cannot load the models: .*there is no model at /nowhere"):
+        run(tmp_path, made_up(2), unloadable)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [
+        (Cluster(workers=0), "--workers is 0; give at least 1"),
+        (Cluster(workers=3, cpus_per_worker=1), "--workers is 3, and the cluster has room for 2; give fewer"),
+        (Cluster(cpus_per_worker=0), "--cpus-per-worker is 0; give at least 1"),
+        (Cluster(cpus_per_worker=3), "--cpus-per-worker is 3, and the cluster has 2 CPU cores; give fewer"),
+        (Cluster(gpu=True), "--device is cuda, and the cluster has no GPU; use --device cpu"),
+    ],
+)
+def test_a_cluster_without_room_is_an_error(cluster, message, tmp_path):
+    task, plan = made_up(1), make_plan(["greedy"], [1], [0], nf.NablaConfig())
+    with open_run(tmp_path, describe(plan, task, {})) as journal, pytest.raises(ValueError, match=message):
+        evaluate(load, task, plan, journal, cluster)
+
+
+def test_two_workers_give_the_answers_of_one_process_line_by_line(pair, problems, tmp_path):  # noqa: F811
+    command = ("--task", problems, "--n", "2", "--seeds", "0,1", "--batch-size", "4", *pair, *FAST, "--json")
+    local = invoke(*command, "--out", tmp_path / "local")
+    assert local.exit_code == 0, local.output
+    spread = invoke(*command, "--out", tmp_path / "ray", "--engine", "ray", "--workers", 2, "--cpus-per-worker", 1)
+    assert spread.exit_code == 0, spread.output
+    assert lines(tmp_path / "ray") == lines(tmp_path / "local")
