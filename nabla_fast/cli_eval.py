@@ -31,8 +31,8 @@ _ARITHMETIC = "arithmetic"
 _Task = Annotated[
     str | None,
     typer.Option(
-        help="reasoning_gym:NAME; arithmetic (the bundled pair's); a .jsonl file of prompt and answer; math500, aime2024, aime2025 or amc; or a hub "
-        "data set id with its columns.",
+        help="reasoning_gym:NAME; arithmetic, the bundled pair's; a .jsonl file of prompt and answer; math500, "
+        "aime2024, aime2025 or amc; or a hub data set id with its columns.",
         metavar="TASK",
         rich_help_panel=_TASK,
     ),
