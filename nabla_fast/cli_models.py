@@ -21,22 +21,20 @@ def load_models(
     """
     require_models(model, reward_model, pair)
     quiet_transformers()
+    where = {"device": device, "dtype": dtype}
     if pair == "demo":
         from nabla_fast import demo
 
-        return (*demo.load_smollm2(device=device, dtype=dtype), *demo.load_smollm2_reward(device=device, dtype=dtype))
+        return (*demo.load_smollm2(**where), *demo.load_smollm2_reward(**where))
     if pair == "bundled":
         from nabla_fast.demo import arithmetic
 
-        return (
-            *arithmetic.load_policy(device=device, dtype=dtype),
-            *arithmetic.load_reward(device=device, dtype=dtype),
-        )
+        return (*arithmetic.load_policy(**where), *arithmetic.load_reward(**where))
     from nabla_fast.models.loading import load_language_model, load_reward_model
 
     assert model is not None
     assert reward_model is not None
-    common: dict[str, Any] = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
+    common: dict[str, Any] = {**where, "attn_implementation": attn_implementation}
     return (*load_language_model(model, **common), *load_reward_model(reward_model, **common))
 
 
@@ -80,7 +78,8 @@ def require_models(model: str | None, reward_model: str | None, pair: str | None
     for option, value in (("--model", model), ("--reward-model", reward_model)):
         if not (value or pair):
             raise ValueError(
-                f"{option} is missing; give a GGUF file, a safetensors directory or a hub id, or use --demo or --bundled"
+                f"{option} is missing; give a GGUF file, a safetensors directory or a hub id, or use --demo or "
+                "--bundled"
             )
 
 

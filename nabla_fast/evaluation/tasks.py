@@ -75,8 +75,8 @@ PRESETS = {
     "amc": Preset("math-ai/amc23", "question", "answer", "test"),
 }
 ACCEPTED = (
-    f"{GYM_PREFIX}NAME, {ARITHMETIC}, a .jsonl file, {', '.join(PRESETS)}, or a hub data set id with --prompt-column and "
-    "--answer-column"
+    f"{GYM_PREFIX}NAME, {ARITHMETIC}, a .jsonl file, {', '.join(PRESETS)}, or a hub data set id with "
+    "--prompt-column and --answer-column"
 )
 
 
@@ -92,9 +92,10 @@ def load_task(
     """The task that ``name`` means.
 
     Args:
-        name: ``reasoning_gym:NAME``, ``arithmetic`` (the bundled pair's), the path of a .jsonl file, one of `PRESETS`, or a hub data set id.
-        options: parameters of a reasoning-gym task; its seed is 0 and its size 500 where they are not given. Arithmetic
-            has the parameter seed, and 500 problems unless ``max_problems`` says otherwise.
+        name: ``reasoning_gym:NAME``, ``arithmetic`` (the bundled pair's), the path of a .jsonl file, one of `PRESETS`,
+            or a hub data set id.
+        options: parameters of a reasoning-gym task; its seed is 0 and its size 500 where they are not given. Those of
+            arithmetic are its seed alone; it has 500 problems unless ``max_problems`` says otherwise.
         max_problems: take this many problems from the start; None takes all.
         prompt_column, answer_column: of a hub data set, or keys of a .jsonl file ("prompt" and "answer" if None).
         split: of a hub data set or of arithmetic; None is the preset's, else "test".
