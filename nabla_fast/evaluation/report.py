@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from nabla_fast.evaluation import plots
+from nabla_fast.evaluation import equal_cost, plots
 from nabla_fast.evaluation.bootstrap import LEVEL, RESAMPLES, interval, paired_difference
 from nabla_fast.evaluation.journal import Record, read_records, write_json
 from nabla_fast.evaluation.runner import CONFIG, RESULTS, SUMMARY, latest, read_json
@@ -26,6 +26,7 @@ _MEASURES = {
     "flops": "flops",
 }
 _COUNTERS = (*SequenceStats().counters(), "tokens")
+_COSTS = ("model_calls", "flops", "seconds")
 _DIFFERENCES = ("accuracy", "reward", "model_calls", "seconds", "flops")
 
 Arms = dict[str, list[Record]]
@@ -64,6 +65,7 @@ def summarise(config: Mapping[str, Any], arms: Arms) -> dict[str, Any]:
         "seeds": config["seeds"],
         "interval": {"level": LEVEL, "resamples": RESAMPLES, "over": "problems"},
         "arms": {label: _arm(config["arms"][label], records) for label, records in arms.items()},
+        "against_best_of_n": _against_best_of_n(config["arms"], arms),
     }
 
 
@@ -82,7 +84,7 @@ def write_report(directory: Path) -> dict[str, Any]:
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table]:
-    """The summary as two tables that fit 80 columns, quality and cost; means per problem."""
+    """The summary as tables that fit 80 columns: quality, cost and, where both were run, nabla against Best-of-N."""
     quality = _table(
         f"{summary['task']['name']}: means per problem, 95 % bootstrap intervals",
         ("accuracy", "interval", "reward\nbefore", "reward", "failed"),
@@ -106,7 +108,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
             _number(_mean(arm["seconds"]), ".3g"),
             _number(_mean(arm["flops"]), ".1e"),
         )
-    return [quality, cost]
+    return [quality, cost, *_equal_cost_table(summary)]
 
 
 def compare(first: Path, second: Path) -> dict[str, Any]:
@@ -184,6 +186,39 @@ def _arm(arm: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
         figures["rejection_rate"] = _ratio(_total(good, "rejections"), proposals)
         figures["skipped_share"] = _ratio(_total(good, "skipped_positions"), positions)
     return figures
+
+
+def _equal_cost_table(summary: Mapping[str, Any]) -> list[Table]:
+    differences = summary["against_best_of_n"]
+    if not differences:
+        return []
+    table = _table(
+        "accuracy minus Best-of-N's at equal cost, in points, 95 % intervals; - where no N costs as much",
+        [f"equal\n{cost.replace('_', ' ').replace('flops', 'FLOPs')}" for cost in _COSTS],
+    )
+    for label, found in differences.items():
+        table.add_row(label, *(_points(found[cost]) for cost in _COSTS))
+    return [table]
+
+
+def _against_best_of_n(told: Mapping[str, Any], arms: Arms) -> dict[str, dict[str, dict[str, float] | None]]:
+    """Label of each nabla arm → cost → accuracy minus that of Best-of-N at this cost; empty without Best-of-N."""
+    good = {label: [r for r in records if r["error"] is None] for label, records in arms.items()}
+    good = {label: records for label, records in good.items() if records}
+    found: dict[str, dict[str, dict[str, float] | None]] = {}
+    curve = [label for label in good if told[label]["method"] == "best-of-n"]
+    for label in good if curve else ():
+        if told[label]["method"] == "nabla":
+            found[label] = {}
+            for cost in _COSTS:
+                difference = equal_cost.difference(_point(good[label], cost), [_point(good[n], cost) for n in curve])
+                found[label][cost] = None if difference is None else asdict(difference)
+    return found
+
+
+def _point(records: Sequence[Record], cost: str) -> equal_cost.Point:
+    costs = _by_problem(records, _MEASURES[cost]).values()
+    return equal_cost.Point(sum(costs) / len(costs), _by_problem(records, _MEASURES["accuracy"]))
 
 
 def _paired(first: Sequence[Record], second: Sequence[Record]) -> dict[str, dict[str, float]]:
