@@ -14,6 +14,7 @@ from nabla_fast.evaluation.tasks import Problem
 from nabla_fast.generate import Pair, make_pair, run, stop_rule
 from nabla_fast.models.chat import generation_prompt_ids
 from nabla_fast.models.reward_model import RewardFrame
+from nabla_fast.sampling import Sampler
 from nabla_fast.stats import SequenceStats
 
 MAX_ROLLOUTS = "nabla"
@@ -137,11 +138,11 @@ def self_consistency(batch: Batch) -> list[Answer]:
     return _sampled(batch, batch.config, scored=False, choose=choose)
 
 
-def nabla(batch: Batch) -> list[Answer]:
+def nabla(batch: Batch, sampler: Sampler | None = None) -> list[Answer]:
     """∇-Reasoner with n rollouts at most: `nabla_fast.generate`, its models made ready once."""
     config = batch.config.replace(max_rollouts=batch.n)
     pair = batch.models.pair
-    out = run(pair, batch.prompt_ids, batch.frames, config, stop_rule(pair, config), seeds=batch.seeds)
+    out = run(pair, batch.prompt_ids, batch.frames, config, stop_rule(pair, config), sampler, seeds=batch.seeds)
     return [
         _answer(
             batch,

@@ -1,0 +1,180 @@
+"""Does ∇-Reasoner beat Best-of-N for the same compute? Measured with the bundled pair, and with SmolLM2.
+
+    python benchmarks/quality.py tune --work DIR        settings, one after the other, on the tuning split
+    python benchmarks/quality.py measure --work DIR     every method on 500 held-out problems, three seeds
+    python benchmarks/quality.py smollm2 --work DIR     products and gcd, 100 problems
+    python benchmarks/quality.py report --work DIR --output benchmarks/results/quality
+
+Every stage can be stopped and started again: DIR keeps every answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from quality_report import write_reports
+
+from nabla_fast import demo
+from nabla_fast.config import NablaConfig
+from nabla_fast.demo import arithmetic, example
+from nabla_fast.demo.tasks import TASKS
+from nabla_fast.evaluation import methods, report
+from nabla_fast.evaluation.methods import Answer, Batch, Models
+from nabla_fast.evaluation.runner import Arm, Plan, describe, evaluate, open_run
+from nabla_fast.evaluation.tasks import ARITHMETIC, GYM_PREFIX, Task, load_task
+from nabla_fast.sampling import Context, Sampler
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+Work = Annotated[Path, typer.Option(help="Directory that keeps the answers.")]
+Threads = Annotated[int, typer.Option(help="CPU threads.")]
+Problems = Annotated[int, typer.Option(help="Problems of each task.")]
+
+SEEDS = (0, 1, 2)
+SAMPLES = (1, 2, 4, 8, 16, 32)
+ROLLOUTS = (2, 4, 8, 16)
+BATCH_SIZE = 128
+BLIND, FRESH = "blind-resampling", "nabla-fresh-noise"
+
+# What the tuning changes, one setting after the other, keeping the best: name → values.
+SWEEP: dict[str, tuple[Any, ...]] = {
+    "learning_rate": (0.003, 0.01, 0.03, 0.1, 0.3),
+    "confidence_threshold": (0.5, 0.8, 0.88, 0.97),
+    "gradient_threshold": (None, 0.1, 0.5, 2.0),
+    "reward_coeff": (0.3, 1.0, 3.0, 10.0),
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "latents": {},
+    "latents-rollout": {"anchor": "rollout"},
+    "latents-postfix": {"update_postfix": True},
+    "latents-rollout-postfix": {"anchor": "rollout", "update_postfix": True},
+    "logits": {"parameterization": "logits"},
+    "logits-rollout": {"parameterization": "logits", "anchor": "rollout"},
+    "logits-postfix": {"parameterization": "logits", "update_postfix": True},
+    "logits-rollout-postfix": {"parameterization": "logits", "anchor": "rollout", "update_postfix": True},
+}
+
+
+@dataclass(frozen=True)
+class FreshNoise(Sampler):
+    """Resamples a position with other noise than the rollout was drawn with."""
+
+    resample: Any = None
+
+    def __call__(self, logits: torch.Tensor, sampling: Any, contexts: Sequence[Context]) -> torch.Tensor:
+        """See `Sampler.__call__`."""
+        if sampling is self.resample:
+            contexts = [replace(context, seed=context.seed ^ 0x5DEECE66D) for context in contexts]
+        return super().__call__(logits, sampling, contexts)
+
+
+def fresh(batch: Batch) -> list[Answer]:
+    """∇-Reasoner whose resampling has noise of its own."""
+    return methods.nabla(batch, FreshNoise(resample=batch.config.resample))
+
+
+def blind(batch: Batch) -> list[Answer]:
+    """The same positions resampled without any optimisation."""
+    return fresh(replace(batch, config=batch.config.replace(max_iters=0)))
+
+
+methods.METHODS.update({BLIND: blind, FRESH: fresh})
+
+
+def run(
+    folder: Path,
+    models: Models,
+    task: Task,
+    arms: Sequence[tuple[str, int]],
+    config: NablaConfig,
+    *,
+    seeds: Sequence[int] = SEEDS,
+    batch_size: int = BATCH_SIZE,
+) -> dict[str, Any]:
+    """Runs arms, or what is left of them, and returns the summary."""
+    start = time.perf_counter()
+    plan = Plan(tuple(Arm(*arm) for arm in arms), tuple(seeds), config, batch_size)
+    with open_run(folder, describe(plan, task, {"model": "demo", "threads": torch.get_num_threads()})) as journal:
+        records = evaluate(models, task, plan, journal)
+    failed = [record["error"] for record in records if record["error"] is not None]
+    if failed:
+        raise SystemExit(f"{folder}: {len(failed)} answers failed, the first with {failed[0]}")
+    summary = report.summarise(*report.read_run(folder))
+    told = {label: f"{arm['accuracy']['mean']:.1%}" for label, arm in summary["arms"].items()}
+    print(f"{folder.name}: {told}, {time.perf_counter() - start:.0f} s", flush=True)
+    return summary
+
+
+@app.command()
+def tune(work: Work, threads: Threads = 2, problems: Problems = 200, rollouts: int = 8) -> None:
+    """Sweeps settings on the tuning split, for latents and logits, and keeps the best of each in tuned.json."""
+    torch.set_num_threads(threads)
+    models = bundled()
+    task = load_task(ARITHMETIC, split="tuning", max_problems=problems)
+    for kind in ("latents", "logits"):
+        best = arithmetic.CONFIG.replace(parameterization=kind)
+        for name, values in SWEEP.items():
+            found = {}
+            for value in values:
+                config = best.replace(**{name: value})
+                folder = work / "tune" / f"{kind}-{name}-{value}"
+                found[value] = run(folder, models, task, [("nabla", rollouts)], config, seeds=(0,))
+            accuracy = {v: s["arms"][f"nabla {rollouts}"]["accuracy"]["mean"] for v, s in found.items()}
+            best = best.replace(**{name: max(accuracy, key=lambda v: accuracy[v])})
+        print(f"{kind}: {[(name, getattr(best, name)) for name in SWEEP]}")
+
+
+@app.command()
+def measure(work: Work, threads: Threads = 2, problems: Problems = 500) -> None:
+    """Baselines, every variant, the control arm and blind resampling on held-out problems."""
+    torch.set_num_threads(threads)
+    models = bundled()
+    task = load_task(ARITHMETIC, max_problems=problems)
+    config = arithmetic.CONFIG
+    folder = work / "measure"
+    run(folder / "baselines", models, task, baselines(SAMPLES), config)
+    for name, changes in VARIANTS.items():
+        run(folder / name, models, task, [("nabla", n) for n in ROLLOUTS], config.replace(**changes))
+    run(folder / "control", models, task, [("nabla", n) for n in ROLLOUTS], config.replace(reward_coeff=0.0))
+    run(folder / "blind", models, task, [(BLIND, n) for n in ROLLOUTS], config)
+    run(folder / "fresh", models, task, [(FRESH, n) for n in ROLLOUTS], config)
+
+
+@app.command()
+def smollm2(work: Work, threads: Threads = 2, problems: Problems = 100) -> None:
+    """SmolLM2 and its reward model on two tasks of reasoning-gym."""
+    torch.set_num_threads(threads)
+    config = example.CONFIG
+    models = methods.load(*demo.load_smollm2(), *demo.load_smollm2_reward(), config)
+    for name in ("products", "gcd"):
+        task = load_task(GYM_PREFIX + name, {**TASKS[name], "seed": 9_000_000}, max_problems=problems)
+        folder = work / "smollm2" / name
+        run(folder / "baselines", models, task, baselines((1, 2, 4, 8)), config, seeds=(0,), batch_size=8)
+        run(folder / "nabla", models, task, [("nabla", n) for n in (2, 4, 8)], config, seeds=(0,), batch_size=8)
+
+
+@app.command("report")
+def write_report(work: Work, output: Annotated[Path, typer.Option(help="Directory of the tables and plots.")]) -> None:
+    """Writes summaries, tables and plots of all that was measured."""
+    write_reports(work, output)
+
+
+def bundled() -> Models:
+    """The bundled pair, ready."""
+    return methods.load(*arithmetic.load_policy(), *arithmetic.load_reward(), arithmetic.CONFIG)
+
+
+def baselines(samples: Sequence[int]) -> list[tuple[str, int]]:
+    """Greedy decoding once, self-consistency and Best-of-N at every N."""
+    voted = [("self-consistency", n) for n in samples if n > 1]
+    return [("greedy", 1), *voted, *(("best-of-n", n) for n in samples)]
+
+
+if __name__ == "__main__":
+    app()

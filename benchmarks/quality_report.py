@@ -1,0 +1,127 @@
+"""Summaries, tables and plots of what `quality.py` measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from machine import machine, write
+
+from nabla_fast.evaluation import plots, report
+from nabla_fast.evaluation.journal import Record
+
+COSTS = {"model_calls": "model calls", "flops": "FLOPs", "seconds": "seconds"}
+# What the plots show; the tables have every arm.
+SHOWN = ("greedy", "self-consistency", "best-of-n", "latents", "logits", "control")
+
+
+def write_reports(work: Path, output: Path) -> None:
+    """Writes a JSON file, a table and plots for each task that ``work`` has runs of."""
+    lines = ["# Quality", "", "Made by `python benchmarks/quality.py report`; nothing here is typed by hand.", ""]
+    measured = {"arithmetic": work / "measure"}
+    measured |= {f"smollm2-{folder.name}": folder for folder in sorted((work / "smollm2").glob("*"))}
+    for name, folder in measured.items():
+        runs = {run.name: run for run in sorted(folder.glob("*")) if (run / report.CONFIG).exists()}
+        if runs:
+            summary = merged(runs)
+            write(output / f"{name}.json", {**summary, **_machine()})
+            pictures = output / name
+            pictures.mkdir(parents=True, exist_ok=True)
+            shown = {label: arm for label, arm in summary["arms"].items() if arm["method"] in SHOWN}
+            drawn = plots.draw({**summary, "arms": shown}, pictures)
+            lines += [*_section(name, summary), *(f"![{file.stem}]({name}/{file.name})" for file in drawn), ""]
+    tuning = sorted((work / "tune").glob("*"))
+    if tuning:
+        sweep = {run.name: _only(report.summarise(*report.read_run(run))["arms"]) for run in tuning}
+        write(output / "tuning.json", {"runs": sweep, **_machine()})
+        lines += _tuning(sweep)
+    (output / "README.md").write_text("\n".join(lines))
+
+
+def merged(runs: Mapping[str, Path]) -> dict[str, Any]:
+    """The summary of several runs on one task; an arm of ∇-Reasoner is called after its run."""
+    arms: dict[str, list[Record]] = {}
+    told: dict[str, dict[str, Any]] = {}
+    shown: dict[str, str] = {}
+    config: dict[str, Any] = {}
+    settings = {}
+    for name, folder in runs.items():
+        own, records = report.read_run(folder)
+        config = config or own
+        assert own["task"]["fingerprint"] == config["task"]["fingerprint"], f"{folder} is on other problems"
+        settings[name] = own["settings"]
+        for label, found in records.items():
+            arm = own["arms"][label]
+            plain = name == "baselines"
+            new = label if plain else f"{name} {arm['n']}"
+            arms[new], shown[new] = found, arm["method"] if plain else name
+            told[new] = {"method": arm["method"] if plain else "nabla", "n": arm["n"]}
+    summary = report.summarise({**config, "arms": told}, arms)
+    for label, arm in summary["arms"].items():
+        arm["method"] = shown[label]
+    return {**summary, "settings": settings}
+
+
+def _section(name: str, summary: Mapping[str, Any]) -> list[str]:
+    task = summary["task"]
+    lines = [f"## {name}: {task['problems']} problems, seeds {', '.join(map(str, summary['seeds']))}", ""]
+    header = ["method", "accuracy", "95 %", "reward", "model calls", "FLOPs", "seconds", "rejected", "skipped"]
+    lines += _row(header) + _row(["---"] * len(header))
+    for label, arm in summary["arms"].items():
+        accuracy = arm["accuracy"]
+        lines += _row(
+            [
+                label,
+                f"{accuracy['mean']:.1%}",
+                f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}",
+                "" if arm["reward"] is None else f"{arm['reward']['mean']:+.2f}",
+                f"{arm['model_calls']['mean']:.0f}",
+                f"{arm['flops']['mean']:.2e}",
+                f"{arm['seconds']['mean']:.3f}",
+                _percent(arm.get("rejection_rate")),
+                _percent(arm.get("skipped_share")),
+            ]
+        )
+    lines += [
+        "",
+        "Accuracy minus that of Best-of-N at equal cost, in points (95 %); empty where no N costs as much.",
+        "",
+    ]
+    lines += _row(["method", *(f"equal {cost}" for cost in COSTS.values())]) + _row(["---"] * (1 + len(COSTS)))
+    for label, found in summary["against_best_of_n"].items():
+        lines += _row([label, *(_points(found[cost]) for cost in COSTS)])
+    return [*lines, ""]
+
+
+def _tuning(sweep: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = ["## Tuning split", "", "One setting after the other, the best value of each kept for the next.", ""]
+    lines += _row(["run", "accuracy", "95 %", "proposals rejected"]) + _row(["---"] * 4)
+    for name, arm in sweep.items():
+        accuracy = arm["accuracy"]
+        interval = f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}"
+        lines += _row([name, f"{accuracy['mean']:.1%}", interval, _percent(arm.get("rejection_rate"))])
+    return [*lines, ""]
+
+
+def _only(arms: Mapping[str, Any]) -> Any:
+    (arm,) = arms.values()
+    return arm
+
+
+def _row(cells: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(cells)} |"]
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _points(measure: Mapping[str, float] | None) -> str:
+    return "" if measure is None else report._points(measure)
+
+
+def _machine() -> dict[str, Any]:
+    return {"machine": machine(), "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
