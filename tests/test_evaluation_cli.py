@@ -193,3 +193,32 @@ def test_help_names_every_option_and_setting():
     for field in dataclasses.fields(nf.NablaConfig):
         if field.name not in ("rollout", "resample", "seed"):
             assert "--" + field.name.replace("_", "-") in text
+
+
+def test_the_bundled_pair_is_evaluated_on_its_own_task(tmp_path):
+    """The shipped models, in float32: what a user gets from the first command of the README."""
+    done = invoke("--bundled", "--max-problems", 12, "--n", 4, "--batch-size", 48, "--out", tmp_path / "a", "--json")
+    assert done.exit_code == 0, done.output
+    summary = json.loads(done.stdout)
+    assert summary["task"]["name"] == "arithmetic"
+    assert summary["arms"]["best-of-n 4"]["reward"]["mean"] > summary["arms"]["greedy"]["reward"]["mean"] - 1
+    assert 0.1 < summary["arms"]["greedy"]["accuracy"]["mean"] < 1
+    assert set(summary["against_best_of_n"]) == {"nabla 4"}
+    both = invoke("--bundled", "--demo", "--out", tmp_path / "b")
+    assert both.exit_code != 0
+    assert "--demo and --bundled are two pairs of models" in str(both.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--engine", "slurm"), "--engine is 'slurm'; use local or ray"),
+        (("--workers", "2"), "--workers is 2, but --engine is local; give --engine ray, or leave it out"),
+        (("--ray-address", "auto"), "--ray-address is auto, but --engine is local"),
+    ],
+)
+def test_engines_that_do_not_fit_are_an_error(pair, problems, tmp_path, options, message):
+    done = invoke("--task", problems, "--out", tmp_path / "a", *pair, *options)
+    assert done.exit_code != 0
+    assert message in str(done.exception)
+    assert not (tmp_path / "a").exists()

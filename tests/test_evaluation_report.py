@@ -13,6 +13,7 @@ from rich.console import Console
 
 from nabla_fast.evaluation import plots, report
 from nabla_fast.evaluation.bootstrap import interval, paired_difference
+from nabla_fast.evaluation.equal_cost import Point, difference
 from nabla_fast.evaluation.journal import Journal, write_json
 from nabla_fast.evaluation.runner import CONFIG, RESULTS, SUMMARY, Arm
 from nabla_fast.stats import SequenceStats
@@ -213,3 +214,39 @@ def test_a_configuration_of_something_else_is_refused(tmp_path):
     (tmp_path / CONFIG).write_text('{"arms": 3}')
     with pytest.raises(ValueError, match="did not write"):
         report.read_run(tmp_path)
+
+
+def point(cost, *right):
+    return Point(cost, {f"p{i}": float(value) for i, value in enumerate(right)})
+
+
+def test_equal_cost_is_interpolated_in_the_logarithm_problem_by_problem():
+    curve = [point(100, 1, 1, 1, 0), point(10, 0, 1, 0, 0), point(1000, 1, 1, 1, 1)]
+    found = difference(point(10**1.5, 1, 1, 0, 0), curve)
+    # Halfway between 10 and 100 the curve has 0.5, 1, 0.5, 0.
+    assert found.mean == pytest.approx((0.5 + 0 - 0.5 + 0) / 4)
+    assert found.low < 0 < found.high
+    assert difference(point(100, 1, 1, 1, 0), curve).mean == 0
+    assert difference(point(1000, 1, 1, 1, 1), curve).mean == 0
+    for outside in (9.9, 1001):
+        assert difference(point(outside, 1, 1, 1, 1), curve) is None
+    assert difference(point(50, 1, 1, 1, 1), curve[:1]) is None
+    assert difference(Point(50, {"other": 1.0}), curve) is None
+
+
+def test_nabla_is_set_against_best_of_n_at_equal_cost(tmp_path):
+    arms = (*ARMS, Arm("best-of-n", 32))
+    run = write_run(tmp_path / "run", lambda arm, seed, i: i < 10 + (arm.method == "nabla"), arms=arms)
+    summary = report.write_report(run)
+    found = summary["against_best_of_n"]
+    assert set(found) == {arm.label for arm in arms if arm.method == "nabla"}
+    costs = {label: arm["model_calls"]["mean"] for label, arm in summary["arms"].items()}
+    for label, differences in found.items():
+        inside = costs["best-of-n 2"] <= costs[label] <= costs["best-of-n 32"]
+        assert (differences["model_calls"] is not None) == inside
+        if inside:
+            assert differences["model_calls"]["mean"] == pytest.approx(0.05)
+    assert any(d["model_calls"] for d in found.values())
+    assert "equal cost" in rendered(report.tables(summary))
+    alone = report.write_report(write_run(tmp_path / "alone", lambda *_: True, arms=[Arm("nabla", 4)]))
+    assert alone["against_best_of_n"] == {}

@@ -245,3 +245,35 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path, module, name, message
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=message):
         load_task(name or write(tmp_path, {"prompt": "x", "answer": "1"}))
+
+
+def test_arithmetic_has_500_held_out_problems_and_other_splits():
+    task = load_task("arithmetic")
+    assert len(task.problems) == len({p.chat[0]["content"] for p in task.problems}) == 500
+    first = task.problems[0]
+    expression = first.chat[0]["content"].removeprefix("Compute ").removesuffix(".")
+    assert str(eval(expression)) == first.reference
+    solution = f"whatever = 12\n\\boxed{{{first.reference}}}"
+    assert task.grader.right(first.id, first.reference, task.grader.answer(first.id, solution))
+    assert not task.grader.right(first.id, first.reference, task.grader.answer(first.id, "\\boxed{1000}"))
+    assert load_task("arithmetic", max_problems=3).problems == task.problems[:3]
+    tuning = load_task("arithmetic", split="tuning", max_problems=50)
+    assert not {p.chat[0]["content"] for p in tuning.problems} & {p.chat[0]["content"] for p in task.problems}
+    assert (
+        load_task("arithmetic", {"seed": 1}, max_problems=3).description
+        != load_task("arithmetic", max_problems=3).description
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "dev"}, "--split is 'dev'; arithmetic has train, validation, tuning, test"),
+        ({"prompt_column": "a"}, "--prompt-column is 'a', but arithmetic has no columns; leave it out"),
+        ({"options": {"size": 3}}, "--task-option is size, which arithmetic does not have; it has seed"),
+        ({"options": {"seed": "x"}}, "--task-option: seed is 'x'; give a whole number"),
+    ],
+)
+def test_what_arithmetic_does_not_have_is_an_error(options, message):
+    with pytest.raises(ValueError, match=message):
+        load_task("arithmetic", **options)

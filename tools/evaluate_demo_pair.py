@@ -2,7 +2,7 @@
 
     python tools/evaluate_demo_pair.py --output benchmarks/results/quality/pair.json
 
-Greedy accuracy, the reward model's AUROC over sampled answers, and the ceiling of any method that chooses among samples:
+Greedy accuracy, the AUROC of the rewards of sampled answers, and the ceiling of any method that chooses among samples:
 how often the best of 64 by reward is right, and how often any of the 64 is.
 """
 

@@ -212,6 +212,8 @@ def _arithmetic_task(options: dict[str, Any], split: str, max_problems: int | No
     if split not in arithmetic.SPLITS:
         raise ValueError(f"--split is {split!r}; {ARITHMETIC} has {', '.join(arithmetic.SPLITS)}")
     seed = options.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"--task-option: seed is {seed!r}; give a whole number")
     drawn = islice(arithmetic.problems(split, seed=seed), max_problems or _ARITHMETIC_SIZE)
     problems = [
         Problem(f"{ARITHMETIC}/{i:04d}", ({"role": "user", "content": problem.question},), str(problem.answer))
