@@ -47,13 +47,14 @@ class Conversations:
     Attributes:
         ids: (B, T) int64, right-padded.
         mask: (B, T) int64, 0 on the padding.
-        targets: (B, T). For the policy the next token's id, -100 where none is learnt (int64). For the reward model
-            `labels`, -1 outside the response (float32).
+        following: (B, T) int64, the solution's next token as long as the response is the solution, else -100.
+        labels: (B, T) float32, what `labels` says of the response, -1 outside it; None for the policy.
     """
 
     ids: Tensor
     mask: Tensor
-    targets: Tensor
+    following: Tensor
+    labels: Tensor | None = None
 
 
 def chat(problem: Arithmetic) -> list[dict[str, str]]:
@@ -70,14 +71,14 @@ def training_problem(rng: random.Random) -> Arithmetic:
 
 def policy_batch(tokenizer: Any, rng: random.Random, size: int) -> Conversations:
     """New problems with their solutions."""
-    rows, targets = [], []
+    rows, following = [], []
     for _ in range(size):
         problem = training_problem(rng)
         prompt = generation_prompt_ids(tokenizer, chat(problem))
-        answer = [*_encode(tokenizer, problem.solution), tokenizer.eos_token_id]
+        answer = solution_ids(tokenizer, problem)
         rows.append([*prompt, *answer])
-        targets.append([-100] * (len(prompt) - 1) + answer + [-100])
-    return _pad(tokenizer, rows, targets, -100, torch.long)
+        following.append([-100] * (len(prompt) - 1) + answer + [-100])
+    return Conversations(*_ids_and_mask(tokenizer, rows), _pad(following, -100, torch.long))
 
 
 def reward_batch(
@@ -88,14 +89,14 @@ def reward_batch(
     Args:
         sampled: responses (token ids) that the policy wrote to training problems.
     """
-    rows, targets = [], []
+    rows, targets, following = [], [], []
     for _ in range(size):
         kind = rng.random()
         if kind < 0.4:
             problem, answer = rng.choice(sampled)
         else:
             problem = training_problem(rng)
-            answer = [*_encode(tokenizer, problem.solution), tokenizer.eos_token_id]
+            answer = solution_ids(tokenizer, problem)
             if kind < 0.7:
                 answer = [*_encode(tokenizer, near_miss(problem, rng)), tokenizer.eos_token_id]
             elif kind < 0.85:
@@ -104,7 +105,16 @@ def reward_batch(
         tail = scored_tail(frame, answer)
         rows.append([*frame.opening, *tail])
         targets.append([-1.0] * len(frame.opening) + labels(tokenizer, problem, answer, len(tail)))
-    return _pad(tokenizer, rows, targets, -1.0, torch.float32)
+        solution = solution_ids(tokenizer, problem)
+        learnt = solution[: _same(answer, solution) + 1]
+        following.append([-100] * (len(frame.opening) - 1) + learnt)
+    ids, mask = _ids_and_mask(tokenizer, rows)
+    return Conversations(ids, mask, _pad(following, -100, torch.long, ids.shape[1]), _pad(targets, -1.0, torch.float32))
+
+
+def solution_ids(tokenizer: Any, problem: Arithmetic) -> list[int]:
+    """The solution's tokens, its end of turn among them."""
+    return [*_encode(tokenizer, problem.solution), int(tokenizer.eos_token_id)]
 
 
 def labels(tokenizer: Any, problem: Arithmetic, answer: Sequence[int], length: int) -> list[float]:
@@ -113,10 +123,8 @@ def labels(tokenizer: Any, problem: Arithmetic, answer: Sequence[int], length: i
     The end of a wrong answer gets half the share of it that is right: a reward that rises when the first wrong token
     is mended has a gradient that points there, although the steps behind it are still those of the mistake.
     """
-    solution = [*_encode(tokenizer, problem.solution), tokenizer.eos_token_id]
-    same = 0
-    while same < min(len(answer), len(solution)) and answer[same] == solution[same]:
-        same += 1
+    solution = solution_ids(tokenizer, problem)
+    same = _same(answer, solution)
     body = len(answer) - 1 if answer and answer[-1] == tokenizer.eos_token_id else len(answer)
     end = 1.0 if same >= len(solution) - 1 and body == len(solution) - 1 else 0.5 * same / len(solution)
     return [float(i < same) for i in range(body)] + [end] * (length - body)
@@ -160,9 +168,19 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _pad(tokenizer: Any, rows: list[list[int]], targets: list[Any], none: float, dtype: torch.dtype) -> Conversations:
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    padded = torch.tensor([row + [none] * (width - len(row)) for row in targets], dtype=dtype)
-    return Conversations(ids, mask, padded)
+def _same(answer: Sequence[int], solution: Sequence[int]) -> int:
+    """How many tokens of ``answer`` are the solution's."""
+    same = 0
+    while same < min(len(answer), len(solution)) and answer[same] == solution[same]:
+        same += 1
+    return same
+
+
+def _ids_and_mask(tokenizer: Any, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    ids = _pad(rows, tokenizer.pad_token_id, torch.long)
+    return ids, _pad([[1] * len(row) for row in rows], 0, torch.long)
+
+
+def _pad(rows: list[Any], value: float, dtype: torch.dtype, width: int | None = None) -> Tensor:
+    width = width or max(map(len, rows))
+    return torch.tensor([row[:width] + [value] * (width - len(row)) for row in rows], dtype=dtype)

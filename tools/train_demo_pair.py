@@ -8,6 +8,7 @@ where it was stopped. ``tools/evaluate_demo_pair.py`` measures the result.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -37,6 +38,8 @@ SIZES = {
     "intermediate_size": 768,
     "max_position_embeddings": 256,
 }
+# Two layers more than the policy; narrower, so that both models together stay under 16 MB.
+REWARD_SIZES = {"num_hidden_layers": 6, "intermediate_size": 576}
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 100
 BATCH_SIZE = 128
@@ -120,7 +123,7 @@ def train(
     target: Annotated[float, typer.Option(help="Greedy validation accuracy at which the policy stops.")] = 0.57,
     policy_steps: Annotated[int, typer.Option(help="Steps after which it stops at the latest.")] = 3000,
     samples: Annotated[int, typer.Option(help="Answers of the policy that the reward model learns from.")] = 12_288,
-    reward_steps: Annotated[int, typer.Option(help="Steps of the reward model.")] = 1200,
+    reward_steps: Annotated[int, typer.Option(help="Steps of the reward model.")] = 800,
     seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -147,7 +150,7 @@ def train_policy(work: Path, tokenizer: Any, most: int, target: float, seed: int
     def loss(step: int) -> Tensor:
         batch = policy_batch(tokenizer, random.Random(f"policy {seed} {step}"), BATCH_SIZE)
         logits = _forward(training.model, batch, device).logits
-        targets = batch.targets.to(device).flatten()
+        targets = batch.following.to(device).flatten()
         return F.cross_entropy(logits.float().flatten(0, 1), targets, label_smoothing=LABEL_SMOOTHING)
 
     reached = 0.0
@@ -189,27 +192,60 @@ def train_reward(
     device: torch.device,
     policy: Any,
 ) -> Any:
-    """A reward model that starts from the policy's weights."""
+    """A reward model over the policy.
+
+    Its first layers are the policy's and go on learning to predict the solution. Those on top see what was expected and
+    what came: one to compare them, one to gather the outcome at the end.
+    """
     torch.manual_seed(seed)
-    config = LlamaConfig(**{**policy.config.to_dict(), "num_labels": 1, "architectures": None})
-    model = LlamaForSequenceClassification(config)
-    model.model.load_state_dict(policy.model.state_dict())
-    training = Training(model, work / "reward.pt", device)
+    training = Training(_Verifier(policy), work / "reward.pt", device)
 
     def loss(step: int) -> Tensor:
         batch = reward_batch(tokenizer, random.Random(f"reward {seed} {step}"), BATCH_SIZE, sampled)
-        targets = batch.targets.to(device)
+        assert batch.labels is not None
+        targets = batch.labels.to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            hidden = model.model(input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device))
-            scores = model.score(hidden.last_hidden_state)[..., 0]
+            scores, logits = training.model(batch.ids.to(device), batch.mask.to(device))
         smooth = targets.clamp(REWARD_SMOOTHING, 1 - REWARD_SMOOTHING)
         each = F.binary_cross_entropy_with_logits(scores.float(), smooth, reduction="none")
         last = batch.mask.to(device).sum(1) - 1
         end = each[torch.arange(len(last), device=device), last].mean()
-        return END_WEIGHT * end + (1 - END_WEIGHT) * each[targets >= 0].mean()
+        prediction = F.cross_entropy(logits.float().flatten(0, 1), batch.following.to(device).flatten())
+        return END_WEIGHT * end + (1 - END_WEIGHT) * each[targets >= 0].mean() + prediction
 
-    training.run(steps, loss, lambda step: _constant(step) * max(0.05, 1 - step / steps))
-    return training.mean.module.eval()
+    training.run(steps, loss, lambda step: _constant(step) * max(0.05, 1 - step / steps) / 2)
+    return training.mean.module.classifier.eval()
+
+
+class _Verifier(torch.nn.Module):
+    """The reward model in training, with the policy's head on the layers that were the policy's."""
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        own = {**policy.config.to_dict(), **REWARD_SIZES, "id2label": {0: "reward"}, "architectures": None}
+        self.depth = len(policy.model.layers)
+        self.classifier = LlamaForSequenceClassification(LlamaConfig(**own))
+        self.head = torch.nn.Sequential(copy.deepcopy(policy.model.norm), copy.deepcopy(policy.lm_head))
+        body = self.classifier.model
+        body.embed_tokens.load_state_dict(policy.model.embed_tokens.state_dict())
+        for layer, source in zip(body.layers, policy.model.layers, strict=False):
+            layer.load_state_dict(_narrowed(source, body.config.intermediate_size))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (B, T), and the logits (B, T, V) of the next token of the solution."""
+        out = self.classifier.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        return self.classifier.score(out.last_hidden_state)[..., 0], self.head(out.hidden_states[self.depth])
+
+
+def _narrowed(layer: Any, width: int) -> dict[str, Tensor]:
+    """The weights of a policy's layer with its ``width`` strongest neurons."""
+    state = dict(layer.state_dict())
+    strength = state["mlp.down_proj.weight"].norm(dim=0) * state["mlp.up_proj.weight"].norm(dim=1)
+    kept = strength.topk(min(width, len(strength))).indices.sort().values
+    for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
+        state[name] = state[name][kept]
+    state["mlp.down_proj.weight"] = state["mlp.down_proj.weight"][:, kept]
+    return state
 
 
 @torch.inference_mode()
@@ -227,9 +263,9 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Writes a model in half precision, and its tokenizer, where ``from_pretrained`` finds them."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    copy = type(model)(model.config).half()
-    copy.load_state_dict(model.state_dict())
-    copy.save_pretrained(part)
+    # A copy with its own configuration: models made from that of a half-precision model are in half precision, too.
+    half = copy.deepcopy(model).half()
+    half.save_pretrained(part)
     tokenizer.save_pretrained(part)
     for file in folder.glob("*.md"):
         shutil.copy(file, part)

@@ -103,31 +103,18 @@ class _Actor:
 
 def _results(ray: Any, start: Callable[[], Any], size: int, todo: Iterable[Piece]) -> Iterator[Record]:
     """Records as workers finish; every free worker gets the next piece, a new worker when its models are loaded."""
-    source = iter(todo)
-    again: deque[Piece] = deque()
+    queue = deque(todo)
     lost: Counter[Hashable] = Counter()
     deaths = 0
-    waiting = next(source, None)
-    if waiting is None:
-        return
+    idle: list[Any] = []
     # Reference of a call → its worker, and the piece it is on; None while the worker loads its models.
     running: dict[Any, tuple[Any, Piece | None]] = {}
-
-    def load_one() -> None:
-        worker = start()
-        running[worker.ready.remote()] = (worker, None)
-
-    def next_piece() -> Piece | None:
-        nonlocal waiting
-        if again:
-            return again.popleft()
-        piece, waiting = waiting, next(source, None)
-        return piece
-
-    for _ in range(size):
-        load_one()
-    idle: list[Any] = []
-    while any(piece is not None for _, piece in running.values()) or again or waiting is not None:
+    starting = min(size, len(queue))
+    while queue or any(piece is not None for _, piece in running.values()):
+        for _ in range(starting):
+            worker = start()
+            running[worker.ready.remote()] = worker, None
+        starting = 0
         (reference,), _ = ray.wait(list(running), num_returns=1)
         worker, piece = running.pop(reference)
         try:
@@ -135,13 +122,13 @@ def _results(ray: Any, start: Callable[[], Any], size: int, todo: Iterable[Piece
         except ray.exceptions.RayActorError as error:
             deaths += 1
             _require_hope(ray, error, deaths, size)
-            load_one()
+            starting = 1
             if piece is not None:
                 lost[piece.key] += 1
                 if len(piece.problems) > 1:
-                    again.extend(piece.split())
+                    queue.extend(piece.split())
                 elif lost[piece.key] < _DEATHS_OF_A_PIECE:
-                    again.append(piece)
+                    queue.append(piece)
                 else:
                     yield from piece.failed(WorkerLostError(f"{lost[piece.key]} workers died on it; {error}"))
         else:
@@ -149,9 +136,9 @@ def _results(ray: Any, start: Callable[[], Any], size: int, todo: Iterable[Piece
             if piece is not None:
                 deaths = 0
                 yield from records
-        while idle and (found := next_piece()) is not None:
-            worker = idle.pop()
-            running[worker.run.remote(found)] = (worker, found)
+        while idle and queue:
+            worker, piece = idle.pop(), queue.popleft()
+            running[worker.run.remote(piece)] = worker, piece
 
 
 def _require_hope(ray: Any, error: Exception, deaths: int, size: int) -> None:
