@@ -20,6 +20,7 @@ from nabla_fast.models.chat import conversation_frame, generation_prompt_ids
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import demo_pair_data
+import demo_pair_verifier
 import train_demo_pair
 
 MEGABYTE = 10**6
@@ -109,7 +110,7 @@ def test_the_reward_model_tells_solutions_from_near_misses(reward):
 def small(monkeypatch):
     """The training, made to take a second."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    monkeypatch.setattr(train_demo_pair, "REWARD_SIZES", {"num_hidden_layers": 2, "intermediate_size": 8})
+    monkeypatch.setattr(demo_pair_verifier, "SIZES", {"num_hidden_layers": 3, "intermediate_size": 8})
     monkeypatch.setattr(train_demo_pair, "SIZES", {**sizes, "max_position_embeddings": 256})
     for name, value in {
         "BATCH_SIZE": 2,

@@ -56,6 +56,11 @@ class Conversations:
     following: Tensor
     labels: Tensor | None = None
 
+    def to(self, device: torch.device) -> Conversations:
+        """The same on a device."""
+        labels = None if self.labels is None else self.labels.to(device)
+        return Conversations(self.ids.to(device), self.mask.to(device), self.following.to(device), labels)
+
 
 def chat(problem: Arithmetic) -> list[dict[str, str]]:
     """The chat that asks a problem."""

@@ -22,11 +22,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from demo_pair_data import Conversations, chat, make_tokenizer, policy_batch, reward_batch, training_problem
+from demo_pair_data import chat, make_tokenizer, policy_batch, reward_batch, training_problem
+from demo_pair_verifier import Verifier
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from nabla_fast.demo.answers import sample_answers
 from nabla_fast.demo.arithmetic import CONFIG, POLICY_PATH, REWARD_PATH, Arithmetic, problems
@@ -38,17 +39,13 @@ SIZES = {
     "intermediate_size": 768,
     "max_position_embeddings": 256,
 }
-# Two layers more than the policy; narrower, so that both models together stay under 16 MB.
-REWARD_SIZES = {"num_hidden_layers": 6, "intermediate_size": 576}
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 100
 BATCH_SIZE = 128
 EMA_DECAY = 0.99
 # A policy that is never sure: a saturated one has no gradient.
 LABEL_SMOOTHING = 0.1
-REWARD_SMOOTHING = 0.02
-# Of the reward model's loss, how much the end of the conversation weighs against all other tokens together.
-END_WEIGHT = 0.5
+REWARD_BATCH_SIZE = 64
 VALIDATION_PROBLEMS = 256
 STEPS_PER_CHECK = 25
 CHECKPOINT_SECONDS = 60
@@ -123,7 +120,7 @@ def train(
     target: Annotated[float, typer.Option(help="Greedy validation accuracy at which the policy stops.")] = 0.57,
     policy_steps: Annotated[int, typer.Option(help="Steps after which it stops at the latest.")] = 3000,
     samples: Annotated[int, typer.Option(help="Answers of the policy that the reward model learns from.")] = 12_288,
-    reward_steps: Annotated[int, typer.Option(help="Steps of the reward model.")] = 800,
+    reward_steps: Annotated[int, typer.Option(help="Steps of the reward model.")] = 1200,
     seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -148,10 +145,11 @@ def train_policy(work: Path, tokenizer: Any, most: int, target: float, seed: int
     training = Training(LlamaForCausalLM(config), work / "policy.pt", device)
 
     def loss(step: int) -> Tensor:
-        batch = policy_batch(tokenizer, random.Random(f"policy {seed} {step}"), BATCH_SIZE)
-        logits = _forward(training.model, batch, device).logits
-        targets = batch.following.to(device).flatten()
-        return F.cross_entropy(logits.float().flatten(0, 1), targets, label_smoothing=LABEL_SMOOTHING)
+        batch = policy_batch(tokenizer, random.Random(f"policy {seed} {step}"), BATCH_SIZE).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = training.model(input_ids=batch.ids, attention_mask=batch.mask).logits
+        following = batch.following.flatten()
+        return F.cross_entropy(logits.float().flatten(0, 1), following, label_smoothing=LABEL_SMOOTHING)
 
     reached = 0.0
     while training.step < most:
@@ -192,60 +190,18 @@ def train_reward(
     device: torch.device,
     policy: Any,
 ) -> Any:
-    """A reward model over the policy.
-
-    Its first layers are the policy's and go on learning to predict the solution. Those on top see what was expected and
-    what came: one to compare them, one to gather the outcome at the end.
-    """
+    """A reward model over the policy, see `Verifier`."""
     torch.manual_seed(seed)
-    training = Training(_Verifier(policy), work / "reward.pt", device)
+    training = Training(Verifier(policy), work / "reward.pt", device)
 
     def loss(step: int) -> Tensor:
-        batch = reward_batch(tokenizer, random.Random(f"reward {seed} {step}"), BATCH_SIZE, sampled)
-        assert batch.labels is not None
-        targets = batch.labels.to(device)
+        batch = reward_batch(tokenizer, random.Random(f"reward {seed} {step}"), REWARD_BATCH_SIZE, sampled)
         with torch.autocast(device.type, torch.bfloat16):
-            scores, logits = training.model(batch.ids.to(device), batch.mask.to(device))
-        smooth = targets.clamp(REWARD_SMOOTHING, 1 - REWARD_SMOOTHING)
-        each = F.binary_cross_entropy_with_logits(scores.float(), smooth, reduction="none")
-        last = batch.mask.to(device).sum(1) - 1
-        end = each[torch.arange(len(last), device=device), last].mean()
-        prediction = F.cross_entropy(logits.float().flatten(0, 1), batch.following.to(device).flatten())
-        return END_WEIGHT * end + (1 - END_WEIGHT) * each[targets >= 0].mean() + prediction
+            value: Tensor = training.model(batch.to(device))
+        return value
 
-    training.run(steps, loss, lambda step: _constant(step) * max(0.05, 1 - step / steps) / 2)
+    training.run(steps, loss, lambda step: _constant(step) * max(0.05, 1 - step / steps))
     return training.mean.module.classifier.eval()
-
-
-class _Verifier(torch.nn.Module):
-    """The reward model in training, with the policy's head on the layers that were the policy's."""
-
-    def __init__(self, policy: Any) -> None:
-        super().__init__()
-        own = {**policy.config.to_dict(), **REWARD_SIZES, "id2label": {0: "reward"}, "architectures": None}
-        self.depth = len(policy.model.layers)
-        self.classifier = LlamaForSequenceClassification(LlamaConfig(**own))
-        self.head = torch.nn.Sequential(copy.deepcopy(policy.model.norm), copy.deepcopy(policy.lm_head))
-        body = self.classifier.model
-        body.embed_tokens.load_state_dict(policy.model.embed_tokens.state_dict())
-        for layer, source in zip(body.layers, policy.model.layers, strict=False):
-            layer.load_state_dict(_narrowed(source, body.config.intermediate_size))
-
-    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (B, T), and the logits (B, T, V) of the next token of the solution."""
-        out = self.classifier.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-        return self.classifier.score(out.last_hidden_state)[..., 0], self.head(out.hidden_states[self.depth])
-
-
-def _narrowed(layer: Any, width: int) -> dict[str, Tensor]:
-    """The weights of a policy's layer with its ``width`` strongest neurons."""
-    state = dict(layer.state_dict())
-    strength = state["mlp.down_proj.weight"].norm(dim=0) * state["mlp.up_proj.weight"].norm(dim=1)
-    kept = strength.topk(min(width, len(strength))).indices.sort().values
-    for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
-        state[name] = state[name][kept]
-    state["mlp.down_proj.weight"] = state["mlp.down_proj.weight"][:, kept]
-    return state
 
 
 @torch.inference_mode()
@@ -271,11 +227,6 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
         shutil.copy(file, part)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
-
-
-def _forward(model: Any, batch: Conversations, device: torch.device) -> Any:
-    with torch.autocast(device.type, torch.bfloat16):
-        return model(input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device))
 
 
 def _constant(step: int) -> float:

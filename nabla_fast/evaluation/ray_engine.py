@@ -17,8 +17,10 @@ from nabla_fast.evaluation.worker import Piece, Worker
 
 # A piece that was running on so many workers when they died is taken to be what kills them.
 _DEATHS_OF_A_PIECE = 3
-# The whole cluster may die so often in a row before anything is finished.
-_DEATHS_IN_A_ROW = 3
+# So many problems may kill their workers, and the whole cluster may die so often while it loads, with nothing finished
+# in between.
+_PROBLEMS_IN_A_ROW = 3
+_LOADS_IN_A_ROW = 3
 _CPUS = 4
 
 
@@ -91,10 +93,15 @@ class _Actor:
 
         load, task, config, size, cpus = shared
         torch.set_num_threads(cpus)
-        self._worker = Worker(load(), task, config, size)
+        self._error: str | None = None
+        try:
+            self._worker = Worker(load(), task, config, size)
+        except Exception as error:
+            self._error = f"{type(error).__name__}: {error}"
 
-    def ready(self) -> None:
-        """Returns when the models are loaded."""
+    def ready(self) -> str | None:
+        """Returns when the models are loaded: None, or why they could not be."""
+        return self._error
 
     def run(self, piece: Piece) -> list[Record]:
         """The records of a piece."""
@@ -105,7 +112,9 @@ def _results(ray: Any, start: Callable[[], Any], size: int, todo: Iterable[Piece
     """Records as workers finish; every free worker gets the next piece, a new worker when its models are loaded."""
     queue = deque(todo)
     lost: Counter[Hashable] = Counter()
-    deaths = 0
+    # Since anything was finished: problems that workers died on, alone, and how often one died while it loaded.
+    suspects: set[str] = set()
+    unloaded = 0
     idle: list[Any] = []
     # Reference of a call → its worker, and the piece it is on; None while the worker loads its models.
     running: dict[Any, tuple[Any, Piece | None]] = {}
@@ -118,38 +127,33 @@ def _results(ray: Any, start: Callable[[], Any], size: int, todo: Iterable[Piece
         (reference,), _ = ray.wait(list(running), num_returns=1)
         worker, piece = running.pop(reference)
         try:
-            records = ray.get(reference)
+            told = ray.get(reference)
         except ray.exceptions.RayActorError as error:
-            deaths += 1
-            _require_hope(ray, error, deaths, size)
             starting = 1
-            if piece is not None:
+            if piece is None:
+                unloaded += 1
+            elif len(piece.problems) > 1:
+                queue.extendleft(piece.split())
+            else:
                 lost[piece.key] += 1
-                if len(piece.problems) > 1:
-                    queue.extend(piece.split())
-                elif lost[piece.key] < _DEATHS_OF_A_PIECE:
-                    queue.append(piece)
+                suspects.add(piece.problems[0].id)
+                if lost[piece.key] < _DEATHS_OF_A_PIECE:
+                    queue.appendleft(piece)
                 else:
                     yield from piece.failed(WorkerLostError(f"{lost[piece.key]} workers died on it; {error}"))
+            if len(suspects) >= _PROBLEMS_IN_A_ROW or unloaded >= _LOADS_IN_A_ROW * size:
+                raise WorkerLostError(f"--engine ray: workers die one after the other; the last: {error}") from error
         else:
-            idle.append(worker)
             if piece is not None:
-                deaths = 0
-                yield from records
+                suspects.clear()
+                unloaded = 0
+                yield from told
+            elif told is not None:
+                raise RuntimeError(f"--engine ray: a worker cannot load the models: {told}")
+            idle.append(worker)
         while idle and queue:
             worker, piece = idle.pop(), queue.popleft()
             running[worker.run.remote(piece)] = worker, piece
-
-
-def _require_hope(ray: Any, error: Exception, deaths: int, size: int) -> None:
-    """Raises what a worker raised while it loaded its models; also if workers only ever die."""
-    cause = error.__cause__ or getattr(error, "cause", None)
-    if isinstance(cause, ray.exceptions.RayTaskError):
-        raise RuntimeError(f"--engine ray: a worker cannot load the models: {cause.cause!r}") from error
-    if getattr(error, "actor_init_failed", False):
-        raise RuntimeError(f"--engine ray: a worker cannot load the models: {error}") from error
-    if deaths >= _DEATHS_IN_A_ROW * size:
-        raise WorkerLostError(f"--engine ray: {deaths} workers died one after the other; the last: {error}") from error
 
 
 @contextmanager

@@ -1,0 +1,101 @@
+"""The bundled reward model in training."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from demo_pair_data import Conversations
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Qwen2Config, Qwen2ForSequenceClassification
+
+# Two layers more than the policy; narrower, so that both models together stay under 16 MB.
+SIZES = {"num_hidden_layers": 6, "intermediate_size": 576}
+SMOOTHING = 0.02
+# One token in sixty is the first wrong one.
+WRONG_WEIGHT = 20.0
+OWN_WEIGHT = 0.3
+
+
+class Verifier(nn.Module):
+    """A Qwen2 classifier whose first layers are the policy's, with the heads and losses that teach it.
+
+    The policy's layers go on learning to predict the solution, and to keep in mind the token they stand on. The next
+    layer compares what was expected with what came: its first head looks at the token before, which is what attention
+    with biases, Qwen2's, can be made to do from the start. The last layer gathers what was found. Each of the three is
+    taught by a loss of its own; from the score alone, the comparison is not found within an hour.
+    """
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        own = policy.config
+        taken = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps")
+        taken += ("max_position_embeddings", "rope_parameters", "pad_token_id", "eos_token_id")
+        config = Qwen2Config(**{name: getattr(own, name) for name in taken}, **SIZES, id2label={0: "reward"})
+        self.depth = own.num_hidden_layers
+        self.classifier = Qwen2ForSequenceClassification(config)
+        self.prediction = nn.Sequential(copy.deepcopy(policy.model.norm), copy.deepcopy(policy.lm_head))
+        self.own = nn.Sequential(nn.RMSNorm(own.hidden_size), nn.Linear(own.hidden_size, own.vocab_size))
+        self.local = nn.Sequential(nn.RMSNorm(own.hidden_size), nn.Linear(own.hidden_size, 1))
+        body = self.classifier.model
+        body.embed_tokens.load_state_dict(policy.model.embed_tokens.state_dict())
+        for layer, source in zip(body.layers, policy.model.layers, strict=False):
+            layer.load_state_dict(_narrowed(source, SIZES["intermediate_size"]), strict=False)
+        for layer in body.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                nn.init.zeros_(projection.bias)
+        _look_back(body.layers[self.depth].self_attn, body.rotary_emb.inv_freq)
+
+    def forward(self, batch: Conversations) -> Tensor:
+        """The loss of a batch."""
+        assert batch.labels is not None
+        out = self.classifier.model(input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=True)
+        expected, compared = out.hidden_states[self.depth], out.hidden_states[self.depth + 1]
+        labels = batch.labels
+        inside = labels >= 0
+        last = batch.mask.sum(1) - 1
+        rows = torch.arange(len(last), device=last.device)
+        end = torch.zeros_like(inside)
+        end[rows, last] = True
+        score = self.classifier.score(out.last_hidden_state)[..., 0].float()
+        each = F.binary_cross_entropy_with_logits(score, labels.clamp(SMOOTHING, 1 - SMOOTHING), reduction="none")
+        # What came before the first mistake, and the mistake; behind it nobody can say what was to be expected.
+        wrong = (labels == 0) & ~end
+        known = inside & ~end & (wrong.cumsum(1) - wrong.long() == 0)
+        local = self.local(compared)[..., 0].float()
+        found = F.binary_cross_entropy_with_logits(local, labels.clamp(0, 1), reduction="none")
+        found = found * torch.where(wrong, WRONG_WEIGHT, 1.0)
+        predicted = F.cross_entropy(self.prediction(expected).float().flatten(0, 1), batch.following.flatten())
+        own = F.cross_entropy(self.own(expected).float()[inside], batch.ids[inside])
+        return (each[end].mean() + each[inside].mean()) / 2 + found[known].mean() + predicted + OWN_WEIGHT * own
+
+
+def _narrowed(layer: Any, width: int) -> dict[str, Tensor]:
+    """The weights of a policy's layer with its ``width`` strongest neurons."""
+    state = dict(layer.state_dict())
+    strength = state["mlp.down_proj.weight"].norm(dim=0) * state["mlp.up_proj.weight"].norm(dim=1)
+    kept = strength.topk(min(width, len(strength))).indices.sort().values
+    for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
+        state[name] = state[name][kept]
+    state["mlp.down_proj.weight"] = state["mlp.down_proj.weight"][:, kept]
+    return state
+
+
+@torch.no_grad()
+def _look_back(attention: Any, frequencies: Tensor, *, strength: float = 7.0, pairs: int = 9) -> None:
+    """Makes the first head attend to the token before, whatever the tokens are.
+
+    Key and query are constants in the rotary pairs that turn fastest; the query is turned back by one position, so that
+    their product is largest where the key stands one position earlier.
+    """
+    size = attention.head_dim
+    pairs = min(pairs, size // 2)
+    turned = frequencies[:pairs]
+    for projection in (attention.q_proj, attention.k_proj):
+        projection.weight[:size] = 0
+        projection.bias[:size] = 0
+    attention.k_proj.bias[:pairs] = strength
+    attention.q_proj.bias[:pairs] = strength * torch.cos(turned)
+    attention.q_proj.bias[size // 2 : size // 2 + pairs] = -strength * torch.sin(turned)
