@@ -149,7 +149,7 @@ def test_an_option_that_cannot_be_read_is_named(texts, message):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("nonsense", {}, "--task is 'nonsense'; use reasoning_gym:NAME, a .jsonl file, math500"),
+        ("nonsense", {}, "--task is 'nonsense'; use reasoning_gym:NAME, arithmetic, a .jsonl file, math500"),
         ("a/b/c", {}, "--task is 'a/b/c'"),
         ("reasoning_gym:product", {}, "reasoning-gym does not have; use one of products"),
         ("reasoning_gym:products", {"options": {"digits": 2}}, "--task-option is digits, .*max_digits"),
