@@ -12,7 +12,7 @@ from rich.console import Console
 
 from nabla_fast.cli_config import configured, with_config_options
 from nabla_fast.cli_eval import evaluate
-from nabla_fast.cli_models import choose_pair, load_models, pair_config, pair_question
+from nabla_fast.cli_models import choose_pair, load_models, pair_defaults
 
 app = typer.Typer(
     help="∇-Reasoner made fast: refines a language model's answers by gradient descent on their tokens.",
@@ -69,8 +69,9 @@ def generate(
     from nabla_fast import console
 
     pair = choose_pair(demo, bundled)
-    questions = _questions(prompt, prompts, pair)
-    config = configured(pair_config(pair), settings)
+    base, question = pair_defaults(pair)
+    questions = _questions(prompt, prompts, question)
+    config = configured(base, settings)
     with console.status("loading the models"):
         models = load_models(model, reward_model, pair, device, dtype, attn_implementation)
     outcome = console.answer(models, questions, config, compare_greedy=pair is not None)
@@ -97,15 +98,14 @@ def doctor(
         console.show_report(report)
 
 
-def _questions(prompt: list[str] | None, file: Path | None, pair: str | None) -> list[Any]:
+def _questions(prompt: list[str] | None, file: Path | None, default: str | None) -> list[Any]:
     questions: list[Any] = list(prompt or [])
     if file is not None:
         questions += read_prompts(file)
     if not questions:
-        own = pair_question(pair)
-        if own is None:
+        if default is None:
             raise ValueError("no prompt given; use --prompt TEXT, --prompts FILE, --demo or --bundled")
-        questions = [own]
+        questions = [default]
     return questions
 
 

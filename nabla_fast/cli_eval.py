@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nabla_fast.cli_config import configured, with_config_options
-from nabla_fast.cli_models import choose_pair, load_models, pair_config, require_models
+from nabla_fast.cli_models import choose_pair, load_models, pair_defaults, require_models
 from nabla_fast.config import NablaConfig
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def evaluate(
 
     cluster = _cluster(engine, ray_address, workers, cpus_per_worker, device)
     numbers = _integers("--n", n), _integers("--seeds", seeds)
-    config = configured(pair_config(pair), settings)
+    config = configured(pair_defaults(pair)[0], settings)
     rollouts = settings["max_rollouts"]
     plan = make_plan(_names(methods), *numbers, config, batch_size=batch_size, max_rollouts=rollouts)
     source = _source(model, reward_model, pair, device, dtype, attn_implementation)

@@ -45,30 +45,17 @@ def choose_pair(demo: bool, bundled: bool) -> str | None:
     return "demo" if demo else "bundled" if bundled else None
 
 
-def pair_config(pair: str | None) -> NablaConfig | None:
-    """The settings that belong to a pair; None for models of the user's own."""
+def pair_defaults(pair: str | None) -> tuple[NablaConfig | None, str | None]:
+    """The settings that belong to a pair, and the question it answers where none is asked; None for other models."""
     if pair == "demo":
         from nabla_fast.demo import example
 
-        return example.CONFIG
+        return example.CONFIG, example.QUESTION
     if pair == "bundled":
         from nabla_fast.demo import arithmetic
 
-        return arithmetic.CONFIG
-    return None
-
-
-def pair_question(pair: str | None) -> str | None:
-    """The question that a pair answers where none is asked."""
-    if pair == "demo":
-        from nabla_fast.demo import example
-
-        return example.QUESTION
-    if pair == "bundled":
-        from nabla_fast.demo import arithmetic
-
-        return arithmetic.QUESTION
-    return None
+        return arithmetic.CONFIG, arithmetic.QUESTION
+    return None, None
 
 
 def require_models(model: str | None, reward_model: str | None, pair: str | None) -> None:

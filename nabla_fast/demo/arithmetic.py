@@ -76,11 +76,11 @@ def draw_problem(rng: random.Random) -> Arithmetic:
         terms: list[tuple[int, ...]] = [(rng.randint(12, 99), rng.randint(3, 9)) for _ in range(2)]
         terms += [(rng.randint(10, _LARGEST),) for _ in range(rng.randint(1, 2))]
         rng.shuffle(terms)
-        operators = ["+", *(rng.choice("+-") for _ in terms[1:])]
+        operators = [rng.choice("+-") for _ in terms[1:]]
         steps = _solve(terms, operators)
         if all(0 <= result <= _LARGEST for *_, result in steps):
             texts = [" * ".join(map(str, term)) for term in terms]
-            rest = "".join(f" {operator} {text}" for operator, text in zip(operators[1:], texts[1:], strict=True))
+            rest = "".join(f" {operator} {text}" for operator, text in zip(operators, texts[1:], strict=True))
             return Arithmetic(texts[0] + rest, steps)
 
 
@@ -124,7 +124,7 @@ def _solve(terms: list[tuple[int, ...]], operators: list[str]) -> tuple[tuple[in
     values = [term[0] * term[1] if len(term) == 2 else term[0] for term in terms]
     sums = []
     total = values[0]
-    for operator, value in zip(operators[1:], values[1:], strict=True):
+    for operator, value in zip(operators, values[1:], strict=True):
         result = total + value if operator == "+" else total - value
         sums.append((total, operator, value, result))
         total = result
