@@ -179,3 +179,19 @@ def test_settings_of_the_shipped_tokenizer_are_those_of_the_tool(policy):
     made = json.loads(demo_pair_data.make_tokenizer().backend_tokenizer.to_str())
     assert shipped["model"] == made["model"]
     assert policy[1].chat_template == demo_pair_data.TEMPLATE
+
+
+def test_the_solution_is_taught_up_to_the_first_mistake_and_the_token_in_its_place(policy):
+    _, tokenizer = policy
+
+    class Sampled(random.Random):
+        def random(self):
+            return 0.0
+
+    problem = next(arithmetic.problems("train"))
+    solution = demo_pair_data.solution_ids(tokenizer, problem)
+    wrong = [*solution[:10], tokenizer.unk_token_id, *solution[11:]]
+    batch = demo_pair_data.reward_batch(tokenizer, Sampled(0), 1, [(problem, wrong)])
+    first = len(conversation_frame(tokenizer, ask(problem)).opening) - 1
+    assert batch.following[0, first : first + 11].tolist() == solution[:11]
+    assert (batch.following[0] != -100).sum() == 11
