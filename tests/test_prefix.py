@@ -26,7 +26,7 @@ import nabla_fast as nf
 from nabla_fast.gradient_cache import Evaluation
 from nabla_fast.models.activations import checkpointed, frozen
 from nabla_fast.models.language_model import LanguageModel
-from nabla_fast.models.prefix import Body, PrefixState, Track, common_lengths
+from nabla_fast.models.prefix import Body, PrefixState, Track, cache_argument, common_lengths
 from nabla_fast.models.reward_model import RewardModel
 from nabla_fast.objective import Conversation, Objective, Request
 
@@ -297,6 +297,12 @@ class _Looking(nn.Module):
         if past_key_values is not None:
             past_key_values.update(inputs_embeds.unsqueeze(1), inputs_embeds.unsqueeze(1), 0)
         return SimpleNamespace(last_hidden_state=inputs_embeds + inputs_embeds.sum(1, keepdim=True))
+
+
+def test_the_cache_is_passed_under_the_name_that_the_model_has_for_it() -> None:
+    renamed = SimpleNamespace(forward=lambda inputs_embeds, cache=None, **kwargs: None)
+    assert cache_argument(renamed) == "cache"
+    assert cache_argument(_Looking(breaks=False)) == "past_key_values"
 
 
 @pytest.mark.parametrize(("breaks", "reason"), [(False, "different hidden states"), (True, "no cache here")])

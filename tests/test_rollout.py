@@ -23,6 +23,7 @@ def contexts(limit=8):
     return [Context(p, r, seed, limit) for seed, (p, r) in enumerate(zip(prompts, responses, strict=True))]
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # an argument that transformers has renamed
 @pytest.mark.parametrize("family", FAMILIES)
 def test_latents_are_the_full_forwards_hidden_states(family):
     model = LanguageModel(tiny_language_model(family), tiny_tokenizer())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from nabla_fast.models.prefix import Body
+from nabla_fast.models.prefix import Body, cache_argument
 from nabla_fast.ops import Head, linear_logits
 
 # Names under which families keep a constant factor on the logits; the first one found is used.
@@ -118,8 +118,9 @@ class LanguageModel:
 
     def _advance(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        kwargs = {cache_argument(self.model.base_model): cache}
         out = self.model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **kwargs
         )
         return out.last_hidden_state[:, -1]
 

@@ -6,6 +6,7 @@ backward then run over the tokens behind them, and give what the whole sequence 
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,8 +95,8 @@ class Body:
             inputs_embeds=pad_sequence(list(embeds), batch_first=True),
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(self.model.base_model): cache},
         )
         hidden = [out.last_hidden_state[row, :size] for row, size in enumerate(sizes)]
         after: list[PrefixState | None] = [
@@ -112,6 +113,11 @@ class Body:
         )
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
+
+
+def cache_argument(model: Any) -> str:
+    """What the model's forward pass calls its cache of keys and values; transformers 5.24 gave it a new name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class Track:
