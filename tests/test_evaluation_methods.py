@@ -163,7 +163,7 @@ def test_flops_by_hand(loaded):
     work = flops.Work(stats, prompt=4, frame=(6, 1), response=5, conversations=1)
     rollouts = 2 * 100 * (4 + (4 + 3) + 9)
     rewards = 2 * 10 * (6 + 9 + 2 * 1)
-    gradients = 3 * 2 * (100 + 10) * 5 * 3
+    gradients = 2 * 2 * (100 + 10) * 5 * 3
     head = 4 * 40 * 5
     assert flops.estimate(size, work, CONFIG) == rollouts + rewards + gradients + head
     without = flops.estimate(size, work, CONFIG.replace(parameterization="logits"))

@@ -1,15 +1,14 @@
 """Estimated floating-point operations of an answer, so that methods can be compared at equal arithmetic.
 
     FLOPs = 2 P_lm T_lm + 2 P_rm T_rm                          forward passes of sampling and scoring
-          + (1 + 2) * 2 (P_lm + P_rm) * n * gradients          forward and backward of every gradient evaluation
+          + (1 + 1) * 2 (P_lm + P_rm) * n * gradients          forward and backward of every gradient evaluation
           + 4 V d * rows * steps                               the head of every DTO step on latents
 
 P are parameters without the input embedding (a look-up), the output head included; attention over the context is left
 out, as is usual. T_lm counts every generated token and, for every rollout, the tokens before it that are filled in
 anew; T_rm the tokens of every scored conversation, the part that a proposal shares with the first one left out. A
-gradient evaluation is charged for all n tokens of the answer though it runs over those ahead only, and its backward
-pass for two forward passes, as in training, though frozen weights get no gradient: the estimate favours methods without
-gradients.
+gradient evaluation is charged for all n tokens of the answer though it runs over those ahead only, which favours methods
+without gradients. Its backward pass costs one forward pass, not two as in training: frozen weights get no gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from nabla_fast.config import NablaConfig
 from nabla_fast.generate import Pair
 from nabla_fast.stats import SequenceStats
 
-_BACKWARD_PER_FORWARD = 2
+_BACKWARD_PER_FORWARD = 1
 
 
 @dataclass(frozen=True)
