@@ -7,8 +7,9 @@
 P are parameters without the input embedding (a look-up), the output head included; attention over the context is left
 out, as is usual. T_lm counts every generated token and, for every rollout, the tokens before it that are filled in
 anew; T_rm the tokens of every scored conversation, the part that a proposal shares with the first one left out. A
-gradient evaluation is charged for all n tokens of the answer though it runs over those ahead only, which favours methods
-without gradients. Its backward pass costs one forward pass, not two as in training: frozen weights get no gradient.
+gradient evaluation is charged for all n tokens of the answer though it runs over those ahead only, which favours
+methods without gradients. Its backward pass costs one forward pass, not two as in training: frozen weights get no
+gradient.
 """
 
 from __future__ import annotations
