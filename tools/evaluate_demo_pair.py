@@ -3,12 +3,14 @@
     python tools/evaluate_demo_pair.py --output benchmarks/results/quality/pair.json
 
 Greedy accuracy, the AUROC of the rewards of sampled answers, and the ceiling of any method that chooses among samples:
-how often the best of 64 by reward is right, and how often any of the 64 is.
+how often the best of 64 by reward is right, and how often any of the 64 is. And whether the reward's gradient, which is
+what ∇-Reasoner follows, points at the right token where an answer goes wrong.
 """
 
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +19,13 @@ import transformers
 import typer
 from evaluate_reward import auroc
 
-from nabla_fast import baselines
+from nabla_fast import baselines, ops
 from nabla_fast.config import Sampling
 from nabla_fast.demo import arithmetic
 from nabla_fast.evaluation import methods
 from nabla_fast.evaluation.bootstrap import interval
 from nabla_fast.evaluation.tasks import ARITHMETIC, Task, load_task
+from nabla_fast.objective import Conversation, Objective, Request
 
 PROBLEMS_AT_ONCE = 16
 
@@ -43,6 +46,7 @@ def main(
     drawn = sample(models, task, small, samples, arithmetic.CONFIG)
     best = [max(rows, key=lambda row: row[1])[0] for rows in drawn]
     flat = [row for rows in drawn for row in rows]
+    pointed = compass(models, task, problems)
     figures = {
         "greedy": _interval([rows[0][0] for rows in decoded]),
         "greedy_problems": problems,
@@ -53,6 +57,7 @@ def main(
         f"any_of_{samples}": _interval([any(right for right, _ in rows) for rows in drawn]),
         "auroc": auroc([reward for _, reward in flat], [right for right, _ in flat]),
         "auroc_within_problems": _within(drawn),
+        "compass": pointed,
         "rollout": {"temperature": arithmetic.CONFIG.rollout.temperature, "top_p": arithmetic.CONFIG.rollout.top_p},
         "bytes": {folder.name: _bytes(folder) for folder in (arithmetic.POLICY_PATH, arithmetic.REWARD_PATH)},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -78,6 +83,54 @@ def sample(
             assert group.rewards is not None
             found.append(list(zip(rights, group.rewards, strict=True)))
     return found
+
+
+def compass(models: methods.Models, task: Task, problems: int) -> dict[str, Any]:
+    """Where the reward's gradient points in one sample of each problem: at its first wrong token, and before it.
+
+    Points are of the first-order change of the reward for every token in the place of the one that is there. For
+    comparison, how often the policy itself finds the right token likelier than the wrong one.
+    """
+    pair, tokenizer = models.pair, models.pair.tokenizer
+    config = arithmetic.CONFIG.replace(nll_coeff=0.0, reward_coeff=1.0)
+    objective = Objective(pair.language_model, pair.reward_model, config)
+    found: dict[str, list[bool]] = {name: [] for name in ("above", "first", "kept", "policy")}
+    solved = islice(arithmetic.problems("test"), problems)
+    asked = task.problems[:problems]
+    drawn = _sequences(models, task, problems)
+    for problem, source, answer in zip(asked, solved, drawn, strict=True):
+        assert problem.chat[-1]["content"] == source.question
+        solution = [*tokenizer(source.solution, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        same = next((i for i, (a, b) in enumerate(zip(answer, solution, strict=False)) if a != b), len(answer))
+        conversation = Conversation(
+            models.prompt_ids(problem), pair.reward_model.chat_frame(problem.chat), limit=len(answer)
+        )
+        (evaluation,) = objective.evaluate([Request(conversation, torch.tensor(answer), 0)])
+        # dL/dy of L = -reward: the lower, the better.
+        points = -ops.token_gradient(evaluation.factors, objective.tables)
+        found["kept"] += [int(points[i].argmax()) == solution[i] for i in range(same)]
+        if same < min(len(answer), len(solution)):
+            right, wrong, row = solution[same], answer[same], points[same]
+            likely = pair.language_model.logits(evaluation.factors.hidden[same : same + 1])[0]
+            found["above"].append(bool(row[right] > row[wrong]))
+            found["first"].append(int(row.argmax()) == right)
+            found["policy"].append(bool(likely[right] > likely[wrong]))
+    return {
+        "first_mistakes": len(found["first"]),
+        "right_token_above_the_wrong_one": _interval(found["above"]),
+        "right_token_first": _interval(found["first"]),
+        "right_token_likelier_by_the_policy": _interval(found["policy"]),
+        "right_tokens_left_alone": sum(found["kept"]) / len(found["kept"]),
+    }
+
+
+def _sequences(models: methods.Models, task: Task, problems: int) -> list[list[int]]:
+    """One sampled answer (token ids) to each problem."""
+    asked = task.problems[:problems]
+    ids = [models.prompt_ids(problem) for problem in asked]
+    frames = [models.pair.reward_model.chat_frame(problem.chat) for problem in asked]
+    groups = baselines.sample(models.pair, ids, frames, 1, arithmetic.CONFIG, scored=False, batch_size=256)
+    return [group.sequences[0].tolist() for group in groups]
 
 
 def _within(drawn: list[list[tuple[bool, float]]]) -> float:

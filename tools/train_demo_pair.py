@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from demo_pair_data import chat, make_tokenizer, policy_batch, reward_batch, training_problem
-from demo_pair_verifier import Verifier
+from demo_pair_verifier import COMPASS_WEIGHT, Verifier
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -121,6 +121,9 @@ def train(
     policy_steps: Annotated[int, typer.Option(help="Steps after which it stops at the latest.")] = 3000,
     samples: Annotated[int, typer.Option(help="Answers of the policy that the reward model learns from.")] = 12_288,
     reward_steps: Annotated[int, typer.Option(help="Steps of the reward model.")] = 1200,
+    compass: Annotated[
+        float, typer.Option(help="Weight of the loss that makes the reward's gradient point at the right token.")
+    ] = COMPASS_WEIGHT,
     seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -128,13 +131,15 @@ def train(
     """Trains both models."""
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
-    _require_same_run(work, seed=seed, target=target, samples=samples, reward_steps=reward_steps)
+    _require_same_run(work, seed=seed, target=target, samples=samples, reward_steps=reward_steps, compass=compass)
     tokenizer = make_tokenizer()
     where = torch.device(device)
     policy = train_policy(work, tokenizer, policy_steps, target, seed, where)
     save(policy, tokenizer, policy_output)
     sampled = sample_policy(work, policy, tokenizer, samples, seed)
-    save(train_reward(work, tokenizer, sampled, reward_steps, seed, where, policy), tokenizer, reward_output)
+    torch.manual_seed(seed)
+    reward = train_reward(work, tokenizer, sampled, reward_steps, seed, where, Verifier(policy, compass))
+    save(reward, tokenizer, reward_output)
 
 
 def train_policy(work: Path, tokenizer: Any, most: int, target: float, seed: int, device: torch.device) -> Any:
@@ -188,11 +193,10 @@ def train_reward(
     steps: int,
     seed: int,
     device: torch.device,
-    policy: Any,
+    verifier: Verifier,
 ) -> Any:
-    """A reward model over the policy, see `Verifier`."""
-    torch.manual_seed(seed)
-    training = Training(Verifier(policy), work / "reward.pt", device)
+    """The reward model that ``verifier`` becomes."""
+    training = Training(verifier, work / "reward.pt", device)
 
     def loss(step: int) -> Tensor:
         batch = reward_batch(tokenizer, random.Random(f"reward {seed} {step}"), REWARD_BATCH_SIZE, sampled)
