@@ -1,7 +1,8 @@
 """Does ∇-Reasoner beat Best-of-N for the same compute? Measured with the bundled pair, and with SmolLM2.
 
     python benchmarks/quality.py tune --work DIR        settings, one after the other, on the tuning split
-    python benchmarks/quality.py measure --work DIR     every method on 500 held-out problems, three seeds
+    python benchmarks/quality.py measure --work DIR     every method on 500 held-out problems, three seeds; with
+                                                        --runs, some of them, so that several processes can share them
     python benchmarks/quality.py smollm2 --work DIR     products and gcd, 100 problems
     python benchmarks/quality.py report --work DIR --output benchmarks/results/quality
 
@@ -21,12 +22,13 @@ import typer
 from quality_report import write_reports
 
 from nabla_fast import demo
-from nabla_fast.config import NablaConfig
+from nabla_fast.config import PARAMETERIZATIONS, NablaConfig
 from nabla_fast.demo import arithmetic, example
 from nabla_fast.demo.tasks import TASKS
 from nabla_fast.evaluation import methods, report
+from nabla_fast.evaluation.journal import write_json
 from nabla_fast.evaluation.methods import Answer, Batch, Models
-from nabla_fast.evaluation.runner import Arm, Plan, describe, evaluate, open_run
+from nabla_fast.evaluation.runner import Arm, Plan, describe, evaluate, open_run, read_json
 from nabla_fast.evaluation.tasks import ARITHMETIC, GYM_PREFIX, Task, load_task
 from nabla_fast.sampling import Context, Sampler
 
@@ -41,24 +43,23 @@ SAMPLES = (1, 2, 4, 8, 16, 32)
 ROLLOUTS = (2, 4, 8, 16)
 BATCH_SIZE = 128
 BLIND, FRESH = "blind-resampling", "nabla-fresh-noise"
+BASELINES = "baselines"
+TUNED = "tuned.json"
 
-# What the tuning changes, one setting after the other, keeping the best: name → values.
+# What the tuning changes, one setting after the other, keeping the best: name → values. Without a gradient threshold
+# at first: the one of the published models would leave nothing to optimise.
+START = {"gradient_threshold": None}
 SWEEP: dict[str, tuple[Any, ...]] = {
-    "learning_rate": (0.003, 0.01, 0.03, 0.1, 0.3),
-    "confidence_threshold": (0.5, 0.8, 0.88, 0.97),
-    "gradient_threshold": (None, 0.1, 0.5, 2.0),
-    "reward_coeff": (0.3, 1.0, 3.0, 10.0),
+    "learning_rate": (0.01, 0.03, 0.1, 0.3, 1.0),
+    "confidence_threshold": (0.7, 0.8, 0.88, 0.92, 0.97),
+    "reward_coeff": (0.01, 0.1, 1.0, 10.0),
+    "gradient_threshold": (None, 0.1, 0.3, 1.0),
 }
-VARIANTS: dict[str, dict[str, Any]] = {
-    "latents": {},
-    "latents-rollout": {"anchor": "rollout"},
-    "latents-postfix": {"update_postfix": True},
-    "latents-rollout-postfix": {"anchor": "rollout", "update_postfix": True},
-    "logits": {"parameterization": "logits"},
-    "logits-rollout": {"parameterization": "logits", "anchor": "rollout"},
-    "logits-postfix": {"parameterization": "logits", "update_postfix": True},
-    "logits-rollout-postfix": {"parameterization": "logits", "anchor": "rollout", "update_postfix": True},
-}
+ANCHORED, POSTFIX = {"anchor": "rollout"}, {"update_postfix": True}
+VARIANTS: dict[str, dict[str, Any]] = {"": {}, "-rollout": ANCHORED, "-postfix": POSTFIX}
+VARIANTS["-rollout-postfix"] = ANCHORED | POSTFIX
+# The reward's gradient off; its judgement of proposals stays.
+CONTROL = {"reward_coeff": 0.0}
 
 
 @dataclass(frozen=True)
@@ -117,33 +118,56 @@ def tune(work: Work, threads: Threads = 2, problems: Problems = 200, rollouts: i
     torch.set_num_threads(threads)
     models = bundled()
     task = load_task(ARITHMETIC, split="tuning", max_problems=problems)
-    for kind in ("latents", "logits"):
-        best = arithmetic.CONFIG.replace(parameterization=kind)
+    tuned = {}
+    for kind in PARAMETERIZATIONS:
+        best = START | {"parameterization": kind}
         for name, values in SWEEP.items():
             found = {}
             for value in values:
-                config = best.replace(**{name: value})
+                config = arithmetic.CONFIG.replace(**best | {name: value})
                 folder = work / "tune" / f"{kind}-{name}-{value}"
-                found[value] = run(folder, models, task, [("nabla", rollouts)], config, seeds=(0,))
-            accuracy = {v: s["arms"][f"nabla {rollouts}"]["accuracy"]["mean"] for v, s in found.items()}
-            best = best.replace(**{name: max(accuracy, key=lambda v: accuracy[v])})
-        print(f"{kind}: {[(name, getattr(best, name)) for name in SWEEP]}")
+                summary = run(folder, models, task, [("nabla", rollouts)], config, seeds=(0,))
+                found[value] = summary["arms"][f"nabla {rollouts}"]["accuracy"]["mean"]
+            best[name] = max(found, key=lambda value: found[value])
+        tuned[kind] = best
+    write_json(work / TUNED, tuned)
+    print(tuned)
 
 
 @app.command()
-def measure(work: Work, threads: Threads = 2, problems: Problems = 500) -> None:
-    """Baselines, every variant, the control arm and blind resampling on held-out problems."""
+def measure(
+    work: Work,
+    threads: Threads = 2,
+    problems: Problems = 500,
+    runs: Annotated[str, typer.Option(help="Some of them, separated by commas. Default: all.")] = "",
+) -> None:
+    """Baselines, every variant, control arms and blind resampling on held-out problems, with the tuned settings."""
     torch.set_num_threads(threads)
     models = bundled()
     task = load_task(ARITHMETIC, max_problems=problems)
-    config = arithmetic.CONFIG
-    folder = work / "measure"
-    run(folder / "baselines", models, task, baselines(SAMPLES), config)
-    for name, changes in VARIANTS.items():
-        run(folder / name, models, task, [("nabla", n) for n in ROLLOUTS], config.replace(**changes))
-    run(folder / "control", models, task, [("nabla", n) for n in ROLLOUTS], config.replace(reward_coeff=0.0))
-    run(folder / "blind", models, task, [(BLIND, n) for n in ROLLOUTS], config)
-    run(folder / "fresh", models, task, [(FRESH, n) for n in ROLLOUTS], config)
+    planned = plans(read_json(work / TUNED))
+    unknown = set(filter(None, runs.split(","))) - set(planned)
+    if unknown:
+        raise typer.BadParameter(f"--runs names {', '.join(unknown)}; use some of {', '.join(planned)}")
+    for name in runs.split(",") if runs else planned:
+        arms, config = planned[name]
+        run(work / "measure" / name, models, task, arms, config)
+
+
+def plans(tuned: dict[str, Any]) -> dict[str, tuple[list[tuple[str, int]], NablaConfig]]:
+    """Every run on the held-out problems: name → its arms and settings."""
+    settings = {kind: arithmetic.CONFIG.replace(**tuned[kind]) for kind in PARAMETERIZATIONS}
+
+    def arms(method: str) -> list[tuple[str, int]]:
+        return [(method, n) for n in ROLLOUTS]
+
+    planned = {BASELINES: (baselines(SAMPLES), settings["latents"])}
+    for kind, config in settings.items():
+        for name, changes in (VARIANTS | {"-control": CONTROL}).items():
+            planned[kind + name] = arms("nabla"), config.replace(**changes)
+    planned["blind"] = arms(BLIND), settings["latents"]
+    planned["fresh"] = arms(FRESH), settings["latents"]
+    return planned
 
 
 @app.command()
@@ -155,7 +179,7 @@ def smollm2(work: Work, threads: Threads = 2, problems: Problems = 100) -> None:
     for name in ("products", "gcd"):
         task = load_task(GYM_PREFIX + name, {**TASKS[name], "seed": 9_000_000}, max_problems=problems)
         folder = work / "smollm2" / name
-        run(folder / "baselines", models, task, baselines((1, 2, 4, 8)), config, seeds=(0,), batch_size=8)
+        run(folder / BASELINES, models, task, baselines((1, 2, 4, 8)), config, seeds=(0,), batch_size=8)
         run(folder / "nabla", models, task, [("nabla", n) for n in (2, 4, 8)], config, seeds=(0,), batch_size=8)
 
 
