@@ -23,6 +23,8 @@ LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 _MASK = 0xFFFFFFFF
 _LIFT = 1e-4
+# Tokens among which a nucleus is looked for before all are sorted, which takes thirty times as long.
+_LIKELIEST = 256
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,8 @@ def gumbel(keys: Sequence[NoiseKey], vocab_size: int, device: torch.device) -> T
         keys: N pairs (sequence seed, position).
         vocab_size: V. A smaller V gives a prefix of the same noise.
     """
-    words = [_mix64(_mix64(seed) + position) for seed, position in keys]
-    low = torch.tensor([w & _MASK for w in words], dtype=torch.long, device=device).unsqueeze(1)
-    high = torch.tensor([w >> 32 for w in words], dtype=torch.long, device=device).unsqueeze(1)
-    token = torch.arange(vocab_size, device=device).unsqueeze(0)
-    bits = _hash32(_hash32(token ^ low) ^ high)
-    # Exponential noise keeps its relative precision where it matters, near 0, because u is small there.
-    uniform = (bits.to(torch.float32) + 0.5) * 2.0**-32
-    return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2**-24)))
+    low, high = _words(keys, device)
+    return _gumbel(low.unsqueeze(1), high.unsqueeze(1), torch.arange(vocab_size, device=device).unsqueeze(0))
 
 
 def warp(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -109,16 +105,13 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
         kth = x.topk(sampling.top_k, dim=-1).values[:, -1:]
         x = x.masked_fill(x < kth, -torch.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, index = x.sort(dim=-1, descending=False)
-        removed = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        removed[:, -1] = False
-        x = x.masked_fill(removed.scatter(-1, index, removed), -torch.inf)
+        x = _nucleus(x, sampling.top_p)
     return x
 
 
 def sample(warped: Tensor, keys: Sequence[NoiseKey]) -> Tensor:
     """One token (N,) per row of warped logits (N, V), by Gumbel-max with the noise of ``keys``."""
-    return (warped + gumbel(keys, warped.shape[-1], warped.device)).argmax(-1)
+    return _with_noise(warped, warped, keys, 1.0).argmax(-1)
 
 
 def anchor_noise(logits: Tensor, sampling: Sampling, keys: Sequence[NoiseKey], tokens: Tensor | None = None) -> Tensor:
@@ -132,8 +125,7 @@ def anchor_noise(logits: Tensor, sampling: Sampling, keys: Sequence[NoiseKey], t
             made another choice than the recomputed logits do, and these tokens win.
     """
     warped = warp(logits, sampling)
-    noise = sampling.temperature * gumbel(keys, logits.shape[-1], logits.device)
-    noise = noise.masked_fill(warped == -torch.inf, -torch.inf).to(logits.dtype)
+    noise = _with_noise(torch.zeros_like(warped), warped, keys, sampling.temperature).to(logits.dtype)
     if tokens is None:
         return noise
     drawn = tokens.unsqueeze(-1)
@@ -143,6 +135,54 @@ def anchor_noise(logits: Tensor, sampling: Sampling, keys: Sequence[NoiseKey], t
     # The margin is well above what float32 kernels that sum in another order make of the same logits.
     lifted = best - own + _LIFT * (1 + best.abs() + own.abs())
     return torch.where(winner == drawn, noise, noise.scatter(-1, drawn, lifted))
+
+
+def _nucleus(x: Tensor, top_p: float) -> Tensor:
+    """Removes what lies outside the smallest set of tokens whose probability reaches ``top_p``."""
+    probabilities = x.softmax(-1)
+    likeliest = probabilities.topk(min(_LIKELIEST, x.shape[-1]), dim=-1)
+    inside = _before(likeliest.values) < top_p
+    kept = torch.full_like(x, -torch.inf)
+    kept = kept.scatter(-1, likeliest.indices, x.gather(-1, likeliest.indices).masked_fill(~inside, -torch.inf))
+    # A row's own matter, so that no other row of the batch changes it.
+    wide = inside[:, -1].nonzero()[:, 0]
+    if len(wide) and likeliest.indices.shape[-1] < x.shape[-1]:
+        ordered, index = probabilities[wide].sort(dim=-1, descending=True)
+        outside = _before(ordered) >= top_p
+        kept[wide] = x[wide].masked_fill(outside.scatter(-1, index, outside), -torch.inf)
+    return kept
+
+
+def _before(ordered: Tensor) -> Tensor:
+    """The probability of all likelier tokens (N, K), by descending probabilities (N, K)."""
+    return ordered.cumsum(-1) - ordered
+
+
+def _with_noise(values: Tensor, warped: Tensor, keys: Sequence[NoiseKey], scale: float) -> Tensor:
+    """``values`` (N, V) plus ``scale`` times Gumbel noise; -inf on the tokens that ``warped`` (N, V) has removed."""
+    rows, tokens = (warped != -torch.inf).nonzero(as_tuple=True)
+    low, high = _words(keys, warped.device)
+    # Warped rows mostly keep a handful of tokens; noise for the others would cost more than the model's own step.
+    noise = scale * _gumbel(low[rows], high[rows], tokens)
+    result = torch.full_like(values, -torch.inf, dtype=torch.promote_types(values.dtype, torch.float32))
+    result[rows, tokens] = values[rows, tokens] + noise
+    return result
+
+
+def _words(keys: Sequence[NoiseKey], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The low and high 32 bits (N,), as int64, of a hash of each key."""
+    words = [_mix64(_mix64(seed) + position) for seed, position in keys]
+    halves = [[word & _MASK for word in words], [word >> 32 for word in words]]
+    low, high = torch.tensor(halves, dtype=torch.long, device=device)
+    return low, high
+
+
+def _gumbel(low: Tensor, high: Tensor, token: Tensor) -> Tensor:
+    """The noise, float32, of broadcastable key words and token indices."""
+    bits = _hash32(_hash32(token ^ low) ^ high)
+    # Exponential noise keeps its relative precision where it matters, near 0, because u is small there.
+    uniform = (bits.to(torch.float32) + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2**-24)))
 
 
 def _process(processors: Sequence[LogitsProcessor], scores: Tensor, contexts: Sequence[Context]) -> Tensor:

@@ -35,6 +35,27 @@ def test_warp_equals_transformers_warpers(seed, vocabulary, temperature, top_k, 
     torch.testing.assert_close(warp(logits, sampling), theirs(logits, sampling))
 
 
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.95, 0.999])
+def test_a_nucleus_of_any_size_is_transformers_and_its_rows_do_not_mind_each_other(top_p):
+    spread = torch.tensor([0.01, 1.0, 3.0, 8.0])  # from nearly all of the tokens to one
+    logits = spread[:, None] * torch.randn(4, 3000, generator=torch.Generator().manual_seed(4))
+    sampling = Sampling(0.6, top_p)
+    warped = warp(logits, sampling)
+    torch.testing.assert_close(warped, theirs(logits, sampling))
+    sizes = warped.isfinite().sum(-1).tolist()
+    assert sizes[0] > 1000 > 256 > sizes[-1], "both ways of finding a nucleus were taken"
+    for row in range(4):
+        assert torch.equal(warp(logits[row : row + 1], sampling)[0], warped[row])
+
+
+def test_a_sample_is_the_argmax_of_all_logits_with_all_noise():
+    logits = 2 * torch.randn(8, 3000, generator=torch.Generator().manual_seed(5))
+    keys = [(seed, 2) for seed in range(8)]
+    for sampling in (Sampling(1.0), Sampling(0.6, 0.95), Sampling(1.0, None, 40)):
+        warped = warp(logits, sampling)
+        assert torch.equal(sample(warped, keys), (warped + gumbel(keys, 3000, CPU)).argmax(-1))
+
+
 def test_temperature_zero_keeps_the_argmax_alone():
     logits = torch.randn(5, 40)
     keys = [(s, 3) for s in range(5)]
