@@ -42,6 +42,9 @@ SEEDS = (0, 1, 2)
 SAMPLES = (1, 2, 4, 8, 16, 32)
 ROLLOUTS = (2, 4, 8, 16)
 BATCH_SIZE = 128
+SMOLLM2_ROLLOUTS = (2, 4, 8)
+SMOLLM2_RATES = (0.01, 0.1)
+SMOLLM2_BATCH_SIZE = 32
 BLIND, FRESH = "blind-resampling", "nabla-fresh-noise"
 BASELINES = "baselines"
 TUNED = "tuned.json"
@@ -85,7 +88,7 @@ def blind(batch: Batch) -> list[Answer]:
     return fresh(replace(batch, config=batch.config.replace(max_iters=0)))
 
 
-methods.METHODS.update({BLIND: blind, FRESH: fresh})
+OWN_METHODS = {BLIND: blind, FRESH: fresh}
 
 
 def run(
@@ -126,8 +129,7 @@ def tune(work: Work, threads: Threads = 2, problems: Problems = 200, rollouts: i
             for value in values:
                 config = arithmetic.CONFIG.replace(**best | {name: value})
                 folder = work / "tune" / f"{kind}-{name}-{value}"
-                summary = run(folder, models, task, [("nabla", rollouts)], config, seeds=(0,))
-                found[value] = summary["arms"][f"nabla {rollouts}"]["accuracy"]["mean"]
+                found[value] = _accuracy(run(folder, models, task, [("nabla", rollouts)], config, seeds=(0,)))
             best[name] = max(found, key=lambda value: found[value])
         tuned[kind] = best
     write_json(work / TUNED, tuned)
@@ -171,16 +173,31 @@ def plans(tuned: dict[str, Any]) -> dict[str, tuple[list[tuple[str, int]], Nabla
 
 
 @app.command()
-def smollm2(work: Work, threads: Threads = 2, problems: Problems = 100) -> None:
-    """SmolLM2 and its reward model on two tasks of reasoning-gym."""
+def smollm2(
+    work: Work,
+    threads: Threads = 2,
+    problems: Problems = 100,
+    tasks: Annotated[str, typer.Option(help="Names, separated by commas.")] = "products,gcd",
+) -> None:
+    """SmolLM2 and its reward model on tasks of reasoning-gym; the learning rate is chosen on other problems."""
     torch.set_num_threads(threads)
-    config = example.CONFIG
-    models = methods.load(*demo.load_smollm2(), *demo.load_smollm2_reward(), config)
-    for name in ("products", "gcd"):
-        task = load_task(GYM_PREFIX + name, {**TASKS[name], "seed": 9_000_000}, max_problems=problems)
-        folder = work / "smollm2" / name
-        run(folder / BASELINES, models, task, baselines((1, 2, 4, 8)), config, seeds=(0,), batch_size=8)
-        run(folder / "nabla", models, task, [("nabla", n) for n in (2, 4, 8)], config, seeds=(0,), batch_size=8)
+    models = methods.load(*demo.load_smollm2(), *demo.load_smollm2_reward(), example.CONFIG)
+    most = [("nabla", SMOLLM2_ROLLOUTS[-1])]
+    for name in tasks.split(","):
+        folder, once = work / "smollm2" / name, {"seeds": (0,), "batch_size": SMOLLM2_BATCH_SIZE}
+        tuning, task = (
+            load_task(GYM_PREFIX + name, {**TASKS[name], "seed": seed}, max_problems=count)
+            for seed, count in ((8_000_000, SMOLLM2_BATCH_SIZE), (9_000_000, problems))
+        )
+        found = {}
+        for rate in SMOLLM2_RATES:
+            config = example.CONFIG.replace(learning_rate=rate)
+            found[rate] = _accuracy(run(work / "smollm2-tune" / f"{name}-{rate}", models, tuning, most, config, **once))
+        config = example.CONFIG.replace(learning_rate=max(found, key=lambda rate: found[rate]))
+        run(folder / BASELINES, models, task, baselines((1, *SMOLLM2_ROLLOUTS)), config, **once)
+        run(folder / "latents", models, task, [("nabla", n) for n in SMOLLM2_ROLLOUTS], config, **once)
+        control = config.replace(**CONTROL, gradient_threshold=None)
+        run(folder / "latents-control", models, task, most, control, **once)
 
 
 @app.command("report")
@@ -189,8 +206,15 @@ def write_report(work: Work, output: Annotated[Path, typer.Option(help="Director
     write_reports(work, output)
 
 
+def _accuracy(summary: dict[str, Any]) -> float:
+    """Of the only arm of a run."""
+    (arm,) = summary["arms"].values()
+    return float(arm["accuracy"]["mean"])
+
+
 def bundled() -> Models:
-    """The bundled pair, ready."""
+    """The bundled pair, ready, and the methods of this file among those of the evaluation."""
+    methods.METHODS.update(OWN_METHODS)
     return methods.load(*arithmetic.load_policy(), *arithmetic.load_reward(), arithmetic.CONFIG)
 
 

@@ -15,7 +15,13 @@ from nabla_fast.evaluation.journal import Record
 
 COSTS = {"model_calls": "model calls", "flops": "FLOPs", "seconds": "seconds"}
 # What the plots show; the tables have every arm.
-SHOWN = ("greedy", "self-consistency", "best-of-n", "latents", "logits", "control")
+SHOWN = ("greedy", "self-consistency", "best-of-n", "latents", "logits", "latents-control")
+# Runs that differ in one thing: what it is → (with, without).
+PAIRS = {
+    "the reward's gradient, latents": ("latents", "latents-control"),
+    "the reward's gradient, logits": ("logits", "logits-control"),
+    "optimisation, where resampling has noise of its own": ("fresh", "blind"),
+}
 
 
 def write_reports(work: Path, output: Path) -> None:
@@ -32,7 +38,12 @@ def write_reports(work: Path, output: Path) -> None:
             pictures.mkdir(parents=True, exist_ok=True)
             shown = {label: arm for label, arm in summary["arms"].items() if arm["method"] in SHOWN}
             drawn = plots.draw({**summary, "arms": shown}, pictures)
-            lines += [*_section(name, summary), *(f"![{file.stem}]({name}/{file.name})" for file in drawn), ""]
+            lines += [
+                *_section(name, summary),
+                *_differences(runs),
+                *(f"![{file.stem}]({name}/{file.name})" for file in drawn),
+                "",
+            ]
     tuning = sorted((work / "tune").glob("*"))
     if tuning:
         sweep = {run.name: _only(report.summarise(*report.read_run(run))["arms"]) for run in tuning}
@@ -68,7 +79,8 @@ def merged(runs: Mapping[str, Path]) -> dict[str, Any]:
 def _section(name: str, summary: Mapping[str, Any]) -> list[str]:
     task = summary["task"]
     lines = [f"## {name}: {task['problems']} problems, seeds {', '.join(map(str, summary['seeds']))}", ""]
-    header = ["method", "accuracy", "95 %", "reward", "model calls", "FLOPs", "seconds", "rejected", "skipped"]
+    header = ["method", "accuracy", "95 %", "reward", "rollouts", "model calls", "FLOPs", "seconds"]
+    header += ["proposals rejected", "positions skipped"]
     lines += _row(header) + _row(["---"] * len(header))
     for label, arm in summary["arms"].items():
         accuracy = arm["accuracy"]
@@ -78,6 +90,7 @@ def _section(name: str, summary: Mapping[str, Any]) -> list[str]:
                 f"{accuracy['mean']:.1%}",
                 f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}",
                 "" if arm["reward"] is None else f"{arm['reward']['mean']:+.2f}",
+                f"{arm['counters']['rollouts']:.2f}",
                 f"{arm['model_calls']['mean']:.0f}",
                 f"{arm['flops']['mean']:.2e}",
                 f"{arm['seconds']['mean']:.3f}",
@@ -93,6 +106,24 @@ def _section(name: str, summary: Mapping[str, Any]) -> list[str]:
     lines += _row(["method", *(f"equal {cost}" for cost in COSTS.values())]) + _row(["---"] * (1 + len(COSTS)))
     for label, found in summary["against_best_of_n"].items():
         lines += _row([label, *(_points(found[cost]) for cost in COSTS)])
+    return [*lines, ""]
+
+
+def _differences(runs: Mapping[str, Path]) -> list[str]:
+    """What one thing changes, from pairs of runs that are alike but for it."""
+    pairs = {what: names for what, names in PAIRS.items() if all(name in runs for name in names)}
+    if not pairs:
+        return []
+    lines = ["Accuracy with minus accuracy without, in points (paired 95 %).", ""]
+    lines += _row(["what", "rollouts", "difference"]) + _row(["---"] * 3)
+    for what, names in pairs.items():
+        # By n, because the two may be methods of different names.
+        on, off = (
+            {config["arms"][label]["n"]: records for label, records in arms.items()}
+            for config, arms in (report.read_run(runs[name]) for name in names)
+        )
+        for n in (n for n in on if n in off):
+            lines += _row([what, str(n), report.points(report.paired(off[n], on[n])["accuracy"])])
     return [*lines, ""]
 
 
@@ -120,7 +151,7 @@ def _percent(value: float | None) -> str:
 
 
 def _points(measure: Mapping[str, float] | None) -> str:
-    return "" if measure is None else report._points(measure)
+    return "" if measure is None else report.points(measure)
 
 
 def _machine() -> dict[str, Any]:

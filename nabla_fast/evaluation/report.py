@@ -132,7 +132,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
             _arm(run["arms"][label], records[label]) if label in records else None
             for run, records in ((config, arms), (other_config, other_arms))
         ]
-        differences = _paired(arms.get(label, []), other_arms.get(label, []))
+        differences = paired(arms.get(label, []), other_arms.get(label, []))
         told_arms[label] = {"first": figures[0], "second": figures[1], "differences": differences}
     return {"task": config["task"], "first": str(first), "second": str(second), "arms": told_arms}
 
@@ -147,7 +147,7 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
         quality.add_row(
             label,
             *(_number(_side(side, "accuracy"), ".1%") for side in sides),
-            _points(arm["differences"].get("accuracy")),
+            points(arm["differences"].get("accuracy")),
         )
         cost.add_row(
             label,
@@ -197,7 +197,7 @@ def _equal_cost_table(summary: Mapping[str, Any]) -> list[Table]:
         [f"equal\n{cost.replace('_', ' ').replace('flops', 'FLOPs')}" for cost in _COSTS],
     )
     for label, found in differences.items():
-        table.add_row(label, *(_points(found[cost]) for cost in _COSTS))
+        table.add_row(label, *(points(found[cost]) for cost in _COSTS))
     return [table]
 
 
@@ -221,7 +221,8 @@ def _point(records: Sequence[Record], cost: str) -> equal_cost.Point:
     return equal_cost.Point(sum(costs) / len(costs), _by_problem(records, _MEASURES["accuracy"]))
 
 
-def _paired(first: Sequence[Record], second: Sequence[Record]) -> dict[str, dict[str, float]]:
+def paired(first: Sequence[Record], second: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """Measure → second minus first, over the problems that both finished, with a paired bootstrap interval."""
     differences = {}
     for name in _DIFFERENCES:
         ours, theirs = (
@@ -276,7 +277,8 @@ def _percent_interval(measure: Mapping[str, float] | None) -> str:
     return f"{100 * measure['low']:.0f} to {100 * measure['high']:.0f}"
 
 
-def _points(measure: Mapping[str, float] | None) -> str:
+def points(measure: Mapping[str, float] | None) -> str:
+    """A difference of shares and its interval, in percentage points."""
     if measure is None:
         return "-"
     mean, low, high = (100 * measure[part] for part in ("mean", "low", "high"))
