@@ -12,25 +12,24 @@ Every stage can be stopped and started again: DIR keeps every answer.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from quality_methods import BLIND, FRESH, SAMPLES, thrifty
 from quality_report import write_reports
 
 from nabla_fast import demo
-from nabla_fast.config import PARAMETERIZATIONS, NablaConfig
+from nabla_fast.config import ANCHORS, PARAMETERIZATIONS, NablaConfig
 from nabla_fast.demo import arithmetic, example
 from nabla_fast.demo.tasks import TASKS
 from nabla_fast.evaluation import methods, report
 from nabla_fast.evaluation.journal import write_json
-from nabla_fast.evaluation.methods import Answer, Batch, Models
+from nabla_fast.evaluation.methods import Models
 from nabla_fast.evaluation.runner import Arm, Plan, describe, evaluate, open_run, read_json
 from nabla_fast.evaluation.tasks import ARITHMETIC, GYM_PREFIX, Task, load_task
-from nabla_fast.sampling import Context, Sampler
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -39,56 +38,28 @@ Threads = Annotated[int, typer.Option(help="CPU threads.")]
 Problems = Annotated[int, typer.Option(help="Problems of each task.")]
 
 SEEDS = (0, 1, 2)
-SAMPLES = (1, 2, 4, 8, 16, 32)
 ROLLOUTS = (2, 4, 8, 16)
 BATCH_SIZE = 128
 SMOLLM2_ROLLOUTS = (2, 4, 8)
 SMOLLM2_RATES = (0.01, 0.1)
 SMOLLM2_BATCH_SIZE = 32
-BLIND, FRESH = "blind-resampling", "nabla-fresh-noise"
 BASELINES = "baselines"
-TUNED = "tuned.json"
+TUNED = "tuned"
 
-# What the tuning changes, one setting after the other, keeping the best: name → values. Without a gradient threshold
-# at first: the one of the published models would leave nothing to optimise.
+# What is tuned on its own, and what all of it starts from. Without a gradient threshold at first: the one of the
+# published models would leave nothing to optimise.
+KINDS = {f"{p}-{a}": {"parameterization": p, "anchor": a} for p in PARAMETERIZATIONS for a in reversed(ANCHORS)}
 START = {"gradient_threshold": None}
+# What the tuning changes, one setting after the other, keeping the best: name → values.
 SWEEP: dict[str, tuple[Any, ...]] = {
-    "learning_rate": (0.01, 0.03, 0.1, 0.3, 1.0),
-    "confidence_threshold": (0.7, 0.8, 0.88, 0.92, 0.97),
-    "reward_coeff": (0.01, 0.1, 1.0, 10.0),
-    "gradient_threshold": (None, 0.1, 0.3, 1.0),
+    "learning_rate": (0.03, 0.1, 0.3, 1.0),
+    "confidence_threshold": (0.7, 0.88, 0.92),
+    "reward_coeff": (0.1, 1.0, 10.0),
+    "gradient_threshold": (None, 0.1, 0.3),
 }
-ANCHORED, POSTFIX = {"anchor": "rollout"}, {"update_postfix": True}
-VARIANTS: dict[str, dict[str, Any]] = {"": {}, "-rollout": ANCHORED, "-postfix": POSTFIX}
-VARIANTS["-rollout-postfix"] = ANCHORED | POSTFIX
 # The reward's gradient off; its judgement of proposals stays.
-CONTROL = {"reward_coeff": 0.0}
-
-
-@dataclass(frozen=True)
-class FreshNoise(Sampler):
-    """Resamples a position with other noise than the rollout was drawn with."""
-
-    resample: Any = None
-
-    def __call__(self, logits: torch.Tensor, sampling: Any, contexts: Sequence[Context]) -> torch.Tensor:
-        """See `Sampler.__call__`."""
-        if sampling is self.resample:
-            contexts = [replace(context, seed=context.seed ^ 0x5DEECE66D) for context in contexts]
-        return super().__call__(logits, sampling, contexts)
-
-
-def fresh(batch: Batch) -> list[Answer]:
-    """∇-Reasoner whose resampling has noise of its own."""
-    return methods.nabla(batch, FreshNoise(resample=batch.config.resample))
-
-
-def blind(batch: Batch) -> list[Answer]:
-    """The same positions resampled without any optimisation."""
-    return fresh(replace(batch, config=batch.config.replace(max_iters=0)))
-
-
-OWN_METHODS = {BLIND: blind, FRESH: fresh}
+VARIANTS: dict[str, dict[str, Any]] = {"": {}, "-postfix": {"update_postfix": True}, "-control": {"reward_coeff": 0.0}}
+MAIN = "latents-rollout"
 
 
 def run(
@@ -103,6 +74,7 @@ def run(
 ) -> dict[str, Any]:
     """Runs arms, or what is left of them, and returns the summary."""
     start = time.perf_counter()
+    methods.METHODS.update(thrifty())
     plan = Plan(tuple(Arm(*arm) for arm in arms), tuple(seeds), config, batch_size)
     with open_run(folder, describe(plan, task, {"model": "demo", "threads": torch.get_num_threads()})) as journal:
         records = evaluate(models, task, plan, journal)
@@ -116,14 +88,20 @@ def run(
 
 
 @app.command()
-def tune(work: Work, threads: Threads = 2, problems: Problems = 200, rollouts: int = 8) -> None:
-    """Sweeps settings on the tuning split, for latents and logits, and keeps the best of each in tuned.json."""
+def tune(
+    work: Work,
+    threads: Threads = 2,
+    problems: Problems = 200,
+    rollouts: int = 8,
+    kinds: Annotated[str, typer.Option(help="Some of them, separated by commas.")] = ",".join(KINDS),
+) -> None:
+    """Sweeps settings on the tuning split, and keeps the best of each kind in DIR/tuned."""
     torch.set_num_threads(threads)
     models = bundled()
     task = load_task(ARITHMETIC, split="tuning", max_problems=problems)
-    tuned = {}
-    for kind in PARAMETERIZATIONS:
-        best = START | {"parameterization": kind}
+    (work / TUNED).mkdir(parents=True, exist_ok=True)
+    for kind in _chosen("--kinds", kinds, KINDS):
+        best = START | KINDS[kind]
         for name, values in SWEEP.items():
             found = {}
             for value in values:
@@ -131,9 +109,8 @@ def tune(work: Work, threads: Threads = 2, problems: Problems = 200, rollouts: i
                 folder = work / "tune" / f"{kind}-{name}-{value}"
                 found[value] = _accuracy(run(folder, models, task, [("nabla", rollouts)], config, seeds=(0,)))
             best[name] = max(found, key=lambda value: found[value])
-        tuned[kind] = best
-    write_json(work / TUNED, tuned)
-    print(tuned)
+        write_json(work / TUNED / f"{kind}.json", best)
+        print(best)
 
 
 @app.command()
@@ -147,29 +124,33 @@ def measure(
     torch.set_num_threads(threads)
     models = bundled()
     task = load_task(ARITHMETIC, max_problems=problems)
-    planned = plans(read_json(work / TUNED))
-    unknown = set(filter(None, runs.split(","))) - set(planned)
-    if unknown:
-        raise typer.BadParameter(f"--runs names {', '.join(unknown)}; use some of {', '.join(planned)}")
-    for name in runs.split(",") if runs else planned:
+    planned = plans({kind: read_json(work / TUNED / f"{kind}.json") for kind in KINDS})
+    for name in _chosen("--runs", runs or ",".join(planned), planned):
         arms, config = planned[name]
         run(work / "measure" / name, models, task, arms, config)
 
 
 def plans(tuned: dict[str, Any]) -> dict[str, tuple[list[tuple[str, int]], NablaConfig]]:
     """Every run on the held-out problems: name → its arms and settings."""
-    settings = {kind: arithmetic.CONFIG.replace(**tuned[kind]) for kind in PARAMETERIZATIONS}
+    settings = {kind: arithmetic.CONFIG.replace(**tuned[kind]) for kind in KINDS}
 
     def arms(method: str) -> list[tuple[str, int]]:
         return [(method, n) for n in ROLLOUTS]
 
-    planned = {BASELINES: (baselines(SAMPLES), settings["latents"])}
+    planned = {BASELINES: (baselines(SAMPLES), settings[MAIN])}
     for kind, config in settings.items():
-        for name, changes in (VARIANTS | {"-control": CONTROL}).items():
+        for name, changes in VARIANTS.items():
             planned[kind + name] = arms("nabla"), config.replace(**changes)
-    planned["blind"] = arms(BLIND), settings["latents"]
-    planned["fresh"] = arms(FRESH), settings["latents"]
+    planned["blind"] = arms(BLIND), settings[MAIN]
+    planned["fresh"] = arms(FRESH), settings[MAIN]
     return planned
+
+
+def _chosen(option: str, names: str, known: Collection[str]) -> list[str]:
+    unknown = set(names.split(",")) - set(known)
+    if unknown:
+        raise typer.BadParameter(f"{option} names {', '.join(sorted(unknown))}; use some of {', '.join(known)}")
+    return names.split(",")
 
 
 @app.command()
@@ -189,15 +170,21 @@ def smollm2(
             load_task(GYM_PREFIX + name, {**TASKS[name], "seed": seed}, max_problems=count)
             for seed, count in ((8_000_000, SMOLLM2_BATCH_SIZE), (9_000_000, problems))
         )
-        found = {}
-        for rate in SMOLLM2_RATES:
-            config = example.CONFIG.replace(learning_rate=rate)
-            found[rate] = _accuracy(run(work / "smollm2-tune" / f"{name}-{rate}", models, tuning, most, config, **once))
-        config = example.CONFIG.replace(learning_rate=max(found, key=lambda rate: found[rate]))
-        run(folder / BASELINES, models, task, baselines((1, *SMOLLM2_ROLLOUTS)), config, **once)
-        run(folder / "latents", models, task, [("nabla", n) for n in SMOLLM2_ROLLOUTS], config, **once)
-        control = config.replace(**CONTROL, gradient_threshold=None)
-        run(folder / "latents-control", models, task, most, control, **once)
+        tuned = {}
+        for anchor in reversed(ANCHORS):
+            found = {}
+            for rate in SMOLLM2_RATES:
+                config = example.CONFIG.replace(anchor=anchor, learning_rate=rate)
+                tried = work / "smollm2-tune" / f"{name}-{anchor}-{rate}"
+                found[rate] = _accuracy(run(tried, models, tuning, most, config, **once))
+            best = max(found, key=lambda rate: found[rate])
+            tuned[anchor] = example.CONFIG.replace(anchor=anchor, learning_rate=best)
+        run(folder / BASELINES, models, task, baselines((1, *SMOLLM2_ROLLOUTS)), tuned["rollout"], **once)
+        for anchor, config in tuned.items():
+            arms = [("nabla", n) for n in SMOLLM2_ROLLOUTS]
+            run(folder / f"latents-{anchor}", models, task, arms, config, **once)
+        control = tuned["rollout"].replace(**VARIANTS["-control"], gradient_threshold=None)
+        run(folder / f"{MAIN}-control", models, task, most, control, **once)
 
 
 @app.command("report")
@@ -213,8 +200,7 @@ def _accuracy(summary: dict[str, Any]) -> float:
 
 
 def bundled() -> Models:
-    """The bundled pair, ready, and the methods of this file among those of the evaluation."""
-    methods.METHODS.update(OWN_METHODS)
+    """The bundled pair, ready."""
     return methods.load(*arithmetic.load_policy(), *arithmetic.load_reward(), arithmetic.CONFIG)
 
 

@@ -15,11 +15,13 @@ from nabla_fast.evaluation.journal import Record
 
 COSTS = {"model_calls": "model calls", "flops": "FLOPs", "seconds": "seconds"}
 # What the plots show; the tables have every arm.
-SHOWN = ("greedy", "self-consistency", "best-of-n", "latents", "logits", "latents-control")
+SHOWN = ("greedy", "self-consistency", "best-of-n", "latents-rollout", "latents-argmax", "latents-rollout-control")
 # Runs that differ in one thing: what it is → (with, without).
 PAIRS = {
-    "the reward's gradient, latents": ("latents", "latents-control"),
-    "the reward's gradient, logits": ("logits", "logits-control"),
+    "the reward's gradient, latents, anchor rollout": ("latents-rollout", "latents-rollout-control"),
+    "the reward's gradient, logits, anchor rollout": ("logits-rollout", "logits-rollout-control"),
+    "the reward's gradient, latents, anchor argmax": ("latents-argmax", "latents-argmax-control"),
+    "the reward's gradient, logits, anchor argmax": ("logits-argmax", "logits-argmax-control"),
     "optimisation, where resampling has noise of its own": ("fresh", "blind"),
 }
 

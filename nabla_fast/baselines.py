@@ -31,13 +31,23 @@ class Samples:
         texts: n answers, special tokens left out.
         sequences: n tensors (n_j,) int64 of response token ids, on the CPU.
         rewards: n rewards, or None where nothing was scored.
-        stats: what they took together.
+        records: what each of them took.
     """
 
     texts: list[str]
     sequences: list[Tensor]
     rewards: list[float] | None
-    stats: SequenceStats
+    records: list[SequenceStats]
+
+    @property
+    def stats(self) -> SequenceStats:
+        """What they took together."""
+        return Stats(self.records).totals
+
+    def first(self, n: int) -> Samples:
+        """The first ``n``: what drawing only so many would have given."""
+        rewards = None if self.rewards is None else self.rewards[:n]
+        return Samples(self.texts[:n], self.sequences[:n], rewards, self.records[:n])
 
 
 def greedy(
@@ -204,7 +214,7 @@ def _draw(
 
 def _samples(pair: Pair, sequences: list[Tensor], rewards: list[float] | None, records: list[SequenceStats]) -> Samples:
     texts = [pair.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in sequences]
-    return Samples(texts, sequences, rewards, Stats(records).totals)
+    return Samples(texts, sequences, rewards, records)
 
 
 def _chosen(groups: Seq[Samples], indices: Seq[int]) -> NablaOutput:

@@ -119,23 +119,23 @@ def make_batch(
 
 def greedy(batch: Batch) -> list[Answer]:
     """Greedy decoding, scored once."""
-    config = batch.config.replace(rollout=Sampling(temperature=0.0))
-    return _sampled(batch, config, scored=True, choose=lambda _, group: baselines.best(group))
+    return best_of_n(batch, draw(batch, batch.config.replace(rollout=Sampling(temperature=0.0)), scored=True))
 
 
-def best_of_n(batch: Batch) -> list[Answer]:
-    """The best of n samples by reward."""
-    return _sampled(batch, batch.config, scored=True, choose=lambda _, group: baselines.best(group))
+def best_of_n(batch: Batch, groups: Sequence[baselines.Samples] | None = None) -> list[Answer]:
+    """The best of n samples by reward; ``groups`` holds the samples of each problem where they are drawn already."""
+    groups = draw(batch, batch.config, scored=True) if groups is None else groups
+    return _chosen(batch, groups, [baselines.best(group) for group in groups])
 
 
-def self_consistency(batch: Batch) -> list[Answer]:
-    """The majority of n samples; nothing is scored."""
-
-    def choose(problem: Problem, group: baselines.Samples) -> int:
+def self_consistency(batch: Batch, groups: Sequence[baselines.Samples] | None = None) -> list[Answer]:
+    """The majority of n samples; nothing is scored. ``groups`` as in `best_of_n`."""
+    groups = draw(batch, batch.config, scored=False) if groups is None else groups
+    found = []
+    for problem, group in zip(batch.problems, groups, strict=True):
         answers = [batch.grader.answer(problem.id, text) for text in group.texts]
-        return baselines.vote(answers, batch.grader.same)
-
-    return _sampled(batch, batch.config, scored=False, choose=choose)
+        found.append(baselines.vote(answers, batch.grader.same))
+    return _chosen(batch, groups, found)
 
 
 def nabla(batch: Batch, sampler: Sampler | None = None) -> list[Answer]:
@@ -165,14 +165,9 @@ METHODS: dict[str, Callable[[Batch], list[Answer]]] = {
 }
 
 
-def _sampled(
-    batch: Batch,
-    config: NablaConfig,
-    *,
-    scored: bool,
-    choose: Callable[[Problem, baselines.Samples], int],
-) -> list[Answer]:
-    groups = baselines.sample(
+def draw(batch: Batch, config: NablaConfig, *, scored: bool) -> list[baselines.Samples]:
+    """n samples of each problem."""
+    return baselines.sample(
         batch.models.pair,
         batch.prompt_ids,
         batch.frames,
@@ -182,19 +177,21 @@ def _sampled(
         seeds=batch.seeds,
         batch_size=batch.size,
     )
+
+
+def _chosen(batch: Batch, groups: Sequence[baselines.Samples], indices: Sequence[int]) -> list[Answer]:
     answers = []
-    for i, (problem, group) in enumerate(zip(batch.problems, groups, strict=True)):
-        chosen = choose(problem, group)
-        rewards = None if group.rewards is None else (group.rewards[0], group.rewards[chosen])
+    for i, (group, chosen) in enumerate(zip(groups, indices, strict=True)):
+        stats = group.stats
         answers.append(
             _answer(
                 batch,
                 i,
                 text=group.texts[chosen],
                 tokens=len(group.sequences[chosen]),
-                rewards=rewards,
-                stats=group.stats,
-                conversations=group.stats.reward_calls,
+                rewards=None if group.rewards is None else (group.rewards[0], group.rewards[chosen]),
+                stats=stats,
+                conversations=stats.reward_calls,
             )
         )
     return answers
