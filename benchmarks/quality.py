@@ -4,7 +4,8 @@
     python benchmarks/quality.py measure --work DIR     every method on 500 held-out problems, three seeds; with
                                                         --runs, some of them, so that several processes can share them
     python benchmarks/quality.py smollm2 --work DIR     products and gcd, 100 problems
-    python benchmarks/quality.py report --work DIR --output benchmarks/results/quality
+    python benchmarks/quality.py judge --work DIR --reward-model DIR    Best-of-N by a judge without a useful gradient
+    python benchmarks/quality.py report --work DIR --output benchmarks/results/quality --readme README.md
 
 Every stage can be stopped and started again: DIR keeps every answer.
 """
@@ -30,6 +31,7 @@ from nabla_fast.evaluation.journal import write_json
 from nabla_fast.evaluation.methods import Models
 from nabla_fast.evaluation.runner import Arm, Plan, describe, evaluate, open_run, read_json
 from nabla_fast.evaluation.tasks import ARITHMETIC, GYM_PREFIX, Task, load_task
+from nabla_fast.models.loading import load_reward_model
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -49,10 +51,10 @@ TUNED = "tuned"
 # What is tuned on its own, and what all of it starts from. Without a gradient threshold at first: the one of the
 # published models would leave nothing to optimise.
 KINDS = {f"{p}-{a}": {"parameterization": p, "anchor": a} for p in PARAMETERIZATIONS for a in reversed(ANCHORS)}
-START = {"gradient_threshold": None}
+START = {"gradient_threshold": None, "confidence_threshold": 0.97, "reward_coeff": 1.0}
 # What the tuning changes, one setting after the other, keeping the best: name → values.
 SWEEP: dict[str, tuple[Any, ...]] = {
-    "learning_rate": (0.03, 0.1, 0.3, 1.0),
+    "learning_rate": (0.03, 0.1, 0.3, 1.0, 3.0),
     "confidence_threshold": (0.7, 0.88, 0.92),
     "reward_coeff": (0.1, 1.0, 10.0),
     "gradient_threshold": (None, 0.1, 0.3),
@@ -124,15 +126,35 @@ def measure(
     torch.set_num_threads(threads)
     models = bundled()
     task = load_task(ARITHMETIC, max_problems=problems)
-    planned = plans({kind: read_json(work / TUNED / f"{kind}.json") for kind in KINDS})
+    planned = plans({file.stem: read_json(file) for file in sorted((work / TUNED).glob("*.json"))})
     for name in _chosen("--runs", runs or ",".join(planned), planned):
         arms, config = planned[name]
         run(work / "measure" / name, models, task, arms, config)
 
 
+@app.command()
+def judge(
+    work: Work,
+    reward_model: Annotated[Path, typer.Option(help="Such as train_demo_pair.py makes with --compass 0.")],
+    threads: Threads = 2,
+    problems: Problems = 500,
+) -> None:
+    """Best-of-N by a reward model that is trained to judge alone, of which ∇-Reasoner could make no use."""
+    torch.set_num_threads(threads)
+    models = methods.load(*arithmetic.load_policy(), *load_reward_model(reward_model), arithmetic.CONFIG)
+    task = load_task(ARITHMETIC, max_problems=problems)
+    run(work / "measure" / "judge-alone", models, task, [("best-of-n", n) for n in SAMPLES], arithmetic.CONFIG)
+
+
 def plans(tuned: dict[str, Any]) -> dict[str, tuple[list[tuple[str, int]], NablaConfig]]:
-    """Every run on the held-out problems: name → its arms and settings."""
-    settings = {kind: arithmetic.CONFIG.replace(**tuned[kind]) for kind in KINDS}
+    """Every run on the held-out problems: name → its arms and settings.
+
+    Args:
+        tuned: kind → its settings, `MAIN` among them.
+    """
+    if MAIN not in tuned:
+        raise typer.BadParameter(f"--work has no {TUNED}/{MAIN}.json; run the stage tune first")
+    settings = {kind: arithmetic.CONFIG.replace(**tuned[kind]) for kind in KINDS if kind in tuned}
 
     def arms(method: str) -> list[tuple[str, int]]:
         return [(method, n) for n in ROLLOUTS]
@@ -188,9 +210,13 @@ def smollm2(
 
 
 @app.command("report")
-def write_report(work: Work, output: Annotated[Path, typer.Option(help="Directory of the tables and plots.")]) -> None:
+def write_report(
+    work: Work,
+    output: Annotated[Path, typer.Option(help="Directory of the tables and plots.")],
+    readme: Annotated[Path | None, typer.Option(help="File to write the short table into.")] = None,
+) -> None:
     """Writes summaries, tables and plots of all that was measured."""
-    write_reports(work, output)
+    write_reports(work, output, readme)
 
 
 def _accuracy(summary: dict[str, Any]) -> float:

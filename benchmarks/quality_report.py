@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from nabla_fast.evaluation.journal import Record
 COSTS = {"model_calls": "model calls", "flops": "FLOPs", "seconds": "seconds"}
 # What the plots show; the tables have every arm.
 SHOWN = ("greedy", "self-consistency", "best-of-n", "latents-rollout", "latents-argmax", "latents-rollout-control")
+OPENING, CLOSING = "<!-- quality: by benchmarks/quality.py report -->", "<!-- /quality -->"
 # Runs that differ in one thing: what it is → (with, without).
 PAIRS = {
     "the reward's gradient, latents, anchor rollout": ("latents-rollout", "latents-rollout-control"),
@@ -26,8 +28,8 @@ PAIRS = {
 }
 
 
-def write_reports(work: Path, output: Path) -> None:
-    """Writes a JSON file, a table and plots for each task that ``work`` has runs of."""
+def write_reports(work: Path, output: Path, readme: Path | None = None) -> None:
+    """Writes a JSON file, a table and plots for each task that ``work`` has runs of; a short table into ``readme``."""
     lines = ["# Quality", "", "Made by `python benchmarks/quality.py report`; nothing here is typed by hand.", ""]
     measured = {"arithmetic": work / "measure"}
     measured |= {f"smollm2-{folder.name}": folder for folder in sorted((work / "smollm2").glob("*"))}
@@ -49,9 +51,15 @@ def write_reports(work: Path, output: Path) -> None:
     tuning = sorted((work / "tune").glob("*"))
     if tuning:
         sweep = {run.name: _only(report.summarise(*report.read_run(run))["arms"]) for run in tuning}
-        write(output / "tuning.json", {"runs": sweep, **_machine()})
+        tuned = {file.stem: json.loads(file.read_text()) for file in sorted((work / "tuned").glob("*.json"))}
+        write(output / "tuning.json", {"tuned": tuned, "runs": sweep, **_machine()})
         lines += _tuning(sweep)
     (output / "README.md").write_text("\n".join(lines))
+    if readme is not None and (output / "arithmetic.json").exists():
+        text = readme.read_text()
+        before, rest = text.split(OPENING)
+        table = "\n".join(_short(json.loads((output / "arithmetic.json").read_text())))
+        readme.write_text(f"{before}{OPENING}\n\n{table}\n\n{CLOSING}{rest.split(CLOSING)[1]}")
 
 
 def merged(runs: Mapping[str, Path]) -> dict[str, Any]:
@@ -109,6 +117,19 @@ def _section(name: str, summary: Mapping[str, Any]) -> list[str]:
     for label, found in summary["against_best_of_n"].items():
         lines += _row([label, *(_points(found[cost]) for cost in COSTS)])
     return [*lines, ""]
+
+
+def _short(summary: Mapping[str, Any]) -> list[str]:
+    """The table of the project's README."""
+    header = ["method", "accuracy", "95 %", "model calls", "FLOPs", "minus Best-of-N at equal calls, points"]
+    lines = _row(header) + _row(["---"] * len(header))
+    for label, arm in summary["arms"].items():
+        if arm["method"] in SHOWN:
+            accuracy = arm["accuracy"]
+            cells = [label, f"{accuracy['mean']:.1%}", f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}"]
+            cells += [f"{arm['model_calls']['mean']:.0f}", f"{arm['flops']['mean']:.1e}"]
+            lines += _row([*cells, _points(summary["against_best_of_n"].get(label, {}).get("model_calls"))])
+    return lines
 
 
 def _differences(runs: Mapping[str, Path]) -> list[str]:

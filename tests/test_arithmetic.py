@@ -12,18 +12,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from nabla_fast.demo import arithmetic
 from nabla_fast.demo.answers import sample_answers, score_answers
+from nabla_fast.evaluation import methods
+from nabla_fast.evaluation.tasks import ARITHMETIC, load_task
 from nabla_fast.models.chat import conversation_frame, generation_prompt_ids
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import demo_pair_data
 import demo_pair_verifier
+import evaluate_demo_pair
 import train_demo_pair
 
 MEGABYTE = 10**6
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "quality"
 
 
 def ask(problem):
@@ -107,6 +117,68 @@ def test_the_reward_model_tells_solutions_from_near_misses(reward):
     assert sum(better) > 85
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_the_rewards_gradient_points_at_the_right_token(policy, reward):
+    models = methods.load(*policy, *reward, arithmetic.CONFIG)
+    found = evaluate_demo_pair.compass(models, load_task(ARITHMETIC, max_problems=80), 80)
+    assert found["first_mistakes"] > 20
+    assert found["right_token_above_the_wrong_one"]["mean"] > 0.9
+    assert found["right_token_first"]["mean"] > 0.75 > found["right_token_likelier_by_the_policy"]["mean"]
+    assert found["right_tokens_left_alone"] > 0.97
+
+
+def test_the_model_card_says_what_was_measured():
+    pair = json.loads((RESULTS / "pair.json").read_text())
+    card = (arithmetic.REWARD_PATH / "README.md").read_text()
+    compass = pair["compass"]
+    shares = [pair[name]["mean"] for name in ("single_sample", "best_of_64_by_reward", "any_of_64")]
+    shares += [measure["mean"] for name, measure in compass.items() if name.startswith("right_token_")]
+    shares.append(compass["right_tokens_left_alone"])
+    for shown in [f"{pair['auroc']:.3f}", f"{pair['auroc_within_problems']:.3f}", *(f"{x:.1%}" for x in shares)]:
+        assert f"| {shown.replace('%', ' %')} |" in card
+
+
+def test_the_settings_are_those_that_the_tuning_chose():
+    tuned = json.loads((RESULTS / "tuning.json").read_text())["tuned"]["latents-rollout"]
+    assert arithmetic.CONFIG.replace(**tuned) == arithmetic.CONFIG
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_gradient_can_be_taught(monkeypatch):
+    small(monkeypatch)
+    torch.manual_seed(0)
+    tokenizer = demo_pair_data.make_tokenizer()
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **train_demo_pair.SIZES, **ends)
+    verifier = demo_pair_verifier.Verifier(LlamaForCausalLM(config))
+    problem = next(arithmetic.problems("train"))
+    solution = demo_pair_data.solution_ids(tokenizer, problem)
+    wrong = [*solution[:9], solution[10], *solution[10:]]
+    batch = demo_pair_data.reward_batch(tokenizer, random.Random(0), 8, [(problem, wrong)])
+
+    def compass(reward_of_embeddings):
+        embeds = verifier.classifier.model.embed_tokens(batch.ids)
+        return verifier._compass(reward_of_embeddings(embeds), embeds, batch)
+
+    def own_reward(embeds):
+        out = verifier.classifier.model(inputs_embeds=embeds, attention_mask=batch.mask)
+        return verifier.classifier.score(out.last_hidden_state)[:, -1].sum()
+
+    # A reward that is linear in the embeddings, with a gradient at the solution's token: nothing is left to teach.
+    table = verifier.classifier.model.embed_tokens.weight
+    perfect = torch.linalg.pinv(table.detach()).T * 100
+    solution_rows = torch.cat([perfect[:1].expand(8, 1, -1), perfect[batch.following[:, :-1].clamp(min=0)]], dim=1)
+    best = compass(lambda embeds: (embeds * solution_rows).sum())
+    before = compass(own_reward)
+    optimiser = torch.optim.Adam(verifier.parameters(), lr=1e-2)
+    for _ in range(40):
+        optimiser.zero_grad()
+        compass(own_reward).backward()
+        optimiser.step()
+    after = compass(own_reward)
+    assert best < after < 0.8 * before
+
+
 def small(monkeypatch):
     """The training, made to take a second."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -122,7 +194,8 @@ def small(monkeypatch):
 
 
 def trained(work, folder, **changes):
-    options = {"target": 0.5, "policy_steps": 4, "samples": 4, "reward_steps": 4, "seed": 0, "threads": 1, **changes}
+    options = {"target": 0.5, "policy_steps": 4, "samples": 4, "reward_steps": 4, "seed": 0, "threads": 1}
+    options |= {"compass": 0.5, **changes}
     outputs = {"policy_output": folder / "policy", "reward_output": folder / "reward"}
     train_demo_pair.train(work=work, device="cpu", **outputs, **options)
     return [(folder / name / "model.safetensors").read_bytes() for name in ("policy", "reward")]

@@ -25,6 +25,7 @@ from nabla_fast.demo import arithmetic
 from nabla_fast.evaluation import methods
 from nabla_fast.evaluation.bootstrap import interval
 from nabla_fast.evaluation.tasks import ARITHMETIC, Task, load_task
+from nabla_fast.models.loading import load_reward_model
 from nabla_fast.objective import Conversation, Objective, Request
 
 PROBLEMS_AT_ONCE = 16
@@ -35,11 +36,12 @@ def main(
     problems: Annotated[int, typer.Option(help="Held-out problems for greedy decoding.")] = 500,
     small: Annotated[int, typer.Option(help="The first of them, of which many samples are drawn.")] = 200,
     samples: Annotated[int, typer.Option(help="Samples of each of those.")] = 64,
+    reward_model: Annotated[Path, typer.Option(help="Another reward model for the policy.")] = arithmetic.REWARD_PATH,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
     """Samples, scores, grades, writes OUTPUT and prints it."""
     torch.set_num_threads(threads)
-    models = methods.load(*arithmetic.load_policy(), *arithmetic.load_reward(), arithmetic.CONFIG)
+    models = methods.load(*arithmetic.load_policy(), *load_reward_model(reward_model), arithmetic.CONFIG)
     task = load_task(ARITHMETIC, max_problems=problems)
     greedy = arithmetic.CONFIG.replace(rollout=Sampling(temperature=0.0))
     decoded = sample(models, task, problems, 1, greedy)
@@ -59,7 +61,7 @@ def main(
         "auroc_within_problems": _within(drawn),
         "compass": pointed,
         "rollout": {"temperature": arithmetic.CONFIG.rollout.temperature, "top_p": arithmetic.CONFIG.rollout.top_p},
-        "bytes": {folder.name: _bytes(folder) for folder in (arithmetic.POLICY_PATH, arithmetic.REWARD_PATH)},
+        "bytes": {folder.name: _bytes(folder) for folder in (arithmetic.POLICY_PATH, reward_model)},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     output.parent.mkdir(parents=True, exist_ok=True)
