@@ -5,6 +5,7 @@
                                                         --runs, some of them, so that several processes can share them
     python benchmarks/quality.py smollm2 --work DIR     products and gcd, 100 problems
     python benchmarks/quality.py judge --work DIR --reward-model DIR    Best-of-N by a judge without a useful gradient
+    python benchmarks/quality.py timing --work DIR      seconds, on a machine that does nothing else meanwhile
     python benchmarks/quality.py report --work DIR --output benchmarks/results/quality --readme README.md
 
 Every stage can be stopped and started again: DIR keeps every answer.
@@ -33,6 +34,7 @@ from nabla_fast.evaluation.runner import Arm, Plan, describe, evaluate, open_run
 from nabla_fast.evaluation.tasks import ARITHMETIC, GYM_PREFIX, Task, load_task
 from nabla_fast.models.loading import load_reward_model
 
+PLAIN = dict(methods.METHODS)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 Work = Annotated[Path, typer.Option(help="Directory that keeps the answers.")]
@@ -73,10 +75,11 @@ def run(
     *,
     seeds: Sequence[int] = SEEDS,
     batch_size: int = BATCH_SIZE,
+    anew: bool = False,
 ) -> dict[str, Any]:
-    """Runs arms, or what is left of them, and returns the summary."""
+    """Runs arms, or what is left of them, and returns the summary; ``anew`` decodes even what is known already."""
     start = time.perf_counter()
-    methods.METHODS.update(thrifty())
+    methods.METHODS.update(PLAIN if anew else thrifty())
     plan = Plan(tuple(Arm(*arm) for arm in arms), tuple(seeds), config, batch_size)
     with open_run(folder, describe(plan, task, {"model": "demo", "threads": torch.get_num_threads()})) as journal:
         records = evaluate(models, task, plan, journal)
@@ -130,6 +133,20 @@ def measure(
     for name in _chosen("--runs", runs or ",".join(planned), planned):
         arms, config = planned[name]
         run(work / "measure" / name, models, task, arms, config)
+
+
+@app.command()
+def timing(work: Work, threads: Threads = 2, problems: Problems = 128) -> None:
+    """Seconds of Best-of-N and of the main variant, nothing shared; on a machine that rests."""
+    torch.set_num_threads(threads)
+    models = bundled()
+    task = load_task(ARITHMETIC, max_problems=problems)
+    _, config = plans({MAIN: read_json(work / TUNED / f"{MAIN}.json")})[MAIN]
+    once = {"seeds": (0,), "anew": True}
+    run(
+        work / "timing" / BASELINES, models, task, [("greedy", 1), *(("best-of-n", n) for n in SAMPLES)], config, **once
+    )
+    run(work / "timing" / MAIN, models, task, [("nabla", n) for n in ROLLOUTS], config, **once)
 
 
 @app.command()

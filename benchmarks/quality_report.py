@@ -16,7 +16,8 @@ from nabla_fast.evaluation.journal import Record
 
 COSTS = {"model_calls": "model calls", "flops": "FLOPs", "seconds": "seconds"}
 # What the plots show; the tables have every arm.
-SHOWN = ("greedy", "self-consistency", "best-of-n", "latents-rollout", "latents-argmax", "latents-rollout-control")
+SHOWN = ("greedy", "self-consistency", "best-of-n", "latents-rollout", "latents-rollout-control", "latents-argmax")
+WHOLE = ("best-of-n", "latents-rollout")
 OPENING, CLOSING = "<!-- quality: by benchmarks/quality.py report -->", "<!-- /quality -->"
 # Runs that differ in one thing: what it is → (with, without).
 PAIRS = {
@@ -31,7 +32,7 @@ PAIRS = {
 def write_reports(work: Path, output: Path, readme: Path | None = None) -> None:
     """Writes a JSON file, a table and plots for each task that ``work`` has runs of; a short table into ``readme``."""
     lines = ["# Quality", "", "Made by `python benchmarks/quality.py report`; nothing here is typed by hand.", ""]
-    measured = {"arithmetic": work / "measure"}
+    measured = {"arithmetic": work / "measure", "arithmetic-timing": work / "timing"}
     measured |= {f"smollm2-{folder.name}": folder for folder in sorted((work / "smollm2").glob("*"))}
     for name, folder in measured.items():
         runs = {run.name: run for run in sorted(folder.glob("*")) if (run / report.CONFIG).exists()}
@@ -40,7 +41,8 @@ def write_reports(work: Path, output: Path, readme: Path | None = None) -> None:
             write(output / f"{name}.json", {**summary, **_machine()})
             pictures = output / name
             pictures.mkdir(parents=True, exist_ok=True)
-            shown = {label: arm for label, arm in summary["arms"].items() if arm["method"] in SHOWN}
+            chosen = [item for item in summary["arms"].items() if item[1]["method"] in SHOWN]
+            shown = dict(sorted(chosen, key=lambda item: SHOWN.index(item[1]["method"])))
             drawn = plots.draw({**summary, "arms": shown}, pictures)
             lines += [
                 *_section(name, summary),
@@ -97,7 +99,7 @@ def _section(name: str, summary: Mapping[str, Any]) -> list[str]:
         lines += _row(
             [
                 label,
-                f"{accuracy['mean']:.1%}",
+                _percent(accuracy["mean"]),
                 f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}",
                 "" if arm["reward"] is None else f"{arm['reward']['mean']:+.2f}",
                 f"{arm['counters']['rollouts']:.2f}",
@@ -123,10 +125,12 @@ def _short(summary: Mapping[str, Any]) -> list[str]:
     """The table of the project's README."""
     header = ["method", "accuracy", "95 %", "model calls", "FLOPs", "minus Best-of-N at equal calls, points"]
     lines = _row(header) + _row(["---"] * len(header))
-    for label, arm in summary["arms"].items():
-        if arm["method"] in SHOWN:
+    arms = [(label, arm) for label, arm in summary["arms"].items() if arm["method"] in SHOWN]
+    for label, arm in arms:
+        # Of what is there for comparison, the largest n alone.
+        if arm["method"] in WHOLE or arm["n"] == max(a["n"] for _, a in arms if a["method"] == arm["method"]):
             accuracy = arm["accuracy"]
-            cells = [label, f"{accuracy['mean']:.1%}", f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}"]
+            cells = [label, _percent(accuracy["mean"]), f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}"]
             cells += [f"{arm['model_calls']['mean']:.0f}", f"{arm['flops']['mean']:.1e}"]
             lines += _row([*cells, _points(summary["against_best_of_n"].get(label, {}).get("model_calls"))])
     return lines
@@ -156,7 +160,7 @@ def _tuning(sweep: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name, arm in sweep.items():
         accuracy = arm["accuracy"]
         interval = f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}"
-        lines += _row([name, f"{accuracy['mean']:.1%}", interval, _percent(arm.get("rejection_rate"))])
+        lines += _row([name, _percent(accuracy["mean"]), interval, _percent(arm.get("rejection_rate"))])
     return [*lines, ""]
 
 
@@ -170,7 +174,7 @@ def _row(cells: Sequence[str]) -> list[str]:
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
+    return "" if value is None else f"{100 * value:.1f} %"
 
 
 def _points(measure: Mapping[str, float] | None) -> str:

@@ -23,12 +23,13 @@ REWARD_PATH = Path(__file__).parent / "arithmetic_reward"
 
 QUESTION = "Compute 47 * 8 + 125 - 36 * 4."
 
-# Longest solution: 2 products of 9 tokens, 3 sums of 12, a box of 5 and the end. The rest is what `benchmarks/quality.py
-# tune` chose on the tuning split.
+# Longest solution: 2 products of 9 tokens, 3 sums of 12, a box of 5 and the end. The rest is what
+# `benchmarks/quality.py tune` chose on the tuning split.
 CONFIG = NablaConfig(
     max_new_tokens=64,
     anchor="rollout",
-    learning_rate=1.0,
+    learning_rate=3.0,
+    reward_coeff=10.0,
     confidence_threshold=0.7,
     gradient_threshold=None,
 )

@@ -13,6 +13,8 @@ _STYLES = {
     "best-of-n": ("#E69F00", "^"),
     "nabla": ("#0072B2", "o"),
 }
+# For methods of other names, such as runs with other settings, in the order in which they come.
+_OTHER_STYLES = (("#0072B2", "o"), ("#CC79A7", "v"), ("#D55E00", "P"), ("#56B4E9", "X"), ("#000000", "<"))
 _BEFORE, _AFTER = "#777777", "#0072B2"
 _COSTS = {
     "model_calls": "model calls per problem",
@@ -57,15 +59,16 @@ def _accuracy_over(cost: str) -> Any:
 
         if not arms:
             return False
-        for method, found in _by_method(arms).items():
-            colour, marker = _style(method)
+        grouped = _by_method(arms)
+        others = [method for method in grouped if method not in _STYLES]
+        for method, found in grouped.items():
+            colour, marker = _style(method, others)
             x = [arm[cost]["mean"] for arm in found]
             y = [arm["accuracy"]["mean"] for arm in found]
             spread = [[abs(arm["accuracy"]["mean"] - arm["accuracy"][end]) for arm in found] for end in ("low", "high")]
             axes.errorbar(x, y, yerr=spread, label=_name(method), color=colour, marker=marker, capsize=3, alpha=0.9)
-            for arm, left, top in zip(found, x, y, strict=True):
-                if method != "greedy":
-                    axes.annotate(str(arm["n"]), (left, top), textcoords="offset points", xytext=(5, 5), fontsize=8)
+            for text, place in _labels(found, x, y) if method != "greedy" else ():
+                axes.annotate(text, place, textcoords="offset points", xytext=(5, 5), fontsize=8)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -126,5 +129,18 @@ def _name(label: str) -> str:
     return label.replace("nabla", "∇-Reasoner")
 
 
-def _style(method: str) -> tuple[str, str]:
-    return _STYLES.get(method, ("#CC79A7", "v"))
+def _labels(arms: list[dict[str, Any]], x: list[float], y: list[float]) -> list[tuple[str, tuple[float, float]]]:
+    """The n of each point; one label for neighbours that lie on each other."""
+    labels: list[tuple[list[int], tuple[float, float]]] = []
+    for arm, left, top in zip(arms, x, y, strict=True):
+        if labels and abs(left / labels[-1][1][0] - 1) < 0.03 and abs(top - labels[-1][1][1]) < 0.02:
+            labels[-1][0].append(arm["n"])
+        else:
+            labels.append(([arm["n"]], (left, top)))
+    return [(f"{n[0]}-{n[-1]}" if len(n) > 1 else str(n[0]), place) for n, place in labels]
+
+
+def _style(method: str, others: list[str]) -> tuple[str, str]:
+    if method in _STYLES:
+        return _STYLES[method]
+    return _OTHER_STYLES[others.index(method) % len(_OTHER_STYLES)]
