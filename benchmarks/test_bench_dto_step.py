@@ -91,9 +91,7 @@ def dense_gradient(where: Tables, hidden: Tensor, embedding: Tensor, reward_embe
     return gradient.float() - where.nll_coeff * z
 
 
-def inputs(
-    seed: int, setting: Setting, shape: Shape, rows: int, dtype: torch.dtype, variant: Variant
-) -> Inputs:
+def inputs(seed: int, setting: Setting, shape: Shape, rows: int, dtype: torch.dtype, variant: Variant) -> Inputs:
     device = setting.device
     own = head_of(shape, dtype, seed + 100, device)
     where = tables(shape.vocabulary, shape.width, shape.reward_width, own, tied=shape.tied, dtype=dtype, device=device)

@@ -29,26 +29,26 @@ def inputs(seed: int, setting: Setting, shape: Shape, rows: int, dtype: torch.dt
     return Inputs((h,), (head_of(shape, dtype, seed + 100, setting.device),))
 
 
+def contest(setting: Setting, shape: Shape, rows: int, dtype: torch.dtype) -> Contest:
+    ours, skipped = backends_of("linear_relaxed_stats", setting.device, fused)
+    baselines, not_compiled = with_compiled(dense, setting, shape.name)
+    return Contest(
+        operator="linear_relaxed_stats",
+        model=shape.name,
+        dtype=dtype,
+        shape={"N": rows, "V": shape.vocabulary, "d": shape.width},
+        inputs=functools.partial(inputs, setting=setting, shape=shape, rows=rows, dtype=dtype),
+        meaning=lambda h, head: reference.linear_relaxed_stats(h, head)[:4],
+        ours=ours,
+        baselines=baselines,
+        traffic=(shape.vocabulary + rows) * shape.width * dtype.itemsize,
+        flops=2 * rows * shape.vocabulary * shape.width,
+        skipped=skipped | not_compiled,
+    )
+
+
 def cases(setting: Setting) -> list[Case]:
-    result = []
-    for shape, rows, dtype in setting.grid:
-        ours, skipped = backends_of("linear_relaxed_stats", setting.device, fused)
-        baselines, not_compiled = with_compiled(dense, setting, shape.name)
-        contest = Contest(
-            operator="linear_relaxed_stats",
-            model=shape.name,
-            dtype=dtype,
-            shape={"N": rows, "V": shape.vocabulary, "d": shape.width},
-            inputs=functools.partial(inputs, setting=setting, shape=shape, rows=rows, dtype=dtype),
-            meaning=lambda h, head: reference.linear_relaxed_stats(h, head)[:4],
-            ours=ours,
-            baselines=baselines,
-            traffic=(shape.vocabulary + rows) * shape.width * dtype.itemsize,
-            flops=2 * rows * shape.vocabulary * shape.width,
-            skipped=skipped | not_compiled,
-        )
-        result.append(contest.case(setting))
-    return result
+    return [contest(setting, *sizes).case(setting) for sizes in setting.grid]
 
 
 def test_linear_relaxed_stats(case, measured):

@@ -38,31 +38,31 @@ def inputs(seed: int, setting: Setting, shape: Shape, rows: int, dtype: torch.dt
     return Inputs((z,), ())
 
 
+def contest(setting: Setting, shape: Shape, rows: int, dtype: torch.dtype) -> Contest:
+    ours, skipped = backends_of("relaxed_stats", setting.device, fused)
+    baselines, not_compiled = with_compiled(textbook, setting, shape.name)
+    for name, function in with_compiled(fewest_passes, setting, shape.name)[0].items():
+        baselines[f"{name}, fewest passes"] = function
+    return Contest(
+        operator="relaxed_stats",
+        model=shape.name,
+        dtype=dtype,
+        shape={"N": rows, "V": shape.vocabulary},
+        inputs=functools.partial(inputs, setting=setting, shape=shape, rows=rows, dtype=dtype),
+        meaning=lambda z: reference.relaxed_stats(z)[:4],
+        ours=ours,
+        baselines=baselines,
+        traffic=rows * shape.vocabulary * dtype.itemsize,
+        flops=0,
+        skipped=skipped | not_compiled,
+    )
+
+
 def cases(setting: Setting) -> list[Case]:
     grid = list(setting.grid)
     if setting.device.type == "cuda" and not setting.quick:
         grid.append((QWEN3_4B, 8192, torch.bfloat16))  # the size for which other kernels' times are known
-    result = []
-    for shape, rows, dtype in grid:
-        ours, skipped = backends_of("relaxed_stats", setting.device, fused)
-        baselines, not_compiled = with_compiled(textbook, setting, shape.name)
-        for name, function in with_compiled(fewest_passes, setting, shape.name)[0].items():
-            baselines[f"{name}, fewest passes"] = function
-        contest = Contest(
-            operator="relaxed_stats",
-            model=shape.name,
-            dtype=dtype,
-            shape={"N": rows, "V": shape.vocabulary},
-            inputs=functools.partial(inputs, setting=setting, shape=shape, rows=rows, dtype=dtype),
-            meaning=lambda z: reference.relaxed_stats(z)[:4],
-            ours=ours,
-            baselines=baselines,
-            traffic=rows * shape.vocabulary * dtype.itemsize,
-            flops=0,
-            skipped=skipped | not_compiled,
-        )
-        result.append(contest.case(setting))
-    return result
+    return [contest(setting, *sizes).case(setting) for sizes in grid]
 
 
 def test_relaxed_stats(case, measured):
