@@ -45,7 +45,9 @@ class Setting:
 
     @property
     def budget(self) -> Budget:
-        return Budget(0.5, 3, 10) if self.quick else Budget()
+        if self.quick:
+            return Budget(0.5, 3, 10)
+        return Budget(1.5, 10, 50) if self.device.type == "cuda" else Budget()
 
     @functools.cache  # noqa: B019 - a run has one setting
     def ceilings(self, dtype: torch.dtype) -> dict[str, float]:

@@ -76,10 +76,11 @@ def in_turn(calls: Mapping[str, Sequence[Call]], device: torch.device, budget: B
                 break
     finally:
         gc.enable()
-    return {name: _timing(taken) for name, taken in samples.items()}
+    return {name: timing(taken) for name, taken in samples.items()}
 
 
-def _timing(samples: Sequence[tuple[float, int]]) -> Timing:
+def timing(samples: Sequence[tuple[float, int]]) -> Timing:
+    """Figures of repeats, each its seconds and its involuntary context switches; see `in_turn`."""
     clean = [seconds for seconds, switches in samples if switches == 0]
     chosen = clean if len(clean) >= FEWEST_CLEAN else [seconds for seconds, _ in samples]
     return {

@@ -1,12 +1,20 @@
-"""What is read off a record, and the tables that show it: in the terminal, and in benchmarks/README.md."""
+"""What is read off a record, and the tables that show it: in the terminal, and in benchmarks/README.md.
+
+python benchmarks/tables.py DIR    # everything that gpu.sh left in a directory, as one table
+"""
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 Record = dict[str, Any]
+_SWITCHES_PER_SECOND = 10
 OPERATOR_COLUMNS = ("case", "ours", "time", "time/floor", "× eager", "× compiled", "× library", "memory")
 SIDE_COLUMNS = ("case", "nabla_fast", "published", "times faster", "memory", "gradients", "host waits")
 
@@ -68,8 +76,14 @@ def side_cells(record: Record) -> list[str]:
 
 
 def clean(record: Record) -> bool:
-    """Whether no repeat that counts was disturbed, or the GPU kept the time; otherwise a star stands beside it."""
-    return all(c["clean"] > 0 or c["context_switches"] == 0 for c in record["contenders"].values())
+    """Whether the repeats were undisturbed, or the GPU kept the time; otherwise a star stands beside the ratio.
+
+    A run of seconds is now and then switched away from on any machine; it counts as disturbed from ten times a second.
+    """
+    return all(
+        c["clean"] > 0 or c["context_switches"] < c["repeats"] * c["median_ms"] / 1e3 * _SWITCHES_PER_SECOND
+        for c in record["contenders"].values()
+    )
 
 
 def columns_and_rows(records: list[Record], suite: str) -> tuple[tuple[str, ...], list[list[str]]]:
@@ -106,3 +120,30 @@ def factor(value: float | None) -> str:
 
 def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2g}"
+
+
+def overview(directory: Path) -> Table:
+    """What gpu.sh left in a directory: a row for each measured case, and one for each part that was to be run."""
+    table = Table("", "ours", "time", "time/floor", "times faster", "memory", title=str(directory))
+    for file in sorted(directory.glob("*.json")):
+        for record in json.loads(file.read_text())["records"]:
+            table.add_row(*_overview_cells(record))
+        table.add_section()
+    status = directory / "status.tsv"
+    for line in status.read_text().splitlines() if status.exists() else ():
+        part, outcome, seconds = line.split("\t")
+        table.add_row(part, outcome, f"{seconds} s")
+    return table
+
+
+def _overview_cells(record: Record) -> list[str]:
+    if "error" in record:
+        return [record["case"], record["error"].splitlines()[0]]
+    name, ours = best_of_ours(record)
+    over = f"{ours['over_floor']:.2f}" if "over_floor" in ours else "-"
+    memory = share(memory_share(record, "eager") or memory_share(record, "published"))
+    return [record["case"], name, milliseconds(ours["median_ms"]), over, factor(times_faster(record, "")), memory]
+
+
+if __name__ == "__main__":
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(overview(Path(sys.argv[1])))
