@@ -3,8 +3,8 @@
     python benchmarks/guard.py             # measure and compare
     python benchmarks/guard.py --record    # measure ten times and write guard.json; on a quiet machine
 
-Everything runs on one thread and is compared by its fastest repeat, so that a busy machine changes little; what is
-still under its floor is measured again, and counts as slower only if it stays there.
+Everything runs on one thread and is compared by the processor time of its fastest repeat, so that a busy machine changes
+little; what is still under its floor is measured again, and counts as slower only if it stays there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -61,7 +62,7 @@ def ratio_of(contest: Contest, ours: str = "native") -> Ratio:
     calls = {name: [functools.partial(f, *inputs.rows, *inputs.shared)] for name, f in functions.items()}
 
     def measure() -> float:
-        times = in_turn(calls, torch.device("cpu"), Budget(0.2, 10, 40))
+        times = in_turn(calls, torch.device("cpu"), Budget(0.2, 10, 40), time.thread_time)
         return times["eager"]["fastest_ms"] / times["ours"]["fastest_ms"]
 
     return measure
@@ -70,7 +71,7 @@ def ratio_of(contest: Contest, ours: str = "native") -> Ratio:
 def floor_of(ratios: Sequence[float]) -> float:
     """As far below the lowest repeat as that is below their median, and no higher than half the median.
 
-    Repeats above the median say nothing: there, something else held up eager.
+    Repeats above the median say nothing: there, something held up eager.
 
     Raises:
         ValueError: if the repeats differ too much for a floor.

@@ -22,6 +22,7 @@ import torch
 from machine import resident
 
 Call = Callable[[], object]
+Clock = Callable[[], float]
 Timing = dict[str, Any]
 
 FEWEST_CLEAN = 3
@@ -46,19 +47,22 @@ class Budget:
     most: int = 50
 
 
-def in_turn(calls: Mapping[str, Sequence[Call]], device: torch.device, budget: Budget) -> dict[str, Timing]:
+def in_turn(
+    calls: Mapping[str, Sequence[Call]], device: torch.device, budget: Budget, clock: Clock = time.perf_counter
+) -> dict[str, Timing]:
     """Medians of several contenders, called in turn.
 
     Args:
         calls: contender → the same call on one or more sets of inputs, which are rotated.
         device: whose time it is.
         budget: how long.
+        clock: of a CPU; ``time.thread_time`` leaves out what other processes took, and suits calls on one thread.
 
     Returns:
         contender → ``median_ms``, ``fastest_ms``, ``repeats``, ``clean`` (0: less than three were, all are used),
         ``context_switches``, and ``samples_ms``, those that the median is of.
     """
-    once = {name: _warm_up(sets, device) for name, sets in calls.items()}
+    once = {name: _warm_up(sets, device, clock) for name, sets in calls.items()}
     slowest = max(once.values())
     # The quick ones get more repeats than the slow ones, at little cost.
     per_turn = {name: min(_MOST_PER_TURN, max(1, int(slowest / t / 4))) for name, t in once.items()}
@@ -69,7 +73,7 @@ def in_turn(calls: Mapping[str, Sequence[Call]], device: torch.device, budget: B
         for turn in range(budget.most):
             for name, sets in calls.items():
                 for extra in range(per_turn[name]):
-                    samples[name].append(_sample(sets[(turn + extra) % len(sets)], device))
+                    samples[name].append(_sample(sets[(turn + extra) % len(sets)], device, clock))
             spent = time.perf_counter() - start
             enough = all(sum(not s for _, s in taken) >= FEWEST_CLEAN for taken in samples.values())
             if turn + 1 >= budget.least and spent > budget.seconds * (1 if enough else 3):
@@ -93,21 +97,21 @@ def timing(samples: Sequence[tuple[float, int]]) -> Timing:
     }
 
 
-def _warm_up(sets: Sequence[Call], device: torch.device) -> float:
+def _warm_up(sets: Sequence[Call], device: torch.device, clock: Clock) -> float:
     """Calls with every set of inputs, once more than there are, and returns the seconds of the last call."""
     for call in sets:
         call()
-    return _sample(sets[0], device)[0]
+    return _sample(sets[0], device, clock)[0]
 
 
-def _sample(call: Call, device: torch.device) -> tuple[float, int]:
+def _sample(call: Call, device: torch.device, clock: Clock) -> tuple[float, int]:
     """Seconds of one call, and involuntary context switches meanwhile (0 on a GPU, which has its own clock)."""
     if device.type == "cuda":
         return _sample_gpu(call, device), 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-    start = time.perf_counter()
+    start = clock()
     call()
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
 
 
