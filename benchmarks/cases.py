@@ -137,7 +137,9 @@ def measure_contest(contest: Contest, setting: Setting) -> Record:
     """
     first = contest.inputs(0)
     contenders = {**contest.ours, **contest.baselines}
-    errors = {name: check(contest, name, first) for name in contenders}
+    meant = meaning_of(contest, first)
+    errors = {name: check(contest, name, first, meant) for name in contenders}
+    del meant
     count = input_sets(sum(x.nbytes for x in _tensors(first)), setting.device)
     sets = [first, *(contest.inputs(seed) for seed in range(1, count))]
     calls = {name: [functools.partial(f, *one.rows, *one.shared) for one in sets] for name, f in contenders.items()}
@@ -166,13 +168,25 @@ def measure_contest(contest: Contest, setting: Setting) -> Record:
     }
 
 
-def check(contest: Contest, name: str, inputs: Inputs) -> dict[str, float]:
-    """A contender's largest error, as a share of the largest value, and the share of rows whose integers differ."""
+def meaning_of(contest: Contest, inputs: Inputs) -> list[Tensor]:
+    """What the first rows of a contest's results must be, in float64."""
     few = tuple(x[:CHECKED_ROWS] for x in inputs.rows)
-    meant = _flat(contest.meaning(*operator_inputs.double(few), *operator_inputs.double(inputs.shared)))
+    return _flat(contest.meaning(*operator_inputs.double(few), *operator_inputs.double(inputs.shared)))
+
+
+def check(contest: Contest, name: str, inputs: Inputs, meant: Sequence[Tensor]) -> dict[str, float]:
+    """Holds a contender's first rows against ``meant``.
+
+    Returns:
+        ``error``, the largest as a share of the largest value; ``rows_with_other_integers``, a share.
+
+    Raises:
+        AssertionError: if it is more than `OUR_TOLERANCE` or `BASELINE_TOLERANCE` allow, or NaN.
+    """
     function = contest.ours.get(name) or contest.baselines[name]
     got = _flat(function(*(x.clone() for x in inputs.rows), *inputs.shared))
-    assert len(got) == len(meant), f"{contest.operator}: {name} returned {len(got)} results, not {len(meant)}"
+    if len(got) != len(meant):
+        raise AssertionError(f"{contest.operator}: {name} is wrong: {len(got)} results, not {len(meant)}")
     pairs = [(one[: len(other)], other) for one, other in zip(got, meant, strict=True) if one is not None]
     # A row whose token is another one has another embedding too; how many there may be is looked at by itself.
     same = torch.ones(len(meant[0]), dtype=torch.bool, device=meant[0].device)
@@ -186,8 +200,9 @@ def check(contest: Contest, name: str, inputs: Inputs) -> dict[str, float]:
     if differ == len(same):  # one row, whose numbers are looked at all the same
         same |= True
     floats = [(one[same].double(), other) for one, other in pairs if other.is_floating_point()]
-    error = max((float((x - y[same]).abs().max() / y.abs().max().clamp(min=1e-30)) for x, y in floats), default=0.0)
-    if not (error <= most and differ <= most_rows):  # NaN is wrong too
+    errors = [(x - y[same]).abs().max() / y.abs().max().clamp(min=1e-30) for x, y in floats]
+    error = float(torch.stack(errors).max()) if errors else 0.0  # unlike Python's, this max keeps NaN
+    if not (error <= most and differ <= most_rows):
         raise AssertionError(
             f"{contest.operator} {contest.model} {contest.dtype}: {name} is wrong: error {error:.2g} (at most {most}), "
             f"the integers of {differ} of {len(same)} rows differ (at most {most_rows})"

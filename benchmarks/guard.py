@@ -3,8 +3,8 @@
     python benchmarks/guard.py             # measure and compare
     python benchmarks/guard.py --record    # measure ten times and write guard.json; on a quiet machine
 
-Everything runs on one thread and is compared by the processor time of its fastest repeat, so that a busy machine changes
-little; what is still under its floor is measured again, and counts as slower only if it stays there.
+Everything runs on one thread and is compared by the processor time of its fastest repeat, so that a busy machine
+changes little; what is still under its floor is measured again, and counts as slower only if it stays there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import test_bench_linear_log_likelihood
 import test_bench_linear_relaxed_stats
 import test_bench_relaxed_stats
 import torch
-from cases import Contest, Setting, check
+from cases import Contest, Setting, check, meaning_of
 from machine import commit, machine, versions, write
 from measure import Budget, in_turn, steady_allocator
 from shapes import Shape
@@ -56,8 +56,9 @@ def guarded() -> dict[str, Contest]:
 def ratio_of(contest: Contest, ours: str = "native") -> Ratio:
     """Checks a contest's native back end and its eager baseline once; the function measures how many times faster."""
     inputs = contest.inputs(0)
-    check(contest, "eager", inputs)
-    check(contest, ours, inputs)
+    meant = meaning_of(contest, inputs)
+    for name in (ours, "eager"):
+        check(contest, name, inputs, meant)
     functions = {"ours": (contest.ours | contest.baselines)[ours], "eager": contest.baselines["eager"]}
     calls = {name: [functools.partial(f, *inputs.rows, *inputs.shared)] for name, f in functions.items()}
 

@@ -85,7 +85,7 @@ def cases(setting: Setting) -> list[Case]:
         return Case(f"generate-{name}", functools.partial(measure_generate, setting, chats, config))
 
     if setting.device.type == "cpu":
-        tokens, rollouts = (32, 3) if setting.quick else (256, 8)
+        tokens, rollouts = (24, 2) if setting.quick else (256, 8)
         config = nf.NablaConfig(max_new_tokens=tokens, max_rollouts=rollouts)
         questions = PROMPTS[: 1 if setting.quick else 2]
         chats = [[{"role": "user", "content": question}] for question in questions]

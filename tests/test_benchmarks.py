@@ -99,10 +99,12 @@ def test_rounded_logits_may_move_a_baselines_tokens_but_not_ours(setting):
     eager = half.baselines["eager"]
     moved = lambda z: (*eager(z)[:3], eager(z)[3].index_fill(0, torch.tensor([1]), 0))  # noqa: E731
     half.baselines["eager"] = moved
-    assert cases.check(half, "eager", half.inputs(0))["rows_with_other_integers"] == pytest.approx(0.2)
+    inputs = half.inputs(0)
+    meant = cases.meaning_of(half, inputs)
+    assert cases.check(half, "eager", inputs, meant)["rows_with_other_integers"] == pytest.approx(0.2)
     half.ours["native"] = moved
     with pytest.raises(AssertionError):
-        cases.check(half, "native", half.inputs(0))
+        cases.check(half, "native", inputs, meant)
 
 
 # how it is timed
@@ -159,7 +161,7 @@ def test_both_sides_of_an_optimisation_do_the_same(setting, monkeypatch, rows):
     ours, published = (record["contenders"][name] for name in (sides.OURS, "published"))
     assert published["error"] < 1e-6
     assert ours["gradient_evaluations"] == published["gradient_evaluations"] > 0
-    assert ours["peak_bytes"] is not None
+    assert ours["peak_bytes"] is None  # the quick setting leaves it out
     assert tables.side_cells(record)[0].startswith("DTO")
 
 
