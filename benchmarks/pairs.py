@@ -11,6 +11,7 @@ from published_schedule import Models
 from shapes import QWEN3_4B, QWEN25_7B, Shape
 
 import nabla_fast as nf
+from nabla_fast.cli_models import quiet_transformers
 from nabla_fast.generate import Pair, make_pair
 from nabla_fast.models.chat import Message
 from nabla_fast.rollout import Rollout, RolloutBackend, StopRule
@@ -79,11 +80,9 @@ class Loaded:
 
 def smollm2() -> Loaded:
     """SmolLM2-135M and its reward model in float32 on the CPU."""
-    import transformers
-
     from nabla_fast.demo import load_smollm2, load_smollm2_reward
 
-    transformers.utils.logging.set_verbosity_error()  # it warns of padding, and there is none
+    quiet_transformers()
     models = (*load_smollm2(device="cpu", dtype="float32"), *load_smollm2_reward(device="cpu", dtype="float32"))
     return Loaded("SmolLM2-135M", Models(*models), make_pair(*models, nf.NablaConfig()))
 
@@ -97,6 +96,7 @@ def random_pair(
     """
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForSequenceClassification
 
+    quiet_transformers()
     tokenizer = numbered_tokenizer(language.vocabulary)
     common = {"vocab_size": language.vocabulary, "pad_token_id": 0, "eos_token_id": 0, "bos_token_id": None}
     language_config = Qwen2Config(

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tables import Record, best_of_ours, columns_and_rows, label, times_faster
+from tables import FORMAT, Record, best_of_ours, columns_and_rows, label, times_faster
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results", HERE / "README.md"
@@ -38,7 +38,8 @@ BOUND = {"memory": "#0072B2", "arithmetic": "#E69F00"}
 def runs(directory: Path) -> list[dict[str, Any]]:
     """The runs in a machine's directory that count, oldest first."""
     found = [json.loads(path.read_text()) | {"file": path.name} for path in sorted(directory.glob("*.json"))]
-    return sorted((run for run in found if not run["quick"]), key=lambda run: run["started"])
+    full = [run for run in found if run.get("format") == FORMAT and not run["quick"]]
+    return sorted(full, key=lambda run: run["started"])
 
 
 def newest_records(some: Sequence[dict[str, Any]]) -> list[Record]:

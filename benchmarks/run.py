@@ -25,7 +25,7 @@ from cases import Case, Record, Setting
 from machine import commit, gpu, machine, slug, versions, write
 from measure import steady_allocator
 from rich.console import Console
-from tables import summary
+from tables import FORMAT, summary
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = {
@@ -87,7 +87,7 @@ def chosen_cases(setting: Setting, suites: Sequence[str], only: str | None) -> I
 def description(setting: Setting, threads: int) -> dict[str, Any]:
     """What is run, and on what."""
     return {
-        "format": 1,
+        "format": FORMAT,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "quick": setting.quick,

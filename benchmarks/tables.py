@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 Record = dict[str, Any]
+FORMAT = 1
+"""Of the files in results/<machine>/; other tools' files in results/ have none."""
 _SWITCHES_PER_SECOND = 10
 OPERATOR_COLUMNS = ("case", "ours", "time", "time/floor", "× eager", "× compiled", "× library", "memory")
 SIDE_COLUMNS = ("case", "nabla_fast", "published", "times faster", "memory", "gradients", "host waits")

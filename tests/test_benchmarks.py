@@ -160,7 +160,8 @@ def test_both_sides_of_an_optimisation_do_the_same(setting, monkeypatch, rows):
     record = test_bench_dto.measure_dto(setting, 12, rows)
     ours, published = (record["contenders"][name] for name in (sides.OURS, "published"))
     assert published["error"] < 1e-6
-    assert ours["gradient_evaluations"] == published["gradient_evaluations"] > 0
+    # Fewer where tokens come back to what they were: the cache knows them, and the baseline keeps the last ones only.
+    assert 0 < ours["gradient_evaluations"] <= published["gradient_evaluations"]
     assert ours["peak_bytes"] is None  # the quick setting leaves it out
     assert tables.side_cells(record)[0].startswith("DTO")
 
@@ -169,7 +170,8 @@ def test_both_sides_of_a_decode_give_the_same_tokens(setting, monkeypatch):
     loaded, chat = tiny_pair()
     monkeypatch.setattr(test_bench_generate, "load", lambda device: (loaded, chat))
     config = nf.NablaConfig(max_new_tokens=8, max_rollouts=4, max_iters=4, learning_rate=0.2, gradient_threshold=0.3)
-    record = test_bench_generate.measure_generate(setting, [chat, chat], config)
+    other = [{"role": "user", "content": "12 + 24 ="}]
+    record = test_bench_generate.measure_generate(setting, [chat, other], config)
     ours, published = (record["contenders"][name] for name in (sides.OURS, "published"))
     assert published["error"] == 0
     assert ours["rollouts"] == published["rollouts"]
@@ -210,6 +212,7 @@ def recorded(seconds: float, started: str, quick: bool = False, **gpu):
     record = {"case": "a", "suite": "operators", "name": "relaxed_stats", "model": "M", "dtype": "float32"}
     record |= {"shape": {"N": 2}, "floor": {"bound": "memory"}, "contenders": contenders}
     return {
+        "format": tables.FORMAT,
         "started": started,
         "quick": quick,
         "commit": "abc",
