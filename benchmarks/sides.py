@@ -20,15 +20,15 @@ OURS = "nabla_fast"
 _HIDDEN = ("rollout_seconds", "result")
 
 
-def compare(sides: Mapping[str, Side], device: torch.device, *, repeats: int, memory: bool) -> dict[str, Outcome]:
+def compare(sides: Mapping[str, Side], device: torch.device, *, repeats: int, again: bool) -> dict[str, Outcome]:
     """Figures of every side.
 
     Args:
         sides: name → a run, which returns its counters, ``result`` (a tensor that should be the same for all) and,
             where there were rollouts, ``rollout_seconds``, which are not charged.
         repeats: runs of each side, in turn.
-        memory: whether to run each side once more for its peak memory; on a GPU that also counts how often the host
-            waited for it.
+        again: whether to run each side once more: on a CPU for its peak memory, on a GPU, which tells that of every
+            run, to count how often the host waited for it.
 
     Returns:
         name → what `measure.timing` gives, the side's own counters, ``error`` (its `difference` from nabla_fast),
@@ -40,16 +40,16 @@ def compare(sides: Mapping[str, Side], device: torch.device, *, repeats: int, me
         for name, side in sides.items():
             outcomes[name], sample = _timed(side, device)
             samples[name].append(sample)
-    extra = {name: _memory(side, device) if memory else {} for name, side in sides.items()}
+    extra = {name: _again(side, device) if again else {} for name, side in sides.items()}
     meant = outcomes[OURS]["result"]
     return {
         name: {
             "ours": name.startswith(OURS),
             **timing(samples[name]),
-            **{key: value for key, value in outcome.items() if key not in _HIDDEN},
             "error": difference(outcome["result"], meant),
             "peak_bytes": None,
             "host_waits": None,
+            **{key: value for key, value in outcome.items() if key not in _HIDDEN},
             **extra[name],
         }
         for name, outcome in outcomes.items()
@@ -81,30 +81,31 @@ def difference(got: torch.Tensor, meant: torch.Tensor) -> float | None:
 
 def _timed(side: Side, device: torch.device) -> tuple[Outcome, tuple[float, int]]:
     gc.collect()
-    _wait(device)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
     switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
     start = time.perf_counter()
     outcome = side()
-    _wait(device)
+    if on_gpu:
+        torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start - outcome.get("rollout_seconds", 0.0)
-    switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - switches
-    return outcome, (seconds, switches if device.type == "cpu" else 0)
+    if on_gpu:
+        return {**outcome, "peak_bytes": torch.cuda.max_memory_allocated(device) - before}, (seconds, 0)
+    return outcome, (seconds, resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - switches)
 
 
-def _memory(side: Side, device: torch.device) -> Outcome:
+def _again(side: Side, device: torch.device) -> Outcome:
+    """What is not to be found out while time is taken."""
     if device.type != "cuda":
         return {"peak_bytes": peak_bytes(side, device)}
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            peak = peak_bytes(side, device)
+            side()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = sum("synchronizing CUDA operation" in str(warning.message) for warning in heard)
-    return {"peak_bytes": peak, "host_waits": waits}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return {"host_waits": sum("synchronizing CUDA operation" in str(warning.message) for warning in heard)}

@@ -81,7 +81,7 @@ def measure_dto(setting: Setting, ahead: int, rows: str) -> Record:
     for side in (ours, published):  # first calls load code and choose kernels
         side(loaded, chat, config.replace(max_iters=1), tokens[:8], latents[:8])
     long = setting.device.type == "cpu" and ahead > AHEAD[0]
-    figures = compare(sides, setting.device, repeats=1 if long or setting.quick else 3, memory=not setting.quick)
+    figures = compare(sides, setting.device, repeats=1 if long or setting.quick else 3, again=not setting.quick)
     dtype = loaded.models.language_model.dtype
     return side_record("dto", f"DTO, {rows} row{'s' * (rows == 'all')}", loaded.name, dtype, {"m": ahead}, figures)
 

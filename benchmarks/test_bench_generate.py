@@ -75,7 +75,7 @@ def measure_generate(setting: Setting, chats: list[Any], config: nf.NablaConfig)
     short = config.replace(max_new_tokens=8, max_rollouts=2, gradient_threshold=None)
     for side in (ours, published):  # first calls load code and choose kernels
         side(loaded, chats[:1], short, rollouts)
-    figures = compare(sides, setting.device, repeats=1, memory=not on_cpu)
+    figures = compare(sides, setting.device, repeats=1, again=False)
     shape = {"prompts": len(chats), "tokens": config.max_new_tokens, "rollouts": config.max_rollouts}
     return side_record("generate", "decode", loaded.name, loaded.models.language_model.dtype, shape, figures)
 

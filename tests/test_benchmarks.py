@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_models import tiny_language_model, tiny_reward_model, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -342,6 +343,16 @@ def test_pytest_benchmark_stores_the_same_samples(tmp_path):
     figures = entry["extra_info"]["contenders"]["native"]
     assert entry["stats"]["median"] == pytest.approx(figures["median_ms"] / 1e3)
     assert entry["stats"]["min"] == pytest.approx(figures["fastest_ms"] / 1e3)
+
+
+def test_what_the_gpu_script_left_is_one_table(tmp_path):
+    (tmp_path / "operators.json").write_text(json.dumps(recorded(0.002, "x")))
+    (tmp_path / "status.tsv").write_text("build\tok\t93\nsanitize\tfailed, exit status 1\t40\n")
+    console = Console(width=120, record=True)
+    console.print(tables.overview(tmp_path))
+    shown = " ".join(console.export_text().split())
+    for expected in ("native │ 2 ms │ 1.50 │ 4 │ 0.25", "out of memory", "build │ ok │ 93 s", "failed, exit status 1"):
+        assert expected in shown
 
 
 @pytest.mark.parametrize(
