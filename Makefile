@@ -7,12 +7,13 @@ STAMP := .venv/nabla_fast.stamp
 # What an installation is made from. Python sources are not: the installation is editable.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt tools/install_torch.sh $(shell find csrc -type f)
 
-.PHONY: demo test lint clean help
+.PHONY: demo test lint bench bench-quick clean help
 
 help:
 	@echo "make demo    set up .venv and answer a question with the demo models"
 	@echo "make test    set up .venv and run all tests"
 	@echo "make lint    check style, format and types"
+	@echo "make bench   measure everything, about an hour on two cores; make bench-quick takes three minutes"
 	@echo "make clean   remove .venv and everything built"
 
 demo: $(STAMP)
@@ -25,6 +26,12 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+bench: $(STAMP)
+	$(BIN)/nabla-fast bench
+
+bench-quick: $(STAMP)
+	$(BIN)/nabla-fast bench --quick
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv

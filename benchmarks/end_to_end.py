@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import transformers
 from machine import machine, write
+from pairs import Replay
 from published_schedule import Models, PublishedSchedule, State
 from rich.console import Console
 from rich.table import Table
@@ -36,8 +37,8 @@ from nabla_fast.generate import Pair, make_pair, stop_rule
 from nabla_fast.models.chat import generation_prompt_ids
 from nabla_fast.objective import Conversation, Objective
 from nabla_fast.ops import native
-from nabla_fast.rollout import HFRollout, Rollout, RolloutBackend, StopRule
-from nabla_fast.sampling import Context, Sampler, sequence_seeds
+from nabla_fast.rollout import HFRollout
+from nabla_fast.sampling import Sampler, sequence_seeds
 from nabla_fast.stats import PHASES, SequenceStats
 
 # To each of these SmolLM2 writes an answer of 256 tokens and more.
@@ -55,22 +56,6 @@ ANCHORS = ("argmax", "rollout")
 RELAXED = {"ahead": ("published",), "moving": ("published_moving",), "both": ("published", "published_moving")}
 CHARGED = tuple(phase for phase in PHASES if phase != "rollout")
 Row = dict[str, Any]
-
-
-class Replay:
-    """Rollouts that are drawn once and replayed to whoever asks again with the same prompt, prefix and seed."""
-
-    def __init__(self, source: RolloutBackend) -> None:
-        self.source = source
-        self.drawn: dict[tuple[tuple[int, ...], tuple[int, ...], int], Rollout] = {}
-
-    def rollout(self, contexts: Sequence[Context], sampling: nf.Sampling, stop: StopRule) -> list[Rollout]:
-        """See `RolloutBackend.rollout`."""
-        keys = [(context.prompt_ids, context.response, context.seed) for context in contexts]
-        missing = [i for i, key in enumerate(keys) if key not in self.drawn]
-        new = self.source.rollout([contexts[i] for i in missing], sampling, stop) if missing else []
-        self.drawn.update({keys[i]: rollout for i, rollout in zip(missing, new, strict=True)})
-        return [self.drawn[key] for key in keys]
 
 
 @dataclasses.dataclass

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from nabla_fast.ops import native
+
+_PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy")
 
 
 def machine() -> dict[str, Any]:
@@ -26,6 +33,51 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor()
+
+
+def gpu(device: torch.device) -> dict[str, Any]:
+    """Name, compute capability, multiprocessors, memory and L2 cache of a GPU, as plain data."""
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "name": found.name,
+        "compute_capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_bytes": found.total_memory,
+        "l2_cache_bytes": found.L2_cache_size,
+        "cuda": torch.version.cuda,
+    }
+
+
+def versions() -> dict[str, Any]:
+    """Of Python, the packages that matter, and what the native library was built with."""
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return {**found, "native": native.build_info() if native.available() else None}
+
+
+def slug(device: torch.device) -> str:
+    """The processor's or GPU's name in small letters, digits and hyphens: a directory of results."""
+    name = gpu(device)["name"] if device.type == "cuda" else processor() or platform.machine()
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def commit() -> str | None:
+    """The commit that is checked out, with "+" behind it where files differ from it; None without git."""
+    here = Path(__file__).parent
+    try:
+        name = subprocess.check_output(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=here, text=True, stderr=subprocess.DEVNULL
+        ).strip()
+        changed = subprocess.check_output(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, text=True, stderr=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return name + ("+" if changed.strip() else "")
 
 
 def resident(field: str) -> int:

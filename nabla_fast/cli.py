@@ -1,4 +1,4 @@
-"""The command line: `nabla-fast generate`, `nabla-fast eval` and `nabla-fast doctor`."""
+"""The command line: `nabla-fast generate`, `eval`, `bench` and `doctor`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from nabla_fast.cli_bench import bench
 from nabla_fast.cli_config import configured, with_config_options
 from nabla_fast.cli_eval import evaluate
 from nabla_fast.cli_models import choose_pair, load_models, pair_defaults
@@ -60,21 +61,28 @@ def generate(
         bool, typer.Option("--bundled", help="The small arithmetic models that ship with the package, likewise.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Directory for a trace of the ∇-Reasoner run and its seconds per phase.", metavar="DIR"),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32 or float64.")] = "auto",
     attn_implementation: Annotated[str, typer.Option(help="auto, flash_attention_2, sdpa or eager.")] = "auto",
     **settings: Any,
 ) -> None:
     """Answers prompts with ∇-Reasoner."""
-    from nabla_fast import console
+    from nabla_fast import console, profiling
 
     pair = choose_pair(demo, bundled)
     base, question = pair_defaults(pair)
     questions = _questions(prompt, prompts, question)
     config = configured(base, settings)
+    if profile is not None:
+        # A mistake there should not have to wait for the models.
+        profiling.prepare(profile)
     with console.status("loading the models"):
         models = load_models(model, reward_model, pair, device, dtype, attn_implementation)
-    outcome = console.answer(models, questions, config, compare_greedy=pair is not None)
+    outcome = console.answer(models, questions, config, compare_greedy=pair is not None, profile=profile)
     if as_json:
         print(json.dumps(outcome.to_dict(), ensure_ascii=False, indent=2))
     else:
@@ -82,6 +90,7 @@ def generate(
 
 
 app.command("eval")(evaluate)
+app.command()(bench)
 
 
 @app.command()

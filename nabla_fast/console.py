@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from nabla_fast import baselines
+from nabla_fast import baselines, profiling
 from nabla_fast.config import NablaConfig
 from nabla_fast.generate import NablaOutput, generate
 
@@ -147,15 +147,27 @@ class Outcome:
 
 
 def answer(
-    models: tuple[Any, Any, Any, Any], questions: list[Any], config: NablaConfig, *, compare_greedy: bool
+    models: tuple[Any, Any, Any, Any],
+    questions: list[Any],
+    config: NablaConfig,
+    *,
+    compare_greedy: bool,
+    profile: Path | None = None,
 ) -> Outcome:
-    """Answers questions under a progress bar. ``models`` are the first four arguments of `nabla_fast.generate`."""
+    """Answers questions under a progress bar.
+
+    Args:
+        models: the first four arguments of `nabla_fast.generate`.
+        compare_greedy: whether to answer greedily as well.
+        profile: a directory for `nabla_fast.profiling`, for the refined answers; None profiles nothing.
+    """
     greedy = None
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         if compare_greedy:
             greedy = _under_progress("greedy", baselines.greedy, models, questions, config)
-        refined = _under_progress("∇-Reasoner", generate, models, questions, config)
+        method = generate if profile is None else partial(profiling.profile, profile, generate)
+        refined = _under_progress("∇-Reasoner", method, models, questions, config)
     return Outcome(questions, config, refined, greedy, models[1])
 
 

@@ -8,7 +8,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-PHASES = ("rollout", "selection", "gradient", "dto", "resample", "reward")
+from torch.profiler import record_function
+
+STEPS = {
+    "rollout": "1 roll out",
+    "selection": "2 select",
+    "gradient": "gradient",
+    "dto": "3 optimise",
+    "resample": "4 resample",
+    "reward": "5 reward",
+}
+"""Phase → what a profile calls it: the steps of `nabla_fast.decoder`, and what several of them need."""
+
+PHASES = tuple(STEPS)
 
 
 @dataclass(frozen=True)
@@ -111,7 +123,7 @@ class Stats:
 
 
 class Clock:
-    """Charges wall-clock time to phases; time in an inner phase is not charged to the outer one."""
+    """Charges wall-clock time to phases, and names them in profiles; an inner phase's time is not the outer one's."""
 
     def __init__(self) -> None:
         self._inner = [0.0]
@@ -122,7 +134,8 @@ class Clock:
         start = time.perf_counter()
         self._inner.append(0.0)
         try:
-            yield
+            with record_function(STEPS[name]):
+                yield
         finally:
             elapsed = time.perf_counter() - start
             own = elapsed - self._inner.pop()

@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
+import operator_inputs
 import pytest
 import torch
+from operator_inputs import randn, step_state
 
 from nabla_fast import ops
 from nabla_fast.ops import backends
-from nabla_fast.ops.reference import Head, Tables, TokenGradient, linear_logits
+from nabla_fast.ops.reference import Head, TokenGradient, linear_logits
 
 V, D, DR = 37, 8, 6
 CPU_BACKENDS = ("reference", "native")
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
-
-
 def head(dtype=torch.float32, scale=1.0, softcap=0.0):
-    return Head(randn(V, D, dtype=dtype, seed=1), scale, softcap)
+    return operator_inputs.head(V, D, dtype=dtype, scale=scale, softcap=softcap)
 
 
-def tables(dtype=torch.float32, **options):
-    return Tables(head(dtype, **options), randn(V, D, dtype=dtype, seed=2), randn(V, DR, dtype=dtype, seed=3), 0.1)
+def tables(dtype=torch.float32):
+    return operator_inputs.tables(V, D, DR, head(dtype), dtype=dtype)
 
 
 def factors(rows, dtype=torch.float32):
-    return TokenGradient(
-        randn(rows, D, dtype=dtype, seed=4), randn(rows, D, dtype=dtype, seed=5), randn(rows, DR, dtype=dtype, seed=6)
-    )
+    return operator_inputs.factors(rows, D, DR, dtype=dtype)
 
 
 def step_arguments(rows, dtype=torch.float32, latents=True, dense=True):
     parameters = randn(rows, D if latents else V, dtype=dtype)
     gradient = randn(rows, V, dtype=dtype, seed=7) if dense else factors(rows, dtype)
-    tokens = (linear_logits(parameters, head(dtype)) if latents else parameters).argmax(-1)
-    state = (torch.zeros_like(parameters), torch.zeros_like(parameters), torch.zeros(rows, dtype=torch.long))
-    return parameters, *state, tokens, torch.full((4,), 0.01), gradient, tables(dtype)
+    state = step_state(parameters, head(dtype), latents=latents)
+    return *state, torch.full((4,), 0.01), gradient, tables(dtype)
 
 
 def calls(rows, dtype, backend):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_inputs import close, double, few, logits, strided
+from kernel_inputs import few, strided
+from operator_inputs import close, double, logits
 from torch import Tensor
 
 from nabla_fast.ops import reference

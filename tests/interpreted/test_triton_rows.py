@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_inputs import DTYPES, KINDS, close, double, few, gradient_unit, logits, strided, transposed
+from kernel_inputs import DTYPES, KINDS, few, gradient_unit, strided, transposed
+from operator_inputs import close, double, logits
 
 from nabla_fast.ops import reference
 from nabla_fast.ops import triton as kernels

@@ -1,0 +1,128 @@
+#!/usr/bin/env bash
+# Builds, tests, sanitizes and measures nabla_fast on a bare machine with one GPU, within ten minutes.
+#
+#     benchmarks/gpu.sh DIR [--only build|test|sanitize|ops|dto|generate]
+#
+# It needs torch, triton, transformers, rich, typer, pytest, cmake, nvcc and a C++ compiler, and no network; nothing is
+# installed. DIR gets few files: status.tsv (part, result, seconds), report.log (all output) and one JSON per suite. Parts
+# that DIR says are done are not run again, so that a run that was cut, or ran out of time, goes on; --only runs a part
+# whatever DIR says. PYTHON names the interpreter, BUDGET the seconds of one run.
+set -uo pipefail
+
+usage() {
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
+    exit 2
+}
+
+parts=(build test sanitize ops dto generate)
+out="" only=""
+while (($#)); do
+    case "$1" in
+        --only)
+            only="${2:-}"
+            [[ " ${parts[*]} " == *" $only "* && -n "$only" ]] || usage
+            shift 2
+            ;;
+        -*) usage ;;
+        *)
+            [[ -z "$out" ]] || usage
+            out="$1"
+            shift
+            ;;
+    esac
+done
+[[ -n "$out" ]] || usage
+mkdir -p "$out" || exit 2
+out="$(cd "$out" && pwd)"
+cd "$(dirname "$0")/.." || exit 2
+
+python="${PYTHON:-python3}"
+budget="${BUDGET:-570}"
+status="$out/status.tsv" log="$out/report.log"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+touch "$status"
+
+build() {
+    # Kernels for this GPU alone: a third of the time of all architectures.
+    CUDAARCHS="$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')"
+    export CUDAARCHS
+    NABLA_FAST_REQUIRE_NATIVE=1 "$python" setup.py build_ext --inplace && "$python" -m nabla_fast doctor
+}
+
+gpu_tests() {
+    NABLA_FAST_REQUIRE_NATIVE=1 "$python" -m pytest -q tests/test_cuda.py -k "gpu or real_sizes or cuda_graph"
+}
+
+sanitize() {
+    command -v compute-sanitizer >/dev/null || {
+        echo "compute-sanitizer is not on the PATH"
+        return 1
+    }
+    local tool failed=0
+    # Every tensor is an allocation of its own, so that a write behind one is seen.
+    for tool in memcheck racecheck synccheck; do
+        echo "== $tool"
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
+            "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda.py \
+            -k "gpu and (test_logits or test_latents or token_diff)" || failed=1
+    done
+    return "$failed"
+}
+
+measure() {
+    "$python" benchmarks/run.py --device cuda --suite "$1" --output "$out/$1.json"
+}
+
+run_part() {
+    case "$1" in
+        build) build ;;
+        test) gpu_tests ;;
+        sanitize) sanitize ;;
+        ops) measure operators ;;
+        dto) measure dto ;;
+        generate) measure generate ;;
+    esac
+}
+
+# A part runs in a process group of its own, which `timeout` can end as a whole.
+if [[ -n "${NABLA_FAST_GPU_PART:-}" ]]; then
+    run_part "$NABLA_FAST_GPU_PART"
+    exit
+fi
+
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+    echo "torch sees no GPU; benchmarks/gpu.sh needs one" >&2
+    exit 2
+}
+
+note() {
+    sed -i "/^$1\t/d" "$status"
+    printf '%s\t%s\t%s\n' "$1" "$2" "$3" >>"$status"
+}
+
+# No part may use up the time of those after it; alone it may have all.
+declare -A longest=([build]=200 [test]=100 [sanitize]=150 [ops]=300 [dto]=150 [generate]=300)
+
+failed=0
+for part in "${parts[@]}"; do
+    if [[ -n "$only" && "$part" != "$only" ]]; then continue; fi
+    if [[ -z "$only" ]] && grep -q "^$part	ok" "$status"; then continue; fi
+    left=$((budget - SECONDS))
+    if ((left < 20)); then
+        note "$part" "not run: no time left, run gpu.sh again" 0
+        continue
+    fi
+    if [[ -z "$only" ]] && ((left > longest[$part])); then left=${longest[$part]}; fi
+    begun=$SECONDS
+    echo "== $part" | tee -a "$log"
+    NABLA_FAST_GPU_PART="$part" timeout "$left" "$PWD/benchmarks/gpu.sh" "$out" 2>&1 | tee -a "$log"
+    code=${PIPESTATUS[0]}
+    case "$code" in
+        0) note "$part" ok $((SECONDS - begun)) ;;
+        124 | 137) note "$part" "cut after $left s" $((SECONDS - begun)) ;;
+        *) note "$part" "failed, exit status $code" $((SECONDS - begun)) ;;
+    esac
+    ((code)) && failed=1
+done
+"$python" benchmarks/tables.py "$out"
+exit "$failed"

@@ -1,0 +1,210 @@
+"""Times things in turn, and finds out what the device can do at best. Needs torch alone.
+
+CPU: a repeat counts as clean if its thread was not pushed off a core meanwhile (no involuntary context switch); medians
+are over clean repeats. GPU: events around a call, behind a kernel that empties the L2 cache and gives the host time to
+launch what follows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import resident
+
+Call = Callable[[], object]
+Clock = Callable[[], float]
+Timing = dict[str, Any]
+
+FEWEST_CLEAN = 3
+_MOST_PER_TURN = 8
+_FLUSHED = 2**28  # bytes, more than any L2 cache holds
+_COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes
+_MULTIPLIED = {"cpu": 2048, "cuda": 8192}  # rows and columns
+_TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's mallopt
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to measure.
+
+    Attributes:
+        seconds: of all contenders of a case together; up to three times that until repeats are clean.
+        least, most: turns, whatever the seconds.
+    """
+
+    seconds: float = 4.0
+    least: int = 5
+    most: int = 50
+
+
+def in_turn(
+    calls: Mapping[str, Sequence[Call]], device: torch.device, budget: Budget, clock: Clock = time.perf_counter
+) -> dict[str, Timing]:
+    """Medians of several contenders, called in turn.
+
+    Args:
+        calls: contender → the same call on one or more sets of inputs, which are rotated.
+        device: whose time it is.
+        budget: how long.
+        clock: of a CPU; ``time.thread_time`` leaves out what other processes took, and suits calls on one thread.
+
+    Returns:
+        contender → ``median_ms``, ``fastest_ms``, ``repeats``, ``clean`` (0: less than three were, all are used),
+        ``context_switches``, and ``samples_ms``, those that the median is of.
+    """
+    once = {name: _warm_up(sets, device, clock) for name, sets in calls.items()}
+    slowest = max(once.values())
+    # The quick ones get more repeats than the slow ones, at little cost.
+    per_turn = {name: min(_MOST_PER_TURN, max(1, int(slowest / t / 4))) for name, t in once.items()}
+    samples: dict[str, list[tuple[float, int]]] = {name: [] for name in calls}
+    start = time.perf_counter()
+    gc.disable()
+    try:
+        for turn in range(budget.most):
+            for name, sets in calls.items():
+                for extra in range(per_turn[name]):
+                    samples[name].append(_sample(sets[(turn + extra) % len(sets)], device, clock))
+            spent = time.perf_counter() - start
+            enough = all(sum(not s for _, s in taken) >= FEWEST_CLEAN for taken in samples.values())
+            if turn + 1 >= budget.least and spent > budget.seconds * (1 if enough else 3):
+                break
+    finally:
+        gc.enable()
+    return {name: timing(taken) for name, taken in samples.items()}
+
+
+def timing(samples: Sequence[tuple[float, int]]) -> Timing:
+    """Figures of repeats, each its seconds and its involuntary context switches; see `in_turn`."""
+    clean = [seconds for seconds, switches in samples if switches == 0]
+    chosen = clean if len(clean) >= FEWEST_CLEAN else [seconds for seconds, _ in samples]
+    return {
+        "median_ms": statistics.median(chosen) * 1e3,
+        "fastest_ms": min(chosen) * 1e3,
+        "repeats": len(samples),
+        "clean": len(clean) if len(clean) >= FEWEST_CLEAN else 0,
+        "context_switches": sum(switches for _, switches in samples),
+        "samples_ms": [seconds * 1e3 for seconds in chosen],
+    }
+
+
+def _warm_up(sets: Sequence[Call], device: torch.device, clock: Clock) -> float:
+    """Calls with every set of inputs, once more than there are, and returns the seconds of the last call."""
+    for call in sets:
+        call()
+    return _sample(sets[0], device, clock)[0]
+
+
+def _sample(call: Call, device: torch.device, clock: Clock) -> tuple[float, int]:
+    """Seconds of one call, and involuntary context switches meanwhile (0 on a GPU, which has its own clock)."""
+    if device.type == "cuda":
+        return _sample_gpu(call, device), 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    start = clock()
+    call()
+    seconds = clock() - start
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
+
+
+def _sample_gpu(call: Call, device: torch.device) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _flush_buffer(device).zero_()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+@functools.cache
+def _flush_buffer(device: torch.device) -> torch.Tensor:
+    return torch.empty(_FLUSHED, dtype=torch.uint8, device=device)
+
+
+def input_sets(bytes_of_one: int, device: torch.device) -> int:
+    """How many sets of inputs to rotate, so that none is in the last cache when its turn comes; at most eight."""
+    return max(1, min(8, -(-2 * last_cache(device) // max(1, bytes_of_one))))
+
+
+def last_cache(device: torch.device) -> int:
+    """Bytes of the GPU's L2 cache, or of the CPU's last level; 0 if the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    units = {"K": 2**10, "M": 2**20}
+    texts = [path.read_text().strip() for path in sizes]
+    return max((int(text[:-1]) * units[text[-1]] for text in texts if text[-1:] in units), default=0)
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """The best that the device does: bytes read and written by a copy, and FLOPs of a matrix product, per second."""
+    copied, n = _COPIED[device.type], _MULTIPLIED[device.type]
+    source = torch.randn(copied // 4, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    c = torch.empty_like(a)
+    calls = {"copy": [lambda: target.copy_(source)], "matmul": [lambda: torch.mm(a, b, out=c)]}
+    times = in_turn(calls, device, Budget(1.0, 5, 20))
+    return {
+        "bytes_per_second": 2 * copied / (times["copy"]["fastest_ms"] / 1e3),
+        "flops_per_second": 2 * n**3 / (times["matmul"]["fastest_ms"] / 1e3),
+    }
+
+
+def floor(traffic: int, flops: int, ceiling: Mapping[str, float]) -> dict[str, Any]:
+    """The least time for so many bytes and FLOPs, and which of the two sets it."""
+    memory, arithmetic = traffic / ceiling["bytes_per_second"], flops / ceiling["flops_per_second"]
+    return {
+        "ms": max(memory, arithmetic) * 1e3,
+        "bound": "memory" if memory >= arithmetic else "arithmetic",
+        "bytes": traffic,
+        "flops": flops,
+    }
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """Bytes by which one call raises the memory in use at its highest; None where the system does not tell.
+
+    On a CPU it is resident memory, so all that other code keeps for later must have been given back before.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    marks = Path("/proc/self/clear_refs")
+    if not marks.exists():
+        return None
+    _allocator(_MMAP, 2**16)  # larger blocks come from the system and go back to it at once
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        marks.write_text("5")  # the highest mark starts anew
+        before = resident("VmRSS")
+        call()
+        return max(0, resident("VmHWM") - before)
+    finally:
+        steady_allocator()
+
+
+def steady_allocator() -> None:
+    """Puts glibc's thresholds where it moves them by itself in time, so that early and late calls are alike."""
+    _allocator(_MMAP, 2**25)
+    _allocator(_TRIM, 2**26)
+
+
+def _allocator(option: int, value: int) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(option, value)

@@ -1,0 +1,160 @@
+"""Runs the benchmarks and writes what they measured; `nabla-fast bench` and `make bench` call it.
+
+    python benchmarks/run.py                         # everything, to benchmarks/results/<machine>/<date>.json
+    python benchmarks/run.py --suite operators --only dto_step --output FILE
+
+The file is written anew after each case, so that a run that is cut leaves what it has measured. A case that fails is
+recorded with its error; the others go on, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import Case, Record, Setting
+from machine import commit, gpu, machine, slug, versions, write
+from measure import steady_allocator
+from rich.console import Console
+from tables import FORMAT, summary
+
+RESULTS = Path(__file__).parent / "results"
+SUITES = {
+    "operators": (
+        "relaxed_stats",
+        "linear_relaxed_stats",
+        "straight_through_embedding",
+        "soft_embedding",
+        "linear_log_likelihood",
+        "gradient_norm",
+        "dto_step",
+        "token_diff",
+    ),
+    "dto": ("dto",),
+    "generate": ("generate",),
+}
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=SUITES, action="append", help="may be given again; default: all")
+    parser.add_argument("--only", metavar="TEXT", help="cases with TEXT in their names")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few repeats, no compilation")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: as many as torch takes")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: benchmarks/results/<machine>/<date>.json")
+    return parser.parse_args(arguments)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that ``--device`` names; ValueError if it is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}; use auto, cpu, cuda or cuda:N")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name!r}, but torch sees no GPU; use cpu")
+    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+
+
+def default_output(device: torch.device, quick: bool, today: str | None = None) -> Path:
+    """A file for today's results that does not exist yet; that of a quick run says so in its name."""
+    today = today or datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    directory = RESULTS / slug(device)
+    stem = f"{today}-quick" if quick else today
+    tries = (directory / f"{stem}{'' if i == 1 else f'-{i}'}.json" for i in range(1, sys.maxsize))
+    return next(path for path in tries if not path.exists())
+
+
+def chosen_cases(setting: Setting, suites: Sequence[str], only: str | None) -> Iterator[Case]:
+    """The cases of some suites, made when their turn comes."""
+    for suite in suites:
+        for name in SUITES[suite]:
+            for case in importlib.import_module(f"test_bench_{name}").cases(setting):
+                if only is None or only in case.name:
+                    yield case
+
+
+def description(setting: Setting, threads: int) -> dict[str, Any]:
+    """What is run, and on what."""
+    return {
+        "format": FORMAT,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "quick": setting.quick,
+        "device": str(setting.device),
+        "machine": machine() | ({"gpu": gpu(setting.device)} if setting.device.type == "cuda" else {}),
+        "versions": versions(),
+        "threads": threads,
+        "load_average": {"before": os.getloadavg(), "after": None},
+        "ceilings": {str(t).removeprefix("torch."): setting.ceilings(t) for t in rated_dtypes(setting)},
+        "records": [],
+    }
+
+
+def rated_dtypes(setting: Setting) -> list[torch.dtype]:
+    """Those whose ceilings the records refer to; integers are rated by float32's."""
+    return list(dict.fromkeys((torch.float32, *setting.dtypes)))
+
+
+def run_case(case: Case) -> Record:
+    """The record of a case; one with an ``error`` if it fails."""
+    start = time.perf_counter()
+    try:
+        record = case.run()
+    except Exception as error:  # whatever is wrong with one case, the others can be measured
+        record = {"suite": None, "name": case.name, "error": f"{type(error).__name__}: {error}"}
+    free_memory()
+    for contender in record.get("contenders", {}).values():
+        contender.pop("samples_ms", None)
+    return {"case": case.name, **record, "wall_seconds": round(time.perf_counter() - start, 2)}
+
+
+def free_memory() -> None:
+    """Forgets what a case has left, compiled graphs too: torch keeps eight of a function and then runs it eagerly."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    try:
+        device = choose_device(options.device)
+    except ValueError as error:
+        console.print(f"[red]error:[/] {error}")
+        return 2
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    steady_allocator()
+    setting = Setting(device, options.quick)
+    output = options.output or default_output(device, options.quick)
+    result = description(setting, torch.get_num_threads())
+    for case in chosen_cases(setting, options.suite or list(SUITES), options.only):
+        console.print(f"{case.name} …", end=" ")
+        record = run_case(case)
+        console.print(record.get("error") or f"{record['wall_seconds']:.0f} s", markup=False, soft_wrap=True)
+        result["records"].append(record)
+        result["load_average"]["after"] = os.getloadavg()
+        write(output, result)
+    if not result["records"]:
+        console.print(f"[red]error:[/] no case has {options.only!r} in its name")
+        return 2
+    console.print(*summary(result), f"written to {output}", sep="\n")
+    return int(any("error" in record for record in result["records"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""What is read off a record, and the tables that show it: in the terminal, and in benchmarks/README.md.
+
+python benchmarks/tables.py DIR    # everything that gpu.sh left in a directory, as one table
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Record = dict[str, Any]
+FORMAT = 1
+"""Of the files in results/<machine>/; other tools' files in results/ have none."""
+_SWITCHES_PER_SECOND = 10
+OPERATOR_COLUMNS = ("case", "ours", "time", "time/floor", "× eager", "× compiled", "× library", "memory")
+SIDE_COLUMNS = ("case", "nabla_fast", "published", "times faster", "memory", "gradients", "host waits")
+
+
+def best_of_ours(record: Record) -> tuple[str, dict[str, Any]]:
+    """Our fastest back end and its figures; the reference, which is plain PyTorch, only where there is no other."""
+    ours = {name: c for name, c in record["contenders"].items() if c["ours"]}
+    kernels = {name: c for name, c in ours.items() if name != "reference"} or ours
+    name = min(kernels, key=lambda n: kernels[n]["median_ms"])
+    return name, kernels[name]
+
+
+def times_faster(record: Record, *prefixes: str) -> float | None:
+    """Time of the fastest baseline whose name begins so, over ours; None where there is none."""
+    times = [c["median_ms"] for name, c in record["contenders"].items() if not c["ours"] and name.startswith(prefixes)]
+    return min(times) / best_of_ours(record)[1]["median_ms"] if times else None
+
+
+def memory_share(record: Record, baseline: str) -> float | None:
+    """Ours over a baseline's peak memory; None where either is not known, or the baseline takes none."""
+    ours, theirs = best_of_ours(record)[1].get("peak_bytes"), record["contenders"].get(baseline, {}).get("peak_bytes")
+    return None if ours is None or not theirs else ours / theirs
+
+
+def label(record: Record) -> str:
+    """What was run, in a few words."""
+    sizes = ", ".join(f"{name} {value}" for name, value in record["shape"].items())
+    return f"{record['name']} · {record['model']} {record['dtype']} · {sizes}"
+
+
+def operator_cells(record: Record) -> list[str]:
+    """One cell for each of `OPERATOR_COLUMNS`."""
+    name, ours = best_of_ours(record)
+    return [
+        label(record),
+        name,
+        milliseconds(ours["median_ms"]),
+        f"{ours['over_floor']:.2f}" + (" *" if not clean(record) else ""),
+        factor(times_faster(record, "eager")),
+        factor(times_faster(record, "torch.compile")),
+        factor(times_faster(record, "Liger", "cut-")),
+        share(memory_share(record, "eager")),
+    ]
+
+
+def side_cells(record: Record) -> list[str]:
+    """One cell for each of `SIDE_COLUMNS`."""
+    _, ours = best_of_ours(record)
+    published = record["contenders"]["published"]
+    return [
+        label(record),
+        milliseconds(ours["median_ms"]),
+        milliseconds(published["median_ms"]),
+        factor(times_faster(record, "published")) + (" *" if not clean(record) else ""),
+        share(memory_share(record, "published")),
+        f"{ours['gradient_evaluations']}, {published['gradient_evaluations']}",
+        "-" if ours.get("host_waits") is None else f"{ours['host_waits']}, {published['host_waits']}",
+    ]
+
+
+def clean(record: Record) -> bool:
+    """Whether the repeats were undisturbed, or the GPU kept the time; otherwise a star stands beside the ratio.
+
+    A run of seconds is now and then switched away from on any machine; it counts as disturbed from ten times a second.
+    """
+    return all(
+        c["clean"] > 0 or c["context_switches"] < c["repeats"] * c["median_ms"] / 1e3 * _SWITCHES_PER_SECOND
+        for c in record["contenders"].values()
+    )
+
+
+def columns_and_rows(records: list[Record], suite: str) -> tuple[tuple[str, ...], list[list[str]]]:
+    """The table of one suite."""
+    chosen = [record for record in records if record["suite"] == suite]
+    if suite == "operators":
+        return OPERATOR_COLUMNS, [operator_cells(record) for record in chosen]
+    return SIDE_COLUMNS, [side_cells(record) for record in chosen]
+
+
+def summary(result: dict[str, Any]) -> list[Table]:
+    """A table for each suite that was run."""
+    shown = []
+    for suite in dict.fromkeys(record["suite"] for record in result["records"] if "error" not in record):
+        columns, rows = columns_and_rows([r for r in result["records"] if "error" not in r], suite)
+        table = Table(title=f"{suite}, {result['device']}, {result['threads']} threads")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        shown.append(table)
+    return shown
+
+
+def milliseconds(value: float) -> str:
+    if value >= 1000:
+        return f"{value / 1000:.3g} s"
+    return f"{value:.3g} ms" if value >= 1 else f"{value * 1000:.3g} µs"
+
+
+def factor(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
+
+
+def overview(directory: Path) -> Table:
+    """What gpu.sh left in a directory: a row for each measured case, and one for each part that was to be run."""
+    table = Table("", "ours", "time", "time/floor", "times faster", "memory", title=str(directory))
+    for file in sorted(directory.glob("*.json")):
+        for record in json.loads(file.read_text())["records"]:
+            table.add_row(*_overview_cells(record))
+        table.add_section()
+    status = directory / "status.tsv"
+    for line in status.read_text().splitlines() if status.exists() else ():
+        part, outcome, seconds = line.split("\t")
+        table.add_row(part, outcome, f"{seconds} s")
+    return table
+
+
+def _overview_cells(record: Record) -> list[str]:
+    if "error" in record:
+        return [record["case"], record["error"].splitlines()[0]]
+    name, ours = best_of_ours(record)
+    over = f"{ours['over_floor']:.2f}" if "over_floor" in ours else "-"
+    memory = share(memory_share(record, "eager") or memory_share(record, "published"))
+    return [record["case"], name, milliseconds(ours["median_ms"]), over, factor(times_faster(record, "")), memory]
+
+
+if __name__ == "__main__":
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(overview(Path(sys.argv[1])))

@@ -1,0 +1,98 @@
+"""A whole optimisation of 20 steps against the published schedule, with one row that moves and with all of them.
+
+Both start from the same latents, those of random tokens, with nothing in a cache: what a decode does at its first
+position.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from cases import Case, Record, Setting
+from pairs import Loaded, numbered_chat, random_pair, smollm2
+from published_schedule import PublishedSchedule, Trajectory
+from sides import OURS, Outcome, compare, side_record
+from torch import Tensor
+
+import nabla_fast as nf
+from nabla_fast import dto
+from nabla_fast.generate import stop_rule
+from nabla_fast.models.chat import generation_prompt_ids
+from nabla_fast.objective import Conversation, Objective
+from nabla_fast.rollout import HFRollout
+from nabla_fast.sampling import sequence_seeds
+
+STEPS = 20
+AHEAD = (64, 256, 1024)
+QUESTION = [{"role": "user", "content": "Explain how a water wheel works, and what limits its power."}]
+
+
+@functools.cache
+def load(device: torch.device) -> tuple[Loaded, Any]:
+    """The pair of a device, and a question for it."""
+    return (smollm2(), QUESTION) if device.type == "cpu" else (random_pair(device), numbered_chat(0))
+
+
+@torch.no_grad()
+def start(loaded: Loaded, chat: Any, ahead: int) -> tuple[Tensor, Tensor]:
+    """Random tokens (m,) as a response to ``chat``, and the latents (m, d) that predict each."""
+    prompt = generation_prompt_ids(loaded.pair.tokenizer, chat)
+    generator = torch.Generator().manual_seed(ahead)
+    tokens = torch.randint(0, loaded.models.vocab_size, (ahead,), generator=generator).to(loaded.models.device)
+    ids = torch.cat([torch.tensor(prompt, device=tokens.device), tokens[:-1]])
+    hidden = loaded.models.language_model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+    return tokens, hidden[len(prompt) - 1 :]
+
+
+def ours(loaded: Loaded, chat: Any, config: nf.NablaConfig, tokens: Tensor, latents: Tensor) -> Outcome:
+    pair = loaded.pair
+    prompt = tuple(generation_prompt_ids(pair.tokenizer, chat))
+    (seed,) = sequence_seeds(config.seed, [prompt])
+    objective = Objective(pair.language_model, pair.reward_model, config)
+    conversation = Conversation(prompt, pair.reward_model.chat_frame(chat), len(tokens))
+    problem = dto.Problem(conversation, tokens[:0], latents, seed, rollout=tokens)
+    with torch.no_grad():
+        (done,) = dto.optimize_batch([problem], objective)
+    return {"gradient_evaluations": done.gradient_evaluations, "result": done.logits[0].float()}
+
+
+def published(loaded: Loaded, chat: Any, config: nf.NablaConfig, tokens: Tensor, latents: Tensor) -> Outcome:
+    rollouts = HFRollout(loaded.pair.language_model)  # none is drawn
+    schedule = PublishedSchedule(loaded.models, rollouts, config, stop_rule(loaded.pair, config))
+    state = schedule.start(chat)
+    state.trajectory = Trajectory(tokens, latents, 0.0)
+    with torch.no_grad():
+        logits = schedule.optimise(state)
+    return {"gradient_evaluations": state.stats.gradient_evaluations, "result": logits.float()}
+
+
+def measure_dto(setting: Setting, ahead: int, rows: str) -> Record:
+    loaded, chat = load(setting.device)
+    config = nf.NablaConfig(
+        max_iters=STEPS, max_new_tokens=ahead, update_postfix=rows == "all", eos_token_ids=(), gradient_threshold=None
+    )
+    tokens, latents = start(loaded, chat, ahead)
+    sides = {
+        name: functools.partial(side, loaded, chat, config, tokens, latents)
+        for name, side in ((OURS, ours), ("published", published))
+    }
+    for side in (ours, published):  # first calls load code and choose kernels
+        side(loaded, chat, config.replace(max_iters=1), tokens[:8], latents[:8])
+    long = setting.device.type == "cpu" and ahead > AHEAD[0]
+    figures = compare(sides, setting.device, repeats=1 if long or setting.quick else 3, again=not setting.quick)
+    dtype = loaded.models.language_model.dtype
+    return side_record("dto", f"DTO, {rows} row{'s' * (rows == 'all')}", loaded.name, dtype, {"m": ahead}, figures)
+
+
+def cases(setting: Setting) -> list[Case]:
+    return [
+        Case(f"dto-{rows}-{ahead}", functools.partial(measure_dto, setting, ahead, rows))
+        for ahead in (AHEAD[:1] if setting.quick else AHEAD)
+        for rows in ("one", "all")
+    ]
+
+
+def test_dto(case, measured):
+    measured(case)

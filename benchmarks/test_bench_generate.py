@@ -1,0 +1,106 @@
+"""A whole decode against the published schedule, everything but rollouts, which both sides replay.
+
+On a CPU SmolLM2 and its reward model answer a question in float32, where both sides give the same tokens. On a GPU
+models of real sizes have random weights, and rollouts are random too; the published schedule decodes one sequence after
+the other.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from cases import Case, Record, Setting
+from end_to_end import PROMPTS
+from pairs import Loaded, RandomRollouts, Replay, numbered_chat
+from published_schedule import PublishedSchedule
+from sides import OURS, Outcome, compare, side_record
+from test_bench_dto import load
+
+import nabla_fast as nf
+from nabla_fast import decoder
+from nabla_fast.generate import stop_rule
+from nabla_fast.models.chat import generation_prompt_ids
+from nabla_fast.objective import Conversation, Objective
+from nabla_fast.rollout import HFRollout
+from nabla_fast.sampling import Sampler, sequence_seeds
+
+BATCHES = (1, 4, 16)
+_COUNTED = ("gradient_evaluations", "dto_iterations", "optimised_positions", "rollouts", "rejections", "reward_calls")
+
+
+def ours(loaded: Loaded, chats: list[Any], config: nf.NablaConfig, rollouts: Any) -> Outcome:
+    """All prompts together."""
+    pair = loaded.pair
+    prompts = [tuple(generation_prompt_ids(pair.tokenizer, chat)) for chat in chats]
+    frames = [pair.reward_model.chat_frame(chat) for chat in chats]
+    seeds = sequence_seeds(config.seed, prompts)
+    sequences = [
+        decoder.Sequence(i, Conversation(prompt, frame, config.max_new_tokens), seed)
+        for i, (prompt, frame, seed) in enumerate(zip(prompts, frames, seeds, strict=True))
+    ]
+    with torch.no_grad():
+        objective = Objective(pair.language_model, pair.reward_model, config)
+        decoder.Decoder(objective, rollouts, Sampler(), stop_rule(pair, config)).decode(sequences)
+    return _outcome([s.stats for s in sequences], [s.current.tokens for s in sequences])
+
+
+def published(loaded: Loaded, chats: list[Any], config: nf.NablaConfig, rollouts: Any) -> Outcome:
+    """One prompt after the other."""
+    schedule = PublishedSchedule(loaded.models, rollouts, config, stop_rule(loaded.pair, config))
+    states = [schedule.decode(chat) for chat in chats]
+    return _outcome([s.stats for s in states], [s.trajectory.tokens for s in states])
+
+
+def _outcome(stats: list[Any], tokens: list[torch.Tensor]) -> Outcome:
+    totals = nf.stats.Stats(stats).totals
+    counters = totals.counters()
+    return {
+        **{name: counters[name] for name in _COUNTED},
+        "seconds": {phase: seconds for phase, seconds in totals.seconds.items() if phase != "rollout"},
+        "rollout_seconds": totals.seconds["rollout"],
+        "result": torch.cat(tokens),
+    }
+
+
+def measure_generate(setting: Setting, chats: list[Any], config: nf.NablaConfig) -> Record:
+    loaded, _ = load(setting.device)
+    on_cpu = setting.device.type == "cpu"
+    rollouts = Replay(HFRollout(loaded.pair.language_model)) if on_cpu else RandomRollouts(loaded.pair)
+    sides = {
+        name: functools.partial(side, loaded, chats, config, rollouts)
+        for name, side in ((OURS, ours), ("published", published))
+    }
+    short = config.replace(max_new_tokens=8, max_rollouts=2, gradient_threshold=None)
+    for side in (ours, published):  # first calls load code and choose kernels
+        side(loaded, chats[:1], short, rollouts)
+    figures = compare(sides, setting.device, repeats=1, again=False)
+    shape = {"prompts": len(chats), "tokens": config.max_new_tokens, "rollouts": config.max_rollouts}
+    return side_record("generate", "decode", loaded.name, loaded.models.language_model.dtype, shape, figures)
+
+
+def cases(setting: Setting) -> list[Case]:
+    def case(name: str, chats: list[Any], config: nf.NablaConfig) -> Case:
+        return Case(f"generate-{name}", functools.partial(measure_generate, setting, chats, config))
+
+    if setting.device.type == "cpu":
+        tokens, rollouts = (24, 2) if setting.quick else (256, 8)
+        config = nf.NablaConfig(max_new_tokens=tokens, max_rollouts=rollouts)
+        questions = PROMPTS[: 1 if setting.quick else 2]
+        chats = [[{"role": "user", "content": question}] for question in questions]
+        return [case(f"question-{i + 1}", [chat], config) for i, chat in enumerate(chats)]
+    tokens = 128 if setting.quick else 1024
+    # The gradient criterion is taken and always passes, so that the work does not depend on what the weights say.
+    config = nf.NablaConfig(max_new_tokens=tokens, confidence_threshold=None, gradient_threshold=0.0, eos_token_ids=())
+    return [
+        # With more sequences than one, activations of all do not fit beside the models.
+        case(
+            f"batch-{batch}", [numbered_chat(i) for i in range(batch)], config.replace(checkpoint_activations=batch > 1)
+        )
+        for batch in BATCHES
+    ]
+
+
+def test_generate(case, measured):
+    measured(case)

@@ -1,0 +1,61 @@
+"""Where the time of a decode goes: a trace, seconds per phase, and PyTorch's operators."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from nabla_fast.generate import NablaOutput
+from nabla_fast.stats import STEPS, SequenceStats
+
+TRACE, PHASE_TABLE, OPERATOR_TABLE = "trace.json.gz", "phases.txt", "operators.txt"
+_OPERATORS = 40  # rows of the table
+
+
+def prepare(directory: Path) -> None:
+    """Makes the directory of a profile.
+
+    Raises:
+        NotADirectoryError: if there is a file of that name.
+        PermissionError: if nothing can be written there.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"--profile: {directory} is not a directory and cannot be made one") from None
+    except PermissionError:
+        raise PermissionError(f"--profile: {directory} cannot be made here; name a directory of your own") from None
+    if not os.access(directory, os.W_OK):
+        raise PermissionError(f"--profile: {directory} cannot be written to; name a directory of your own")
+
+
+def profile(directory: Path, method: Callable[..., NablaOutput], *arguments: Any, **options: Any) -> NablaOutput:
+    """Calls ``method``, and writes its profile to ``directory``.
+
+    ``trace.json.gz`` is for Perfetto or chrome://tracing; in it the phases have the names of `nabla_fast.stats.STEPS`.
+    ``phases.txt`` has their seconds, ``operators.txt`` PyTorch's operators by the time that each takes itself.
+    """
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        output = method(*arguments, **options)
+    profiler.export_chrome_trace(str(directory / TRACE))
+    (directory / PHASE_TABLE).write_text(phase_table(output.stats.totals))
+    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    (directory / OPERATOR_TABLE).write_text(profiler.key_averages().table(sort_by=order, row_limit=_OPERATORS) + "\n")
+    return output
+
+
+def phase_table(totals: SequenceStats) -> str:
+    """Seconds and share of every phase, as text; the profiler's own work is in them."""
+    total = sum(totals.seconds.values())
+    rows = [(STEPS[phase], seconds) for phase, seconds in totals.seconds.items()]
+    lines = [f"{'phase':<12}{'seconds':>10}{'share':>8}"]
+    lines += [f"{step:<12}{seconds:>10.3f}{seconds / total if total else 0:>8.1%}" for step, seconds in rows]
+    return "\n".join([*lines, f"{'total':<12}{total:>10.3f}"]) + "\n"

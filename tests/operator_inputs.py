@@ -1,0 +1,98 @@
+"""Random inputs of the operators, and comparisons with their meaning; for the tests and for benchmarks/."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nabla_fast.ops.reference import Head, Tables, TokenGradient, hard_tokens
+
+
+def randn(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    scale: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Normal numbers of standard deviation ``scale``, the same for the same seed, dtype and kind of device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    drawn = torch.promote_types(dtype, torch.float32)
+    return torch.randn(*shape, generator=generator, dtype=drawn, device=device).mul_(scale).to(dtype)
+
+
+def head(vocabulary: int, width: int, *, scale: float = 1.0, softcap: float = 0.0, **options: Any) -> Head:
+    """A random output head (V, d); ``options`` go to `randn`."""
+    return Head(randn(vocabulary, width, **{"seed": 1, **options}), scale, softcap)
+
+
+def tables(vocabulary: int, width: int, reward_width: int, own: Head, *, tied: bool = False, **options: Any) -> Tables:
+    """Head ``own`` with random embedding tables (V, d), which is the head where ``tied``, and (V, d_r)."""
+    embedding = own.weight if tied else randn(vocabulary, width, **{"seed": 2, **options})
+    return Tables(own, embedding, randn(vocabulary, reward_width, **{"seed": 3, **options}), 0.1)
+
+
+def factors(rows: int, width: int, reward_width: int, **options: Any) -> TokenGradient:
+    """Random factors of the gradients of N rows."""
+    seed = options.pop("seed", 4)
+    shapes = (width, width, reward_width)
+    return TokenGradient(*(randn(rows, d, seed=seed + i, **options) for i, d in enumerate(shapes)))
+
+
+def step_state(parameters: Tensor, own: Head, *, latents: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``parameters`` as they are before the first step of `dto_step`: moments, step counts, and their hard tokens."""
+    count = torch.zeros(len(parameters), dtype=torch.long, device=parameters.device)
+    moments = torch.zeros_like(parameters), torch.zeros_like(parameters)
+    return parameters, *moments, count, hard_tokens(parameters, own, latents)
+
+
+def logits(seed: int, rows: int, vocabulary: int, kind: str = "random", dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows (N, V) of one kind of `kernel_inputs.KINDS`."""
+    generator = torch.Generator().manual_seed(seed)
+    z = 3 * torch.randn(rows, vocabulary, generator=generator)
+    if kind == "ties":
+        z = z.round().clamp(-2, 2)
+    elif kind == "minus infinity":
+        keep = torch.rand(rows, vocabulary, generator=generator) < 0.3
+        keep[:, vocabulary // 2] = True
+        z = torch.where(keep, z, -torch.inf)
+    elif kind == "dominant":
+        z[:, vocabulary // 3] = 90.0
+    elif kind == "huge":
+        z = (1e4 * torch.rand(rows, vocabulary, generator=generator)).round()
+    elif kind == "all equal":
+        z = torch.full((rows, vocabulary), 2.5)
+    return z.to(dtype)
+
+
+def double(x: Any) -> Any:
+    """Tensors in float64, integers as they are; through tuples, lists and named tuples."""
+    if isinstance(x, Tensor):
+        return x.double() if x.is_floating_point() else x.clone()
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*map(double, x))
+    return type(x)(map(double, x)) if isinstance(x, (tuple, list)) else x
+
+
+def close(
+    actual: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor], tolerance: float = 1e-5, unit: float = 1.0
+) -> None:
+    """Floats agree to ``tolerance`` of the largest value or ``unit`` (NaN where NaN), everything else exactly."""
+    if not isinstance(actual, Tensor):
+        assert len(actual) == len(expected)
+        for a, b in zip(actual, expected, strict=True):
+            close(a, b, tolerance, unit)
+        return
+    assert isinstance(expected, Tensor)
+    assert actual.shape == expected.shape
+    if not expected.is_floating_point():
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
+        return
+    assert actual.dtype == torch.float32
+    finite = expected[expected.isfinite()]
+    scale = max(unit, finite.abs().max().item() if finite.numel() else 0.0)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance * scale, equal_nan=True)

@@ -1,0 +1,375 @@
+"""The benchmarks: what they time is right, what they record is what happened, and tables say what was recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_models import tiny_language_model, tiny_reward_model, tiny_tokenizer
+from typer.testing import CliRunner
+
+import nabla_fast as nf
+from nabla_fast import cli, cli_bench
+from nabla_fast.generate import make_pair
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import cases
+import measure
+import pairs
+import plots
+import run
+import sides
+import tables
+import test_bench_dto
+import test_bench_generate
+import test_bench_relaxed_stats
+from shapes import Shape
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+CPU = torch.device("cpu")
+SMALL = Shape("small", 517, 24, True, reward_width=16)
+CAPPED = Shape("capped", 301, 24, False, softcap=5.0, reward_width=16)
+
+
+@pytest.fixture
+def setting(monkeypatch):
+    """Tiny sizes, and ceilings that nobody has to measure."""
+    monkeypatch.setattr(cases.Setting, "models", [(SMALL, 5), (CAPPED, 3)])
+    monkeypatch.setattr(cases.Setting, "dtypes", (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(cases.Setting, "budget", measure.Budget(0.0, 2, 2))
+    monkeypatch.setattr(cases, "peak_bytes", lambda call, device: 2**20)
+    monkeypatch.setattr(cases, "input_sets", lambda size, device: 2)
+    ceiling = {"bytes_per_second": 1e9, "flops_per_second": 1e10}
+    monkeypatch.setattr(cases.Setting, "ceilings", lambda self, dtype: ceiling)
+    return cases.Setting(CPU, quick=True)
+
+
+def contest(setting, dtype=torch.float32):
+    return test_bench_relaxed_stats.contest(setting, SMALL, 5, dtype)
+
+
+# what is timed
+
+
+@pytest.mark.parametrize("name", run.SUITES["operators"])
+def test_every_contender_of_every_operator_computes_what_the_reference_does(setting, name):
+    made = importlib.import_module(f"test_bench_{name}").cases(setting)
+    assert made
+    for case in made:
+        record = case.run()
+        assert {"reference", "native", "eager"} <= set(record["contenders"])
+        assert record["contenders"]["native"]["over_floor"] > 0
+        assert record["floor"]["ms"] > 0
+        assert "torch.compile" in record["skipped"]
+        assert all(c["ours"] == (n in cases.BACKENDS) for n, c in record["contenders"].items())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda r: (r[0] * 1.001, *r[1:]),
+        lambda r: (*r[:3], r[3] + 1),
+        lambda r: (r[0], r[1] * torch.nan, *r[2:]),
+        lambda r: r[:3],
+    ],
+    ids=["inexact", "other tokens", "NaN", "too few results"],
+)
+def test_a_wrong_contender_is_never_timed(setting, monkeypatch, spoil):
+    wrong = contest(setting)
+    native = wrong.ours["native"]
+    wrong.ours["native"] = lambda z: spoil(native(z))
+    monkeypatch.setattr(cases, "in_turn", lambda *_: pytest.fail("it was timed"))
+    with pytest.raises(AssertionError, match="relaxed_stats"):
+        wrong.case(setting).run()
+
+
+def test_rounded_logits_may_move_a_baselines_tokens_but_not_ours(setting):
+    half = contest(setting, torch.bfloat16)
+    eager = half.baselines["eager"]
+    moved = lambda z: (*eager(z)[:3], eager(z)[3].index_fill(0, torch.tensor([1]), 0))  # noqa: E731
+    half.baselines["eager"] = moved
+    inputs = half.inputs(0)
+    meant = cases.meaning_of(half, inputs)
+    assert cases.check(half, "eager", inputs, meant)["rows_with_other_integers"] == pytest.approx(0.2)
+    half.ours["native"] = moved
+    with pytest.raises(AssertionError):
+        cases.check(half, "native", inputs, meant)
+
+
+# how it is timed
+
+
+def test_only_clean_repeats_count_where_there_are_three():
+    some = measure.timing([(0.001, 0), (0.009, 3), (0.002, 0), (0.003, 0)])
+    assert (some["median_ms"], some["clean"], some["repeats"], some["context_switches"]) == (2.0, 3, 4, 3)
+    few = measure.timing([(0.001, 0), (0.009, 3), (0.002, 1)])
+    assert (few["median_ms"], few["fastest_ms"], few["clean"]) == (2.0, 1.0, 0)
+
+
+def test_contenders_take_turns_and_rotate_their_inputs():
+    order = []
+    calls = {name: [lambda x=f"{name}{i}": order.append(x) for i in range(2)] for name in "ab"}
+    timings = measure.in_turn(calls, CPU, measure.Budget(0.0, 4, 4))
+    measured = order[6:]  # each input once, and one call to see how long it takes
+    assert {x[0] for x in measured[:2]} | {x[0] for x in measured[-2:]} == {"a", "b"}
+    assert {"a0", "a1", "b0", "b1"} <= set(measured)
+    assert all(t["repeats"] >= 4 for t in timings.values())
+
+
+def test_a_floor_is_the_longer_of_memory_and_arithmetic():
+    ceiling = {"bytes_per_second": 1e9, "flops_per_second": 1e12}
+    assert measure.floor(10**6, 10**6, ceiling) == {"ms": 1.0, "bound": "memory", "bytes": 10**6, "flops": 10**6}
+    assert measure.floor(0, 10**10, ceiling)["bound"] == "arithmetic"
+    assert measure.floor(0, 10**10, ceiling)["ms"] == pytest.approx(10)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
+def test_peak_memory_is_what_a_call_had_at_once():
+    def call():
+        for _ in range(3):
+            torch.ones(2**23)  # 32 MiB, gone before the next
+
+    assert 30 * 2**20 < measure.peak_bytes(call, CPU) < 60 * 2**20
+
+
+# nabla_fast against the published schedule
+
+
+@functools.cache
+def tiny_pair():
+    tokenizer = tiny_tokenizer()
+    models = tiny_language_model("llama"), tokenizer, tiny_reward_model("qwen3"), tokenizer
+    chat = [{"role": "user", "content": "what is 3 times 4"}]
+    return pairs.Loaded("tiny", pairs.Models(*models), make_pair(*models, nf.NablaConfig())), chat
+
+
+@pytest.mark.parametrize("rows", ["one", "all"])
+def test_both_sides_of_an_optimisation_do_the_same(setting, monkeypatch, rows):
+    monkeypatch.setattr(test_bench_dto, "load", lambda device: tiny_pair())
+    record = test_bench_dto.measure_dto(setting, 12, rows)
+    ours, published = (record["contenders"][name] for name in (sides.OURS, "published"))
+    assert published["error"] < 1e-6
+    # Fewer where tokens come back to what they were: the cache knows them, and the baseline keeps the last ones only.
+    assert 0 < ours["gradient_evaluations"] <= published["gradient_evaluations"]
+    assert ours["peak_bytes"] is None  # the quick setting leaves it out
+    assert tables.side_cells(record)[0].startswith("DTO")
+
+
+def test_both_sides_of_a_decode_give_the_same_tokens(setting, monkeypatch):
+    loaded, chat = tiny_pair()
+    monkeypatch.setattr(test_bench_generate, "load", lambda device: (loaded, chat))
+    config = nf.NablaConfig(max_new_tokens=8, max_rollouts=4, max_iters=4, learning_rate=0.2, gradient_threshold=0.3)
+    other = [{"role": "user", "content": "12 + 24 ="}]
+    record = test_bench_generate.measure_generate(setting, [chat, other], config)
+    ours, published = (record["contenders"][name] for name in (sides.OURS, "published"))
+    assert published["error"] == 0
+    assert ours["rollouts"] == published["rollouts"]
+    assert ours["gradient_evaluations"] < published["gradient_evaluations"]
+
+
+def test_models_of_random_weights_decode_random_rollouts():
+    layers = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small = [dataclasses.replace(shape, layers=layers) for shape in (CAPPED, SMALL)]
+    loaded = pairs.random_pair(CPU, *small, dtype=torch.float32)
+    assert loaded.pair.language_model.head.weight.shape == (CAPPED.vocabulary, CAPPED.width)
+    config = nf.NablaConfig(
+        max_new_tokens=6,
+        max_rollouts=3,
+        max_iters=2,
+        confidence_threshold=None,
+        gradient_threshold=0.0,
+        eos_token_ids=(),
+    )
+    rollouts = pairs.RandomRollouts(loaded.pair)
+    chats = [pairs.numbered_chat(i, words=4) for i in range(2)]
+    outcome = test_bench_generate.ours(loaded, chats, config, rollouts)
+    assert len(outcome["result"]) == 12
+    assert outcome["rollouts"] == 6
+    assert outcome["optimised_positions"] >= 4
+
+
+# what is written
+
+
+def recorded(seconds: float, started: str, quick: bool = False, **gpu):
+    contenders = {
+        "native": {"ours": True, "median_ms": seconds * 1e3, "over_floor": 1.5, "peak_bytes": 2**20},
+        "eager": {"ours": False, "median_ms": seconds * 4e3, "over_floor": 6.0, "peak_bytes": 2**22},
+    }
+    for contender in contenders.values():
+        contender |= {"clean": 5, "context_switches": 0, "repeats": 5}
+    record = {"case": "a", "suite": "operators", "name": "relaxed_stats", "model": "M", "dtype": "float32"}
+    record |= {"shape": {"N": 2}, "floor": {"bound": "memory"}, "contenders": contenders}
+    return {
+        "format": tables.FORMAT,
+        "started": started,
+        "quick": quick,
+        "commit": "abc",
+        "threads": 2,
+        "machine": {"processor": "P", **gpu},
+        "versions": {"torch": "2"},
+        "records": [record, {"case": "b", "suite": None, "error": "out of memory"}],
+    }
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    (tmp_path / "p").mkdir()
+    for name, result in {
+        "2026-01-02.json": recorded(0.002, "2026-01-02"),
+        "2026-01-01.json": recorded(0.001, "2026-01-01"),
+        "2026-01-03-quick.json": recorded(0.003, "2026-01-03", quick=True),
+    }.items():
+        (tmp_path / "p" / name).write_text(json.dumps(result))
+    return tmp_path
+
+
+def test_tables_are_filled_with_the_newest_full_run(results):
+    text = "before <!-- results: cpu operators -->old<!-- end --> <!-- results: gpu operators --><!-- end --> after"
+    filled = plots.filled(text)
+    assert "| relaxed_stats · M float32 · N 2 | native | 2 ms | 1.50 | 4 | - | - | 0.25 |" in filled
+    assert "old" not in filled
+    assert filled.startswith("before <!--")
+    assert "<!-- results: gpu operators -->\n\nnot measured\n\n<!-- end --> after" in filled
+    assert plots.filled(filled) == filled
+
+
+def test_a_gpu_has_tables_of_its_own(results):
+    (results / "g").mkdir()
+    (results / "g" / "x.json").write_text(json.dumps(recorded(0.004, "2026-01-04", gpu={"name": "GPU 1"})))
+    assert "4 ms" in plots.section("gpu", "operators")
+    assert "GPU 1" in plots.section("gpu", "operators")
+    assert "4 ms" not in plots.section("cpu", "operators")
+
+
+def test_a_marker_of_an_unknown_table_is_refused(results):
+    with pytest.raises(ValueError, match="must name one of"):
+        plots.filled("<!-- results: tpu operators --><!-- end -->")
+
+
+def test_pictures_are_drawn(results):
+    records = plots.newest_records(plots.runs(results / "p"))
+    assert [path.name for path in plots.draw("p", records, results / "p")] == [f"{n}.png" for n in plots.PICTURES]
+    assert all(path.stat().st_size > 5000 for path in (results / "p").glob("*.png"))
+
+
+def test_the_readme_says_what_the_results_say():
+    assert plots.filled(plots.README.read_text()) == plots.README.read_text(), "run python benchmarks/plots.py"
+
+
+def test_a_disturbed_case_has_a_star():
+    (record, _) = recorded(0.001, "x")["records"]
+    assert "*" not in tables.operator_cells(record)[3]
+    record["contenders"]["eager"] |= {"clean": 0, "context_switches": 9}
+    assert "*" in tables.operator_cells(record)[3]
+
+
+def test_results_are_never_overwritten(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    first = run.default_output(CPU, False, "2026-01-01")
+    assert first.name == "2026-01-01.json"
+    measure_dir = first.parent
+    measure_dir.mkdir()
+    first.write_text("{}")
+    assert run.default_output(CPU, False, "2026-01-01").name == "2026-01-01-2.json"
+    assert run.default_output(CPU, True, "2026-01-01").name == "2026-01-01-quick.json"
+
+
+def test_a_run_writes_its_records_and_goes_on_after_a_failure(setting, monkeypatch, tmp_path, capsys):
+    def broken():
+        raise RuntimeError("out of memory")
+
+    made = [cases.Case("broken", broken), contest(setting).case(setting)]
+    monkeypatch.setattr(run, "chosen_cases", lambda *_: iter(made))
+    output = tmp_path / "deep" / "out.json"
+    assert run.main(["--quick", "--device", "cpu", "--threads", "1", "--output", str(output)]) == 1
+    written = json.loads(output.read_text())
+    assert written["records"][0]["error"] == "RuntimeError: out of memory"
+    assert written["records"][1]["contenders"]["native"]["median_ms"] > 0
+    assert "samples_ms" not in written["records"][1]["contenders"]["native"]
+    assert set(written["ceilings"]) == {"float32", "bfloat16"}
+    assert "time/floor" in capsys.readouterr().out
+
+
+def test_a_device_that_is_not_here_is_refused(capsys):
+    assert run.main(["--device", "tpu"]) == 2
+    assert "use auto, cpu, cuda or cuda:N" in capsys.readouterr().out
+
+
+# commands
+
+
+def test_bench_hands_its_options_over(monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(cli_bench.subprocess, "run", lambda c: commands.append(c) or subprocess.CompletedProcess(c, 3))
+    options = ["--suite", "dto", "--suite", "operators", "--only", "x", "--quick", "--threads", "2"]
+    result = CliRunner().invoke(cli.app, ["bench", *options, "--output", str(tmp_path / "o.json")])
+    assert result.exit_code == 3
+    (command,) = commands
+    assert command[1] == str(BENCHMARKS / "run.py")
+    parsed = run.parse(command[2:])
+    assert (parsed.suite, parsed.only, parsed.quick, parsed.threads) == (["dto", "operators"], "x", True, 2)
+    assert parsed.output == tmp_path / "o.json"
+    assert set(cli_bench._SUITES) == set(run.SUITES)
+
+
+def test_bench_needs_a_checkout(tmp_path):
+    with pytest.raises(FileNotFoundError, match="needs a source checkout"):
+        cli_bench.find_runner(tmp_path)
+    result = CliRunner().invoke(cli.app, ["bench", "--suite", "speed"])
+    assert "--suite is 'speed'; use operators, dto, generate" in str(result.exception)
+
+
+def test_pytest_benchmark_stores_the_same_samples(tmp_path):
+    output = tmp_path / "out.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/test_bench_token_diff.py"]
+    command += ["--quick", "--threads", "1", "--bench-device", "cpu", f"--benchmark-json={output}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (entry,) = json.loads(output.read_text())["benchmarks"]
+    figures = entry["extra_info"]["contenders"]["native"]
+    assert entry["stats"]["median"] == pytest.approx(figures["median_ms"] / 1e3)
+    assert entry["stats"]["min"] == pytest.approx(figures["fastest_ms"] / 1e3)
+
+
+def test_what_the_gpu_script_left_is_one_table(tmp_path):
+    (tmp_path / "operators.json").write_text(json.dumps(recorded(0.002, "x")))
+    (tmp_path / "status.tsv").write_text("build\tok\t93\nsanitize\tfailed, exit status 1\t40\n")
+    console = Console(width=120, record=True)
+    console.print(tables.overview(tmp_path))
+    shown = " ".join(console.export_text().split())
+    for expected in ("native │ 2 ms │ 1.50 │ 4 │ 0.25", "out of memory", "build │ ok │ 93 s", "failed, exit status 1"):
+        assert expected in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [([], "benchmarks/gpu.sh DIR"), (["x", "--only", "nothing"], "benchmarks/gpu.sh DIR")]
+)
+def test_gpu_script_explains_itself(arguments, message):
+    done = subprocess.run([BENCHMARKS / "gpu.sh", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stdout
+
+
+def test_gpu_script_needs_a_gpu(tmp_path):
+    done = subprocess.run(
+        [BENCHMARKS / "gpu.sh", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": "false"},
+    )
+    assert done.returncode == 2
+    assert "torch sees no GPU" in done.stderr
