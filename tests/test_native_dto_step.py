@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nabla_fast.ops import native, reference
-from nabla_fast.ops.reference import Head, Tables, TokenGradient
+from nabla_fast.ops.operands import Head, Tables, TokenGradient
 
 if not native.available():
     pytest.skip(f"no native library: {native.why_missing()}", allow_module_level=True)
@@ -504,7 +504,7 @@ def test_wrong_arguments() -> None:
 MEMORY_SCRIPT = """
 import resource, torch
 from nabla_fast.ops import native
-from nabla_fast.ops.reference import Head, Tables, TokenGradient
+from nabla_fast.ops.operands import Head, Tables, TokenGradient
 rows, vocabulary, width = 400, 40000, 32
 weight = torch.randn(vocabulary, width)
 tables = Tables(Head(weight), torch.randn(vocabulary, width), torch.randn(vocabulary, 8), 0.1)

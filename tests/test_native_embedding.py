@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nabla_fast.ops import native, reference
-from nabla_fast.ops.reference import Head
+from nabla_fast.ops.operands import Head
 
 if not native.available():
     pytest.skip(f"no native library: {native.why_missing()}", allow_module_level=True)
@@ -256,7 +256,7 @@ def test_wrong_arguments() -> None:
 MEMORY_SCRIPT = """
 import resource, torch
 from nabla_fast.ops import native
-from nabla_fast.ops.reference import Head
+from nabla_fast.ops.operands import Head
 rows, vocabulary, width = 400, 40000, 32
 head, table = Head(torch.randn(vocabulary, width)), torch.randn(vocabulary, 16)
 h, vector = torch.randn(rows, width), torch.randn(rows, 16)

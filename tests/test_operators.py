@@ -7,7 +7,8 @@ import torch
 
 from nabla_fast import ops
 from nabla_fast.ops import backends
-from nabla_fast.ops.reference import Head, Tables, TokenGradient, linear_logits
+from nabla_fast.ops.operands import Head, Tables, TokenGradient
+from nabla_fast.ops.reference import linear_logits
 
 V, D, DR = 37, 8, 6
 CPU_BACKENDS = ("reference", "native")

@@ -12,7 +12,7 @@ from kernel_inputs import DTYPES, close, double, few, gradient_unit, logits, str
 
 from nabla_fast.ops import reference
 from nabla_fast.ops import triton as kernels
-from nabla_fast.ops.reference import Head, Tables, TokenGradient
+from nabla_fast.ops.operands import Head, Tables, TokenGradient
 from nabla_fast.ops.triton import vocabulary_sum
 
 shapes = st.tuples(st.sampled_from([0, 1, 3, 17]), st.sampled_from([1, 2, 33, 1000]), st.sampled_from([8, 33, 64]))
