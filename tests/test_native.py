@@ -21,6 +21,8 @@ from nabla_fast.ops.operands import Head, RelaxedStats, Tables, TokenGradient
 if not native.available():
     pytest.skip(f"no native library: {native.why_missing()}", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SEEDS = st.integers(0, 2**31)
 
@@ -136,12 +138,8 @@ def test_relaxed_stats_property(
 def test_relaxed_stats_row_does_not_depend_on_batch_or_threads() -> None:
     z = random(5, 30011, seed=2, dtype=torch.float32)
     together = native.relaxed_stats(z, 0.9)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = [native.relaxed_stats(row[None], 0.9) for row in z]
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    alone = [native.relaxed_stats(row[None], 0.9) for row in z]
     for index, statistic in enumerate(together):
         assert torch.equal(statistic, torch.cat([row[index] for row in alone]))
 
@@ -369,12 +367,8 @@ def test_gradient_norm_survives_a_common_offset() -> None:
 def test_linear_rows_do_not_depend_on_the_batch() -> None:
     h, weight = random(70, 33, seed=23, dtype=torch.float32), random(5000, 33, seed=24, dtype=torch.float32)
     together = native.linear_relaxed_stats(h, Head(weight))
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = [native.linear_relaxed_stats(row[None], Head(weight)) for row in h]
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    alone = [native.linear_relaxed_stats(row[None], Head(weight)) for row in h]
     for index in range(3):
         torch.testing.assert_close(together[index], torch.cat([row[index] for row in alone]), rtol=2e-6, atol=2e-6)
     assert torch.equal(together.token, torch.cat([row.token for row in alone]))

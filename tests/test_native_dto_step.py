@@ -21,6 +21,8 @@ from nabla_fast.ops.operands import Head, Tables, TokenGradient
 if not native.available():
     pytest.skip(f"no native library: {native.why_missing()}", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 LEARNING_RATE = 0.05
 
 

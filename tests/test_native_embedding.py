@@ -20,6 +20,8 @@ from nabla_fast.ops.operands import Head
 if not native.available():
     pytest.skip(f"no native library: {native.why_missing()}", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # (N, V, d)
 SHAPES = [(0, 33, 8), (1, 1, 8), (3, 2, 33), (1, 1000, 64), (17, 1000, 33), (3, 33, 64), (150, 77, 5)]
