@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import lesser_instruction_sets, repeat_tests, run_python
 from torch import Tensor
 
 from nabla_fast.ops import native, reference
@@ -412,27 +413,13 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run(256)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert float(result.stdout) < 20
+    assert float(run_python("-c", code)) < 20
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@lesser_instruction_sets
 def test_on_lesser_instruction_sets(capability: str) -> None:
-    """The same tests in a process in which torch, and so the library, leaves the newer instructions alone."""
-    if os.environ.get("ATEN_CPU_CAPABILITY"):
-        pytest.skip("runs at one capability already")
-    if torch.backends.cpu.get_cpu_capability() == {"default": "DEFAULT", "avx2": "AVX2"}[capability]:
-        pytest.skip("the tests above ran on it")
     some = "(relaxed_stats_random and 8193) or rising or linear_operators_strides or softcap or linear_rows"
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", some],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    repeat_tests(__file__, some, capability)
 
 
 # token_diff
