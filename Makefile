@@ -1,6 +1,8 @@
 # `make demo` and `make test` work in a fresh clone: both set up .venv once, and again when a source of the build changes.
 PYTHON ?= python3
 BIN := .venv/bin
+# Processes that share the tests among them; "logical" is one per core. Each may load the demo models, so four at most.
+WORKERS ?= logical
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/nabla_fast.stamp
 
@@ -20,7 +22,7 @@ demo: $(STAMP)
 	$(BIN)/nabla-fast generate --demo
 
 test: $(STAMP)
-	NABLA_FAST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest
+	NABLA_FAST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -1,17 +1,49 @@
-"""Fixtures that several test files share."""
+"""Settings and fixtures that several test files share."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
-import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Beside other workers, threads that wait for each other take the cores from those that work. torch reads this when
+    # it is loaded, and what a test starts inherits it.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# The files that take longest, most of all those with few tests: workers that get them last would leave the others idle.
+LONGEST = (
+    "test_triton_compile.py", "test_sanitizers.py", "test_gradient_memory.py", "test_evaluation_ray.py",
+    "test_smollm2.py", "test_triton.py", "test_operators.py", "test_native_dto_step.py", "test_native.py",
+    "test_cli.py", "test_demo.py", "test_decoder.py", "test_cuda_compile.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Workers get the files in this order; a run without workers keeps the usual one."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        rank = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Tiny models gain nothing from threads, and lose much where other processes want the cores."""
+    yield from _threads(1)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Kernels that divide their work among threads are to do so wherever the tests run, also as one worker of many."""
+    yield from _threads(2)
+
+
+def _threads(count: int) -> Iterator[None]:
+    import torch  # loaded after the settings above
+
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     yield
     torch.set_num_threads(before)

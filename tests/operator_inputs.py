@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.reference import Head, Tables, TokenGradient, hard_tokens
+from nabla_fast.ops.operands import Head, Tables, TokenGradient
+from nabla_fast.ops.reference import hard_tokens
 
 
 def randn(

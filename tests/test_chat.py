@@ -132,7 +132,7 @@ def test_every_kind_of_prompt_becomes_a_list_of_chats(prompts: Any, expected: An
         (None, "^prompts must be a string, a chat or a list of either, got NoneType"),
         (3, "^prompts must be a string, a chat or a list of either, got int"),
         (USER, "^prompts must be a string, a chat or a list of either, got dict"),
-        ({"a", "b"}, "^prompts must be a string, a chat or a list of either, got set"),
+        ({"a"}, "^prompts must be a string, a chat or a list of either, got set"),
         (b"hello", r"^prompts"),
         ([3], r"^prompts\[0\] must be a string or a non-empty list of messages, got int"),
         (["a", 0], r"^prompts\[1\] must be a string or a non-empty list of messages, got int"),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nabla_fast.config import Sampling
 from nabla_fast.ops import cuda, reference
-from nabla_fast.ops.reference import Head, TokenGradient
+from nabla_fast.ops.operands import Head, TokenGradient
 from nabla_fast.sampling import anchor_noise, gumbel
 
 NO_GPU = cuda.why_missing()

@@ -13,13 +13,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import lesser_instruction_sets, repeat_tests, run_python
 from torch import Tensor
 
 from nabla_fast.ops import native, reference
-from nabla_fast.ops.reference import Head, RelaxedStats, Tables, TokenGradient
+from nabla_fast.ops.operands import Head, RelaxedStats, Tables, TokenGradient
 
 if not native.available():
     pytest.skip(f"no native library: {native.why_missing()}", allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SEEDS = st.integers(0, 2**31)
@@ -136,12 +139,8 @@ def test_relaxed_stats_property(
 def test_relaxed_stats_row_does_not_depend_on_batch_or_threads() -> None:
     z = random(5, 30011, seed=2, dtype=torch.float32)
     together = native.relaxed_stats(z, 0.9)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = [native.relaxed_stats(row[None], 0.9) for row in z]
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    alone = [native.relaxed_stats(row[None], 0.9) for row in z]
     for index, statistic in enumerate(together):
         assert torch.equal(statistic, torch.cat([row[index] for row in alone]))
 
@@ -369,12 +368,8 @@ def test_gradient_norm_survives_a_common_offset() -> None:
 def test_linear_rows_do_not_depend_on_the_batch() -> None:
     h, weight = random(70, 33, seed=23, dtype=torch.float32), random(5000, 33, seed=24, dtype=torch.float32)
     together = native.linear_relaxed_stats(h, Head(weight))
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = [native.linear_relaxed_stats(row[None], Head(weight)) for row in h]
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    alone = [native.linear_relaxed_stats(row[None], Head(weight)) for row in h]
     for index in range(3):
         torch.testing.assert_close(together[index], torch.cat([row[index] for row in alone]), rtol=2e-6, atol=2e-6)
     assert torch.equal(together.token, torch.cat([row.token for row in alone]))
@@ -403,7 +398,7 @@ def test_linear_operators_keep_no_rows_by_vocabulary_tensor() -> None:
     code = """
 import resource, torch
 from nabla_fast.ops import native
-from nabla_fast.ops.reference import Head, Tables, TokenGradient
+from nabla_fast.ops.operands import Head, Tables, TokenGradient
 torch.manual_seed(0)
 torch.set_num_threads(2)
 h, weight = torch.randn(256, 16), torch.randn(100_000, 16)
@@ -418,27 +413,13 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run(256)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert float(result.stdout) < 20
+    assert float(run_python("-c", code)) < 20
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@lesser_instruction_sets
 def test_on_lesser_instruction_sets(capability: str) -> None:
-    """The same tests in a process in which torch, and so the library, leaves the newer instructions alone."""
-    if os.environ.get("ATEN_CPU_CAPABILITY"):
-        pytest.skip("runs at one capability already")
-    if torch.backends.cpu.get_cpu_capability() == {"default": "DEFAULT", "avx2": "AVX2"}[capability]:
-        pytest.skip("the tests above ran on it")
     some = "(relaxed_stats_random and 8193) or rising or linear_operators_strides or softcap or linear_rows"
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", some],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    repeat_tests(__file__, some, capability)
 
 
 # token_diff

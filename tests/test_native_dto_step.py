@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +10,16 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from processes import lesser_instruction_sets, repeat_tests, run_python
 from torch import Tensor
 
 from nabla_fast.ops import native, reference
-from nabla_fast.ops.reference import Head, Tables, TokenGradient
+from nabla_fast.ops.operands import Head, Tables, TokenGradient
 
 if not native.available():
     pytest.skip(f"no native library: {native.why_missing()}", allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 LEARNING_RATE = 0.05
 
@@ -504,13 +504,13 @@ def test_wrong_arguments() -> None:
 MEMORY_SCRIPT = """
 import resource, torch
 from nabla_fast.ops import native
-from nabla_fast.ops.reference import Head, Tables, TokenGradient
+from nabla_fast.ops.operands import Head, Tables, TokenGradient
 rows, vocabulary, width = 400, 40000, 32
 weight = torch.randn(vocabulary, width)
 tables = Tables(Head(weight), torch.randn(vocabulary, width), torch.randn(vocabulary, 8), 0.1)
 gradient = TokenGradient(torch.randn(rows, width), torch.randn(rows, width), torch.randn(rows, 8))
 h = torch.randn(rows, width)
-tokens = (h @ weight.T).argmax(-1)
+tokens = torch.zeros(rows).long()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 small = [x.clone() for x in (h[:2], h[:2] * 0, h[:2] * 0, tokens[:2] * 0, tokens[:2])]
 native.dto_step(*small, torch.full((5,), 1e-3), gradient.rows(slice(0, 2)), tables, latents=True)
@@ -521,25 +521,11 @@ print(peak() - before)
 """
 
 
-def run_python(*arguments: str, **environment: str) -> str:
-    result = subprocess.run(
-        [sys.executable, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout
-
-
 def test_latents_make_no_temporary_over_the_vocabulary() -> None:
-    """One (N, V) float32 tensor would be 61 MiB; `h @ weight.T` above has come and gone before the first peak."""
-    script = MEMORY_SCRIPT.replace("tokens = (h @ weight.T).argmax(-1)", "tokens = torch.zeros(rows).long()")
-    assert float(run_python("-c", script)) < 20
+    """One (N, V) float32 tensor would be 61 MiB."""
+    assert float(run_python("-c", MEMORY_SCRIPT)) < 20
 
 
-@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="runs inside such a process")
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@lesser_instruction_sets
 def test_other_instruction_sets(capability: str) -> None:
-    run_python(
-        *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__),
-        *("-k", "steps_match or dtypes or softcap or noise or banned or argmax or strides"),
-        ATEN_CPU_CAPABILITY=capability,
-    )
+    repeat_tests(__file__, "steps_match or dtypes or softcap or noise or banned or argmax or strides", capability)

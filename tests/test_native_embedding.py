@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import lesser_instruction_sets, repeat_tests, run_python
 from torch import Tensor
 
 from nabla_fast.ops import native, reference
-from nabla_fast.ops.reference import Head
+from nabla_fast.ops.operands import Head
 
 if not native.available():
     pytest.skip(f"no native library: {native.why_missing()}", allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # (N, V, d)
@@ -256,7 +256,7 @@ def test_wrong_arguments() -> None:
 MEMORY_SCRIPT = """
 import resource, torch
 from nabla_fast.ops import native
-from nabla_fast.ops.reference import Head
+from nabla_fast.ops.operands import Head
 rows, vocabulary, width = 400, 40000, 32
 head, table = Head(torch.randn(vocabulary, width)), torch.randn(vocabulary, 16)
 h, vector = torch.randn(rows, width), torch.randn(rows, 16)
@@ -272,23 +272,11 @@ print(peak() - before)
 """
 
 
-def run_python(*arguments: str, **environment: str) -> str:
-    result = subprocess.run(
-        [sys.executable, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout
-
-
 def test_linear_operators_make_no_temporary_over_the_vocabulary() -> None:
     """One (N, V) float32 tensor would be 61 MiB."""
     assert float(run_python("-c", MEMORY_SCRIPT)) < 20
 
 
-@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="runs inside such a process")
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@lesser_instruction_sets
 def test_other_instruction_sets(capability: str) -> None:
-    run_python(
-        *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "not memory"),
-        ATEN_CPU_CAPABILITY=capability,
-    )
+    repeat_tests(__file__, "not memory", capability)

@@ -9,7 +9,8 @@ from operator_inputs import randn, step_state
 
 from nabla_fast import ops
 from nabla_fast.ops import backends
-from nabla_fast.ops.reference import Head, TokenGradient, linear_logits
+from nabla_fast.ops.operands import Head, TokenGradient
+from nabla_fast.ops.reference import linear_logits
 
 V, D, DR = 37, 8, 6
 CPU_BACKENDS = ("reference", "native")

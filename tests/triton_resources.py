@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from nabla_fast.ops import triton as ops
-from nabla_fast.ops.reference import Head, Tables, TokenGradient
+from nabla_fast.ops.operands import Head, Tables, TokenGradient
 from nabla_fast.ops.triton import sources
 
 V, D, D_R = 151936, 3584, 2560

@@ -48,7 +48,7 @@ def generation_prompt_ids(tokenizer: Any, chat: Chat) -> list[int]:
     """Token ids of ``chat`` with the template's generation prompt, ready for the language model to continue."""
     require_chat_template(tokenizer, "tokenizer")
     text = tokenizer.apply_chat_template([dict(m) for m in chat], tokenize=False, add_generation_prompt=True)
-    return _encode(tokenizer, text)
+    return encode(tokenizer, text)
 
 
 def conversation_frame(tokenizer: Any, chat: Chat) -> ConversationFrame:
@@ -69,7 +69,7 @@ def conversation_frame(tokenizer: Any, chat: Chat) -> ConversationFrame:
             "reward_tokenizer has a chat template that does not write the assistant's message as given, so the "
             "response has no place in it; give a tokenizer whose template does"
         )
-    return ConversationFrame(tuple(_encode(tokenizer, opening)), tuple(_encode(tokenizer, closing)))
+    return ConversationFrame(tuple(encode(tokenizer, opening)), tuple(encode(tokenizer, closing)))
 
 
 def require_chat_template(tokenizer: Any, argument: str) -> None:
@@ -79,6 +79,12 @@ def require_chat_template(tokenizer: Any, argument: str) -> None:
             f"{argument} ({type(tokenizer).__name__}) has no chat template; give an instruct model's tokenizer or set "
             f"{argument}.chat_template"
         )
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of ``text`` alone."""
+    # A template writes its own special tokens (a BOS among them), so the tokenizer must not add more.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _is_chat(prompt: object) -> bool:
@@ -106,8 +112,3 @@ def _as_chat(prompt: object, index: int) -> Chat:
     if not (isinstance(last["content"], str) and last["content"].strip()):
         raise ValueError(f"prompts[{index}] is empty; the last message must hold text, got {last['content']!r}")
     return prompt  # type: ignore[return-value]
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    # The template writes its own special tokens (a BOS among them), so the tokenizer must not add more.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

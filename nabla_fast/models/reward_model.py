@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast.models.chat import Chat, conversation_frame
+from nabla_fast.models.cuts import require_same_cuts
 from nabla_fast.models.language_model import (
     EmbeddingTable,
     LanguageModel,
@@ -174,6 +175,8 @@ class RewardModel:
 
     def _align(self, language_tokenizer: Any, vocab_size: int, eos_token_ids: Collection[int]) -> Alignment:
         alignment = align(language_tokenizer, self.tokenizer, vocab_size, self._own_table.weight.shape[0])
+        if self.tokenizer is not language_tokenizer:
+            require_same_cuts(language_tokenizer, self.tokenizer, alignment)
         for token in eos_token_ids:
             if self._closing and alignment.partner[token] < 0:
                 alignment.partner[token] = self._closing[0]

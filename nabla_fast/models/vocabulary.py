@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nabla_fast.models.chat import encode
 from nabla_fast.models.language_model import EmbeddingTable
 from nabla_fast.ops import upcast
 
@@ -84,7 +85,7 @@ def aligned_table(alignment: Alignment, table: EmbeddingTable, tokenizer: Any, r
         return EmbeddingTable(table.weight[:size], table.scale)
     weight = table.weight[alignment.partner.clamp(min=0).to(table.weight.device)].clone()
     for token_id in (alignment.partner < 0).nonzero().flatten().tolist():
-        pieces = reward_tokenizer(tokenizer.decode([token_id]), add_special_tokens=False)["input_ids"]
+        pieces = encode(reward_tokenizer, tokenizer.decode([token_id]))
         pieces = [piece for piece in pieces if piece < table.weight.shape[0]]
         rows = table.weight[torch.tensor(pieces, dtype=torch.long, device=table.weight.device)]
         weight[token_id] = upcast(rows).mean(0).to(weight.dtype) if pieces else 0

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast.ops import native
-from nabla_fast.ops.reference import Head, Tables, TokenGradient
+from nabla_fast.ops.operands import Head, Tables, TokenGradient
 
 # A row of latents passes over the whole head by itself, so more of them are better multiplied together. A row of
 # logits has a team of thread blocks of its own.

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.reference import Head, RelaxedStats, Tables, TokenGradient, with_mask
+from nabla_fast.ops.operands import Head, RelaxedStats, Tables, TokenGradient
+from nabla_fast.ops.reference import with_mask
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _STEM = "_native_torch_"

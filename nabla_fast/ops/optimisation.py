@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nabla_fast.ops.backends import implementation, resolve
 from nabla_fast.ops.library import HEAD, register
-from nabla_fast.ops.reference import Head, Tables, TokenGradient
+from nabla_fast.ops.operands import Head, Tables, TokenGradient
 
 
 def _step_kernel(

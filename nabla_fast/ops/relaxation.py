@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nabla_fast.ops.backends import implementation, resolve
 from nabla_fast.ops.library import HEAD, register, statistic_dtype
-from nabla_fast.ops.reference import Head, RelaxedStats
+from nabla_fast.ops.operands import Head, RelaxedStats
 
 _STATS = "(Tensor max_prob, Tensor lse, Tensor entropy, Tensor token, Tensor mask)"
 _THRESHOLDS = "float? entropy_threshold, float? confidence_threshold"

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.reference import RelaxedStats
+from nabla_fast.ops.operands import RelaxedStats
 from nabla_fast.ops.triton.launch import run
 from nabla_fast.ops.triton.online import merge
 

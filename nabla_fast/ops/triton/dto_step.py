@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.reference import Tables, TokenGradient
+from nabla_fast.ops.operands import Tables, TokenGradient
 from nabla_fast.ops.triton.dto_update import Rows
 from nabla_fast.ops.triton.launch import check
 from nabla_fast.ops.triton.linear_state import linear_state

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nabla_fast.ops.reference import Tables, TokenGradient
+from nabla_fast.ops.operands import Tables, TokenGradient
 from nabla_fast.ops.triton.combine import combine_norm
 from nabla_fast.ops.triton.launch import check
 from nabla_fast.ops.triton.linear_state import linear_state

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nabla_fast.ops.reference import Head, RelaxedStats
+from nabla_fast.ops.operands import Head, RelaxedStats
 from nabla_fast.ops.triton.combine import combine
 from nabla_fast.ops.triton.launch import check
 from nabla_fast.ops.triton.linear_state import linear_state

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.reference import Head
+from nabla_fast.ops.operands import Head
 from nabla_fast.ops.triton.combine import combine
 from nabla_fast.ops.triton.launch import check, run, strides
 from nabla_fast.ops.triton.linear_state import linear_state

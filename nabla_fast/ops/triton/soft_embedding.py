@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.reference import Head
+from nabla_fast.ops.operands import Head
 from nabla_fast.ops.triton.combine import combine
 from nabla_fast.ops.triton.launch import check
 from nabla_fast.ops.triton.linear_state import linear_state

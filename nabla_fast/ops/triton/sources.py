@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.reference import Head, Tables, TokenGradient
+from nabla_fast.ops.operands import Head, Tables, TokenGradient
 from nabla_fast.ops.triton.launch import INTERPRET, architecture, dot_mode, same_table, strides
 
 
