@@ -156,11 +156,14 @@ def judge(
     threads: Threads = 2,
     problems: Problems = 500,
 ) -> None:
-    """Best-of-N by a reward model that is trained to judge alone, of which ∇-Reasoner could make no use."""
+    """The same with a reward model that was trained to judge alone: its Best-of-N, and its gradient on and off."""
     torch.set_num_threads(threads)
     models = methods.load(*arithmetic.load_policy(), *load_reward_model(reward_model), arithmetic.CONFIG)
     task = load_task(ARITHMETIC, max_problems=problems)
-    run(work / "measure" / "judge-alone", models, task, [("best-of-n", n) for n in SAMPLES], arithmetic.CONFIG)
+    planned = plans({MAIN: read_json(work / TUNED / f"{MAIN}.json")})
+    run(work / "measure" / "judge", models, task, [("best-of-n", n) for n in SAMPLES], arithmetic.CONFIG)
+    for name in (MAIN, f"{MAIN}-control"):
+        run(work / "measure" / f"judge-{name}", models, task, *planned[name])
 
 
 def plans(tuned: dict[str, Any]) -> dict[str, tuple[list[tuple[str, int]], NablaConfig]]:
@@ -218,12 +221,12 @@ def smollm2(
                 found[rate] = _accuracy(run(tried, models, tuning, most, config, **once))
             best = max(found, key=lambda rate: found[rate])
             tuned[anchor] = example.CONFIG.replace(anchor=anchor, learning_rate=best)
-        run(folder / BASELINES, models, task, baselines((1, *SMOLLM2_ROLLOUTS)), tuned["rollout"], **once)
-        for anchor, config in tuned.items():
-            arms = [("nabla", n) for n in SMOLLM2_ROLLOUTS]
-            run(folder / f"latents-{anchor}", models, task, arms, config, **once)
+        run(folder / BASELINES, models, task, baselines((1, *SMOLLM2_ROLLOUTS)), example.CONFIG, **once)
+        arms = [("nabla", n) for n in SMOLLM2_ROLLOUTS]
+        run(folder / MAIN, models, task, arms, tuned["rollout"], **once)
         control = tuned["rollout"].replace(**VARIANTS["-control"], gradient_threshold=None)
         run(folder / f"{MAIN}-control", models, task, most, control, **once)
+        run(folder / "latents-argmax", models, task, arms, tuned["argmax"], **once)
 
 
 @app.command("report")

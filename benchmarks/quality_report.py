@@ -25,6 +25,10 @@ PAIRS = {
     "the reward's gradient, logits, anchor rollout": ("logits-rollout", "logits-rollout-control"),
     "the reward's gradient, latents, anchor argmax": ("latents-argmax", "latents-argmax-control"),
     "the reward's gradient, logits, anchor argmax": ("logits-argmax", "logits-argmax-control"),
+    "the reward's gradient, latents, anchor rollout, a reward model taught to judge alone": (
+        "judge-latents-rollout",
+        "judge-latents-rollout-control",
+    ),
     "optimisation, where resampling has noise of its own": ("fresh", "blind"),
 }
 
