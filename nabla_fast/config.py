@@ -51,8 +51,8 @@ class NablaConfig:
         reward_coeff: weight of the reward in the objective (Eq. 2).
         nll_coeff: weight of the language model's negative log-likelihood in the objective (Eq. 2).
         parameterization: what DTO moves, the last hidden states ("latents") or the logits ("logits").
-        anchor: the hard tokens that DTO starts from, "argmax" (published) or the "rollout" as it was drawn; the latter was
-            more accurate by far where it was measured (`benchmarks/results/quality`).
+        anchor: the hard tokens that DTO starts from, "argmax" (published) or the "rollout" as it was drawn; the latter
+            was more accurate by far where it was measured (`benchmarks/results/quality`).
         update_postfix: move all rows that are ahead instead of the first alone.
         confidence_threshold: optimise only where the largest probability is at most this; None switches it off.
         entropy_threshold: optimise only where the entropy (nats) is at least this; None switches it off.
