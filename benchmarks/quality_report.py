@@ -15,9 +15,18 @@ from nabla_fast.evaluation import plots, report
 from nabla_fast.evaluation.journal import Record
 
 COSTS = {"model_calls": "model calls", "flops": "FLOPs", "seconds": "seconds"}
-# What the plots show; the tables have every arm.
-SHOWN = ("greedy", "self-consistency", "best-of-n", "latents-rollout", "latents-rollout-control", "latents-argmax")
-WHOLE = ("best-of-n", "latents-rollout")
+# What plots and the README show, and what they call it; the tables have every arm.
+SHOWN = {
+    "greedy": "greedy",
+    "self-consistency": "self-consistency",
+    "best-of-n": "best-of-n",
+    "latents-rollout": "∇-Reasoner",
+    "latents-rollout-control": "∇-Reasoner, reward's gradient off",
+    "latents-argmax": "∇-Reasoner, published anchor",
+    "judge": "best-of-n, a reward taught to judge alone",
+}
+# All n in the README; of the others, which are there for comparison, the largest alone.
+WHOLE = ("best-of-n", "judge", "latents-rollout")
 OPENING, CLOSING = "<!-- quality: by benchmarks/quality.py report -->", "<!-- /quality -->"
 # Runs that differ in one thing: what it is → (with, without).
 PAIRS = {
@@ -45,9 +54,7 @@ def write_reports(work: Path, output: Path, readme: Path | None = None) -> None:
             write(output / f"{name}.json", {**summary, **_machine()})
             pictures = output / name
             pictures.mkdir(parents=True, exist_ok=True)
-            chosen = [item for item in summary["arms"].items() if item[1]["method"] in SHOWN]
-            shown = dict(sorted(chosen, key=lambda item: SHOWN.index(item[1]["method"])))
-            drawn = plots.draw({**summary, "arms": shown}, pictures)
+            drawn = plots.draw({**summary, "arms": _shown(summary)}, pictures)
             lines += [
                 *_section(name, summary),
                 *_differences(runs),
@@ -85,7 +92,9 @@ def merged(runs: Mapping[str, Path]) -> dict[str, Any]:
             plain = name == "baselines"
             new = label if plain else f"{name} {arm['n']}"
             arms[new], shown[new] = found, arm["method"] if plain else name
-            told[new] = {"method": arm["method"] if plain else "nabla", "n": arm["n"]}
+            # ∇-Reasoner by whatever name has the figures of ∇-Reasoner.
+            sampled = arm["method"] in ("greedy", "self-consistency", "best-of-n")
+            told[new] = {"method": arm["method"] if plain else name if sampled else "nabla", "n": arm["n"]}
     summary = report.summarise({**config, "arms": told}, arms)
     for label, arm in summary["arms"].items():
         arm["method"] = shown[label]
@@ -95,7 +104,7 @@ def merged(runs: Mapping[str, Path]) -> dict[str, Any]:
 def _section(name: str, summary: Mapping[str, Any]) -> list[str]:
     task = summary["task"]
     lines = [f"## {name}: {task['problems']} problems, seeds {', '.join(map(str, summary['seeds']))}", ""]
-    header = ["method", "accuracy", "95 %", "reward", "rollouts", "model calls", "FLOPs", "seconds"]
+    header = ["method", "answers", "accuracy", "95 %", "reward", "rollouts", "model calls", "FLOPs", "seconds"]
     header += ["proposals rejected", "positions skipped"]
     lines += _row(header) + _row(["---"] * len(header))
     for label, arm in summary["arms"].items():
@@ -103,6 +112,7 @@ def _section(name: str, summary: Mapping[str, Any]) -> list[str]:
         lines += _row(
             [
                 label,
+                str(arm["answers"]),
                 _percent(accuracy["mean"]),
                 f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}",
                 "" if arm["reward"] is None else f"{arm['reward']['mean']:+.2f}",
@@ -125,16 +135,25 @@ def _section(name: str, summary: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def _shown(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The arms of the plots, in the order of `SHOWN`, under its names."""
+    found = [
+        {**arm, "method": name} for method, name in SHOWN.items() for arm in summary["arms"].values()
+        if arm["method"] == method
+    ]  # fmt: skip
+    return {f"{arm['method']} {arm['n']}": arm for arm in found}
+
+
 def _short(summary: Mapping[str, Any]) -> list[str]:
     """The table of the project's README."""
     header = ["method", "accuracy", "95 %", "model calls", "FLOPs", "minus Best-of-N at equal calls, points"]
     lines = _row(header) + _row(["---"] * len(header))
     arms = [(label, arm) for label, arm in summary["arms"].items() if arm["method"] in SHOWN]
-    for label, arm in arms:
-        # Of what is there for comparison, the largest n alone.
+    for label, arm in sorted(arms, key=lambda item: [*SHOWN].index(item[1]["method"])):
         if arm["method"] in WHOLE or arm["n"] == max(a["n"] for _, a in arms if a["method"] == arm["method"]):
             accuracy = arm["accuracy"]
-            cells = [label, _percent(accuracy["mean"]), f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}"]
+            name = SHOWN[arm["method"]] + (f", n = {arm['n']}" if arm["method"] != "greedy" else "")
+            cells = [name, _percent(accuracy["mean"]), f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}"]
             cells += [f"{arm['model_calls']['mean']:.0f}", f"{arm['flops']['mean']:.1e}"]
             lines += _row([*cells, _points(summary["against_best_of_n"].get(label, {}).get("model_calls"))])
     return lines

@@ -110,11 +110,12 @@ def _hit_rates(axes: Any, arms: Mapping[str, Any]) -> bool:
     cached = {label: arm["cache_hit_rate"] for label, arm in arms.items() if arm["cache_hit_rate"] is not None}
     if not cached:
         return False
-    bars = axes.bar([_name(label) for label in cached], list(cached.values()), color="#0072B2", width=0.5)
-    axes.bar_label(bars, fmt="{:.1%}")
-    axes.set_ylim(0, 1.08)
-    axes.set_xlim(-0.75, len(cached) - 0.25)
-    axes.set_ylabel("look-ups answered by the gradient cache")
+    # Lying down, so that names of any length find room.
+    bars = axes.barh([_name(label) for label in cached], list(cached.values()), color="#0072B2", height=0.6)
+    axes.bar_label(bars, fmt="{:.1%}", padding=3)
+    axes.set_ylim(len(cached) - 0.25, -0.75)
+    axes.set_xlim(0, 1.1)
+    axes.set_xlabel("look-ups answered by the gradient cache")
     return True
 
 
