@@ -128,14 +128,23 @@ def test_the_rewards_gradient_points_at_the_right_token(policy, reward):
 
 
 def test_the_model_card_says_what_was_measured():
-    pair = json.loads((RESULTS / "pair.json").read_text())
+    pairs = [json.loads((RESULTS / name).read_text()) for name in ("pair.json", "pair_judge_alone.json")]
     card = (arithmetic.REWARD_PATH / "README.md").read_text()
-    compass = pair["compass"]
-    shares = [pair[name]["mean"] for name in ("single_sample", "best_of_64_by_reward", "any_of_64")]
-    shares += [measure["mean"] for name, measure in compass.items() if name.startswith("right_token_")]
-    shares.append(compass["right_tokens_left_alone"])
-    for shown in [f"{pair['auroc']:.3f}", f"{pair['auroc_within_problems']:.3f}", *(f"{x:.1%}" for x in shares)]:
-        assert f"| {shown.replace('%', ' %')} |" in card
+
+    def percent(value):
+        return f"{100 * value:.1f} %"
+
+    rows = [[f"{pair[name]:.3f}" for pair in pairs] for name in ("auroc", "auroc_within_problems")]
+    rows.append([percent(pair["best_of_64_by_reward"]["mean"]) for pair in pairs])
+    for name in ("right_token_above_the_wrong_one", "right_token_first"):
+        rows.append([percent(pair["compass"][name]["mean"]) for pair in pairs])
+    rows.append([percent(pair["compass"]["right_tokens_left_alone"]) for pair in pairs])
+    for row in rows:
+        assert f"| {' | '.join(row)} |" in card
+    pair = pairs[0]
+    likelier = pair["compass"]["right_token_likelier_by_the_policy"]
+    for measure in (pair["single_sample"], pair["any_of_64"], likelier):
+        assert percent(measure["mean"]) in card
 
 
 def test_the_settings_are_those_that_the_tuning_chose():

@@ -30,7 +30,7 @@ class Verifier(nn.Module):
     steps.
 
     A score that judges well need not have a gradient that points anywhere: without a loss of its own, it put the right
-    token above the wrong one at 66 % of the first mistakes, where a coin gives 50 %. So the gradient of the reward with
+    token above the wrong one at 68 % of the first mistakes, where a coin gives 50 %. So the gradient of the reward with
     respect to the embeddings is taught too, by a second backward pass.
 
     Args:
