@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -141,7 +142,8 @@ def test_peak_memory_is_what_a_call_had_at_once():
         for _ in range(3):
             torch.ones(2**23)  # 32 MiB, gone before the next
 
-    assert 30 * 2**20 < measure.peak_bytes(call, CPU) < 60 * 2**20
+    # What other threads and the system do to the resident memory meanwhile is in it; the lowest of three has the least.
+    assert 30 * 2**20 < min(measure.peak_bytes(call, CPU) for _ in range(3)) < 60 * 2**20
 
 
 # nabla_fast against the published schedule
@@ -337,7 +339,9 @@ def test_pytest_benchmark_stores_the_same_samples(tmp_path):
     output = tmp_path / "out.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/test_bench_token_diff.py"]
     command += ["--quick", "--threads", "1", "--bench-device", "cpu", f"--benchmark-json={output}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # pytest-benchmark stores nothing in a worker of pytest-xdist, which this process may be.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=own)
     assert done.returncode == 0, done.stdout + done.stderr
     (entry,) = json.loads(output.read_text())["benchmarks"]
     figures = entry["extra_info"]["contenders"]["native"]

@@ -35,7 +35,7 @@ def test_tuning_measuring_and_reporting(tmp_path, capsys):
     quality.tune(work, threads=1, problems=2, rollouts=2, kinds=",".join(quality.KINDS))
     tuned = {file.stem: json.loads(file.read_text()) for file in (work / "tuned").glob("*.json")}
     assert {*tuned} == {"latents-rollout", "latents-argmax", "logits-rollout", "logits-argmax"}
-    assert {*tuned["logits-argmax"]} == {"parameterization", "anchor", "gradient_threshold", "learning_rate"}
+    assert {*tuned["logits-argmax"]} == {*quality.KINDS["logits-argmax"], *quality.START, *quality.SWEEP}
     planned = quality.plans(tuned)
     assert planned["logits-argmax-control"][1].reward_coeff == 0 != planned["logits-argmax"][1].reward_coeff
     assert planned["latents-rollout"][1].learning_rate == tuned["latents-rollout"]["learning_rate"]
