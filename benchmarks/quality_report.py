@@ -27,6 +27,10 @@ SHOWN = {
 }
 # All n in the README; of the others, which are there for comparison, the largest alone.
 WHOLE = ("best-of-n", "judge", "latents-rollout")
+SECONDS = (
+    "Seconds are to be compared in `arithmetic-timing`, which is for a machine that does nothing else; the other runs may "
+    "share theirs."
+)
 OPENING, CLOSING = "<!-- quality: by benchmarks/quality.py report -->", "<!-- /quality -->"
 # Runs that differ in one thing: what it is → (with, without).
 PAIRS = {
@@ -44,7 +48,14 @@ PAIRS = {
 
 def write_reports(work: Path, output: Path, readme: Path | None = None) -> None:
     """Writes a JSON file, a table and plots for each task that ``work`` has runs of; a short table into ``readme``."""
-    lines = ["# Quality", "", "Made by `python benchmarks/quality.py report`; nothing here is typed by hand.", ""]
+    lines = [
+        "# Quality",
+        "",
+        "Made by `python benchmarks/quality.py report`; nothing here is typed by hand.",
+        "",
+        SECONDS,
+        "",
+    ]
     measured = {"arithmetic": work / "measure", "arithmetic-timing": work / "timing"}
     measured |= {f"smollm2-{folder.name}": folder for folder in sorted((work / "smollm2").glob("*"))}
     for name, folder in measured.items():
