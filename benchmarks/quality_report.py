@@ -28,8 +28,8 @@ SHOWN = {
 # All n in the README; of the others, which are there for comparison, the largest alone.
 WHOLE = ("best-of-n", "judge", "latents-rollout")
 SECONDS = (
-    "Seconds are to be compared in `arithmetic-timing`, which is for a machine that does nothing else; the other runs may "
-    "share theirs."
+    "Seconds are to be compared in `arithmetic-timing`, which is for a machine that does nothing else; the other runs "
+    "may share theirs."
 )
 OPENING, CLOSING = "<!-- quality: by benchmarks/quality.py report -->", "<!-- /quality -->"
 # Runs that differ in one thing: what it is → (with, without).
