@@ -59,6 +59,10 @@ def test_tuning_measuring_and_reporting(tmp_path, capsys):
     with_and_without = "| the reward's gradient, latents, anchor rollout | 2 |"
     for row in ("| latents-rollout 2 |", with_and_without, "| logits-argmax-learning_rate-0.3 |"):
         assert row in text
+    on, off = (
+        summary["arms"][f"{run} 2"]["accuracy"]["mean"] for run in ("latents-rollout", "latents-rollout-control")
+    )
+    assert f"{with_and_without} {100 * (on - off):+.1f} (" in text
     assert (output / "arithmetic" / "accuracy_over_model_calls.png").stat().st_size > 10_000
 
 
