@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from nabla_fast.config import Sampling
+from nabla_fast.models.prefix import PrefixState, Track
 from nabla_fast.sampling import Context
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a rollout begins.
+
+    Attributes:
+        context: prompt and response so far.
+        track: what the language model has computed of this sequence; read, never changed. None for nothing.
+        draft: tokens that are likely to follow; they change how fast the rollout is, never what it gives.
+    """
+
+    context: Context
+    track: Track | None = None
+    draft: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -19,10 +36,17 @@ class Rollout:
     Attributes:
         tokens: (k,) int64 new tokens, none if the sequence had already ended.
         latents: (k, d) the hidden state that predicted each.
+        state: the language model's state of prompt and response without the last token, where the back end has it.
+        calls: forward passes of the language model in which the sequence took part.
+        drafted, accepted: draft tokens that those passes verified, and how many proved right.
     """
 
     tokens: Tensor
     latents: Tensor
+    state: PrefixState | None = None
+    calls: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,9 +84,40 @@ class StopRule:
         return any(stop in text for stop in self.stop_strings)
 
 
+class RolloutStream(Protocol):
+    """Rollouts under way, all drawn by one sampling and one stop rule."""
+
+    def submit(self, key: int, start: Start) -> None:
+        """Begins a rollout that `collect` will give back as ``key``."""
+
+    def collect(self) -> list[tuple[int, Rollout]]:
+        """Waits until a rollout has ended; those that have, with their keys, or nothing if none is under way.
+
+        A rollout's tokens depend on its context alone, not on the others.
+
+        Raises:
+            FloatingPointError: if the model gives NaN or infinite logits.
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives up what is under way."""
+
+
 class RolloutBackend(Protocol):
     """Draws trajectories."""
 
-    def rollout(self, contexts: Sequence[Context], sampling: Sampling, stop: StopRule) -> list[Rollout]:
-        """Continues every sequence until it ends; its tokens depend on its context alone, not on the batch."""
+    def open(self, sampling: Sampling, stop: StopRule) -> RolloutStream:
+        """Where rollouts can be submitted one by one, while others are under way."""
         ...
+
+
+def rollout(backend: RolloutBackend, starts: Sequence[Start], sampling: Sampling, stop: StopRule) -> list[Rollout]:
+    """Continues every sequence until it ends, together; in the order of ``starts``."""
+    with closing(backend.open(sampling, stop)) as stream:
+        for key, start in enumerate(starts):
+            stream.submit(key, start)
+        ended: dict[int, Rollout] = {}
+        while len(ended) < len(starts):
+            ended.update(stream.collect())
+    return [ended[key] for key in range(len(starts))]
