@@ -16,7 +16,7 @@ from nabla_fast.generate import NablaOutput, Pair, generate, make_pair, response
 from nabla_fast.models.chat import as_chats, generation_prompt_ids
 from nabla_fast.models.reward_model import RewardFrame
 from nabla_fast.objective import Conversation, Objective
-from nabla_fast.rollout import HFRollout, StopRule
+from nabla_fast.rollout import HFRollout, Start, StopRule, rollout
 from nabla_fast.sampling import Context, sequence_seeds
 from nabla_fast.stats import SequenceStats, Stats
 
@@ -202,14 +202,15 @@ def _sample_seeds(first: int, prompt_ids: tuple[int, ...], n: int) -> list[int]:
 def _draw(
     pair: Pair, objective: Objective, rows: Seq[tuple[Conversation, int]], sampling: Sampling, stop: StopRule
 ) -> list[Tensor]:
-    contexts = [Context(conversation.prompt_ids, (), seed, conversation.limit) for conversation, seed in rows]
+    starts = [Start(Context(conversation.prompt_ids, (), seed, conversation.limit)) for conversation, seed in rows]
     records = [conversation.stats for conversation, _ in rows]
     with objective.clock.phase("rollout", records):
-        drawn = HFRollout(pair.language_model).rollout(contexts, sampling, stop)
-    for stats, rollout in zip(records, drawn, strict=True):
+        drawn = rollout(HFRollout(pair.language_model), starts, sampling, stop)
+    for stats, sample in zip(records, drawn, strict=True):
         stats.rollouts += 1
-        stats.generated_tokens += len(rollout.tokens)
-    return [rollout.tokens for rollout in drawn]
+        stats.generated_tokens += len(sample.tokens)
+        stats.rollout_calls += sample.calls
+    return [sample.tokens for sample in drawn]
 
 
 def _samples(pair: Pair, sequences: list[Tensor], rewards: list[float] | None, records: list[SequenceStats]) -> Samples:

@@ -60,6 +60,9 @@ class NablaConfig:
         max_rollouts: rollouts per sequence, the first included; 1 is plain sampling.
         rejection_sampling: keep a new trajectory only if its reward is higher.
         max_new_tokens: longest response, in tokens.
+        max_batch_size: sequences that are decoded together; the next one begins when one has finished.
+        draft_tokens: most tokens of the old trajectory that a rollout verifies in one forward pass, instead of drawing
+            them one by one; the tokens drawn are the same. 0 for none.
         stop_strings: a response ends where one of these is complete (the string is kept, as in transformers).
         eos_token_ids: a response ends with one of these; None takes the model's own.
         rollout: how rollouts are sampled.
@@ -91,6 +94,8 @@ class NablaConfig:
     max_rollouts: int = 8
     rejection_sampling: bool = True
     max_new_tokens: int = 1024
+    max_batch_size: int = 32
+    draft_tokens: int = 0
     stop_strings: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] | None = None
     rollout: Sampling = field(default_factory=lambda: Sampling(temperature=0.6, top_p=0.95))
@@ -127,6 +132,8 @@ class NablaConfig:
             _require_number("gradient_threshold", self.gradient_threshold, minimum=0.0)
         _require_int("max_rollouts", self.max_rollouts, minimum=1)
         _require_int("max_new_tokens", self.max_new_tokens, minimum=1)
+        _require_int("max_batch_size", self.max_batch_size, minimum=1)
+        _require_int("draft_tokens", self.draft_tokens, minimum=0)
         _require_int("gradient_cache_bytes", self.gradient_cache_bytes, minimum=0)
         _require_choice("backend", self.backend, BACKENDS)
         _require_int("seed", self.seed)

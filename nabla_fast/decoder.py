@@ -5,8 +5,9 @@ The steps are numbered as in the design: 1 roll out, 2 select, 3 optimise, 4 res
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from nabla_fast import dto, ops
 from nabla_fast.config import NablaConfig
 from nabla_fast.objective import Conversation, Objective
-from nabla_fast.rollout import Rollout, RolloutBackend, StopRule
+from nabla_fast.rollout import Rollout, RolloutBackend, RolloutStream, Start, StopRule
 from nabla_fast.sampling import Context, Sampler
 from nabla_fast.selection import Candidates, select
 from nabla_fast.stats import Revision, SequenceStats
@@ -61,6 +62,7 @@ class Sequence:
         seed: of its noise.
         position: number of committed tokens.
         trajectory: the committed tokens and those ahead; None before the first rollout.
+        prefix: response tokens that the rollout under way goes on from.
     """
 
     index: int
@@ -68,6 +70,7 @@ class Sequence:
     seed: int
     position: int = 0
     trajectory: Trajectory | None = None
+    prefix: tuple[int, ...] = ()
 
     @property
     def current(self) -> Trajectory:
@@ -119,41 +122,68 @@ class Decoder:
 
     @torch.no_grad()
     def decode(self, sequences: Seq[Sequence]) -> None:
-        """Runs every sequence to its end; the results are in the sequences."""
-        first = self.roll_out(sequences, [()] * len(sequences))
-        for sequence, trajectory in zip(sequences, first, strict=True):
-            sequence.trajectory = trajectory
-        active = self.stop_spent(sequences)
-        while active:
-            active = self.select(active)
-            logits = self.optimise(active)
-            tokens = self.resample(active, logits)
-            self.propose(active, tokens)
-            active = self.stop_spent(active)
+        """Runs every sequence to its end; the results are in the sequences.
+
+        A sequence goes on as soon as its own rollout has ended, and the next one begins when one has finished.
+        """
+        waiting = deque(sequences)
+        rolling: dict[int, Sequence] = {}
+        with closing(self.rollouts.open(self.config.rollout, self.stop)) as stream:
+            while waiting or rolling:
+                while waiting and len(rolling) < self.config.max_batch_size:
+                    sequence = waiting.popleft()
+                    rolling[sequence.index] = sequence
+                    self.roll_out(sequence, (), stream)
+                arrived = self.receive(rolling, stream)
+                while arrived:
+                    arrived = self.stop_spent(arrived)
+                    arrived = self.select(arrived)
+                    logits = self.optimise(arrived)
+                    tokens = self.resample(arrived, logits)
+                    changed, arrived = self.propose(arrived, tokens, stream)
+                    rolling |= {sequence.index: sequence for sequence in changed}
 
     # 1
-    def roll_out(self, sequences: Seq[Sequence], prefixes: Seq[tuple[int, ...]]) -> list[Trajectory]:
-        """Continues each prefix (response tokens) to a complete, scored trajectory.
+    def roll_out(self, sequence: Sequence, prefix: tuple[int, ...], stream: RolloutStream) -> None:
+        """Begins the continuation of a prefix (response tokens).
 
-        All but the last token of a prefix belong to the current trajectory, whose latents are kept.
+        All but its last token belong to the current trajectory, whose latents are kept.
         """
-        if not sequences:
-            return []
-        contexts = [s.context(prefix) for s, prefix in zip(sequences, prefixes, strict=True)]
-        with self._phase("rollout", sequences):
-            drawn = self.rollouts.rollout(contexts, self.config.rollout, self.stop)
+        sequence.prefix = prefix
+        ahead = () if sequence.trajectory is None else sequence.current.tokens[len(prefix) :].tolist()
+        track = self.objective.language_track(sequence.conversation)
+        stream.submit(sequence.index, Start(sequence.context(prefix), track, tuple(ahead)))
+
+    def receive(self, rolling: dict[int, Sequence], stream: RolloutStream) -> list[Sequence]:
+        """Waits for rollouts to end, which makes complete, scored trajectories; the sequences they are of."""
+        with self._phase("rollout", list(rolling.values())):
+            ended = stream.collect()
+        sequences = [rolling.pop(index) for index, _ in ended]
+        drawn = [rollout for _, rollout in ended]
         for sequence, new in zip(sequences, drawn, strict=True):
             sequence.stats.rollouts += 1
             sequence.stats.generated_tokens += len(new.tokens)
-        tokens = [torch.cat([new.tokens.new_tensor(p), new.tokens]) for p, new in zip(prefixes, drawn, strict=True)]
+            sequence.stats.rollout_calls += new.calls
+            sequence.stats.drafted_tokens += new.drafted
+            sequence.stats.accepted_draft_tokens += new.accepted
+        tokens = [torch.cat([r.tokens.new_tensor(s.prefix), r.tokens]) for s, r in zip(sequences, drawn, strict=True)]
         rewards = self._score(sequences, tokens)
         # Entropy and confidence of every position: criteria of the selection.
         with self.objective.clock.phase("selection", [s.stats for s in sequences]):
-            return [self._trajectory(*parts) for parts in zip(sequences, drawn, tokens, rewards, strict=True)]
+            trajectories = [self._trajectory(*parts) for parts in zip(sequences, drawn, tokens, rewards, strict=True)]
+        for sequence, trajectory, rollout in zip(sequences, trajectories, drawn, strict=True):
+            if sequence.trajectory is None or self._accept(sequence, trajectory):
+                sequence.trajectory = trajectory
+                self.objective.language_track(sequence.conversation).keep(trajectory.tokens[:-1], rollout.state)
+            # Of a proposal, the token it began with is decided.
+            self._commit(sequence, len(sequence.prefix))
+        return sequences
 
     # 2
     def select(self, sequences: Seq[Sequence]) -> list[Sequence]:
         """Commits everything before the next token worth optimising; returns the sequences that have one."""
+        if not sequences:
+            return []
         candidates = [
             Candidates(s.conversation, s.current.tokens, s.current.hard, s.current.uncertain, s.position)
             for s in sequences
@@ -187,16 +217,19 @@ class Decoder:
         return tokens
 
     # 5
-    def propose(self, sequences: Seq[Sequence], tokens: Seq[int]) -> None:
-        """Commits a token that stayed the same; rolls out from one that did not, and keeps the better trajectory."""
-        changed = [
-            (s, token) for s, token in zip(sequences, tokens, strict=True) if token != int(s.current.tokens[s.position])
-        ]
-        proposals = self.roll_out([s for s, _ in changed], [(*s.committed, token) for s, token in changed])
-        for (sequence, token), proposal in zip(changed, proposals, strict=True):
-            self._accept_or_reject(sequence, token, proposal)
-        for sequence in sequences:
-            self._commit(sequence, sequence.position + 1)
+    def propose(
+        self, sequences: Seq[Sequence], tokens: Seq[int], stream: RolloutStream
+    ) -> tuple[list[Sequence], list[Sequence]]:
+        """Begins rollouts from tokens that changed, and commits those that did not; the sequences of either."""
+        changed, same = [], []
+        for sequence, token in zip(sequences, tokens, strict=True):
+            if token != int(sequence.current.tokens[sequence.position]):
+                self.roll_out(sequence, (*sequence.committed, token), stream)
+                changed.append(sequence)
+            else:
+                self._commit(sequence, sequence.position + 1)
+                same.append(sequence)
+        return changed, same
 
     # 6
     def stop_spent(self, sequences: Seq[Sequence]) -> list[Sequence]:
@@ -206,23 +239,22 @@ class Decoder:
                 self._commit(sequence, len(sequence.current.tokens))
         return [sequence for sequence in sequences if not sequence.finished]
 
-    def _accept_or_reject(self, sequence: Sequence, token: int, proposal: Trajectory) -> None:
+    def _accept(self, sequence: Sequence, proposal: Trajectory) -> bool:
+        """Whether a proposal takes the place of the current trajectory: if its reward is higher."""
         old = sequence.current
         accepted = not self.config.rejection_sampling or proposal.reward > old.reward
+        sequence.stats.rejections += not accepted
         sequence.stats.revisions.append(
             Revision(
                 position=sequence.position,
                 old_token=int(old.tokens[sequence.position]),
-                new_token=token,
+                new_token=sequence.prefix[-1],
                 old_reward=old.reward,
                 new_reward=proposal.reward,
                 accepted=accepted,
             )
         )
-        if accepted:
-            sequence.trajectory = proposal
-        else:
-            sequence.stats.rejections += 1
+        return accepted
 
     def _commit(self, sequence: Sequence, position: int) -> None:
         tokens = sequence.current.tokens

@@ -59,7 +59,7 @@ def generate(
     *,
     observer: Observer | None = None,
 ) -> NablaOutput:
-    """Answers prompts with ∇-Reasoner (Alg. 1 and 3). All prompts decode together; each gets what it gets alone.
+    """Answers prompts with ∇-Reasoner (Alg. 1 and 3), up to ``max_batch_size`` together; each gets what it gets alone.
 
     Args:
         model: a transformers causal language model in ``eval()``.
@@ -117,7 +117,7 @@ def run(
     # A caller's inference mode would make tensors that autograd cannot use.
     with torch.inference_mode(False), torch.no_grad():
         objective = Objective(pair.language_model, pair.reward_model, config)
-        rollouts = HFRollout(pair.language_model, sampler)
+        rollouts = HFRollout(pair.language_model, sampler, config.draft_tokens)
         Decoder(objective, rollouts, sampler, stop, observer).decode(sequences)
     tokens = [s.current.tokens.cpu() for s in sequences]
     return NablaOutput(

@@ -156,6 +156,12 @@ class Objective:
                 found[i] = computed[source]
         return [evaluation for evaluation in found if evaluation is not None]
 
+    def language_track(self, conversation: Conversation) -> Track:
+        """What the language model has computed of a conversation."""
+        if conversation.language is None:
+            conversation.language = self.language_model.track(conversation.prompt_ids)
+        return conversation.language
+
     def _find(self, request: Request) -> Evaluation | None:
         if self.cache is None:
             return None
@@ -202,7 +208,7 @@ class Objective:
     def _likelihood_gradient(self, requests: Sequence[Request]) -> _Part:
         """Per request h^pi (m, d) and a = dL/d(embedding weight row) (m, d); log pi at all their positions."""
         model = self.language_model
-        tracks = [self._language_track(r.conversation) for r in requests]
+        tracks = [self.language_track(r.conversation) for r in requests]
         # The last token is predicted, but predicts nothing that is asked for.
         suffixes = [r.response[r.start : -1] for r in requests]
         hidden, embeds = self._language_states(requests, tracks, suffixes)
@@ -288,13 +294,6 @@ class Objective:
             self._require_finite([rewards], model.name)
             scored: list[float] = rewards.tolist()
         return scored
-
-    def _language_track(self, conversation: Conversation) -> Track:
-        if conversation.language is None:
-            model = self.language_model
-            prompt = torch.tensor(conversation.prompt_ids, dtype=torch.long, device=model.device)
-            conversation.language = Track(model.embedding(prompt))
-        return conversation.language
 
     def _reward_track(self, conversation: Conversation) -> Track:
         if conversation.reward is None:

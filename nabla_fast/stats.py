@@ -50,6 +50,8 @@ class SequenceStats:
         rollouts: trajectories drawn, the first included.
         rejections: proposals whose reward was not higher.
         generated_tokens: tokens sampled in rollouts, whether kept or not.
+        rollout_calls: forward passes of the language model for them, where it runs here; drafts make them fewer.
+        drafted_tokens, accepted_draft_tokens: draft tokens that those passes verified, and how many proved right.
         gradient_evaluations: forward and backward passes over both models.
         cache_hits, cache_misses: look-ups in the gradient cache.
         dto_iterations: optimisation steps.
@@ -63,6 +65,9 @@ class SequenceStats:
     rollouts: int = 0
     rejections: int = 0
     generated_tokens: int = 0
+    rollout_calls: int = 0
+    drafted_tokens: int = 0
+    accepted_draft_tokens: int = 0
     gradient_evaluations: int = 0
     cache_hits: int = 0
     cache_misses: int = 0

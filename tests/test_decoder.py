@@ -232,15 +232,25 @@ def test_selection_takes_the_first_position_that_passes():
 
 
 class Scripted:
-    """Rollouts by script: continues any prefix with the digits that follow in ``script``."""
+    """Rollouts by script: continues any prefix with the digits that follow in ``script``; its own stream."""
 
     def __init__(self, script, hidden):
-        self.script, self.hidden, self.asked = iter(script), hidden, []
+        self.script, self.hidden, self.asked, self.ended = iter(script), hidden, [], []
 
-    def rollout(self, contexts, sampling, stop):
-        self.asked.append([context.response for context in contexts])
-        continuations = [torch.tensor(next(self.script), dtype=torch.long) for _ in contexts]
-        return [Rollout(tokens, self.hidden[: len(tokens)]) for tokens in continuations]
+    def open(self, sampling, stop):
+        return self
+
+    def submit(self, key, start):
+        self.asked.append((start.context.response, start.draft))
+        tokens = torch.tensor(next(self.script), dtype=torch.long)
+        self.ended.append((key, Rollout(tokens, self.hidden[: len(tokens)])))
+
+    def collect(self):
+        ended, self.ended = self.ended, []
+        return ended
+
+    def close(self):
+        self.closed = True
 
 
 def scripted_decode(script, rewards, resampled, config):
@@ -257,6 +267,7 @@ def scripted_decode(script, rewards, resampled, config):
     frame = pair.reward_model.chat_frame([{"role": "user", "content": "is"}])
     sequence = Sequence(0, Conversation((5, 6), frame, limit=8), seed=1)
     decoder.decode([sequence])
+    assert rollouts.closed
     return sequence, rollouts.asked
 
 
@@ -271,7 +282,8 @@ def test_a_scripted_decode_commits_accepts_and_rejects_as_designed():
     )
     # 10 stays; 20 in place of 11 is rejected, so 11 is committed; 30 in place of 12 is accepted with 31 behind it; 41
     # in place of 31 is accepted with 42 behind it; the four rollouts are used up and 42 is committed.
-    assert asked == [[()], [(10, 20)], [(10, 11, 30)], [(10, 11, 30, 41)]]
+    # Each with what the trajectory of the moment has behind the token that changed.
+    assert asked == [((), ()), ((10, 20), (12,)), ((10, 11, 30), ()), ((10, 11, 30, 41), ())]
     assert sequence.current.tokens.tolist() == [10, 11, 30, 41, 42]
     assert sequence.current.reward == 3.0
     assert [(r.position, r.old_token, r.new_token, r.accepted) for r in sequence.stats.revisions] == [

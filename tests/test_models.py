@@ -145,41 +145,6 @@ def test_hidden_states_of_a_ragged_batch_equal_each_sequence_alone(family: str) 
         assert torch.equal(state.hidden, rows)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prefill_and_steps_equal_the_full_forward_on_a_ragged_batch(family: str) -> None:
-    model, ours = wrapped(family)
-    sequences = [list(s) for s in SEQUENCES]
-    state = ours.prefill(sequences)
-    for step in range(6):
-        assert state.mask.sum(1).tolist() == [len(s) for s in sequences]
-        for hidden, tokens in zip(state.hidden, sequences, strict=True):
-            torch.testing.assert_close(hidden, last_hidden(model, tokens)[-1], rtol=0, atol=1e-9)
-        if step == 3:
-            # Out of order and with a row left out.
-            keep = torch.tensor([2, 0])
-            state, sequences = ours.select(state, keep), [sequences[i] for i in keep]
-        tokens = torch.tensor([(7 * step + 11 * row) % V for row in range(len(sequences))])
-        state = ours.step(state, tokens)
-        sequences = [[*s, int(t)] for s, t in zip(sequences, tokens, strict=True)]
-
-
-@pytest.mark.parametrize("family", ["gemma2", "llama"])
-def test_padded_prefill_equals_the_full_forward_with_eager_attention(family: str) -> None:
-    """In float32: transformers' own eager attention gives NaN for left padding in float64."""
-    model = tiny_language_model(family, dtype=torch.float32)
-    model.set_attn_implementation("eager")
-    for hidden, tokens in zip(LanguageModel(model, TOKENIZER).prefill(SEQUENCES).hidden, SEQUENCES, strict=True):
-        torch.testing.assert_close(hidden, last_hidden(model, tokens)[-1], rtol=0, atol=1e-4)
-
-
-def test_decoding_needs_no_gradient_and_works_in_inference_mode() -> None:
-    model, ours = wrapped("llama")
-    with torch.inference_mode():
-        state = ours.step(ours.prefill(SEQUENCES), torch.tensor([5, 6, 7]))
-    torch.testing.assert_close(state.hidden[0], last_hidden(model, [*SEQUENCES[0], 5])[-1], rtol=0, atol=1e-9)
-    assert not ours.prefill([[1, 2]]).hidden.requires_grad
-
-
 def test_context_length_and_device_are_the_models() -> None:
     for family in FAMILIES:
         _, ours = wrapped(family)

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from nabla_fast.models.prefix import Body, cache_argument
+from nabla_fast.models.prefix import Body, Track
 from nabla_fast.ops import Head, linear_logits
 
 # Names under which families keep a constant factor on the logits; the first one found is used.
@@ -31,21 +30,6 @@ class EmbeddingTable:
 
     def __call__(self, ids: Tensor) -> Tensor:
         return torch.nn.functional.embedding(ids, self.weight) * self.scale
-
-
-@dataclass
-class DecodeState:
-    """Keys and values of a left-padded batch while it is decoded token by token.
-
-    Attributes:
-        cache: the model's key/value cache.
-        mask: (B, T) 1 for real tokens, 0 for padding.
-        hidden: (B, d) last hidden state, which predicts the next token.
-    """
-
-    cache: Any
-    mask: Tensor
-    hidden: Tensor
 
 
 class LanguageModel:
@@ -96,33 +80,10 @@ class LanguageModel:
         """Logits (N, V), float32 or float64, of hidden states (N, d)."""
         return linear_logits(hidden, self.head)
 
-    @torch.no_grad()
-    def prefill(self, sequences: Sequence[Sequence[int]]) -> DecodeState:
-        """Runs token sequences (each not empty) as one left-padded batch, ready to be decoded."""
-        ids, mask = left_pad(sequences, self.device)
-        cache = DynamicCache()
-        hidden = self._advance(ids, mask, cache)
-        return DecodeState(cache, mask, hidden)
-
-    @torch.no_grad()
-    def step(self, state: DecodeState, tokens: Tensor) -> DecodeState:
-        """Appends one token (B,) to every sequence of ``state``."""
-        mask = torch.cat([state.mask, state.mask.new_ones(tokens.shape[0], 1)], dim=1)
-        hidden = self._advance(tokens.unsqueeze(1), mask, state.cache)
-        return DecodeState(state.cache, mask, hidden)
-
-    def select(self, state: DecodeState, rows: Tensor) -> DecodeState:
-        """Keeps some rows (K,) of a batch."""
-        state.cache.batch_select_indices(rows)
-        return DecodeState(state.cache, state.mask[rows], state.hidden[rows])
-
-    def _advance(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        kwargs = {cache_argument(self.model.base_model): cache}
-        out = self.model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **kwargs
-        )
-        return out.last_hidden_state[:, -1]
+    def track(self, prompt_ids: Sequence[int]) -> Track:
+        """A track of a response to a prompt, of which nothing is computed yet."""
+        prompt = torch.tensor(prompt_ids, dtype=torch.long, device=self.device)
+        return Track(self.embedding(prompt))
 
     @torch.no_grad()
     def _check_head(self, lm_head: Any) -> None:
@@ -156,17 +117,6 @@ def embedding_table(model: Any, name: str, vocab_size: int | None = None) -> Emb
     if not torch.allclose(embedded, rows * scale, rtol=1e-2, atol=1e-6):
         raise ValueError(f"{name} has input embeddings that are not a scaled table, which is not supported")
     return EmbeddingTable(weight[:vocab_size], scale)
-
-
-def left_pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (B, T) padded on the left with 0, and their mask (B, T)."""
-    length = max(len(s) for s in sequences)
-    ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    mask = torch.zeros(len(sequences), length, dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        ids[row, length - len(sequence) :] = torch.tensor(sequence, dtype=torch.long)
-        mask[row, length - len(sequence) :] = 1
-    return ids.to(device), mask.to(device)
 
 
 def tokenizer_size(tokenizer: Any) -> int:

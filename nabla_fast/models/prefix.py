@@ -59,6 +59,7 @@ class Body:
 
     Attributes:
         incremental: whether a call may begin behind a prefix. If not, every call takes whole sequences.
+        windowed: whether a layer's attention reaches back a fixed number of columns, gaps among them.
 
     Warns:
         UserWarning: once per model that is not incremental, with the reason.
@@ -68,6 +69,7 @@ class Body:
         self.model = model
         reason = _why_whole(model)
         self.incremental = reason is None
+        self.windowed = _has_windows(model.config.get_text_config())
         if reason is not None:
             _warn(model, f"{name} takes whole sequences for every gradient, slower: {reason}")
 
@@ -87,6 +89,13 @@ class Body:
         if not self.incremental:
             # Alone: some of these models are not independent of what else is in the batch.
             return [self._whole(x) for x in embeds], [None] * len(embeds)
+        hidden, after = self.extend(states, embeds)
+        return hidden, list(after)
+
+    def extend(
+        self, states: Sequence[PrefixState | None], embeds: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[PrefixState]]:
+        """The same, behind the prefixes whether or not the model is ``incremental``: as it generates text."""
         past = [0 if state is None else len(state) for state in states]
         sizes = [len(x) for x in embeds]
         cache = _Continuation(states, max(past))
@@ -99,7 +108,7 @@ class Body:
             **{cache_argument(self.model.base_model): cache},
         )
         hidden = [out.last_hidden_state[row, :size] for row, size in enumerate(sizes)]
-        after: list[PrefixState | None] = [
+        after = [
             cache.row(row, max(past) - past[row], max(past) + size, state, hidden[row].detach())
             for row, (size, state) in enumerate(zip(sizes, states, strict=True))
         ]
@@ -148,30 +157,37 @@ class Track:
         self.keep(self.tokens[:length], self.state)
 
 
-def catch_up(
-    body: Body, table: Any, tracks: Sequence[Track], responses: Sequence[Tensor], starts: Sequence[int]
-) -> None:
-    """Brings each track to the first ``starts[b]`` tokens of its response, without autograd.
+def resume(body: Body, table: Any, tracks: Sequence[Track], responses: Sequence[Tensor]) -> list[PrefixState]:
+    """The state of each track's opening and response, without autograd; the tracks stay as they are.
 
-    It is cut back to what its tokens and the response have in common; what is missing then is run in one batch.
+    What a track has in common with its response is taken from it; what is missing then is run in one batch.
 
     Args:
         table: maps token ids (n,) to embeddings (n, d).
         responses: (n_b,) int64 each.
     """
-    for track, common, start in zip(tracks, common_lengths(tracks, responses), starts, strict=True):
-        track.crop(min(common, start))
-    behind = [i for i, track in enumerate(tracks) if track.state is None or len(track.tokens) < starts[i]]
-    if not behind:
-        return
-    with torch.no_grad():
-        embeds = []
-        for i in behind:
-            new = table(responses[i][len(tracks[i].tokens) : starts[i]])
-            embeds.append(new if tracks[i].state is not None else torch.cat([tracks[i].opening, new]))
-        _, states = body([tracks[i].state for i in behind], embeds)
-    for i, state in zip(behind, states, strict=True):
-        tracks[i].keep(responses[i][: starts[i]], state)
+    states: list[PrefixState | None] = []
+    missing = []
+    for track, common, response in zip(tracks, common_lengths(tracks, responses), responses, strict=True):
+        rest = table(response[common:])
+        states.append(None if track.state is None else track.state.crop(len(track.opening) + common))
+        missing.append(rest if track.state is not None else torch.cat([track.opening, rest]))
+    behind = [i for i, rest in enumerate(missing) if len(rest)]
+    if behind:
+        with torch.no_grad():
+            _, after = body.extend([states[i] for i in behind], [missing[i] for i in behind])
+        for i, state in zip(behind, after, strict=True):
+            states[i] = state
+    return [state for state in states if state is not None]
+
+
+def catch_up(
+    body: Body, table: Any, tracks: Sequence[Track], responses: Sequence[Tensor], starts: Sequence[int]
+) -> None:
+    """Brings each track to the first ``starts[b]`` tokens of its response; see `resume`."""
+    known = [response[:start] for response, start in zip(responses, starts, strict=True)]
+    for track, response, state in zip(tracks, known, resume(body, table, tracks, known), strict=True):
+        track.keep(response, state)
 
 
 def common_lengths(tracks: Sequence[Track], responses: Sequence[Tensor]) -> list[int]:
@@ -256,6 +272,11 @@ def _why_whole(model: Any) -> str | None:
     if model not in _REASONS:
         _REASONS[model] = _known_reason(model.config.get_text_config()) or _measured_reason(model)
     return _REASONS[model]
+
+
+def _has_windows(config: Any) -> bool:
+    layers = getattr(config, "layer_types", None)
+    return "sliding_attention" in layers if layers else bool(getattr(config, "sliding_window", None))
 
 
 def _known_reason(config: Any) -> str | None:

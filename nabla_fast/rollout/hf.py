@@ -3,66 +3,176 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from nabla_fast.config import Sampling
-from nabla_fast.models.language_model import DecodeState, LanguageModel
-from nabla_fast.rollout.base import Rollout, StopRule
+from nabla_fast.models.decoding import DecodeBatch
+from nabla_fast.models.language_model import LanguageModel
+from nabla_fast.models.prefix import PrefixState, resume
+from nabla_fast.rollout.base import Rollout, RolloutStream, Start, StopRule
+from nabla_fast.rollout.drafts import Drafter
 from nabla_fast.sampling import Context, Sampler
+
+# Columns in use per token of the longest sequence, from which on the batch is made anew without the unused ones.
+_SPREAD = 1.5
 
 
 class HFRollout:
-    """Decodes a batch token by token; a sequence that ends leaves the batch."""
+    """Decodes a batch that sequences join when they are submitted and leave when they end.
 
-    def __init__(self, language_model: LanguageModel, sampler: Sampler | None = None) -> None:
+    Args:
+        language_model: draws the tokens.
+        sampler: how.
+        draft_tokens: most draft tokens that one forward pass verifies; 0 for none.
+    """
+
+    def __init__(self, language_model: LanguageModel, sampler: Sampler | None = None, draft_tokens: int = 0) -> None:
         self.language_model = language_model
         self.sampler = sampler or Sampler()
+        self.draft_tokens = draft_tokens
+
+    def open(self, sampling: Sampling, stop: StopRule) -> RolloutStream:
+        """See `RolloutBackend.open`."""
+        return _Stream(self, sampling, stop)
+
+
+@dataclass
+class _Row:
+    """A sequence in the batch.
+
+    Attributes:
+        context: with the response so far.
+        drafter: guesses what follows.
+        draft: the tokens that the pass under way verifies.
+        ended: whether the response is complete.
+    """
+
+    key: int
+    start: Start
+    drafter: Drafter
+    context: Context
+    calls: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    draft: tuple[int, ...] = ()
+    ended: bool = False
+
+    def feed(self) -> list[int]:
+        """The tokens of the next pass: the last one, which is in no state yet, and a draft of what follows."""
+        room = self.context.limit - len(self.context.response) - 1
+        self.draft = self.drafter(self.context.response)[:room]
+        return [(*self.context.prompt_ids, *self.context.response)[-1], *self.draft]
+
+    def contexts(self) -> list[Context]:
+        """What each token of the pass is followed in, were the draft right."""
+        response = self.context.response
+        return [replace(self.context, response=(*response, *self.draft[:n])) for n in range(len(self.draft) + 1)]
+
+    def take(self, drawn: Sequence[int], stop: StopRule) -> int:
+        """Appends what was drawn, up to the first token that the draft did not foresee; how many tokens fed stand."""
+        self.calls += 1
+        self.drafted += len(self.draft)
+        for count, token in enumerate(drawn):
+            self.context = replace(self.context, response=(*self.context.response, token))
+            right = count < len(self.draft) and self.draft[count] == token
+            self.ended = stop.ended(self.context)
+            if self.ended or not right:
+                break
+        self.accepted += count
+        return count + 1
+
+    def result(self, state: PrefixState) -> Rollout:
+        before, after = self.start.context.response, self.context.response
+        tokens = torch.tensor(after[len(before) :], dtype=torch.long, device=state.hidden.device)
+        kept = None
+        if self.start.track is not None:
+            # Copies: a view would keep the whole batch alive.
+            keys, values = (tuple(x.clone() for x in part) for part in (state.keys, state.values))
+            kept = PrefixState(keys, values, state.hidden)
+        return Rollout(tokens, state.hidden[-len(tokens) :], kept, self.calls, self.drafted, self.accepted)
+
+
+@dataclass
+class _Stream:
+    """See `RolloutStream`."""
+
+    backend: HFRollout
+    sampling: Sampling
+    stop: StopRule
+    joining: list[_Row] = field(default_factory=list)
+    rows: list[_Row] = field(default_factory=list)
+    batch: DecodeBatch | None = None
+    ended: list[tuple[int, Rollout]] = field(default_factory=list)
+
+    def submit(self, key: int, start: Start) -> None:
+        if self.stop.ended(start.context):
+            weight = self.backend.language_model.head.weight
+            tokens = torch.empty(0, dtype=torch.long, device=weight.device)
+            self.ended.append((key, Rollout(tokens, weight.new_zeros(0, weight.shape[1]))))
+            return
+        drafter = Drafter(start.context.response, start.draft, self.backend.draft_tokens)
+        self.joining.append(_Row(key, start, drafter, start.context))
 
     @torch.no_grad()
-    def rollout(self, contexts: Sequence[Context], sampling: Sampling, stop: StopRule) -> list[Rollout]:
-        """See `RolloutBackend.rollout`.
+    def collect(self) -> list[tuple[int, Rollout]]:
+        while not self.ended and (self.rows or self.joining):
+            if self.joining:
+                self._join()
+            self._step()
+        ended, self.ended = self.ended, []
+        return ended
 
-        Raises:
-            FloatingPointError: if the model gives NaN or infinite logits; it names the model and the position.
-        """
-        model = self.language_model
-        now = list(contexts)
-        latents: list[list[Tensor]] = [[] for _ in contexts]
-        active = [i for i, context in enumerate(contexts) if not stop.ended(context)]
-        state = model.prefill([[*now[i].prompt_ids, *now[i].response] for i in active]) if active else None
-        while state is not None:
-            logits = model.logits(state.hidden)
-            self._require_readable(logits, [now[i] for i in active])
-            tokens = self.sampler(logits, sampling, [now[i] for i in active])
-            for row, (i, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
-                latents[i].append(state.hidden[row])
-                now[i] = replace(now[i], response=(*now[i].response, token))
-            running = [row for row, i in enumerate(active) if not stop.ended(now[i])]
-            state = self._advance(state, tokens, running)
-            active = [active[row] for row in running]
-        return [self._result(*parts) for parts in zip(contexts, now, latents, strict=True)]
+    def close(self) -> None:
+        self.joining, self.rows, self.batch = [], [], None
 
-    def _advance(self, state: DecodeState, tokens: Tensor, running: list[int]) -> DecodeState | None:
-        if not running:
-            return None
-        if len(running) < len(tokens):
-            rows = torch.tensor(running, device=tokens.device)
-            state, tokens = self.language_model.select(state, rows), tokens[rows]
-        return self.language_model.step(state, tokens)
+    def _join(self) -> None:
+        model = self.backend.language_model
+        tracks = [row.start.track or model.track(row.context.prompt_ids) for row in self.joining]
+        # The last token goes through the model with the batch's next step. Where it is the prompt's, once more.
+        known = [torch.tensor(row.context.response[:-1], dtype=torch.long, device=model.device) for row in self.joining]
+        lengths = [len(row.context.prompt_ids) + len(row.context.response) - 1 for row in self.joining]
+        states = [
+            state.crop(length)
+            for state, length in zip(resume(model.body, model.embedding, tracks, known), lengths, strict=True)
+        ]
+        self.rows, self.joining = [*self.rows, *self.joining], []
+        self._rebuild(range(len(self.rows) - len(states)), states)
 
-    def _require_readable(self, logits: Tensor, contexts: list[Context]) -> None:
+    def _rebuild(self, kept: Sequence[int], joined: Sequence[PrefixState] = ()) -> None:
+        """A batch of some of the rows and more behind them."""
+        states = [self.batch.state(row) for row in kept] if self.batch is not None else []
+        both = [*states, *joined]
+        self.batch = DecodeBatch(self.backend.language_model.model, both) if both else None
+
+    def _step(self) -> None:
+        assert self.batch is not None
+        model = self.backend.language_model
+        hidden = self.batch.step([row.feed() for row in self.rows])
+        contexts = [context for row in self.rows for context in row.contexts()]
+        logits = model.logits(torch.cat(hidden))
+        self._require_readable(logits, contexts)
+        drawn = iter(self.backend.sampler(logits, self.sampling, contexts).tolist())
+        self.batch.keep(
+            [row.take([next(drawn) for _ in h], self.stop) for row, h in zip(self.rows, hidden, strict=True)]
+        )
+        running = [i for i, row in enumerate(self.rows) if not row.ended]
+        if len(running) < len(self.rows):
+            self.ended += [
+                (row.key, row.result(self.batch.state(i))) for i, row in enumerate(self.rows) if i not in running
+            ]
+            self._rebuild(running)
+            self.rows = [self.rows[i] for i in running]
+        elif self.batch.spread > _SPREAD or (model.body.windowed and self.batch.gaps):
+            self._rebuild(running)
+
+    def _require_readable(self, logits: Tensor, contexts: Sequence[Context]) -> None:
         readable = logits.amax(-1).isfinite()  # amax carries NaN; a finite maximum leaves -inf entries, which are fine
         if not bool(readable.all()):
             position = len(contexts[int((~readable).nonzero()[0])].response)
             raise FloatingPointError(
-                f"{self.language_model.name} returned NaN or infinite logits at response position {position}; "
+                f"{self.backend.language_model.name} returned NaN or infinite logits at response position {position}; "
                 "nothing of this rollout was committed"
             )
-
-    def _result(self, before: Context, after: Context, latents: list[Tensor]) -> Rollout:
-        weight = self.language_model.head.weight
-        tokens = torch.tensor(after.response[len(before.response) :], dtype=torch.long, device=weight.device)
-        return Rollout(tokens, torch.stack(latents) if latents else weight.new_zeros(0, weight.shape[1]))

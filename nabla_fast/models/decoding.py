@@ -1,0 +1,160 @@
+"""Sequences of different lengths that one model decodes together, a few tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache
+
+from nabla_fast.models.prefix import PrefixState, cache_argument
+
+# Columns that buffers grow by at the least.
+_ROOM = 64
+
+
+class DecodeBatch:
+    """Keys and values of B sequences, in buffers that tokens are appended to.
+
+    Rows end in the same column. Columns before a shorter row, and of tokens that did not stay, are masked.
+
+    Args:
+        model: a transformers causal language model in ``eval()``.
+        states: one per sequence, of one token or more; copied.
+    """
+
+    def __init__(self, model: Any, states: Sequence[PrefixState]) -> None:
+        self.model = model
+        self.lengths = [len(state) for state in states]
+        self.width = max(self.lengths)
+        # On the CPU, where it says which columns are a row's without waiting for the device.
+        self.mask = torch.zeros(len(states), self.width + _ROOM, dtype=torch.bool)
+        for row, length in enumerate(self.lengths):
+            self.mask[row, self.width - length : self.width] = True
+        self.hidden = [[state.hidden] for state in states]
+        self._last: list[Tensor] = []
+        self._cache = _Buffers(states, self.width, _ROOM)
+
+    @property
+    def spread(self) -> float:
+        """Columns in use per token of the longest sequence."""
+        return self.width / max(self.lengths)
+
+    @property
+    def gaps(self) -> bool:
+        """Whether a masked column lies within a sequence."""
+        return any(int(row.nonzero()[0]) < self.width - length for row, length in self._rows())
+
+    @torch.no_grad()
+    def step(self, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The hidden states (k_b, d) of each sequence's next k_b >= 1 tokens; `keep` says which of them stay."""
+        sizes = [len(row) for row in tokens]
+        size = max(sizes)
+        self._cache.reserve(self.width + size)
+        if self.mask.shape[1] < self.width + size:
+            self.mask = pad(self.mask, (0, size + _ROOM))
+        ids = torch.zeros(len(tokens), size, dtype=torch.long)
+        positions = torch.zeros(len(tokens), size, dtype=torch.long)
+        for row, (new, length) in enumerate(zip(tokens, self.lengths, strict=True)):
+            ids[row, : len(new)] = torch.tensor(new)
+            self.mask[row, self.width : self.width + len(new)] = True
+            # Padding repeats the last position, which every model has.
+            positions[row] = length + torch.arange(size).clamp(max=len(new) - 1)
+        device = self.hidden[0][0].device
+        base = self.model.base_model
+        out = base(
+            input_ids=ids.to(device),
+            attention_mask=self.mask[:, : self.width + size].to(device).long(),
+            position_ids=positions.to(device),
+            use_cache=True,
+            **{cache_argument(base): self._cache},
+        )
+        self._last = [out.last_hidden_state[row, :k] for row, k in enumerate(sizes)]
+        return self._last
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """Of the tokens of the last `step`, the first ``counts[b]`` >= 1 of each sequence stay."""
+        for row, (count, hidden) in enumerate(zip(counts, self._last, strict=True)):
+            self.hidden[row].append(hidden[:count])
+            self.lengths[row] += count
+            self.mask[row, self.width + count :] = False
+        self.width += max(counts)
+        self._cache.crop(self.width)
+        self._last = []
+
+    def state(self, row: int) -> PrefixState:
+        """What one sequence has become: a view where it has no gaps."""
+        columns = self.mask[row, : self.width].nonzero()[:, 0]
+        begin = int(columns[0])
+        whole = len(columns) == self.width - begin
+        chosen = slice(begin, self.width) if whole else columns.to(self.hidden[row][0].device)
+        keys, values = self._cache.row(row, chosen)
+        return PrefixState(keys, values, torch.cat(self.hidden[row]))
+
+    def _rows(self) -> list[tuple[Tensor, int]]:
+        return list(zip(self.mask, self.lengths, strict=True))
+
+
+class _Buffers(DynamicCache):
+    """Keys and values with room to the right. transformers' own cache copies all of them for every token.
+
+    Made without a config, because layers with a sliding window would forget; the masks still are theirs.
+    """
+
+    def __init__(self, states: Sequence[PrefixState], width: int, room: int) -> None:
+        super().__init__()
+        self._buffers = [
+            (
+                _stacked([s.keys[layer] for s in states], width, room),
+                _stacked([s.values[layer] for s in states], width, room),
+            )
+            for layer in range(len(states[0].keys))
+        ]
+        for layer, (keys, values) in enumerate(self._buffers):
+            # An update with nothing makes the layer; then it gets its views.
+            super().update(keys[:, :, :0], values[:, :, :0], layer)
+        self.crop(width)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        layer: Any = self.layers[layer_idx]
+        begin = layer.keys.shape[2]
+        end = begin + key_states.shape[2]
+        keys, values = self._buffers[layer_idx]
+        keys[:, :, begin:end], values[:, :, begin:end] = key_states, value_states
+        layer.keys, layer.values = keys[:, :, :end], values[:, :, :end]
+        return layer.keys, layer.values
+
+    def crop(self, width: int) -> None:
+        """The first ``width`` columns are in use."""
+        for layer, (keys, values) in zip(self.layers, self._buffers, strict=True):
+            used: Any = layer
+            used.keys, used.values = keys[:, :, :width], values[:, :, :width]
+
+    def reserve(self, width: int) -> None:
+        """Makes room for ``width`` columns."""
+        have = self._buffers[0][0].shape[2]
+        if have < width:
+            room = max(width, have + have // 2) - have
+            self._buffers = [
+                (pad(keys, (0, 0, 0, room)), pad(values, (0, 0, 0, room))) for keys, values in self._buffers
+            ]
+            self.crop(self.layers[0].keys.shape[2])  # type: ignore[union-attr]
+
+    def row(self, row: int, columns: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Keys and values of one row, per layer (1, heads, T, head width)."""
+        keys, values = zip(
+            *((k[row : row + 1, :, columns], v[row : row + 1, :, columns]) for k, v in self._buffers), strict=True
+        )
+        return keys, values
+
+
+def _stacked(rows: Sequence[Tensor], width: int, room: int) -> Tensor:
+    """One (B, heads, width + room, head width) of rows (1, heads, T_b, head width) that end in column ``width``."""
+    _, heads, _, size = rows[0].shape
+    out = rows[0].new_zeros(len(rows), heads, width + room, size)
+    for row, x in enumerate(rows):
+        out[row : row + 1, :, width - x.shape[2] : width] = x
+    return out
