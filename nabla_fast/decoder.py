@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -63,6 +63,7 @@ class Sequence:
         position: number of committed tokens.
         trajectory: the committed tokens and those ahead; None before the first rollout.
         prefix: response tokens that the rollout under way goes on from.
+        drawn: every complete response so far.
     """
 
     index: int
@@ -71,6 +72,7 @@ class Sequence:
     position: int = 0
     trajectory: Trajectory | None = None
     prefix: tuple[int, ...] = ()
+    drawn: list[tuple[int, ...]] = field(default_factory=list)
 
     @property
     def current(self) -> Trajectory:
@@ -150,9 +152,10 @@ class Decoder:
         All but its last token belong to the current trajectory, whose latents are kept.
         """
         sequence.prefix = prefix
-        ahead = () if sequence.trajectory is None else sequence.current.tokens[len(prefix) :].tolist()
+        current = [] if sequence.trajectory is None else [tuple(sequence.current.tokens.tolist())]
+        earlier = (*current, *(tokens for tokens in reversed(sequence.drawn) if tokens not in current))
         track = self.objective.language_track(sequence.conversation)
-        stream.submit(sequence.index, Start(sequence.context(prefix), track, tuple(ahead)))
+        stream.submit(sequence.index, Start(sequence.context(prefix), track, earlier))
 
     def receive(self, rolling: dict[int, Sequence], stream: RolloutStream) -> list[Sequence]:
         """Waits for rollouts to end, which makes complete, scored trajectories; the sequences they are of."""
@@ -172,6 +175,7 @@ class Decoder:
         with self.objective.clock.phase("selection", [s.stats for s in sequences]):
             trajectories = [self._trajectory(*parts) for parts in zip(sequences, drawn, tokens, rewards, strict=True)]
         for sequence, trajectory, rollout in zip(sequences, trajectories, drawn, strict=True):
+            sequence.drawn.append(tuple(trajectory.tokens.tolist()))
             if sequence.trajectory is None or self._accept(sequence, trajectory):
                 sequence.trajectory = trajectory
                 self.objective.language_track(sequence.conversation).keep(trajectory.tokens[:-1], rollout.state)

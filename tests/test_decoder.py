@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 import torch
+from pytest import approx
 from tiny_models import tiny_language_model, tiny_reward_model, tiny_tokenizer
 
 import nabla_fast as nf
 from nabla_fast.decoder import Decoder, Sequence
 from nabla_fast.generate import make_pair, stop_rule
 from nabla_fast.objective import Conversation, Objective
-from nabla_fast.rollout import Rollout
+from nabla_fast.rollout import HFRollout, Rollout, StopRule
 from nabla_fast.sampling import Sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -231,6 +233,45 @@ def test_selection_takes_the_first_position_that_passes():
     assert stats.optimised_positions <= 2
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_drafts_and_the_size_of_the_batch_change_nothing(variant):
+    config = BASE.replace(max_new_tokens=16, **variant)
+    plain = generate(PROMPTS, config)
+    for changes in ({"draft_tokens": 4}, {"max_batch_size": 2}, {"draft_tokens": 4, "max_batch_size": 3}):
+        other = generate(PROMPTS, config.replace(**changes))
+        assert tokens(other) == tokens(plain)
+        for mine, meant in zip(other.stats.sequences, plain.stats.sequences, strict=True):
+            # Rewards equal to rounding, everything else exactly.
+            assert mine.revisions == [
+                replace(r, old_reward=approx(r.old_reward), new_reward=approx(r.new_reward)) for r in meant.revisions
+            ]
+        a, b = plain.stats.totals, other.stats.totals
+        assert a.rollout_calls == a.generated_tokens == b.generated_tokens
+        assert b.rollout_calls + b.accepted_draft_tokens == b.generated_tokens
+        assert (b.drafted_tokens > 0) == ("draft_tokens" in changes)
+
+
+def test_no_sequence_waits_for_another():
+    """The second prompt's answer is ten times as long: the first is done before the second's first rollout is."""
+    heard = []
+
+    class Listener:
+        def on_phase(self, phase, sequences):
+            pass
+
+        def on_commit(self, index, new, length):
+            heard.append(index)
+
+    pair = make_pair(*models(), BASE)
+    frame = pair.reward_model.chat_frame([{"role": "user", "content": "is"}])
+    sequences = [Sequence(i, Conversation((5, 6), frame, limit), seed=i) for i, limit in enumerate((4, 40))]
+    never = StopRule(frozenset())
+    objective = Objective(pair.language_model, pair.reward_model, BASE)
+    Decoder(objective, HFRollout(pair.language_model), Sampler(), never, Listener()).decode(sequences)
+    assert len(sequences[0].stats.revisions) > 2
+    assert heard == sorted(heard)
+
+
 class Scripted:
     """Rollouts by script: continues any prefix with the digits that follow in ``script``; its own stream."""
 
@@ -241,7 +282,7 @@ class Scripted:
         return self
 
     def submit(self, key, start):
-        self.asked.append((start.context.response, start.draft))
+        self.asked.append((start.context.response, start.earlier))
         tokens = torch.tensor(next(self.script), dtype=torch.long)
         self.ended.append((key, Rollout(tokens, self.hidden[: len(tokens)])))
 
@@ -282,8 +323,14 @@ def test_a_scripted_decode_commits_accepts_and_rejects_as_designed():
     )
     # 10 stays; 20 in place of 11 is rejected, so 11 is committed; 30 in place of 12 is accepted with 31 behind it; 41
     # in place of 31 is accepted with 42 behind it; the four rollouts are used up and 42 is committed.
-    # Each with what the trajectory of the moment has behind the token that changed.
-    assert asked == [((), ()), ((10, 20), (12,)), ((10, 11, 30), ()), ((10, 11, 30, 41), ())]
+    # Each with the trajectory of the moment first, and then those before it, the last one first.
+    first, second, third = (10, 11, 12), (10, 20, 21, 22), (10, 11, 30, 31)
+    assert asked == [
+        ((), ()),
+        ((10, 20), (first,)),
+        ((10, 11, 30), (first, second)),
+        ((10, 11, 30, 41), (third, second, first)),
+    ]
     assert sequence.current.tokens.tolist() == [10, 11, 30, 41, 42]
     assert sequence.current.reward == 3.0
     assert [(r.position, r.old_token, r.new_token, r.accepted) for r in sequence.stats.revisions] == [

@@ -1,4 +1,4 @@
-"""Sequences that are decoded together: every hidden state is the full forward's, whatever joins, leaves or is undone."""
+"""Sequences decoded together: every hidden state is the full forward's, whatever joins, leaves or is undone."""
 
 from __future__ import annotations
 

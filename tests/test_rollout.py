@@ -84,3 +84,101 @@ def test_criteria_see_prompt_and_response():
     assert not stop.ended(Context((5, 6), (7,), 0, 99))
     assert stop.ended(Context((5, 6), (7, 8), 0, 99))
     assert seen == [[5, 6, 7], [5, 6, 7, 8]]
+
+
+def earlier_responses(drawn):
+    """Of each sequence: nonsense, or what it drew with a hole in it."""
+    right = [tuple(d.tokens.tolist()) for d in drawn]
+    return [((8, 9, 8, 9, 8, 9), right[0]), ((30, 31, *right[1][:5], 9, *right[1][6:]),), (), (right[3][1:],)]
+
+
+@pytest.mark.parametrize("sampling", [SAMPLING, Sampling(temperature=0.0)], ids=["sampled", "greedy"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drafts_change_the_number_of_calls_and_nothing_else(family, sampling):
+    model = LanguageModel(tiny_language_model(family), tiny_tokenizer())
+    stop = StopRule(frozenset({3, 4}))
+    plain = roll_out(HFRollout(model), contexts(24), sampling, stop)
+    starts = [
+        Start(context, model.track(context.prompt_ids), earlier)
+        for context, earlier in zip(contexts(24), earlier_responses(plain), strict=True)
+    ]
+    drafted = rollout(HFRollout(model, draft_tokens=5), starts, sampling, stop)
+    for a, b, context in zip(plain, drafted, contexts(), strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()
+        torch.testing.assert_close(a.latents, b.latents, rtol=1e-9, atol=1e-9)
+        assert a.calls == len(a.tokens)
+        assert (a.drafted, a.accepted) == (0, 0)
+        # Each call gives one token of its own besides the draft tokens that proved right.
+        assert b.calls + b.accepted == len(b.tokens)
+        ids = [*context.prompt_ids, *context.response, *b.tokens.tolist()[:-1]]
+        torch.testing.assert_close(b.state.hidden, whole(model, ids), rtol=1e-6, atol=1e-6)
+    assert sum(b.drafted for b in drafted) > sum(b.accepted for b in drafted) > 0
+    assert sum(b.calls for b in drafted) < sum(len(b.tokens) for b in drafted)
+
+
+def whole(model, ids):
+    return model.model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+
+
+def test_a_stop_string_within_a_draft_ends_the_response():
+    tokenizer = tiny_tokenizer()
+    model = LanguageModel(tiny_language_model("llama"), tokenizer)
+    backend = HFRollout(model, draft_tokens=8)
+    (free,) = roll_out(backend, [Context((5, 6), (), 0, 20)])
+    tokens = tuple(free.tokens.tolist())
+    text = tokenizer.decode(tokens[:6])
+    stop = StopRule(frozenset(), (text[-3:],), tokenizer)
+    (plain,) = roll_out(HFRollout(model), [Context((5, 6), (), 0, 20)], stop=stop)
+    start = Start(Context((5, 6), (), 0, 20), None, (tokens,))
+    (drafted,) = rollout(backend, [start], SAMPLING, stop)
+    assert drafted.tokens.tolist() == plain.tokens.tolist() == list(tokens[: len(plain.tokens)])
+    assert 0 < len(plain.tokens) <= 6
+    assert drafted.calls < plain.calls
+
+
+def test_sequences_may_be_submitted_while_others_are_under_way():
+    model = LanguageModel(tiny_language_model("qwen3"), tiny_tokenizer())
+    stop = StopRule(frozenset({3, 4, 5, 30, 31}))
+    alone = [roll_out(HFRollout(model), [c], stop=stop)[0].tokens.tolist() for c in contexts(20)]
+    stream = HFRollout(model).open(SAMPLING, stop)
+    waiting = dict(enumerate(contexts(20)))
+    ended = {}
+    stream.submit(0, Start(waiting.pop(0)))
+    stream.submit(1, Start(waiting.pop(1)))
+    while len(ended) < 4:
+        ended.update(stream.collect())
+        if waiting:
+            key, context = waiting.popitem()
+            stream.submit(key, Start(context))
+    assert [ended[i].tokens.tolist() for i in range(4)] == alone
+    assert stream.collect() == []
+
+
+def test_a_rollout_goes_on_from_a_track_and_leaves_it_alone():
+    model = LanguageModel(tiny_language_model("llama"), tiny_tokenizer())
+    prompt = (5, 6, 7, 8)
+    (first,) = rollout(HFRollout(model), [Start(Context(prompt, (), 0, 9), model.track(prompt))], SAMPLING, NEVER)
+    track = model.track(prompt)
+    track.keep(first.tokens[:-1], first.state)
+    response = (*first.tokens[:3].tolist(), 40)
+    (alone,) = roll_out(HFRollout(model), [Context(prompt, response, 0, 9)])
+    fed = []
+    before = (track.tokens.clone(), track.state)
+    body = model.model.base_model
+    hook = body.register_forward_pre_hook(lambda _, __, given: fed.append(given["input_ids"].shape[1]), with_kwargs=True)
+    (resumed,) = rollout(HFRollout(model), [Start(Context(prompt, response, 0, 9), track)], SAMPLING, NEVER)
+    hook.remove()
+    assert resumed.tokens.tolist() == alone.tokens.tolist()
+    torch.testing.assert_close(resumed.latents, alone.latents, rtol=1e-9, atol=1e-9)
+    # Nothing but the changed token and those drawn after it.
+    assert fed == [1] * len(resumed.tokens)
+    assert torch.equal(track.tokens, before[0])
+    assert track.state is before[1]
+
+
+def test_a_model_that_gives_nan_is_named():
+    model = LanguageModel(tiny_language_model("llama"), tiny_tokenizer())
+    with torch.no_grad():
+        model.model.base_model.norm.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="response position 0"):
+        roll_out(HFRollout(model), [Context((5, 6), (), 0, 4)])

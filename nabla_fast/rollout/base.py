@@ -21,12 +21,13 @@ class Start:
     Attributes:
         context: prompt and response so far.
         track: what the language model has computed of this sequence; read, never changed. None for nothing.
-        draft: tokens that are likely to follow; they change how fast the rollout is, never what it gives.
+        earlier: responses drawn for this sequence before, the one whose place the rollout may take first. They change
+            how fast it is, never what it gives.
     """
 
     context: Context
     track: Track | None = None
-    draft: tuple[int, ...] = ()
+    earlier: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,51 +1,88 @@
-"""Guesses of how a response goes on, from the trajectory that it was changed from."""
+"""Guesses of how a response goes on, from what was drawn for the same prompt before."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
-# Lengths of the ends of a response that are looked for in the old one, the longest first.
-_GRAMS = (3, 2, 1)
+# Longest end of a response that is looked up.
+_LONGEST = 4
+# First length of a draft that so many equal tokens lead to; one that proves right is followed by twice as many.
+_FIRST_LENGTH = {1: 3, 2: 3, 3: 4, 4: 8}
 
 
 class Drafter:
-    """Drafts what follows a response: what the old one has behind the tokens that both have in common.
+    """Drafts what follows a response: whatever followed its last tokens before.
 
-    As long as the new response follows the old one, that is the next token of the old one. After a mismatch, the last
-    tokens are looked up in it, those nearest to where the old one was left first.
+    A rollout that begins where an earlier trajectory lay follows that one at first. After a mismatch, the longest end
+    of the response that is found again leads on: in the earlier trajectories, at the position that is nearest, since
+    noise belongs to positions; else in the prompt and the response itself, as late as possible.
 
     Args:
-        response: where the rollout begins.
-        old: what the old trajectory has from there on.
-        most: longest draft, in tokens.
+        prompt, response: where the rollout begins.
+        earlier: whole responses to the same prompt, the one to follow first.
+        most: longest draft, in tokens; with 0 there are none.
     """
 
-    def __init__(self, response: Sequence[int], old: Sequence[int], most: int) -> None:
-        self.begin = len(response)
-        self.old = tuple(old)
+    def __init__(
+        self, prompt: Sequence[int], response: Sequence[int], earlier: Sequence[Sequence[int]], most: int
+    ) -> None:
         self.most = most
-        self._next: int | None = 0  # of the old tokens
-        self._seen = self.begin
+        self._prompt = len(prompt)
+        self._own: list[int] = []
+        self._texts = [*earlier, self._own] if most else []
+        # Tokens → (text, place behind them) wherever something follows them.
+        self._index: defaultdict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
+        for number in range(len(self._texts) - 1):
+            for end in range(1, len(earlier[number])):
+                self._remember(number, end)
+        self._at: tuple[int, int] | None = None
+        for token in (*prompt, *response):
+            self.add(token)
+        if self._texts and earlier:
+            self._at = 0, len(response)
+        self._length = most
+        self._drafted = 0
 
-    def __call__(self, response: Sequence[int]) -> tuple[int, ...]:
-        """At most ``most`` tokens that may follow ``response``; none where there is nothing to go by."""
-        if not self.most or not self.old:
+    def add(self, token: int) -> None:
+        """The response goes on with ``token``."""
+        if not self.most:
+            return
+        if self._at is not None:
+            text, place = self._at
+            self._at = (text, place + 1) if list(self._texts[text][place : place + 1]) == [token] else None
+        self._remember(len(self._texts) - 1, len(self._own))
+        self._own.append(token)
+
+    def draft(self, room: int) -> tuple[int, ...]:
+        """At most ``room`` tokens that may follow; none where there is nothing to go by."""
+        if not self.most:
             return ()
-        for token in response[self._seen :]:
-            at = self._next
-            self._next = at + 1 if at is not None and self.old[at : at + 1] == (token,) else None
-        self._seen = len(response)
-        if self._next is None:
-            self._next = self._find(response[self.begin :])
-        return () if self._next is None else self.old[self._next : self._next + self.most]
+        if self._at is None:
+            self._look_up()
+        elif self._drafted:
+            self._length = min(self.most, 2 * self._length)
+        if self._at is None:
+            self._drafted = 0
+            return ()
+        text, place = self._at
+        found = tuple(self._texts[text][place : place + min(self._length, room)])
+        self._drafted = len(found)
+        return found
 
-    def _find(self, new: Sequence[int]) -> int | None:
-        """Where the old tokens go on after what the new ones end with."""
-        for size in _GRAMS:
-            if len(new) < size:
-                continue
-            end = tuple(new[-size:])
-            found = [i + size for i in range(len(self.old) - size + 1) if self.old[i : i + size] == end]
+    def _look_up(self) -> None:
+        own = len(self._texts) - 1
+        position = len(self._own) - self._prompt
+        for size in range(min(_LONGEST, len(self._own)), 0, -1):
+            found = self._index.get(tuple(self._own[-size:]))
             if found:
-                return min(found, key=lambda i: abs(i - len(new)))
-        return None
+                # Earlier trajectories count from the start of the response, as their noise does.
+                others = [(abs(place - position), text, place) for text, place in found if text != own]
+                self._at = min(others)[1:] if others else found[-1]
+                self._length = min(self.most, _FIRST_LENGTH[size])
+                return
+
+    def _remember(self, text: int, end: int) -> None:
+        tokens = self._texts[text]
+        for size in range(1, min(_LONGEST, end) + 1):
+            self._index[tuple(tokens[end - size : end])].append((text, end))

@@ -63,7 +63,7 @@ class _Row:
     def feed(self) -> list[int]:
         """The tokens of the next pass: the last one, which is in no state yet, and a draft of what follows."""
         room = self.context.limit - len(self.context.response) - 1
-        self.draft = self.drafter(self.context.response)[:room]
+        self.draft = self.drafter.draft(room)
         return [(*self.context.prompt_ids, *self.context.response)[-1], *self.draft]
 
     def contexts(self) -> list[Context]:
@@ -77,6 +77,7 @@ class _Row:
         self.drafted += len(self.draft)
         for count, token in enumerate(drawn):
             self.context = replace(self.context, response=(*self.context.response, token))
+            self.drafter.add(token)
             right = count < len(self.draft) and self.draft[count] == token
             self.ended = stop.ended(self.context)
             if self.ended or not right:
@@ -113,8 +114,9 @@ class _Stream:
             tokens = torch.empty(0, dtype=torch.long, device=weight.device)
             self.ended.append((key, Rollout(tokens, weight.new_zeros(0, weight.shape[1]))))
             return
-        drafter = Drafter(start.context.response, start.draft, self.backend.draft_tokens)
-        self.joining.append(_Row(key, start, drafter, start.context))
+        context = start.context
+        drafter = Drafter(context.prompt_ids, context.response, start.earlier, self.backend.draft_tokens)
+        self.joining.append(_Row(key, start, drafter, context))
 
     @torch.no_grad()
     def collect(self) -> list[tuple[int, Rollout]]:
