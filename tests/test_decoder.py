@@ -8,7 +8,6 @@ from functools import lru_cache
 
 import pytest
 import torch
-from pytest import approx
 from tiny_models import tiny_language_model, tiny_reward_model, tiny_tokenizer
 
 import nabla_fast as nf
@@ -243,7 +242,8 @@ def test_drafts_and_the_size_of_the_batch_change_nothing(variant):
         for mine, meant in zip(other.stats.sequences, plain.stats.sequences, strict=True):
             # Rewards equal to rounding, everything else exactly.
             assert mine.revisions == [
-                replace(r, old_reward=approx(r.old_reward), new_reward=approx(r.new_reward)) for r in meant.revisions
+                replace(r, old_reward=pytest.approx(r.old_reward), new_reward=pytest.approx(r.new_reward))
+                for r in meant.revisions
             ]
         a, b = plain.stats.totals, other.stats.totals
         assert a.rollout_calls == a.generated_tokens == b.generated_tokens

@@ -54,6 +54,15 @@ def test_other_products_are_left_to_pytorch() -> None:
     assert "_Linear" not in type(F.linear(x, weight).grad_fn).__name__, "the mode ends with its block"
 
 
+def test_without_gradients_trainable_weights_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(3, 7), torch.randn(5, 7).requires_grad_()
+    asked = []
+    monkeypatch.setattr(linear, "_product", lambda *args, _real=linear._product: asked.append(args) or _real(*args))
+    with linear._OneDNN(), torch.no_grad():
+        torch.testing.assert_close(F.linear(x, weight), x @ weight.T, rtol=1e-5, atol=1e-5)
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_factors_are_the_same_either_way(checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     language = LanguageModel(tiny_language_model("qwen2", dtype=torch.float32), TOKENIZER)

@@ -120,6 +120,14 @@ def whole(model, ids):
     return model.model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
 
 
+def test_a_large_batch_leaves_no_room_for_drafts():
+    model = LanguageModel(tiny_language_model("llama"), tiny_tokenizer())
+    many = [Start(Context((5, 6), (), seed, 6), None, ((7,) * 6,)) for seed in range(17)]
+    assert sum(r.drafted for r in rollout(HFRollout(model, draft_tokens=8), many, SAMPLING, NEVER)) == 0
+    assert all(r.drafted <= 5 for r in rollout(HFRollout(model, draft_tokens=8), many[:16], SAMPLING, NEVER))
+    assert sum(r.drafted for r in rollout(HFRollout(model, draft_tokens=8), many[:16], SAMPLING, NEVER)) > 0
+
+
 def test_a_stop_string_within_a_draft_ends_the_response():
     tokenizer = tiny_tokenizer()
     model = LanguageModel(tiny_language_model("llama"), tokenizer)
@@ -165,7 +173,9 @@ def test_a_rollout_goes_on_from_a_track_and_leaves_it_alone():
     fed = []
     before = (track.tokens.clone(), track.state)
     body = model.model.base_model
-    hook = body.register_forward_pre_hook(lambda _, __, given: fed.append(given["input_ids"].shape[1]), with_kwargs=True)
+    hook = body.register_forward_pre_hook(
+        lambda _, __, given: fed.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
     (resumed,) = rollout(HFRollout(model), [Start(Context(prompt, response, 0, 9), track)], SAMPLING, NEVER)
     hook.remove()
     assert resumed.tokens.tolist() == alone.tokens.tolist()

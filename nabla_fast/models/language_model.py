@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from nabla_fast.models.prefix import Body, Track
-from nabla_fast.ops import Head, linear_logits
+from nabla_fast.ops import Head, linear_logits, scaled_and_capped
 
 # Names under which families keep a constant factor on the logits; the first one found is used.
 _LOGIT_FACTORS = (("logits_scaling", True), ("logit_scale", False), ("lm_head_multiplier", False))
@@ -78,6 +79,10 @@ class LanguageModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (N, V), float32 or float64, of hidden states (N, d)."""
+        weight = self.head.weight
+        if not hidden.is_cuda and hidden.dtype == weight.dtype == torch.float32:
+            # The same product in the form that `fast_linear` knows.
+            return scaled_and_capped(linear(hidden, weight), self.head)
         return linear_logits(hidden, self.head)
 
     def track(self, prompt_ids: Sequence[int]) -> Track:

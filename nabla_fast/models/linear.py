@@ -1,7 +1,7 @@
 """Linear layers of float32 models on AMD processors.
 
 PyTorch multiplies float32 matrices by MKL, which on AMD processors reaches less than half of what oneDNN does, and
-oneDNN comes with PyTorch too. Most of a gradient's time is these products.
+oneDNN comes with PyTorch too. Most of a gradient's time is these products, and of a rollout's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def fast_linear() -> AbstractContextManager[Any]:
-    """In this block, ``linear`` of frozen float32 weights on the CPU goes to oneDNN where MKL is slow.
+    """In this block, ``linear`` of float32 weights on the CPU that want no gradient goes to oneDNN where MKL is slow.
 
     A mode of this thread alone: the models stay as they are. Results differ from MKL's by rounding.
     """
@@ -44,11 +44,13 @@ class _OneDNN(TorchFunctionMode):
 def _fits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:  # as in torch.nn.functional
     plain = type(weight) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
     usual = input.dtype == weight.dtype == torch.float32 and input.device.type == weight.device.type == "cpu"
-    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    frozen = not torch.is_grad_enabled() or not (weight.requires_grad or (bias is not None and bias.requires_grad))
     return plain and usual and frozen and input.numel() > 0 and bool(torch.backends.mkldnn.enabled)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _product(input, weight, bias)
     out: Tensor = _Linear.apply(input, weight, bias)
     return out
 

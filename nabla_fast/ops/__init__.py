@@ -4,7 +4,7 @@ from nabla_fast.ops.backends import OPERATORS, availability, resolve
 from nabla_fast.ops.objective import gradient_norm, linear_log_likelihood
 from nabla_fast.ops.operands import Head, RelaxedStats, Tables, TokenGradient
 from nabla_fast.ops.optimisation import dto_step, token_diff
-from nabla_fast.ops.reference import linear_logits, row_chunks, token_gradient, upcast
+from nabla_fast.ops.reference import linear_logits, row_chunks, scaled_and_capped, token_gradient, upcast
 from nabla_fast.ops.relaxation import (
     linear_relaxed_stats,
     linear_soft_embedding,
@@ -31,6 +31,7 @@ __all__ = [
     "relaxed_stats",
     "resolve",
     "row_chunks",
+    "scaled_and_capped",
     "soft_embedding",
     "straight_through_embedding",
     "token_diff",

@@ -31,6 +31,11 @@ def linear_logits(h: Tensor, head: Head) -> Tensor:
     else:
         dtype = torch.promote_types(torch.promote_types(h.dtype, weight.dtype), torch.float32)
         product = h.to(dtype) @ weight.T.to(dtype)
+    return scaled_and_capped(product, head)
+
+
+def scaled_and_capped(product: Tensor, head: Head) -> Tensor:
+    """Logits (N, V) of products h W^T (N, V)."""
     if head.scale != 1.0:
         product = product * head.scale
     return torch.tanh(product / head.softcap) * head.softcap if head.softcap else product

@@ -11,6 +11,7 @@ from torch import Tensor
 from nabla_fast.config import Sampling
 from nabla_fast.models.decoding import DecodeBatch
 from nabla_fast.models.language_model import LanguageModel
+from nabla_fast.models.linear import fast_linear
 from nabla_fast.models.prefix import PrefixState, resume
 from nabla_fast.rollout.base import Rollout, RolloutStream, Start, StopRule
 from nabla_fast.rollout.drafts import Drafter
@@ -18,6 +19,8 @@ from nabla_fast.sampling import Context, Sampler
 
 # Columns in use per token of the longest sequence, from which on the batch is made anew without the unused ones.
 _SPREAD = 1.5
+# Tokens of one forward pass up to which more of them cost little: reading the weights is what takes the time.
+_TOKENS_PER_PASS = {"cpu": 32, "cuda": 256}
 
 
 class HFRollout:
@@ -60,10 +63,10 @@ class _Row:
     draft: tuple[int, ...] = ()
     ended: bool = False
 
-    def feed(self) -> list[int]:
-        """The tokens of the next pass: the last one, which is in no state yet, and a draft of what follows."""
-        room = self.context.limit - len(self.context.response) - 1
-        self.draft = self.drafter.draft(room)
+    def feed(self, most: int) -> list[int]:
+        """At most ``most`` tokens for the next pass: the last one, which is in no state yet, and a draft behind it."""
+        left = self.context.limit - len(self.context.response)
+        self.draft = self.drafter.draft(min(left, most) - 1)
         return [(*self.context.prompt_ids, *self.context.response)[-1], *self.draft]
 
     def contexts(self) -> list[Context]:
@@ -120,10 +123,11 @@ class _Stream:
 
     @torch.no_grad()
     def collect(self) -> list[tuple[int, Rollout]]:
-        while not self.ended and (self.rows or self.joining):
-            if self.joining:
-                self._join()
-            self._step()
+        with fast_linear():
+            while not self.ended and (self.rows or self.joining):
+                if self.joining:
+                    self._join()
+                self._step()
         ended, self.ended = self.ended, []
         return ended
 
@@ -152,7 +156,8 @@ class _Stream:
     def _step(self) -> None:
         assert self.batch is not None
         model = self.backend.language_model
-        hidden = self.batch.step([row.feed() for row in self.rows])
+        most = max(1, _TOKENS_PER_PASS.get(model.device.type, 1) // len(self.rows))
+        hidden = self.batch.step([row.feed(most) for row in self.rows])
         contexts = [context for row in self.rows for context in row.contexts()]
         logits = model.logits(torch.cat(hidden))
         self._require_readable(logits, contexts)
