@@ -174,6 +174,37 @@ def catch_up(
         tracks[i].keep(responses[i][: starts[i]], state)
 
 
+@torch.no_grad()
+def run_behind(
+    body: Body, table: Any, tracks: Sequence[Track], responses: Sequence[Tensor]
+) -> tuple[list[Tensor], list[PrefixState | None]]:
+    """Runs opening and response of each sequence in one batch, going on from what its track knows of them.
+
+    The tracks stay as they are.
+
+    Args:
+        table: maps token ids (n,) to embeddings (n, d).
+        responses: (n_b,) int64 each, which may be empty.
+
+    Returns:
+        The last hidden states (P_b + n_b, d) of each, and the states behind them (None unless ``body`` is incremental).
+    """
+    totals = [len(track.opening) + len(response) for track, response in zip(tracks, responses, strict=True)]
+    known = [
+        track.state.crop(len(track.opening) + common) if track.state is not None else None
+        for track, common in zip(tracks, common_lengths(tracks, responses), strict=True)
+    ]
+    hidden = [torch.empty(0) if state is None else state.hidden for state in known]
+    behind = [i for i, state in enumerate(known) if state is None or len(state) < totals[i]]
+    if not behind:
+        return hidden, known
+    whole = {i: torch.cat([tracks[i].opening, table(responses[i])]) for i in behind}
+    new, states = body([known[i] for i in behind], [whole[i][len(known[i] or ()) :] for i in behind])
+    for i, rows, state in zip(behind, new, states, strict=True):
+        hidden[i], known[i] = (rows, None) if state is None else (state.hidden, state)
+    return hidden, known
+
+
 def common_lengths(tracks: Sequence[Track], responses: Sequence[Tensor]) -> list[int]:
     """How many leading tokens each track shares with its response; one read by the host."""
     width = min(max(len(t.tokens) for t in tracks), max(len(r) for r in responses))
