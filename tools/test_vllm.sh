@@ -28,6 +28,7 @@ export VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 HF_HUB_OFFL
 setsid "$environment/bin/vllm" serve "$model" --host 127.0.0.1 --port "$port" --dtype float32 --max-model-len 2048 \
     --max-num-seqs 16 --served-model-name smollm2 >"$log" 2>&1 &
 server=$!
+export NABLA_FAST_VLLM_PID=$server  # of the process group, for the test that kills it
 stop() {
     kill -TERM -- "-$server" 2>/dev/null || true
     for _ in $(seq 50); do
