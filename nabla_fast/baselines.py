@@ -16,7 +16,7 @@ from nabla_fast.generate import NablaOutput, Pair, generate, make_pair, response
 from nabla_fast.models.chat import as_chats, generation_prompt_ids
 from nabla_fast.models.reward_model import RewardFrame
 from nabla_fast.objective import Conversation, Objective
-from nabla_fast.rollout import HFRollout, Start, StopRule, rollout
+from nabla_fast.rollout import Start, StopRule, rollout
 from nabla_fast.sampling import Context, sequence_seeds
 from nabla_fast.stats import SequenceStats, Stats
 
@@ -205,7 +205,7 @@ def _draw(
     starts = [Start(Context(conversation.prompt_ids, (), seed, conversation.limit)) for conversation, seed in rows]
     records = [conversation.stats for conversation, _ in rows]
     with objective.clock.phase("rollout", records):
-        drawn = rollout(HFRollout(pair.language_model), starts, sampling, stop)
+        drawn = rollout(pair.rollouts(objective.config), starts, sampling, stop)
     for stats, sample in zip(records, drawn, strict=True):
         stats.rollouts += 1
         stats.generated_tokens += len(sample.tokens)

@@ -10,6 +10,7 @@ from typing import Any
 PARAMETERIZATIONS = ("latents", "logits")
 ANCHORS = ("argmax", "rollout")
 SCHEDULES = ("cosine", "linear", "constant")
+ROLLOUT_BACKENDS = ("auto", "hf", "vllm")
 BACKENDS = ("auto", "reference", "native", "triton", "cuda")
 
 
@@ -61,6 +62,9 @@ class NablaConfig:
         rejection_sampling: keep a new trajectory only if its reward is higher.
         max_new_tokens: longest response, in tokens.
         max_batch_size: sequences that are decoded together; the next one begins when one has finished.
+        rollout_backend: who draws rollouts: the model itself ("hf"), or "vllm" (at ``vllm_url``, else in this process);
+            "auto" takes a server where ``vllm_url`` names one, and the model otherwise.
+        vllm_url: of a vLLM server that serves the language model, such as ``http://127.0.0.1:8000``.
         draft_tokens: most tokens of the old trajectory that a rollout verifies in one forward pass, instead of drawing
             them one by one; the tokens drawn are the same. 0 for none.
         stop_strings: a response ends where one of these is complete (the string is kept, as in transformers).
@@ -95,6 +99,8 @@ class NablaConfig:
     rejection_sampling: bool = True
     max_new_tokens: int = 1024
     max_batch_size: int = 32
+    rollout_backend: str = "auto"
+    vllm_url: str | None = None
     draft_tokens: int = 0
     stop_strings: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] | None = None
@@ -136,6 +142,11 @@ class NablaConfig:
         _require_int("draft_tokens", self.draft_tokens, minimum=0)
         _require_int("gradient_cache_bytes", self.gradient_cache_bytes, minimum=0)
         _require_choice("backend", self.backend, BACKENDS)
+        _require_choice("rollout_backend", self.rollout_backend, ROLLOUT_BACKENDS)
+        if self.vllm_url is not None and not isinstance(self.vllm_url, str):
+            raise TypeError(f"vllm_url must be a string or None, got {self.vllm_url!r}")
+        if self.vllm_url is not None and self.rollout_backend == "hf":
+            raise ValueError(f"vllm_url is {self.vllm_url!r}, but rollout_backend is 'hf'; use 'vllm' or 'auto'")
         _require_int("seed", self.seed)
         for name in ("rollout", "resample"):
             if not isinstance(getattr(self, name), Sampling):

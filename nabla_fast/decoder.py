@@ -17,7 +17,7 @@ from torch import Tensor
 from nabla_fast import dto, ops
 from nabla_fast.config import NablaConfig
 from nabla_fast.objective import Conversation, Objective
-from nabla_fast.rollout import Rollout, RolloutBackend, RolloutStream, Start, StopRule
+from nabla_fast.rollout import Rollout, RolloutBackend, RolloutError, RolloutStream, Start, StopRule
 from nabla_fast.sampling import Context, Sampler
 from nabla_fast.selection import Candidates, select
 from nabla_fast.stats import Revision, SequenceStats
@@ -127,7 +127,18 @@ class Decoder:
         """Runs every sequence to its end; the results are in the sequences.
 
         A sequence goes on as soon as its own rollout has ended, and the next one begins when one has finished.
+
+        Raises:
+            RolloutError: if rollouts cannot be had any more; with what every sequence has come to.
         """
+        try:
+            self._decode(sequences)
+        except RolloutError as error:
+            error.committed = tuple(s.committed if s.trajectory else () for s in sequences)
+            error.responses = tuple(tuple(s.current.tokens.tolist()) if s.trajectory else () for s in sequences)
+            raise
+
+    def _decode(self, sequences: Seq[Sequence]) -> None:
         waiting = deque(sequences)
         rolling: dict[int, Sequence] = {}
         with closing(self.rollouts.open(self.config.rollout, self.stop)) as stream:

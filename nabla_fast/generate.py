@@ -17,7 +17,7 @@ from nabla_fast.models.chat import as_chats, generation_prompt_ids
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardFrame, RewardModel
 from nabla_fast.objective import Conversation, Objective
-from nabla_fast.rollout import HFRollout, StopRule
+from nabla_fast.rollout import HFRollout, RolloutBackend, StopRule, VLLMRollout, vllm
 from nabla_fast.sampling import Sampler, sequence_seeds
 from nabla_fast.stats import Stats
 
@@ -41,12 +41,25 @@ class NablaOutput:
 
 @dataclass(frozen=True)
 class Pair:
-    """A language model and a reward model, ready to work together."""
+    """A language model and a reward model, ready to work together; ``vllm`` draws the rollouts, if there is one."""
 
     language_model: LanguageModel
     tokenizer: Any
     reward_model: RewardModel
     eos_token_ids: frozenset[int]
+    vllm: VLLMRollout | None = None
+
+    def rollouts(self, config: NablaConfig, sampler: Sampler | None = None) -> RolloutBackend:
+        """Where trajectories come from.
+
+        Raises:
+            ValueError: if ``sampler`` has logits processors, which vLLM cannot run.
+        """
+        if self.vllm is None:
+            return HFRollout(self.language_model, sampler, config.draft_tokens)
+        if sampler is not None and (sampler.before or sampler.after):
+            raise ValueError("logits_processor cannot be used with rollouts from vLLM; use rollout_backend='hf'")
+        return self.vllm
 
 
 def generate(
@@ -74,6 +87,7 @@ def generate(
     Raises:
         ValueError, TypeError: for arguments that cannot be used; the message names the argument.
         FloatingPointError: if a model gives NaN or infinite values; the message names the model.
+        RolloutError: if vLLM cannot be used, or is lost; what was committed until then is in its ``committed``.
     """
     config = config or NablaConfig()
     chats = as_chats(prompts)
@@ -88,7 +102,7 @@ def make_pair(model: Any, tokenizer: Any, reward_model: Any, reward_tokenizer: A
     language_model = LanguageModel(model, tokenizer)
     eos_token_ids = end_tokens(language_model, config)
     rewards = RewardModel(reward_model, reward_tokenizer, language_model, tokenizer, eos_token_ids)
-    return Pair(language_model, tokenizer, rewards, eos_token_ids)
+    return Pair(language_model, tokenizer, rewards, eos_token_ids, vllm.chosen(language_model, config))
 
 
 def stop_rule(pair: Pair, config: NablaConfig) -> StopRule:
@@ -117,8 +131,7 @@ def run(
     # A caller's inference mode would make tensors that autograd cannot use.
     with torch.inference_mode(False), torch.no_grad():
         objective = Objective(pair.language_model, pair.reward_model, config)
-        rollouts = HFRollout(pair.language_model, sampler, config.draft_tokens)
-        Decoder(objective, rollouts, sampler, stop, observer).decode(sequences)
+        Decoder(objective, pair.rollouts(config, sampler), sampler, stop, observer).decode(sequences)
     tokens = [s.current.tokens.cpu() for s in sequences]
     return NablaOutput(
         texts=[pair.tokenizer.decode(t, skip_special_tokens=True) for t in tokens],

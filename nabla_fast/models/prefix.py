@@ -160,12 +160,17 @@ class Track:
 def resume(body: Body, table: Any, tracks: Sequence[Track], responses: Sequence[Tensor]) -> list[PrefixState]:
     """The state of each track's opening and response, without autograd; the tracks stay as they are.
 
-    What a track has in common with its response is taken from it; what is missing then is run in one batch.
+    What a track has in common with its response is taken from it; what is missing then is run in one batch, or alone
+    where the model is not `incremental`.
 
     Args:
         table: maps token ids (n,) to embeddings (n, d).
         responses: (n_b,) int64 each.
     """
+    if not body.incremental:
+        whole = [torch.cat([track.opening, table(y)]) for track, y in zip(tracks, responses, strict=True)]
+        with torch.no_grad():
+            return [body.extend([None], [embeds])[1][0] for embeds in whole]
     states: list[PrefixState | None] = []
     missing = []
     for track, common, response in zip(tracks, common_lengths(tracks, responses), responses, strict=True):

@@ -1,6 +1,17 @@
 """Where trajectories come from."""
 
-from nabla_fast.rollout.base import Rollout, RolloutBackend, RolloutStream, Start, StopRule, rollout
+from nabla_fast.rollout.base import Rollout, RolloutBackend, RolloutError, RolloutStream, Start, StopRule, rollout
 from nabla_fast.rollout.hf import HFRollout
+from nabla_fast.rollout.vllm import VLLMRollout
 
-__all__ = ["HFRollout", "Rollout", "RolloutBackend", "RolloutStream", "Start", "StopRule", "rollout"]
+__all__ = [
+    "HFRollout",
+    "Rollout",
+    "RolloutBackend",
+    "RolloutError",
+    "RolloutStream",
+    "Start",
+    "StopRule",
+    "VLLMRollout",
+    "rollout",
+]

@@ -14,6 +14,18 @@ from nabla_fast.models.prefix import PrefixState, Track
 from nabla_fast.sampling import Context
 
 
+class RolloutError(RuntimeError):
+    """A back end cannot give the rollouts it was asked for: its server died, or is not one for this language model.
+
+    Attributes:
+        committed: of each sequence of the decode that it ended, the committed tokens.
+        responses: and the best complete response so far, which begins with them; empty before the first rollout.
+    """
+
+    committed: tuple[tuple[int, ...], ...] = ()
+    responses: tuple[tuple[int, ...], ...] = ()
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a rollout begins.
@@ -98,6 +110,7 @@ class RolloutStream(Protocol):
 
         Raises:
             FloatingPointError: if the model gives NaN or infinite logits.
+            RolloutError: if a rollout under way has no answer to be had any more; what had ended is not given back.
         """
         ...
 

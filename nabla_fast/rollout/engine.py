@@ -1,0 +1,124 @@
+"""What stands between the vLLM back end and the vLLM that answers it, a server or an engine in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Protocol
+
+from nabla_fast.config import Sampling
+from nabla_fast.rollout.base import StopRule
+from nabla_fast.sampling import Context
+
+
+@dataclass(frozen=True)
+class TokenRequest:
+    """One completion: token ids in, token ids out.
+
+    Attributes:
+        prompt_ids: what is to be continued, not empty.
+        max_tokens: longest answer, at least 1.
+        seed: of its noise, below 2^63.
+        sampling: how tokens are drawn.
+        stop_strings, stop_token_ids: what may end the answer before ``max_tokens``; both stay in it.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    seed: int
+    sampling: Sampling
+    stop_strings: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, context: Context, sampling: Sampling, stop: StopRule) -> TokenRequest:
+        """What continues ``context`` as far as it may go; the seed depends on (sequence seed, position) alone."""
+        key = f"{context.seed}:{len(context.response)}".encode()
+        return cls(
+            prompt_ids=(*context.prompt_ids, *context.response),
+            max_tokens=context.limit - len(context.response),
+            # vLLM takes a signed 64-bit number.
+            seed=int.from_bytes(blake2b(key, digest_size=8).digest(), "big") >> 1,
+            sampling=sampling,
+            stop_strings=stop.stop_strings,
+            stop_token_ids=tuple(sorted(stop.eos_token_ids)),
+        )
+
+    def parameters(self) -> dict[str, Any]:
+        """Named as in vLLM's ``SamplingParams`` and in its ``/v1/completions``.
+
+        All that change the distribution are named, since a server puts the model's own defaults in place of others.
+        """
+        return {
+            "max_tokens": self.max_tokens,
+            "seed": self.seed,
+            "temperature": self.sampling.temperature,
+            "top_p": 1.0 if self.sampling.top_p is None else self.sampling.top_p,
+            "top_k": self.sampling.top_k or 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "stop": list(self.stop_strings),
+            "stop_token_ids": list(self.stop_token_ids),
+            "include_stop_str_in_output": True,
+            # Which tokens end a response is for the stop rule to say, and it reads special tokens as text, too.
+            "ignore_eos": True,
+            "skip_special_tokens": False,
+        }
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The answer to a `TokenRequest`.
+
+    Attributes:
+        tokens: new token ids, the end token or those of the stop string included.
+        finish_reason: "stop" or "length", in vLLM's words.
+    """
+
+    tokens: tuple[int, ...]
+    finish_reason: str
+
+
+class Requests(Protocol):
+    """Requests under way."""
+
+    def send(self, key: int, request: TokenRequest) -> None:
+        """Begins a request that `wait` will give back as ``key``."""
+
+    def wait(self) -> list[tuple[int, Completion]]:
+        """Waits until a request is answered, of which there must be one under way; all that are, with their keys.
+
+        Raises:
+            RolloutError: if one will have no answer.
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives up what is under way."""
+
+
+class Engine(Protocol):
+    """A running vLLM.
+
+    Attributes:
+        name: what errors call it, with the argument that chose it.
+        model: the model it serves.
+        context_length: most tokens of prompt and answer together.
+    """
+
+    name: str
+    model: str
+    context_length: int
+
+    def open(self) -> Requests: ...
+
+    def log_probabilities(self, token_ids: Sequence[int]) -> list[float]:
+        """Of each token but the first, given those before it.
+
+        Raises:
+            RolloutError: if there is no answer, or a token that the model does not have.
+        """
+        ...

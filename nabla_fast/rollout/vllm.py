@@ -1,0 +1,243 @@
+"""Rollouts from vLLM. The tokens are its own; the latents come from one prefill of the local language model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nabla_fast.config import NablaConfig, Sampling
+from nabla_fast.models.language_model import LanguageModel
+from nabla_fast.models.prefix import PrefixState, Track, resume
+from nabla_fast.rollout.base import Rollout, RolloutError, Start, StopRule
+from nabla_fast.rollout.engine import Completion, Engine, TokenRequest
+from nabla_fast.rollout.vllm_engine import VLLMEngine
+from nabla_fast.rollout.vllm_server import VLLMServer
+from nabla_fast.sampling import Context
+
+# Requests that one rollout may take. A second one is only due where vLLM ends an answer sooner than the stop rule does.
+_MAX_REQUESTS = 32
+_PROBE_TOKENS = 48
+
+
+class VLLMRollout:
+    """Draws trajectories with a vLLM that serves the language model.
+
+    What ends a response is the stop rule's to say: vLLM's answer is cut at the first token that does, and where vLLM
+    ended sooner, a further request goes on. Tokens are a function of (sequence seed, position) and the sampling as far
+    as vLLM's own arithmetic is; they are not those that `HFRollout` draws, except greedy ones up to a near-tie.
+
+    Args:
+        language_model: computes the latents.
+        engine: the server's URL, or a `VLLMServer` or `nabla_fast.rollout.vllm_engine.VLLMEngine`.
+        tolerance: nats by which log-probabilities of vLLM's and the language model's may differ on average, see
+            `require_same_model`. Half precision takes a few hundredths.
+
+    Raises:
+        ValueError: if the URL is none.
+        RolloutError: if no vLLM answers there, or it serves another model.
+    """
+
+    def __init__(self, language_model: LanguageModel, engine: str | Engine, *, tolerance: float = 0.25) -> None:
+        self.language_model = language_model
+        self.engine: Engine = VLLMServer(engine) if isinstance(engine, str) else engine
+        require_same_model(self.engine, language_model, tolerance)
+
+    def open(self, sampling: Sampling, stop: StopRule) -> VLLMStream:
+        """See `nabla_fast.rollout.base.RolloutBackend`."""
+        return VLLMStream(self.language_model, self.engine, sampling, stop)
+
+
+def chosen(language_model: LanguageModel, config: NablaConfig) -> VLLMRollout | None:
+    """The vLLM that ``config`` asks for; None if rollouts are to be transformers' own.
+
+    Raises:
+        ValueError, ImportError, RolloutError: if it cannot be had; see `VLLMRollout` and `VLLMEngine`.
+    """
+    if config.vllm_url is not None:
+        return VLLMRollout(language_model, config.vllm_url)
+    if config.rollout_backend != "vllm":
+        return None
+    path = language_model.model.config.name_or_path
+    if not path:
+        raise ValueError(
+            f"rollout_backend is 'vllm', but {language_model.name} was not loaded from a folder or hub that vLLM could "
+            "load it from; give vllm_url, that of a server"
+        )
+    return VLLMRollout(language_model, _engine(path, str(language_model.head.weight.dtype).removeprefix("torch.")))
+
+
+@functools.cache
+def _engine(path: str, dtype: str) -> VLLMEngine:
+    """One engine per model and process: it takes minutes to start and a share of the GPU."""
+    return VLLMEngine(path, dtype=dtype)
+
+
+@torch.no_grad()
+def require_same_model(engine: Engine, language_model: LanguageModel, tolerance: float) -> None:
+    """Compares log-probabilities of token ids from all over the vocabulary, the last one included.
+
+    Every id goes through vLLM's embedding, layers and head, and numbers agree only where all of them do. So this finds
+    another model, another order of the tokens, a smaller vocabulary, another scaling of positions. It does not find
+    token strings that differ over the same ids (vLLM's stop strings may then end answers too soon, which costs further
+    requests and changes nothing), nor weights so close that a rounding to half precision would hide it.
+
+    Raises:
+        RolloutError: if they differ by more than ``tolerance`` nats on average.
+    """
+    size = language_model.vocab_size
+    # Steps of the golden ratio fall evenly whatever the size.
+    ids = [int(size * (0.61803398875 * n % 1)) for n in range(_PROBE_TOKENS - 1)] + [size - 1]
+    tokens = torch.tensor(ids, device=language_model.device)
+    (hidden,), _ = language_model.body([None], [language_model.embedding(tokens)])
+    own = language_model.logits(hidden[:-1]).float().log_softmax(-1).gather(-1, tokens[1:, None])[:, 0].cpu()
+    served = f"{engine.name} serves {engine.model!r}, which is not {language_model.name}"
+    try:
+        theirs = torch.tensor(engine.log_probabilities(ids))
+    except RolloutError as error:
+        raise RolloutError(f"{served}, or cannot tell: {error} (asked about token ids up to {size - 1})") from error
+    difference = float((own - theirs).abs().mean())
+    if not difference <= tolerance:
+        raise RolloutError(
+            f"{served}: log-probabilities of the same token ids differ by {difference:.2g} nats on average, at most "
+            f"{tolerance:g} is accepted; serve the very model, with its tokenizer, that is the language model here"
+        )
+
+
+@dataclass
+class _Progress:
+    """A rollout under way.
+
+    Attributes:
+        start: where it began.
+        context: how far it is.
+        requests: how many it has taken.
+    """
+
+    start: Start
+    context: Context
+    requests: int = 0
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.context.response[len(self.start.context.response) :]
+
+
+class VLLMStream:
+    """See `nabla_fast.rollout.base.RolloutStream`."""
+
+    def __init__(self, language_model: LanguageModel, engine: Engine, sampling: Sampling, stop: StopRule) -> None:
+        self._model = language_model
+        self._engine = engine
+        self._sampling = sampling
+        self._stop = stop
+        self._requests = engine.open()
+        self._under_way: dict[int, _Progress] = {}
+        self._ended: list[tuple[int, _Progress]] = []
+
+    def submit(self, key: int, start: Start) -> None:
+        """See `nabla_fast.rollout.base.RolloutStream`; ``start.earlier`` is of no use to vLLM.
+
+        Raises:
+            RolloutError: if prompt and longest response do not fit vLLM's context.
+        """
+        progress = _Progress(start, start.context)
+        if self._stop.ended(start.context):
+            self._ended.append((key, progress))
+            return
+        self._require_room(start.context)
+        self._under_way[key] = progress
+        self._send(key, progress)
+
+    def collect(self) -> list[tuple[int, Rollout]]:
+        """See `nabla_fast.rollout.base.RolloutStream`."""
+        while self._under_way and not self._ended:
+            for key, completion in self._requests.wait():
+                progress = self._under_way[key]
+                if self._extend(progress, completion):
+                    self._ended.append((key, self._under_way.pop(key)))
+                else:
+                    self._send(key, progress)
+        ended, self._ended = self._ended, []
+        rollouts = self._rollouts([progress for _, progress in ended])
+        return [(key, rollout) for (key, _), rollout in zip(ended, rollouts, strict=True)]
+
+    def close(self) -> None:
+        """See `nabla_fast.rollout.base.RolloutStream`."""
+        self._under_way.clear()
+        self._requests.close()
+
+    def _send(self, key: int, progress: _Progress) -> None:
+        progress.requests += 1
+        self._requests.send(key, TokenRequest.of(progress.context, self._sampling, self._stop))
+
+    def _extend(self, progress: _Progress, completion: Completion) -> bool:
+        """Appends what vLLM gave up to where the response ends; whether it ends there."""
+        for token in completion.tokens:
+            if not 0 <= token < self._model.vocab_size:
+                raise RolloutError(
+                    f"{self._engine.name} gave token {token}; {self._model.name} has tokens 0 to "
+                    f"{self._model.vocab_size - 1}"
+                )
+            progress.context = replace(progress.context, response=(*progress.context.response, token))
+            if self._stop.ended(progress.context):
+                return True
+        if not completion.tokens or progress.requests >= _MAX_REQUESTS:
+            raise RolloutError(
+                f"{self._engine.name} gave {len(progress.tokens)} tokens in {progress.requests} requests (the last "
+                f"finish_reason was {completion.finish_reason!r}); it must give up to "
+                f"{progress.start.context.limit - len(progress.start.context.response)} unless the response ends"
+            )
+        return False
+
+    def _require_room(self, context: Context) -> None:
+        needed = len(context.prompt_ids) + context.limit
+        if needed > self._engine.context_length:
+            raise RolloutError(
+                f"{self._engine.name} takes {self._engine.context_length} tokens, {self._model.name} "
+                f"{self._model.context_length or 'any number'}; a prompt of {len(context.prompt_ids)} and a response "
+                f"of up to {context.limit} need {needed}: raise vLLM's max_model_len or lower max_new_tokens"
+            )
+
+    @torch.no_grad()
+    def _rollouts(self, ended: Sequence[_Progress]) -> list[Rollout]:
+        """The tokens, and latents from one prefill of all together."""
+        device, weight = self._model.device, self._model.head.weight
+        tokens = [torch.tensor(progress.tokens, dtype=torch.long, device=device) for progress in ended]
+        moved = [i for i, new in enumerate(tokens) if len(new)]
+        starts = [ended[i].start for i in moved]
+        tracks = [start.track or self._model.track(start.context.prompt_ids) for start in starts]
+        # The last token predicts nothing that is asked for.
+        responses = [torch.tensor(ended[i].context.response[:-1], dtype=torch.long, device=device) for i in moved]
+        hidden, states = self._prefill(tracks, responses) if moved else ([], [])
+        rollouts = [Rollout(new, weight.new_zeros(0, weight.shape[1])) for new in tokens]
+        for i, rows, state in zip(moved, hidden, states, strict=True):
+            latents = rows[len(rows) - len(tokens[i]) :]
+            self._require_finite(latents, ended[i])
+            # A pass for each token, and the one here.
+            rollouts[i] = Rollout(tokens[i], latents, state, calls=len(tokens[i]) + 1)
+        return rollouts
+
+    def _prefill(
+        self, tracks: Sequence[Track], responses: Sequence[Tensor]
+    ) -> tuple[list[Tensor], Sequence[PrefixState | None]]:
+        """Hidden states (P_b + n_b, d) of each sequence, and what the model has computed of it where that is of use."""
+        body, table = self._model.body, self._model.embedding
+        if body.incremental:
+            states = resume(body, table, tracks, responses)
+            return [state.hidden for state in states], states
+        return body(
+            [None] * len(tracks), [torch.cat([t.opening, table(y)]) for t, y in zip(tracks, responses, strict=True)]
+        )
+
+    def _require_finite(self, latents: Tensor, progress: _Progress) -> None:
+        finite = latents.isfinite().all(-1)
+        if not bool(finite.all()):
+            position = len(progress.start.context.response) + int((~finite).nonzero()[0])
+            raise FloatingPointError(
+                f"{self._model.name} returned NaN or infinite hidden states at response position {position}; "
+                "nothing of this rollout was committed"
+            )

@@ -1,0 +1,112 @@
+"""vLLM in this process, for `nabla_fast.rollout.vllm.VLLMRollout`."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from nabla_fast.rollout.base import RolloutError
+from nabla_fast.rollout.engine import Completion, TokenRequest
+
+
+class VLLMEngine:
+    """A ``vllm.LLM``, which decodes all requests under way together, a token each at a time.
+
+    Args:
+        model: folder or name of the language model, as vLLM loads it.
+        gpu_memory_utilization: share of the GPU's memory that vLLM takes for itself. The language model and the reward
+            model of this process live in the rest, with all that gradients need.
+        options: of ``vllm.LLM``, such as ``dtype`` or ``max_model_len``.
+
+    Attributes:
+        name, model, context_length: see `nabla_fast.rollout.engine.Engine`.
+
+    Raises:
+        ImportError: if vLLM is not installed.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], *, gpu_memory_utilization: float = 0.4, **options: Any) -> None:
+        try:
+            import vllm
+        except ImportError as error:
+            raise ImportError(
+                "vLLM is not installed; run pip install vllm, or give the vllm_url of a running server instead"
+            ) from error
+        self.model = os.fspath(model)
+        self.name = f"the vLLM of this process ({self.model})"
+        self._params = vllm.SamplingParams
+        self._llm: Any = vllm.LLM(self.model, gpu_memory_utilization=gpu_memory_utilization, **options)
+        self.context_length = int(self._llm.model_config.max_model_len)
+        self._ids = itertools.count()
+        self._answers: dict[str, Completion] = {}
+
+    def open(self) -> EngineRequests:
+        return EngineRequests(self)
+
+    def log_probabilities(self, token_ids: Sequence[int]) -> list[float]:
+        """See `nabla_fast.rollout.engine.Engine`."""
+        params = self._params(max_tokens=1, temperature=0.0, prompt_logprobs=1, detokenize=False)
+        try:
+            (answer,) = self._llm.generate([{"prompt_token_ids": list(token_ids)}], params, use_tqdm=False)
+        except Exception as error:
+            raise RolloutError(f"{self.name} refuses {len(token_ids)} token ids ({error})") from error
+        return [float(answer.prompt_logprobs[i][token].logprob) for i, token in enumerate(token_ids) if i]
+
+    def add(self, request: TokenRequest) -> str:
+        """Begins a request; the name under which `step` will know it."""
+        identifier = f"nabla-fast-{next(self._ids)}"
+        prompt = {"prompt_token_ids": list(request.prompt_ids)}
+        self._guarded("add_request", identifier, prompt, self._params(**request.parameters()))
+        return identifier
+
+    def step(self) -> None:
+        """One token for every request under way, whoever's it is."""
+        for output in self._guarded("step"):
+            if output.finished:
+                answer = output.outputs[0]
+                self._answers[output.request_id] = Completion(tuple(answer.token_ids), str(answer.finish_reason))
+
+    def take(self, identifier: str) -> Completion | None:
+        """The answer to a request, once."""
+        return self._answers.pop(identifier, None)
+
+    def drop(self, identifiers: Sequence[str]) -> None:
+        """Gives requests up."""
+        self._guarded("abort_request", list(identifiers))
+        for identifier in identifiers:
+            self.take(identifier)
+
+    def _guarded(self, method: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self._llm.llm_engine, method)(*arguments)
+        except Exception as error:
+            raise RolloutError(f"{self.name} failed in {method}: {error}") from error
+
+
+class EngineRequests:
+    """See `nabla_fast.rollout.engine.Requests`."""
+
+    def __init__(self, engine: VLLMEngine) -> None:
+        self._engine = engine
+        self._keys: dict[str, int] = {}
+
+    def send(self, key: int, request: TokenRequest) -> None:
+        self._keys[self._engine.add(request)] = key
+
+    def wait(self) -> list[tuple[int, Completion]]:
+        while True:
+            # First, since another's steps may have brought the answers.
+            answered = [(name, answer) for name in self._keys if (answer := self._engine.take(name)) is not None]
+            if answered:
+                return [(self._keys.pop(name), answer) for name, answer in answered]
+            self._engine.step()
+
+    def close(self) -> None:
+        if self._keys:
+            # An engine that has died has told so before.
+            with contextlib.suppress(RolloutError):
+                self._engine.drop(list(self._keys))
+            self._keys.clear()

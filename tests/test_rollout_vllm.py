@@ -1,0 +1,587 @@
+"""Rollouts from vLLM, against a server in this process that can be made to fail in every way."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import types
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+import torch
+from fake_vllm import Answerer, serving
+from tiny_models import (
+    CONTEXT,
+    FAMILIES,
+    shared_language_model,
+    tiny_language_model,
+    tiny_reward_model,
+    tiny_tokenizer,
+)
+
+import nabla_fast as nf
+from nabla_fast.baselines import best_of_n
+from nabla_fast.config import NablaConfig, Sampling
+from nabla_fast.generate import make_pair, run, stop_rule
+from nabla_fast.models.chat import generation_prompt_ids
+from nabla_fast.models.language_model import LanguageModel
+from nabla_fast.models.prefix import Track, catch_up
+from nabla_fast.rollout import RolloutError, Start, StopRule, VLLMRollout, rollout, vllm
+from nabla_fast.rollout.engine import TokenRequest
+from nabla_fast.rollout.vllm_engine import VLLMEngine
+from nabla_fast.rollout.vllm_server import VLLMServer
+from nabla_fast.sampling import Context, Sampler
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SAMPLING = Sampling(temperature=1.0, top_p=0.9)
+GREEDY = Sampling(temperature=0.0)
+NEVER = StopRule(frozenset())
+CONTEXTS = [
+    Context((5, 6, 7), (), 0, 8),
+    Context((9,), (30, 31), 1, 8),
+    Context((10, 11, 12, 13, 14, 15, 16), (), 2, 8),
+    Context((20, 21), (8,), 3, 8),
+]
+STARTS = [Start(context) for context in CONTEXTS]
+FAST = {"connect_timeout": 1.0, "read_timeout": 5.0, "retries": 2, "backoff": 0.001}
+
+
+@pytest.fixture
+def model():
+    return LanguageModel(shared_language_model("llama"), tiny_tokenizer())
+
+
+@pytest.fixture
+def server(model):
+    with serving(Answerer(model.model, tiny_tokenizer())) as fake:
+        yield fake
+
+
+@pytest.fixture
+def backend(model, server):
+    return make(model, server)
+
+
+def make(model, server, **options):
+    return VLLMRollout(model, VLLMServer(server.url, **{**FAST, **options}))
+
+
+def draw(backend, starts=STARTS, sampling=SAMPLING, stop=NEVER):
+    return [r.tokens.tolist() for r in rollout(backend, starts, sampling, stop)]
+
+
+def hidden_states(model, ids):
+    return model.model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("vllm-")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tracked", [False, True])
+def test_latents_and_states_are_the_full_forwards(family, tracked):
+    model = LanguageModel(tiny_language_model(family), tiny_tokenizer())
+    tracks = [None] * len(CONTEXTS)
+    if tracked:
+        tracks = [Track(model.embedding(torch.tensor(c.prompt_ids))) for c in CONTEXTS]
+        # One knows its prompt alone, one more than has been asked for, one a response that went another way.
+        known = [torch.tensor(ids, dtype=torch.long) for ids in ([], [30, 31], [40, 41, 42], [8])]
+        catch_up(model.body, model.embedding, tracks, known, [len(ids) for ids in known])
+    before = [(t.tokens.tolist(), t.state.hidden.clone()) for t in tracks if t is not None]
+    with serving(Answerer(model.model, tiny_tokenizer())) as fake:
+        starts = [Start(c, track) for c, track in zip(CONTEXTS, tracks, strict=True)]
+        drawn = rollout(make(model, fake), starts, SAMPLING, NEVER)
+    for context, result in zip(CONTEXTS, drawn, strict=True):
+        new = result.tokens.tolist()
+        assert len(new) == 8 - len(context.response) == len(result.latents) == result.calls - 1
+        hidden = hidden_states(model, [*context.prompt_ids, *context.response, *new])
+        first = len(context.prompt_ids) + len(context.response)
+        torch.testing.assert_close(result.latents, hidden[first - 1 : -1], rtol=1e-6, atol=1e-6)
+        assert result.state is not None
+        torch.testing.assert_close(result.state.hidden, hidden[:-1], rtol=1e-6, atol=1e-6)
+    for track, (tokens, hidden) in zip([t for t in tracks if t is not None], before, strict=True):
+        assert track.tokens.tolist() == tokens
+        assert torch.equal(track.state.hidden, hidden), "a rollout changed the track it began from"
+
+
+def test_a_model_without_prefix_states_gives_latents_all_the_same(model, server):
+    backend = make(model, server)
+    model.body.incremental = False
+    (result,) = rollout(backend, STARTS[1:2], SAMPLING, NEVER)
+    hidden = hidden_states(model, [9, 30, 31, *result.tokens.tolist()])
+    torch.testing.assert_close(result.latents, hidden[2:-1], rtol=1e-6, atol=1e-6)
+    assert result.state is None
+
+
+def test_a_state_that_covers_everything_needs_no_further_pass(model, server, monkeypatch):
+    backend = make(model, server)
+    track = Track(model.embedding(torch.tensor([9])))
+    tokens = torch.tensor([30, 31])
+    catch_up(model.body, model.embedding, [track], [tokens], [2])
+    monkeypatch.setattr(model.body, "extend", None)
+    (result,) = rollout(backend, [Start(Context((9,), (30, 31), 1, 3), track)], SAMPLING, NEVER)
+    torch.testing.assert_close(result.latents, track.state.hidden[2:3])
+
+
+def test_greedy_is_the_models_own_choice(backend, model):
+    for context, result in zip(CONTEXTS, rollout(backend, STARTS, GREEDY, NEVER), strict=True):
+        assert model.logits(result.latents).argmax(-1).tolist() == result.tokens.tolist()
+        assert len(result.tokens) == context.limit - len(context.response)
+
+
+def test_tokens_depend_on_seed_and_position_alone(backend, server):
+    together = draw(backend)
+    assert draw(backend, STARTS[::-1]) == together[::-1]
+    seeds = {request["seed"] for request in server.requests[:4]}
+    assert {request["seed"] for request in server.requests} == seeds
+    assert len(seeds) == 4
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    ours = TokenRequest.of(CONTEXTS[0], SAMPLING, NEVER)
+    assert ours.seed != TokenRequest.of(Context((5, 6, 7), (1,), 0, 8), SAMPLING, NEVER).seed
+    assert ours.seed != TokenRequest.of(Context((5, 6, 7), (), 1, 8), SAMPLING, NEVER).seed
+
+
+def test_the_request_leaves_nothing_to_the_servers_defaults(backend, server):
+    stop = StopRule(frozenset({3, 4}), ("so",), tiny_tokenizer())
+    draw(backend, STARTS[1:2], Sampling(0.7, top_p=0.9, top_k=5), stop)
+    (asked,) = server.requests
+    expected = {"model": "tiny", "prompt": [9, 30, 31], "max_tokens": 6, "temperature": 0.7, "top_p": 0.9, "top_k": 5}
+    expected |= {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    expected |= {"stop": ["so"], "stop_token_ids": [3, 4], "include_stop_str_in_output": True, "ignore_eos": True}
+    expected |= {"skip_special_tokens": False, "return_token_ids": True, "stream": True}
+    assert {name: asked[name] for name in expected} == expected
+
+
+# What ends a response
+
+
+def test_an_end_token_in_the_prompt_does_not_stop_the_response(backend, server):
+    server.answerer.forced = (30, 31, 32)
+    assert draw(backend, [Start(Context((5, 3), (), 0, 3))], stop=StopRule(frozenset({3}))) == [[30, 31, 32]]
+
+
+def test_an_immediate_end_token_is_the_whole_response(backend, server, model):
+    server.answerer.forced = (3, 30)
+    (result,) = rollout(backend, STARTS[:1], SAMPLING, StopRule(frozenset({3})))
+    assert result.tokens.tolist() == [3]
+    torch.testing.assert_close(result.latents, hidden_states(model, [5, 6, 7])[-1:])
+
+
+def test_a_sequence_that_has_ended_is_left_as_it_is(backend, server):
+    ended = [Start(Context((5,), (3,), 0, 8)), Start(Context((5,), tuple(range(10, 18)), 0, 8))]
+    for result in rollout(backend, ended, SAMPLING, StopRule(frozenset({3}))):
+        assert result.tokens.shape == (0,)
+        assert result.latents.shape == (0, 24)
+        assert result.calls == 0
+    assert not server.requests
+
+
+def test_the_servers_end_token_is_none_unless_the_stop_rule_says_so(backend, server):
+    server.answerer.forced = (3, 30, 3, 31)
+    assert draw(backend, [Start(Context((5,), (), 0, 4))]) == [[3, 30, 3, 31]]
+
+
+def test_a_stop_string_may_be_split_over_tokens_and_stays_in_the_response(backend, server):
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("the user = 12 and")["input_ids"]
+    server.answerer.forced = ids
+    stop = StopRule(frozenset(), ("user = 12",), tokenizer)
+    (tokens,) = draw(backend, [Start(Context((5,), (), 0, 40))], stop=stop)
+    assert tokenizer.decode(tokens) == "the user = 12"
+    assert len(server.requests) == 1
+
+
+def test_a_stop_string_may_begin_in_what_is_there_already(backend, server):
+    tokenizer = tiny_tokenizer()
+    before, after = (tuple(tokenizer(text)["input_ids"]) for text in ("a user", " = 12 and so on"))
+    server.answerer.forced = after
+    stop = StopRule(frozenset(), ("user = 12",), tokenizer)
+    (tokens,) = draw(backend, [Start(Context((5,), before, 0, 40))], stop=stop)
+    assert tokenizer.decode(tokens) == " = 12"
+
+
+def test_criteria_cut_the_answer(backend):
+    stop = StopRule(frozenset(), criteria=(lambda ids: len(ids) == 6,))
+    assert [len(tokens) for tokens in draw(backend, STARTS, stop=stop)] == [3, 3, 8, 3]
+
+
+def test_a_response_ends_where_the_context_does_and_a_longer_one_is_refused(backend, server):
+    prompt = tuple(10 + i % 50 for i in range(CONTEXT - 3))
+    (tokens,) = draw(backend, [Start(Context(prompt, (), 0, 3))])
+    assert len(tokens) == 3
+    asked = len(server.requests)
+    with pytest.raises(RolloutError, match=rf"takes {CONTEXT} tokens.*a prompt of {CONTEXT - 3}.*need {CONTEXT + 1}"):
+        draw(backend, [Start(Context(prompt, (), 0, 4))])
+    assert len(server.requests) == asked
+
+
+# Fewer tokens than asked
+
+
+def test_an_answer_that_stops_short_is_continued(backend, server):
+    whole = draw(backend, sampling=GREEDY)
+    server.answerer.cap = 3
+    server.requests.clear()
+    assert draw(backend, sampling=GREEDY) == whole
+    lengths = sorted(request["max_tokens"] for request in server.requests)
+    assert lengths == [1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8]
+    assert len({request["seed"] for request in server.requests}) == 11
+
+
+def test_a_server_that_gives_nothing_or_next_to_nothing_is_an_error(backend, server):
+    server.answerer.cap = 0
+    with pytest.raises(RolloutError, match="finish_reason None"):
+        draw(backend, STARTS[:1])
+    server.answerer.cap = 1
+    with pytest.raises(RolloutError, match=r"gave 32 tokens in 32 requests .* it must give up to 40 unless"):
+        draw(backend, [Start(Context((5,), (), 0, 40))])
+
+
+# Trouble with the server
+
+
+@pytest.mark.parametrize("fault", [500, 503, 429, "cut", "error"])
+def test_what_fails_is_tried_again(backend, server, fault):
+    expected = draw(backend)
+    server.faults, server.requests = [fault, None, fault], []
+    assert draw(backend) == expected
+    assert len(server.requests) == 6
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (500, "answers HTTP 500 to /v1/completions: out of order"),
+        ("cut", "broke off"),
+        ("error", r"broke off \(EngineCore encountered an issue\), 3 attempts"),
+    ],
+)
+def test_what_fails_for_ever_is_an_error(backend, server, fault, message):
+    server.faults, server.faulty_forever = [fault], True
+    with pytest.raises(RolloutError, match=message) as caught:
+        draw(backend, STARTS[:1])
+    assert server.url in str(caught.value)
+    assert len(server.requests) == 3, "one attempt, and two more"
+
+
+def test_a_bad_request_is_not_tried_again(backend, server):
+    server.faults, server.faulty_forever = [400], True
+    with pytest.raises(RolloutError, match="HTTP 400"):
+        draw(backend, STARTS[:1])
+    assert len(server.requests) == 1
+
+
+def test_a_slow_answer_is_waited_for_and_silence_is_not(model, server):
+    server.pause = 0.02
+    backend = make(model, server, read_timeout=0.5, retries=1)
+    began = time.monotonic()
+    draw(backend, [Start(Context((5,), (), 0, 40))])
+    assert time.monotonic() - began > 0.5, "the whole answer takes longer than the silence that is borne"
+    server.faults, server.faulty_forever = ["silent"], True
+    impatient = make(model, server, read_timeout=0.05, retries=1)
+    with pytest.raises(RolloutError, match=r"gave no sign of life for 0\.05 s, 2 attempts"):
+        draw(impatient, STARTS[:1])
+
+
+def test_a_server_that_dies_is_an_error_and_what_had_been_collected_stays(backend, server):
+    server.gate[CONTEXTS[0].prompt_ids] = threading.Event()
+    with closing(backend.open(SAMPLING, NEVER)) as stream:
+        stream.submit(0, STARTS[0])
+        stream.submit(2, STARTS[2])
+        ((key, result),) = stream.collect()
+        assert key == 2
+        assert len(result.tokens) == 8
+        server.die()
+        with pytest.raises(RolloutError, match=r"vllm_url '.*' cannot be reached \(.*refused.*\), 3 attempts"):
+            stream.collect()
+
+
+def test_ids_outside_the_vocabulary_and_answers_without_ids_are_errors(backend, server, model):
+    server.answerer.forced = (30, model.vocab_size)
+    with pytest.raises(RolloutError, match=f"gave token {model.vocab_size}; .* has tokens 0 to {model.vocab_size - 1}"):
+        draw(backend, [Start(Context((5,), (), 0, 2))])
+    server.faults = ["no ids"]
+    with pytest.raises(RolloutError, match=r"returns no token_ids; it must be .* vLLM server, 0\.10\.2 or later"):
+        draw(backend, STARTS[:1])
+
+
+def test_a_local_model_gone_wrong_is_told(server):
+    model = LanguageModel(tiny_language_model("llama"), tiny_tokenizer())
+    backend = make(model, server)
+    model.model.base_model.norm.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="response position 2"):
+        draw(backend, STARTS[1:2])
+
+
+# Requests at once, connections, giving up
+
+
+def test_sequences_are_sent_at_once_and_connections_kept(backend, server):
+    for context in CONTEXTS:
+        server.gate[(*context.prompt_ids, *context.response)] = threading.Event()
+    with closing(backend.open(SAMPLING, NEVER)) as stream:
+        for key, start in enumerate(STARTS):
+            stream.submit(key, start)
+        wait_for(lambda: server.most_at_once == 4)
+        opened = server.connections
+        for key in (2, 0, 3, 1):
+            context = CONTEXTS[key]
+            server.gate[(*context.prompt_ids, *context.response)].set()
+            assert [k for k, _ in stream.collect()] == [key], "collect waits for the first, not for all"
+        assert stream.collect() == []
+    draw(backend)
+    assert server.connections == opened <= 5
+    wait_for(lambda: not threads())
+
+
+def test_no_more_requests_are_on_their_way_than_allowed(model, server):
+    server.pause = 0.002
+    draw(make(model, server, concurrency=2))
+    assert server.most_at_once == 2
+
+
+def test_closing_gives_up_what_is_under_way_and_leaves_no_thread(backend, server):
+    server.pause = 10.0
+    began = time.monotonic()
+    with closing(backend.open(SAMPLING, NEVER)) as stream:
+        for key, start in enumerate(STARTS):
+            stream.submit(key, start)
+        wait_for(lambda: server.at_once == 4)
+        time.sleep(0.05)  # the first token of each is out
+    assert time.monotonic() - began < 5
+    assert not threads()
+
+
+def test_the_server_sees_that_an_answer_was_given_up(backend, server):
+    server.pause = 0.01
+    with closing(backend.open(SAMPLING, NEVER)) as stream:
+        stream.submit(0, Start(Context((5,), (), 0, 100)))
+        wait_for(lambda: server.at_once == 1)
+    assert server.broken.wait(5)
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it has not come about"
+        time.sleep(0.002)
+
+
+# Opening
+
+
+def test_the_configuration_chooses(model, server, monkeypatch):
+    assert vllm.chosen(model, NablaConfig()) is None
+    assert vllm.chosen(model, NablaConfig(rollout_backend="hf")) is None
+    for name in ("auto", "vllm"):
+        at_url = vllm.chosen(model, NablaConfig(rollout_backend=name, vllm_url=server.url))
+        assert isinstance(at_url.engine, VLLMServer)
+    with pytest.raises(ValueError, match=r"rollout_backend is 'vllm', but .*; give vllm_url"):
+        vllm.chosen(model, NablaConfig(rollout_backend="vllm"))
+    asked = []
+    monkeypatch.setattr(vllm, "_engine", lambda *args: asked.append(args) or at_url.engine)
+    monkeypatch.setattr(model.model.config, "name_or_path", "some/folder")
+    vllm.chosen(model, NablaConfig(rollout_backend="vllm"))
+    assert asked == [("some/folder", "float64")]
+
+
+PAIR_CONFIG = NablaConfig(
+    max_new_tokens=10, max_rollouts=4, max_iters=4, learning_rate=0.2, gradient_threshold=None, rollout=SAMPLING
+)
+QUESTIONS = ["what is 3 times 4", "the user", "is it on"]
+
+
+@pytest.fixture
+def models(model):
+    tokenizer = tiny_tokenizer()
+    return model.model, tokenizer, tiny_reward_model("qwen3"), tokenizer
+
+
+def test_generate_and_the_baselines_draw_from_the_server(server, models):
+    config = PAIR_CONFIG.replace(vllm_url=server.url)
+    before = len(server.requests)
+    out = nf.generate(*models, QUESTIONS, config)
+    assert len(server.requests) - before >= out.stats.totals.rollouts > len(QUESTIONS)
+    assert out.stats.totals.revisions
+    again = nf.generate(*models, QUESTIONS, config.replace(max_batch_size=1))
+    assert [s.tolist() for s in again.sequences] == [s.tolist() for s in out.sequences]
+    before = len(server.requests)
+    best_of_n(*models, QUESTIONS[:1], n=3, config=config)
+    assert len(server.requests) - before >= 3
+
+
+def test_a_decode_that_loses_its_server_has_what_was_committed(server, models, model):
+    config = PAIR_CONFIG.replace(vllm_url=server.url)
+    whole = nf.generate(*models, QUESTIONS, config)
+    pair = replace(make_pair(*models, PAIR_CONFIG), vllm=make(model, server))
+    heard = {}
+
+    class Killer:
+        def on_phase(self, phase, sequences):
+            pass
+
+        def on_commit(self, index, tokens, length):
+            heard.setdefault(index, []).extend(tokens)
+            if len(heard[index]) >= 4:
+                server.die()
+
+    prompts = [tuple(generation_prompt_ids(pair.tokenizer, [{"role": "user", "content": q}])) for q in QUESTIONS]
+    frames = [pair.reward_model.chat_frame([{"role": "user", "content": q}]) for q in QUESTIONS]
+    with pytest.raises(RolloutError, match="vllm_url") as error:
+        run(pair, prompts, frames, config, stop_rule(pair, config), observer=Killer())
+    committed, responses = error.value.committed, error.value.responses
+    assert [list(tokens) for tokens in committed] == [heard.get(i, []) for i in range(3)]
+    assert max(map(len, committed)) >= 4
+    for tokens, response, meant in zip(committed, responses, whole.sequences, strict=True):
+        assert response[: len(tokens)] == tokens
+        assert meant.tolist()[: len(tokens)] == list(tokens)
+
+
+def test_logits_processors_and_vllm_do_not_go_together(server, models):
+    pair = make_pair(*models, PAIR_CONFIG.replace(vllm_url=server.url))
+    assert pair.rollouts(PAIR_CONFIG, Sampler()) is pair.vllm
+    with pytest.raises(ValueError, match="logits_processor cannot be used"):
+        pair.rollouts(PAIR_CONFIG, Sampler(before=(lambda ids, scores: scores,)))
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://", "nonsense", "http://[::"])
+def test_what_is_no_url_is_named(model, url):
+    with pytest.raises(ValueError, match=r"vllm_url .* is not a URL; it must be like http://") as caught:
+        VLLMRollout(model, url)
+    assert repr(url) in str(caught.value)
+
+
+def test_nobody_there(model, server):
+    with pytest.raises(RolloutError, match=r"vllm_url 'http://127\.0\.0\.1:1' cannot be reached \(.*refused"):
+        VLLMRollout(model, VLLMServer("http://127.0.0.1:1", **FAST))
+
+
+def test_an_address_without_vllm(server):
+    with pytest.raises(RolloutError, match="answers HTTP 404"):
+        VLLMServer(f"{server.url}/elsewhere", **FAST)
+    server.served = ()
+    with pytest.raises(RolloutError, match="lists no model"):
+        VLLMServer(server.url, **FAST)
+
+
+def test_the_url_may_have_v1_behind_it_and_the_model_a_name(server, model):
+    server.served = ("other", "tiny")
+    assert VLLMServer(f"{server.url}/v1/", **FAST).model == "other"
+    assert VLLMServer(server.url, model="tiny", **FAST).model == "tiny"
+    with pytest.raises(RolloutError, match="does not serve model 'big'; it serves 'other', 'tiny'"):
+        VLLMServer(server.url, model="big", **FAST)
+    assert VLLMRollout(model, server.url).engine.context_length == CONTEXT
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: LanguageModel(tiny_language_model("llama", seed=1), tiny_tokenizer()),
+        lambda: LanguageModel(tiny_language_model("qwen3"), tiny_tokenizer()),
+        lambda: LanguageModel(permuted(tiny_language_model("llama")), tiny_tokenizer()),
+    ],
+    ids=["weights", "family", "order of tokens"],
+)
+def test_another_model_is_refused(server, other):
+    with pytest.raises(RolloutError, match=r"serves 'tiny', which is not model .*: log-prob.* differ by .* nats"):
+        make(other(), server)
+
+
+def permuted(model):
+    """The same model under another tokenizer, which numbers two tokens the other way round."""
+    weight = model.get_input_embeddings().weight
+    order = torch.arange(len(weight))
+    order[[40, 41, 50, 51, 60, 61, 70, 71]] = order[[41, 40, 51, 50, 61, 60, 71, 70]]
+    weight.copy_(weight[order].clone())
+    return model
+
+
+def test_a_smaller_vocabulary_is_refused(server):
+    model = LanguageModel(tiny_language_model("llama", vocab_rows=200), bigger_tokenizer())
+    with pytest.raises(RolloutError, match=r"not model .*out of vocabulary.*token ids up to \d+"):
+        make(model, server)
+
+
+def bigger_tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["zebra", "yacht"])
+    return tokenizer
+
+
+# vLLM in this process
+
+
+class FakeLLM:
+    """``vllm.LLM`` as far as it is used: one token for every request at a step."""
+
+    def __init__(self, model, **options):
+        self.options = options
+        self.answerer = Answerer(shared_language_model("llama"), tiny_tokenizer())
+        self.model_config = types.SimpleNamespace(max_model_len=CONTEXT)
+        self.llm_engine = self
+        self.running, self.aborted, self.dead = {}, [], False
+
+    def generate(self, prompts, params, use_tqdm):
+        rows = self.answerer.log_probabilities(prompts[0]["prompt_token_ids"])
+        as_objects = [row and {int(t): types.SimpleNamespace(**entry) for t, entry in row.items()} for row in rows]
+        return [types.SimpleNamespace(prompt_logprobs=as_objects)]
+
+    def add_request(self, name, prompt, params):
+        self.running[name] = self.answerer.tokens(prompt["prompt_token_ids"], vars(params)), []
+
+    def step(self):
+        if self.dead:
+            raise RuntimeError("EngineCore encountered an issue")
+        outputs = []
+        for name, (source, tokens) in list(self.running.items()):
+            token, finish = next(source)
+            tokens.append(token)
+            if finish:
+                del self.running[name]
+            answer = types.SimpleNamespace(token_ids=list(tokens), finish_reason=finish)
+            outputs.append(types.SimpleNamespace(request_id=name, finished=bool(finish), outputs=[answer]))
+        return outputs
+
+    def abort_request(self, names):
+        self.aborted += [name for name in names if self.running.pop(name, None)]
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    module = types.SimpleNamespace(LLM=FakeLLM, SamplingParams=types.SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    return VLLMEngine("folder", max_model_len=CONTEXT)
+
+
+def test_an_engine_gives_what_a_server_gives(engine, backend, model):
+    assert engine._llm.options == {"gpu_memory_utilization": 0.4, "max_model_len": CONTEXT}
+    assert draw(VLLMRollout(model, engine)) == draw(backend)
+
+
+def test_streams_of_one_engine_keep_their_answers_apart(engine, model):
+    backend = VLLMRollout(model, engine)
+    with closing(backend.open(SAMPLING, NEVER)) as first, closing(backend.open(SAMPLING, NEVER)) as second:
+        first.submit(0, STARTS[0])
+        second.submit(0, STARTS[2])
+        drawn = [stream.collect()[0][1].tokens.tolist() for stream in (second, first)]
+        first.submit(1, STARTS[1])
+    assert drawn == draw(backend, [STARTS[2], STARTS[0]])
+    assert len(engine._llm.aborted) == 1
+    assert not engine._llm.running
+
+
+def test_an_engine_that_dies_is_an_error(engine, model):
+    backend = VLLMRollout(model, engine)
+    engine._llm.dead = True
+    with pytest.raises(RolloutError, match=r"the vLLM of this process \(folder\) failed in step: EngineCore"):
+        draw(backend)
+
+
+def test_without_vllm_the_engine_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match="pip install vllm, or give the vllm_url of a running server"):
+        VLLMEngine("folder")

@@ -1,0 +1,47 @@
+"""Rollouts from vLLM in this process, run by a Python that has it.
+
+Reads prompts (lists of token ids) as JSON, writes greedy tokens, how far their latents are from the full forward, and
+whether another model was refused.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from nabla_fast.config import Sampling
+from nabla_fast.models.language_model import LanguageModel
+from nabla_fast.models.loading import load_language_model
+from nabla_fast.rollout import RolloutError, Start, StopRule, VLLMRollout, rollout
+from nabla_fast.rollout.vllm_engine import VLLMEngine
+from nabla_fast.sampling import Context
+
+
+@torch.no_grad()
+def main() -> None:
+    prompts = json.load(sys.stdin)
+    engine = VLLMEngine(sys.argv[1], dtype="float32", max_model_len=512, max_num_seqs=4)
+    model = LanguageModel(*load_language_model(sys.argv[1], dtype="float32"))
+    backend = VLLMRollout(model, engine)
+    starts = [Start(Context(tuple(prompt), (), 0, 16)) for prompt in prompts]
+    drawn = rollout(backend, starts, Sampling(temperature=0.0), StopRule(frozenset()))
+    furthest = 0.0
+    for prompt, result in zip(prompts, drawn, strict=True):
+        ids = torch.tensor([[*prompt, *result.tokens.tolist()]])
+        hidden = model.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        furthest = max(furthest, float((result.latents - hidden[len(prompt) - 1 : -1]).abs().max()))
+    weight = model.model.get_input_embeddings().weight
+    weight.copy_(weight.roll(1, 0))
+    try:
+        VLLMRollout(model, engine)
+        refused = False
+    except RolloutError:
+        refused = True
+    print(json.dumps({"tokens": [r.tokens.tolist() for r in drawn], "latents": furthest, "refused": refused}))
+
+
+# vLLM starts processes that import this file again.
+if __name__ == "__main__":
+    main()
