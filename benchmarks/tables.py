@@ -16,7 +16,6 @@ from rich.table import Table
 Record = dict[str, Any]
 FORMAT = 1
 """Of the files in results/<machine>/; other tools' files in results/ have none."""
-_SWITCHES_PER_SECOND = 10
 OPERATOR_COLUMNS = ("case", "ours", "time", "time/floor", "× eager", "× compiled", "× library", "memory")
 SIDE_COLUMNS = ("case", "nabla_fast", "published", "times faster", "memory", "gradients", "host waits")
 
@@ -78,14 +77,8 @@ def side_cells(record: Record) -> list[str]:
 
 
 def clean(record: Record) -> bool:
-    """Whether the repeats were undisturbed, or the GPU kept the time; otherwise a star stands beside the ratio.
-
-    A run of seconds is now and then switched away from on any machine; it counts as disturbed from ten times a second.
-    """
-    return all(
-        c["clean"] > 0 or c["context_switches"] < c["repeats"] * c["median_ms"] / 1e3 * _SWITCHES_PER_SECOND
-        for c in record["contenders"].values()
-    )
+    """Whether everybody had the cores, or the GPU kept the time; otherwise a star stands beside the ratio."""
+    return all(contender["clean"] > 0 for contender in record["contenders"].values())
 
 
 def columns_and_rows(records: list[Record], suite: str) -> tuple[tuple[str, ...], list[list[str]]]:

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,10 +114,42 @@ def test_rounded_logits_may_move_a_baselines_tokens_but_not_ours(setting):
 
 
 def test_only_clean_repeats_count_where_there_are_three():
-    some = measure.timing([(0.001, 0), (0.009, 3), (0.002, 0), (0.003, 0)])
-    assert (some["median_ms"], some["clean"], some["repeats"], some["context_switches"]) == (2.0, 3, 4, 3)
-    few = measure.timing([(0.001, 0), (0.009, 3), (0.002, 1)])
+    clean = [measure.Sample(seconds, 1, 0.02 * seconds) for seconds in (0.001, 0.002, 0.003)]
+    disturbed = measure.Sample(0.009, 3, 0.0009)
+    some = measure.timing([*clean, disturbed])
+    assert (some["median_ms"], some["clean"], some["repeats"], some["context_switches"]) == (2.0, 3, 4, 6)
+    assert some["waited_share"] == pytest.approx(0.02)
+    few = measure.timing([*clean[:2], disturbed])
     assert (few["median_ms"], few["fastest_ms"], few["clean"]) == (2.0, 1.0, 0)
+    assert measure.timing(clean[:1])["clean"] == 1
+    assert measure.timing([disturbed])["clean"] == 0
+
+
+def test_switches_count_where_nobody_counts_waiting():
+    assert measure.Sample(1.0, 0, None).clean
+    assert not measure.Sample(1.0, 1, None).clean
+    assert measure.timing([measure.Sample(1.0, 0, None)])["waited_share"] is None
+
+
+@pytest.mark.skipif(measure.waiting() is None, reason="this kernel does not count how long threads wait")
+def test_a_repeat_whose_core_was_taken_is_not_clean():
+    """Two processes on one core: either waits while the other one runs."""
+    (core, *_), allowed = os.sched_getaffinity(0), os.sched_getaffinity(0)
+    spin = f"import os\nos.sched_setaffinity(0, {{{core}}})\nprint('at work', flush=True)\nwhile True: pass"
+    other = subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        os.sched_setaffinity(0, {core})
+        watch, start = measure.Watch(), time.perf_counter()
+        while time.perf_counter() - start < 0.3:
+            pass
+        sample = watch.sample(time.perf_counter() - start)
+    finally:
+        os.sched_setaffinity(0, allowed)
+        other.kill()
+        other.wait()
+    assert not sample.clean
+    assert sample.waited > 0.05
 
 
 def test_contenders_take_turns_and_rotate_their_inputs():
@@ -325,14 +358,22 @@ def test_bench_hands_its_options_over(monkeypatch, tmp_path):
     parsed = run.parse(command[2:])
     assert (parsed.suite, parsed.only, parsed.quick, parsed.threads) == (["dto", "operators"], "x", True, 2)
     assert parsed.output == tmp_path / "o.json"
-    assert set(cli_bench._SUITES) == set(run.SUITES)
 
 
 def test_bench_needs_a_checkout(tmp_path):
     with pytest.raises(FileNotFoundError, match="needs a source checkout"):
         cli_bench.find_runner(tmp_path)
-    result = CliRunner().invoke(cli.app, ["bench", "--suite", "speed"])
-    assert "--suite is 'speed'; use operators, dto, generate" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--suite", "speed"], "invalid choice: 'speed'"), (["--threads", "0"], "'0' is not a whole number of at least 1")],
+)
+def test_a_run_that_cannot_be_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        run.parse(arguments)
+    assert exit_status.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_pytest_benchmark_stores_the_same_samples(tmp_path):
