@@ -138,9 +138,9 @@ def timing(samples: Sequence[Sample]) -> Timing:
     """Figures of repeats.
 
     Returns:
-        ``median_ms`` and ``fastest_ms`` of the clean repeats, ``repeats``, ``clean`` (how many were; 0 where less than
-        three of three and more, or one of fewer was not, and all are used), ``context_switches``, ``waited_share`` (of
-        the repeats that were used, median; None where nobody counts it), and ``samples_ms``, the repeats that were used.
+        ``median_ms`` and ``fastest_ms`` of the clean repeats, ``repeats``, ``clean`` (how many were clean; 0 if fewer
+        than three, or than all of one or two, so that all are used), ``context_switches``, ``waited_share`` (median of
+        the repeats that are used; None where waiting is not counted), and ``samples_ms`` (those repeats).
     """
     clean = [sample for sample in samples if sample.clean]
     enough = len(clean) >= min(FEWEST_CLEAN, len(samples))

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from cases import Record
 from measure import Sample, Watch, peak_bytes, timing
+from tables import OURS
 
 Outcome = dict[str, Any]
 Side = Callable[[], Outcome]
-OURS = "nabla_fast"
 # What a side tells besides its time; the rest of an outcome is for this module.
 _HIDDEN = ("rollout_seconds", "result")
 

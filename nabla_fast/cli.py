@@ -91,9 +91,7 @@ def generate(
 
 app.command("eval")(evaluate)
 # Its options are those of the script that it runs, which shows them itself.
-app.command(
-    add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)(bench)
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 
 
 @app.command()

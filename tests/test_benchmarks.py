@@ -367,7 +367,10 @@ def test_bench_needs_a_checkout(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--suite", "speed"], "invalid choice: 'speed'"), (["--threads", "0"], "'0' is not a whole number of at least 1")],
+    [
+        (["--suite", "speed"], "invalid choice: 'speed'"),
+        (["--threads", "0"], "'0' is not a whole number of at least 1"),
+    ],
 )
 def test_a_run_that_cannot_be_is_refused(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit_status:
