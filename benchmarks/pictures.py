@@ -31,7 +31,7 @@ PHASE_COLOURS = {
 
 
 def draw(name: str, records: Sequence[Record], directory: Path) -> list[Path]:
-    """Speed-ups, distance from the roofline, memory and the phases of a decode on one machine; the PNG files written."""
+    """Speed-ups, distance from the roofline, memory and a decode's phases on one machine; the PNG files written."""
     import matplotlib as mpl
 
     mpl.use("Agg")

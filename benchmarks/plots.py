@@ -121,17 +121,17 @@ def outdated() -> dict[Path, str]:
     return {path: made[path] for path, text in texts.items() if made[path] != text}
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; say whether the tables are up to date")
-    check = parser.parse_args().check
-    for path, text in outdated().items():
-        if check:
-            print(f"{path} is not what benchmarks/results/ says; run python benchmarks/plots.py")
-        else:
-            path.write_text(text)
+    check = parser.parse_args(arguments).check
+    found = outdated()
     if check:
-        return int(bool(outdated()))
+        for path in found:
+            print(f"{path} is not what benchmarks/results/ says; run python benchmarks/plots.py")
+        return int(bool(found))
+    for path, text in found.items():
+        path.write_text(text)
     for kind in KINDS:
         for name, some in machines(kind).items():
             for path in pictures.draw(name, newest_records(some), RESULTS / name):

@@ -38,6 +38,7 @@ SUITES = {
         "gradient_norm",
         "dto_step",
         "token_diff",
+        "sampling",
     ),
     "dto": ("dto",),
     "generate": ("generate",),

@@ -78,8 +78,8 @@ _RetryFailed = Annotated[
 _Profile = Annotated[
     Path | None,
     typer.Option(
-        help="Directory for a trace of the first 2 problems, which every method decodes once more for it at its smallest "
-        "n and with 64 tokens at most, and for the seconds per phase of the whole run.",
+        help="Directory for a trace of the first 2 problems, which every method decodes once more for it at its "
+        "smallest n and with 64 tokens at most, and for the seconds per phase of the whole run.",
         metavar="DIR",
         rich_help_panel=_RUN,
     ),
@@ -193,18 +193,13 @@ def evaluate(
     plan = make_plan(_names(methods), *numbers, config, batch_size=batch_size, max_rollouts=settings["max_rollouts"])
     source = _source(model, reward_model, pair, device, dtype, attn_implementation)
     problems = _problems(task, task_option or [], pair, max_problems, prompt_column, answer_column, split)
+    run = partial(console.evaluate, cluster=cluster, retry_failed=retry_failed, as_json=as_json, profile=profile)
     # The directory first: a mistake there should not have to wait for the models.
     with open_run(out, describe(plan, problems, source)) as journal:
         named = (_absolute(model), _absolute(reward_model), pair, device, dtype, attn_implementation)
         load = partial(_load, *named, config)
         try:
-            options: dict[str, Any] = {
-                "cluster": cluster,
-                "retry_failed": retry_failed,
-                "as_json": as_json,
-                "profile": profile,
-            }
-            failed = console.evaluate(load, problems, plan, journal, out, **options)
+            failed = run(load, problems, plan, journal, out)
         except KeyboardInterrupt:
             raise typer.Exit(_INTERRUPTED) from None
     raise typer.Exit(1 if failed else 0)

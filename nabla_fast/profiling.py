@@ -36,7 +36,7 @@ def prepare(directory: Path) -> None:
 
 
 def profile(directory: Path, method: Callable[..., NablaOutput], *arguments: Any, **options: Any) -> NablaOutput:
-    """Calls ``method``, and writes its trace and operators (see `tracing`) and its seconds per phase to ``directory``."""
+    """Calls ``method``, and writes its trace and operators (see `tracing`) and seconds per phase to ``directory``."""
     with tracing(directory):
         output = method(*arguments, **options)
     (directory / PHASE_TABLE).write_text(phase_table(output.stats.totals.seconds))

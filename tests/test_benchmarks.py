@@ -1,4 +1,4 @@
-"""The benchmarks: what they time is right, what they record is what happened, and tables say what was recorded."""
+"""The benchmarks: what they time is right, and what they record is what happened."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from tiny_models import tiny_language_model, tiny_reward_model, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -27,13 +26,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import cases
 import measure
 import pairs
-import plots
+import pictures
 import run
-import sides
 import tables
 import test_bench_dto
 import test_bench_generate
 import test_bench_relaxed_stats
+import test_bench_sampling
 from shapes import Shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,11 +70,13 @@ def test_every_contender_of_every_operator_computes_what_the_reference_does(sett
     assert made
     for case in made:
         record = case.run()
-        assert {"reference", "native", "eager"} <= set(record["contenders"])
-        assert record["contenders"]["native"]["over_floor"] > 0
+        ours = {n for n, contender in record["contenders"].items() if contender["ours"]}
+        # Sampling is no operator, and has no back ends.
+        assert ours == {tables.OURS} if name == "sampling" else {"reference", "native"} <= ours <= set(cases.BACKENDS)
+        assert "eager" in set(record["contenders"]) - ours
+        assert tables.best_of_ours(record)[1]["over_floor"] > 0
         assert record["floor"]["ms"] > 0
         assert "torch.compile" in record["skipped"]
-        assert all(c["ours"] == (n in cases.BACKENDS) for n, c in record["contenders"].items())
 
 
 @pytest.mark.parametrize(
@@ -108,6 +109,15 @@ def test_rounded_logits_may_move_a_baselines_tokens_but_not_ours(setting):
     half.ours["native"] = moved
     with pytest.raises(AssertionError):
         cases.check(half, "native", inputs, meant)
+
+
+@pytest.mark.parametrize("who", [tables.OURS, "eager"])
+def test_a_sampler_that_leaves_the_nucleus_is_never_timed(setting, monkeypatch, who):
+    wrong = test_bench_sampling.contest(setting, SMALL, 8)
+    (wrong.ours if who == tables.OURS else wrong.baselines)[who] = lambda logits, _: logits.argmin(-1)
+    monkeypatch.setattr(cases, "in_turn", lambda *_: pytest.fail("it was timed"))
+    with pytest.raises(AssertionError, match=f"{who} is wrong: 8 tokens"):
+        wrong.case(setting).run()
 
 
 # how it is timed
@@ -194,8 +204,10 @@ def tiny_pair():
 def test_both_sides_of_an_optimisation_do_the_same(setting, monkeypatch, rows):
     monkeypatch.setattr(test_bench_dto, "load", lambda device: tiny_pair())
     record = test_bench_dto.measure_dto(setting, 12, rows)
-    ours, published = (record["contenders"][name] for name in (sides.OURS, "published"))
+    ours, published, checked = (record["contenders"][n] for n in (tables.OURS, "published", tables.CHECKPOINTED))
     assert published["error"] < 1e-6
+    assert checked["error"] < 1e-6
+    assert checked["gradient_evaluations"] == ours["gradient_evaluations"]
     # Fewer where tokens come back to what they were: the cache knows them, and the baseline keeps the last ones only.
     assert 0 < ours["gradient_evaluations"] <= published["gradient_evaluations"]
     assert ours["peak_bytes"] is None  # the quick setting leaves it out
@@ -207,11 +219,14 @@ def test_both_sides_of_a_decode_give_the_same_tokens(setting, monkeypatch):
     monkeypatch.setattr(test_bench_generate, "load", lambda device: (loaded, chat))
     config = nf.NablaConfig(max_new_tokens=8, max_rollouts=4, max_iters=4, learning_rate=0.2, gradient_threshold=0.3)
     other = [{"role": "user", "content": "12 + 24 ="}]
-    record = test_bench_generate.measure_generate(setting, [chat, other], config)
-    ours, published = (record["contenders"][name] for name in (sides.OURS, "published"))
-    assert published["error"] == 0
-    assert ours["rollouts"] == published["rollouts"]
+    record = test_bench_generate.measure_generate(setting, [chat, other], config, {"prompts": 2})
+    ours, published, no_cache = (record["contenders"][n] for n in (tables.OURS, "published", tables.NO_CACHE))
+    assert published["error"] == no_cache["error"] == 0
+    assert ours["rollouts"] == published["rollouts"] == no_cache["rollouts"]
+    assert ours["gradient_evaluations"] < no_cache["gradient_evaluations"]
     assert ours["gradient_evaluations"] < published["gradient_evaluations"]
+    assert record["shape"] == {"prompts": 2, "tokens": 8, "rollouts": 4}
+    assert sum(pictures.phases(published).values()) >= published["median_ms"] / 1e3
 
 
 def test_models_of_random_weights_decode_random_rollouts():
@@ -235,81 +250,7 @@ def test_models_of_random_weights_decode_random_rollouts():
     assert outcome["optimised_positions"] >= 4
 
 
-# what is written
-
-
-def recorded(seconds: float, started: str, quick: bool = False, **gpu):
-    contenders = {
-        "native": {"ours": True, "median_ms": seconds * 1e3, "over_floor": 1.5, "peak_bytes": 2**20},
-        "eager": {"ours": False, "median_ms": seconds * 4e3, "over_floor": 6.0, "peak_bytes": 2**22},
-    }
-    for contender in contenders.values():
-        contender |= {"clean": 5, "context_switches": 0, "repeats": 5}
-    record = {"case": "a", "suite": "operators", "name": "relaxed_stats", "model": "M", "dtype": "float32"}
-    record |= {"shape": {"N": 2}, "floor": {"bound": "memory"}, "contenders": contenders}
-    return {
-        "format": tables.FORMAT,
-        "started": started,
-        "quick": quick,
-        "commit": "abc",
-        "threads": 2,
-        "machine": {"processor": "P", **gpu},
-        "versions": {"torch": "2"},
-        "records": [record, {"case": "b", "suite": None, "error": "out of memory"}],
-    }
-
-
-@pytest.fixture
-def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "RESULTS", tmp_path)
-    (tmp_path / "p").mkdir()
-    for name, result in {
-        "2026-01-02.json": recorded(0.002, "2026-01-02"),
-        "2026-01-01.json": recorded(0.001, "2026-01-01"),
-        "2026-01-03-quick.json": recorded(0.003, "2026-01-03", quick=True),
-    }.items():
-        (tmp_path / "p" / name).write_text(json.dumps(result))
-    return tmp_path
-
-
-def test_tables_are_filled_with_the_newest_full_run(results):
-    text = "before <!-- results: cpu operators -->old<!-- end --> <!-- results: gpu operators --><!-- end --> after"
-    filled = plots.filled(text)
-    assert "| relaxed_stats · M float32 · N 2 | native | 2 ms | 1.50 | 4 | - | - | 0.25 |" in filled
-    assert "old" not in filled
-    assert filled.startswith("before <!--")
-    assert "<!-- results: gpu operators -->\n\nnot measured\n\n<!-- end --> after" in filled
-    assert plots.filled(filled) == filled
-
-
-def test_a_gpu_has_tables_of_its_own(results):
-    (results / "g").mkdir()
-    (results / "g" / "x.json").write_text(json.dumps(recorded(0.004, "2026-01-04", gpu={"name": "GPU 1"})))
-    assert "4 ms" in plots.section("gpu", "operators")
-    assert "GPU 1" in plots.section("gpu", "operators")
-    assert "4 ms" not in plots.section("cpu", "operators")
-
-
-def test_a_marker_of_an_unknown_table_is_refused(results):
-    with pytest.raises(ValueError, match="must name one of"):
-        plots.filled("<!-- results: tpu operators --><!-- end -->")
-
-
-def test_pictures_are_drawn(results):
-    records = plots.newest_records(plots.runs(results / "p"))
-    assert [path.name for path in plots.draw("p", records, results / "p")] == [f"{n}.png" for n in plots.PICTURES]
-    assert all(path.stat().st_size > 5000 for path in (results / "p").glob("*.png"))
-
-
-def test_the_readme_says_what_the_results_say():
-    assert plots.filled(plots.README.read_text()) == plots.README.read_text(), "run python benchmarks/plots.py"
-
-
-def test_a_disturbed_case_has_a_star():
-    (record, _) = recorded(0.001, "x")["records"]
-    assert "*" not in tables.operator_cells(record)[3]
-    record["contenders"]["eager"] |= {"clean": 0, "context_switches": 9}
-    assert "*" in tables.operator_cells(record)[3]
+# what a run writes
 
 
 def test_results_are_never_overwritten(tmp_path, monkeypatch):
@@ -391,16 +332,6 @@ def test_pytest_benchmark_stores_the_same_samples(tmp_path):
     figures = entry["extra_info"]["contenders"]["native"]
     assert entry["stats"]["median"] == pytest.approx(figures["median_ms"] / 1e3)
     assert entry["stats"]["min"] == pytest.approx(figures["fastest_ms"] / 1e3)
-
-
-def test_what_the_gpu_script_left_is_one_table(tmp_path):
-    (tmp_path / "operators.json").write_text(json.dumps(recorded(0.002, "x")))
-    (tmp_path / "status.tsv").write_text("build\tok\t93\nsanitize\tfailed, exit status 1\t40\n")
-    console = Console(width=120, record=True)
-    console.print(tables.overview(tmp_path))
-    shown = " ".join(console.export_text().split())
-    for expected in ("native │ 2 ms │ 1.50 │ 4 │ 0.25", "out of memory", "build │ ok │ 93 s", "failed, exit status 1"):
-        assert expected in shown
 
 
 @pytest.mark.parametrize(
