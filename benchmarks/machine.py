@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+import nabla_fast
 from nabla_fast.ops import native
 
+_PACKAGE = Path(nabla_fast.__file__).parent
 _PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy")
 
 
@@ -65,15 +67,17 @@ def slug(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def commit() -> str | None:
-    """The commit that is checked out, with "+" behind it where files differ from it; None without git."""
-    here = Path(__file__).parent
+def commit(where: Path = _PACKAGE) -> str | None:
+    """The commit that is checked out at ``where``, that of the package measured unless told otherwise.
+
+    "+" stands behind it where files differ from it; None without git.
+    """
     try:
         name = subprocess.check_output(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=here, text=True, stderr=subprocess.DEVNULL
+            ["git", "rev-parse", "--short", "HEAD"], cwd=where, text=True, stderr=subprocess.DEVNULL
         ).strip()
         changed = subprocess.check_output(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, text=True, stderr=subprocess.DEVNULL
+            ["git", "status", "--porcelain", "-uno"], cwd=where, text=True, stderr=subprocess.DEVNULL
         )
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -86,7 +90,7 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def write(path: Path, result: dict[str, Any]) -> None:
+def write(path: Path, result: Any) -> None:
     """Replaces the JSON file at once, so that a run that is cut leaves a whole file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")

@@ -1,8 +1,9 @@
 """Times things in turn, and finds out what the device can do at best. Needs torch alone.
 
-CPU: a repeat counts as clean if its thread was not pushed off a core meanwhile (no involuntary context switch); medians
-are over clean repeats. GPU: events around a call, behind a kernel that empties the L2 cache and gives the host time to
-launch what follows.
+CPU: a repeat counts as clean if it had its cores: all threads of the process together waited for one no longer than 3 %
+of its time, as the kernel counts it. That is the most by which others can have made it longer. Medians are over clean
+repeats. GPU: events around a call, behind a kernel that empties the L2 cache and gives the host time to launch what
+follows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from machine import resident
@@ -26,6 +27,7 @@ Clock = Callable[[], float]
 Timing = dict[str, Any]
 
 FEWEST_CLEAN = 3
+LONGEST_WAIT = 0.03
 _MOST_PER_TURN = 8
 _FLUSHED = 2**28  # bytes, more than any L2 cache holds
 _COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes
@@ -47,6 +49,56 @@ class Budget:
     most: int = 50
 
 
+class Sample(NamedTuple):
+    """One repeat.
+
+    Attributes:
+        seconds: of the call.
+        switches: involuntary context switches meanwhile; 0 on a GPU, which has its own clock.
+        waited: seconds for which threads were ready to run and had no core, added up; None where nobody counts them.
+    """
+
+    seconds: float
+    switches: int = 0
+    waited: float | None = 0.0
+
+    @property
+    def clean(self) -> bool:
+        """Whether the cores were there; where waiting is not counted, whether no thread was pushed off one."""
+        return self.switches == 0 if self.waited is None else self.waited <= LONGEST_WAIT * self.seconds
+
+
+class Watch:
+    """Sees what happens to this process's threads from when it is made."""
+
+    def __init__(self) -> None:
+        self._waited = waiting()
+        self._switches = _switches()
+
+    def sample(self, seconds: float) -> Sample:
+        """The repeat that took ``seconds`` since then."""
+        switches, waited = _switches() - self._switches, waiting()
+        known = waited is not None and self._waited is not None
+        return Sample(seconds, switches, waited - self._waited if known else None)
+
+
+def _switches() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def waiting() -> float | None:
+    """Seconds for which this process's threads have waited for a core so far; None where Linux does not count them."""
+    total = 0
+    for thread in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            total += int(thread.read_text().split()[1])
+        except FileNotFoundError:  # a thread that has just ended
+            continue
+        except (OSError, IndexError, ValueError):
+            return None
+    return total / 1e9 if total else None
+
+
 def in_turn(
     calls: Mapping[str, Sequence[Call]], device: torch.device, budget: Budget, clock: Clock = time.perf_counter
 ) -> dict[str, Timing]:
@@ -59,14 +111,13 @@ def in_turn(
         clock: of a CPU; ``time.thread_time`` leaves out what other processes took, and suits calls on one thread.
 
     Returns:
-        contender → ``median_ms``, ``fastest_ms``, ``repeats``, ``clean`` (0: less than three were, all are used),
-        ``context_switches``, and ``samples_ms``, those that the median is of.
+        contender → what `timing` says.
     """
     once = {name: _warm_up(sets, device, clock) for name, sets in calls.items()}
     slowest = max(once.values())
     # The quick ones get more repeats than the slow ones, at little cost.
     per_turn = {name: min(_MOST_PER_TURN, max(1, int(slowest / t / 4))) for name, t in once.items()}
-    samples: dict[str, list[tuple[float, int]]] = {name: [] for name in calls}
+    samples: dict[str, list[Sample]] = {name: [] for name in calls}
     start = time.perf_counter()
     gc.disable()
     try:
@@ -75,7 +126,7 @@ def in_turn(
                 for extra in range(per_turn[name]):
                     samples[name].append(_sample(sets[(turn + extra) % len(sets)], device, clock))
             spent = time.perf_counter() - start
-            enough = all(sum(not s for _, s in taken) >= FEWEST_CLEAN for taken in samples.values())
+            enough = all(sum(one.clean for one in taken) >= FEWEST_CLEAN for taken in samples.values())
             if turn + 1 >= budget.least and spent > budget.seconds * (1 if enough else 3):
                 break
     finally:
@@ -83,17 +134,27 @@ def in_turn(
     return {name: timing(taken) for name, taken in samples.items()}
 
 
-def timing(samples: Sequence[tuple[float, int]]) -> Timing:
-    """Figures of repeats, each its seconds and its involuntary context switches; see `in_turn`."""
-    clean = [seconds for seconds, switches in samples if switches == 0]
-    chosen = clean if len(clean) >= FEWEST_CLEAN else [seconds for seconds, _ in samples]
+def timing(samples: Sequence[Sample]) -> Timing:
+    """Figures of repeats.
+
+    Returns:
+        ``median_ms`` and ``fastest_ms`` of the clean repeats, ``repeats``, ``clean`` (how many were clean; 0 if fewer
+        than three, or than all of one or two, so that all are used), ``context_switches``, ``waited_share`` (median of
+        the repeats that are used; None where waiting is not counted), and ``samples_ms`` (those repeats).
+    """
+    clean = [sample for sample in samples if sample.clean]
+    enough = len(clean) >= min(FEWEST_CLEAN, len(samples))
+    chosen = clean if enough else samples
+    seconds = [sample.seconds for sample in chosen]
+    shares = [sample.waited / sample.seconds for sample in chosen if sample.waited is not None]
     return {
-        "median_ms": statistics.median(chosen) * 1e3,
-        "fastest_ms": min(chosen) * 1e3,
+        "median_ms": statistics.median(seconds) * 1e3,
+        "fastest_ms": min(seconds) * 1e3,
         "repeats": len(samples),
-        "clean": len(clean) if len(clean) >= FEWEST_CLEAN else 0,
-        "context_switches": sum(switches for _, switches in samples),
-        "samples_ms": [seconds * 1e3 for seconds in chosen],
+        "clean": len(clean) if enough else 0,
+        "context_switches": sum(sample.switches for sample in samples),
+        "waited_share": statistics.median(shares) if shares else None,
+        "samples_ms": [one * 1e3 for one in seconds],
     }
 
 
@@ -101,18 +162,16 @@ def _warm_up(sets: Sequence[Call], device: torch.device, clock: Clock) -> float:
     """Calls with every set of inputs, once more than there are, and returns the seconds of the last call."""
     for call in sets:
         call()
-    return _sample(sets[0], device, clock)[0]
+    return _sample(sets[0], device, clock).seconds
 
 
-def _sample(call: Call, device: torch.device, clock: Clock) -> tuple[float, int]:
-    """Seconds of one call, and involuntary context switches meanwhile (0 on a GPU, which has its own clock)."""
+def _sample(call: Call, device: torch.device, clock: Clock) -> Sample:
     if device.type == "cuda":
-        return _sample_gpu(call, device), 0
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        return Sample(_sample_gpu(call, device))
+    watch = Watch()
     start = clock()
     call()
-    seconds = clock() - start
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
+    return watch.sample(clock() - start)
 
 
 def _sample_gpu(call: Call, device: torch.device) -> float:

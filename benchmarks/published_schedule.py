@@ -1,4 +1,4 @@
-"""∇-Reasoner on the published schedule, in plain PyTorch: the baseline of `end_to_end.py`.
+"""∇-Reasoner on the published schedule, in plain PyTorch: the baseline of the suites dto and generate.
 
 The models are run as transformers ships them, over whole sequences (prompt, committed tokens, tokens ahead), for every
 gradient; one-hot rows (m, V) go through the embedding tables by matmul, the log-likelihood through a dense
@@ -26,8 +26,6 @@ from nabla_fast.models.chat import Chat, conversation_frame, generation_prompt_i
 from nabla_fast.rollout import RolloutBackend, StopRule
 from nabla_fast.sampling import Context, Sampler, anchor_noise, gumbel, sequence_seeds
 from nabla_fast.stats import Clock, Revision, SequenceStats
-
-RELAXED = ("ahead", "moving")
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,6 @@ class State:
         seed: of its noise.
         limit: longest response, in tokens.
         position: number of committed tokens.
-        selections: selections that took a gradient.
-        selection_evaluations: gradients that they took.
     """
 
     prompt: tuple[int, ...]
@@ -93,8 +89,6 @@ class State:
     position: int = 0
     trajectory: Trajectory = field(default_factory=lambda: Trajectory(torch.empty(0), torch.empty(0), 0.0))
     stats: SequenceStats = field(default_factory=SequenceStats)
-    selections: int = 0
-    selection_evaluations: int = 0
 
     @property
     def ahead(self) -> int:
@@ -148,19 +142,12 @@ class PublishedSchedule:
         rollouts: where trajectories come from.
         config: settings; the schedule must be the published one, cosine without warm-up.
         stop: when a response has ended.
-        relaxed: which rows are held as (m, V) tensors in every step of an optimisation that moves the first row alone:
-            all that are "ahead", as published, or the "moving" one, with the others hard.
     """
 
-    def __init__(
-        self, models: Models, rollouts: RolloutBackend, config: NablaConfig, stop: StopRule, relaxed: str = "ahead"
-    ) -> None:
+    def __init__(self, models: Models, rollouts: RolloutBackend, config: NablaConfig, stop: StopRule) -> None:
         if config.lr_schedule != "cosine" or config.warmup_iters:
             raise ValueError("config must have the published schedule, cosine without warm-up")
-        if relaxed not in RELAXED:
-            raise ValueError(f"relaxed must be one of {', '.join(RELAXED)}, got {relaxed!r}")
         self.models, self.rollouts, self.config, self.stop = models, rollouts, config, stop
-        self.relaxed = relaxed
         self.sampler = Sampler()
         self.clock = Clock()
 
@@ -224,11 +211,9 @@ class PublishedSchedule:
         ahead = state.trajectory.tokens[state.position :]
         hard = self._start_tokens(state, z)
         norms, taken_at = z.new_empty(0), 0
-        state.selections += 1
         for t in candidates:
             if not len(norms) or not torch.equal(ahead[taken_at:t], hard[taken_at:t]):
                 norms, taken_at = self.gradient(state, ahead[:t], hard[t:]).norm(dim=-1), t
-                state.selection_evaluations += 1
             if norms[t - taken_at] >= self.config.gradient_threshold:
                 return t
         return len(z)
@@ -291,14 +276,13 @@ class PublishedSchedule:
         start = trajectory.latents[position:] if latents else z
         n = state.ahead if config.update_postfix else 1
         keys = [(state.seed, position + row) for row in range(state.ahead)]
-        relaxed = state.ahead if self.relaxed == "ahead" else n
-        soft = self._soft_noise(keys[:relaxed], z)
+        soft = self._soft_noise(keys, z)
         hard = soft[:n] if isinstance(soft, Tensor) else soft
         if config.anchor == "rollout":
             hard = anchor_noise(z[:n], config.rollout, keys[:n], trajectory.tokens[position : position + n])
         tokens = self._start_tokens(state, z)[n:]
         moving = start[:n].detach().clone().requires_grad_()
-        return Rows(self.models, latents, moving, start[n:relaxed].detach(), tokens, soft, hard)
+        return Rows(self.models, latents, moving, start[n:].detach(), tokens, soft, hard)
 
     def loss(self, state: State, before: Tensor, y: Tensor, after: Tensor) -> Tensor:
         """Eq. 2 where the response is ``before`` (ids), one-hot rows ``y`` (n, V), ``after`` (ids)."""

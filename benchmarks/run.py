@@ -38,6 +38,7 @@ SUITES = {
         "gradient_norm",
         "dto_step",
         "token_diff",
+        "sampling",
     ),
     "dto": ("dto",),
     "generate": ("generate",),
@@ -50,9 +51,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", metavar="TEXT", help="cases with TEXT in their names")
     parser.add_argument("--quick", action="store_true", help="small sizes, few repeats, no compilation")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: as many as torch takes")
+    parser.add_argument("--threads", type=positive, help="CPU threads; default: as many as torch takes")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: benchmarks/results/<machine>/<date>.json")
     return parser.parse_args(arguments)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def choose_device(name: str) -> torch.device:

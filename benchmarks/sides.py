@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import resource
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -11,11 +10,11 @@ from typing import Any
 
 import torch
 from cases import Record
-from measure import peak_bytes, timing
+from measure import Sample, Watch, peak_bytes, timing
+from tables import OURS
 
 Outcome = dict[str, Any]
 Side = Callable[[], Outcome]
-OURS = "nabla_fast"
 # What a side tells besides its time; the rest of an outcome is for this module.
 _HIDDEN = ("rollout_seconds", "result")
 
@@ -34,7 +33,7 @@ def compare(sides: Mapping[str, Side], device: torch.device, *, repeats: int, ag
         name → what `measure.timing` gives, the side's own counters, ``error`` (its `difference` from nabla_fast),
         ``peak_bytes`` and ``host_waits`` (None where they were not measured).
     """
-    samples: dict[str, list[tuple[float, int]]] = {name: [] for name in sides}
+    samples: dict[str, list[Sample]] = {name: [] for name in sides}
     outcomes: dict[str, Outcome] = {}
     for _ in range(repeats):
         for name, side in sides.items():
@@ -79,22 +78,22 @@ def difference(got: torch.Tensor, meant: torch.Tensor) -> float | None:
     return float((got.double() - meant.double()).abs().max() / meant.double().abs().max().clamp(min=1e-30))
 
 
-def _timed(side: Side, device: torch.device) -> tuple[Outcome, tuple[float, int]]:
+def _timed(side: Side, device: torch.device) -> tuple[Outcome, Sample]:
     gc.collect()
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    watch = Watch()
     start = time.perf_counter()
     outcome = side()
     if on_gpu:
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start - outcome.get("rollout_seconds", 0.0)
     if on_gpu:
-        return {**outcome, "peak_bytes": torch.cuda.max_memory_allocated(device) - before}, (seconds, 0)
-    return outcome, (seconds, resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - switches)
+        return {**outcome, "peak_bytes": torch.cuda.max_memory_allocated(device) - before}, Sample(seconds)
+    return outcome, watch.sample(seconds)
 
 
 def _again(side: Side, device: torch.device) -> Outcome:

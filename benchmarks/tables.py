@@ -16,14 +16,26 @@ from rich.table import Table
 Record = dict[str, Any]
 FORMAT = 1
 """Of the files in results/<machine>/; other tools' files in results/ have none."""
-_SWITCHES_PER_SECOND = 10
+OURS = "nabla_fast"
+NO_CACHE, CHECKPOINTED = f"{OURS}, no cache", f"{OURS}, checkpointed"
+"""What the package as a whole goes by where it is a contender, and variants of its settings."""
 OPERATOR_COLUMNS = ("case", "ours", "time", "time/floor", "× eager", "× compiled", "× library", "memory")
-SIDE_COLUMNS = ("case", "nabla_fast", "published", "times faster", "memory", "gradients", "host waits")
+BRIEF_COLUMNS = ("× eager", "× compiled", "memory")
+_OF_THE_MODEL = ("V", "d", "d_r")
+SIDE_COLUMNS = (
+    *("case", "nabla_fast", "without cache", "published", "times faster", "memory"),
+    *("checkpointed: time", "memory of that", "gradients", "host waits", "difference"),
+)
 
 
 def best_of_ours(record: Record) -> tuple[str, dict[str, Any]]:
-    """Our fastest back end and its figures; the reference, which is plain PyTorch, only where there is no other."""
+    """Our fastest back end and its figures; the reference, which is plain PyTorch, only where there is no other.
+
+    Where ours is the package as a whole, that is itself and none of its variants.
+    """
     ours = {name: c for name, c in record["contenders"].items() if c["ours"]}
+    if OURS in ours:
+        return OURS, ours[OURS]
     kernels = {name: c for name, c in ours.items() if name != "reference"} or ours
     name = min(kernels, key=lambda n: kernels[n]["median_ms"])
     return name, kernels[name]
@@ -35,9 +47,14 @@ def times_faster(record: Record, *prefixes: str) -> float | None:
     return min(times) / best_of_ours(record)[1]["median_ms"] if times else None
 
 
-def memory_share(record: Record, baseline: str) -> float | None:
-    """Ours over a baseline's peak memory; None where either is not known, or the baseline takes none."""
-    ours, theirs = best_of_ours(record)[1].get("peak_bytes"), record["contenders"].get(baseline, {}).get("peak_bytes")
+def memory_share(record: Record, baseline: str, ours_is: str | None = None) -> float | None:
+    """Ours over a baseline's peak memory; None where either is not known, or the baseline takes none.
+
+    ``ours_is`` names a contender; None takes the best of ours.
+    """
+    contenders = record["contenders"]
+    ours = contenders.get(ours_is or best_of_ours(record)[0], {}).get("peak_bytes")
+    theirs = contenders.get(baseline, {}).get("peak_bytes")
     return None if ours is None or not theirs else ours / theirs
 
 
@@ -64,36 +81,93 @@ def operator_cells(record: Record) -> list[str]:
 
 def side_cells(record: Record) -> list[str]:
     """One cell for each of `SIDE_COLUMNS`."""
-    _, ours = best_of_ours(record)
-    published = record["contenders"]["published"]
+    contenders = record["contenders"]
+    ours, published = contenders[OURS], contenders["published"]
+
+    def time_of(name: str) -> str:
+        return milliseconds(contenders[name]["median_ms"]) if name in contenders else "-"
+
     return [
         label(record),
-        milliseconds(ours["median_ms"]),
-        milliseconds(published["median_ms"]),
+        time_of(OURS),
+        time_of(NO_CACHE),
+        time_of("published"),
         factor(times_faster(record, "published")) + (" *" if not clean(record) else ""),
         share(memory_share(record, "published")),
+        time_of(CHECKPOINTED),
+        share(memory_share(record, "published", CHECKPOINTED)),
         f"{ours['gradient_evaluations']}, {published['gradient_evaluations']}",
         "-" if ours.get("host_waits") is None else f"{ours['host_waits']}, {published['host_waits']}",
+        share(published["error"]),
     ]
 
 
 def clean(record: Record) -> bool:
-    """Whether the repeats were undisturbed, or the GPU kept the time; otherwise a star stands beside the ratio.
-
-    A run of seconds is now and then switched away from on any machine; it counts as disturbed from ten times a second.
-    """
-    return all(
-        c["clean"] > 0 or c["context_switches"] < c["repeats"] * c["median_ms"] / 1e3 * _SWITCHES_PER_SECOND
-        for c in record["contenders"].values()
-    )
+    """Whether everybody had the cores, or the GPU kept the time; otherwise a star stands beside the ratio."""
+    return all(contender["clean"] > 0 for contender in record["contenders"].values())
 
 
 def columns_and_rows(records: list[Record], suite: str) -> tuple[tuple[str, ...], list[list[str]]]:
-    """The table of one suite."""
-    chosen = [record for record in records if record["suite"] == suite]
-    if suite == "operators":
-        return OPERATOR_COLUMNS, [operator_cells(record) for record in chosen]
-    return SIDE_COLUMNS, [side_cells(record) for record in chosen]
+    """The table of one suite; columns of which nothing is known are left out."""
+    columns, cells = (OPERATOR_COLUMNS, operator_cells) if suite == "operators" else (SIDE_COLUMNS, side_cells)
+    rows = [cells(record) for record in records if record["suite"] == suite]
+    known = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
+    return tuple(columns[i] for i in known), [[row[i] for i in known] for row in rows]
+
+
+def brief(records: list[Record]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """The operators at the first model's size, a row each, the figures of all floating dtypes beside each other."""
+    some = [record for record in records if record["suite"] == "operators" and "float" in record["dtype"]]
+    some = [record for record in some if record["model"] == some[0]["model"]]
+    dtypes = list(dict.fromkeys(record["dtype"] for record in some))
+    operators: dict[str, dict[str, Record]] = {}
+    for record in some:
+        sizes = ", ".join(f"{name} {value}" for name, value in record["shape"].items() if name not in _OF_THE_MODEL)
+        operators.setdefault(f"{record['name']} · {sizes}", {})[record["dtype"]] = record
+    columns = ("operator", "ours", *(f"{dtype}: {column}" for dtype in dtypes for column in BRIEF_COLUMNS))
+    return columns, [
+        [
+            name,
+            best_of_ours(next(iter(found.values())))[0],
+            *(c for dtype in dtypes for c in brief_cells(found.get(dtype))),
+        ]
+        for name, found in operators.items()
+    ]
+
+
+def brief_cells(record: Record | None) -> list[str]:
+    """One cell for each of `BRIEF_COLUMNS`."""
+    if record is None:
+        return ["-"] * len(BRIEF_COLUMNS)
+    cells = dict(zip(OPERATOR_COLUMNS, operator_cells(record), strict=True))
+    return [cells[column] + (" *" if column == "× eager" and not clean(record) else "") for column in BRIEF_COLUMNS]
+
+
+def improvement_rows(found: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """The table of what `improvement.py` has recorded."""
+    columns = (
+        "what, and why",
+        "case",
+        "commits",
+        "before",
+        "after",
+        "times faster",
+        "its baseline meanwhile",
+        "machine",
+    )
+    return columns, [
+        [
+            f"{one['what']} {one['reason']}",
+            one["case"],
+            f"{one['before']['commit']}, {one['after']['commit']}",
+            milliseconds(one["before"]["seconds"] * 1e3),
+            milliseconds(one["after"]["seconds"] * 1e3),
+            factor(one["ratio"]) + ("" if one["clean"] else " *"),
+            factor(one["baseline_ratio"]),
+            f"{one['machine']['processor']}, {one['threads']} threads",
+        ]
+        for one in found
+    ]
 
 
 def summary(result: dict[str, Any]) -> list[Table]:

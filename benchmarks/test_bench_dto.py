@@ -1,7 +1,7 @@
 """A whole optimisation of 20 steps against the published schedule, with one row that moves and with all of them.
 
-Both start from the same latents, those of random tokens, with nothing in a cache: what a decode does at its first
-position.
+All start from the same latents, those of random tokens, with nothing in a cache: what a decode does at its first
+position. nabla_fast runs with ``checkpoint_activations`` as well, which takes less memory and more time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from cases import Case, Record, Setting
 from pairs import Loaded, numbered_chat, random_pair, smollm2
 from published_schedule import PublishedSchedule, Trajectory
-from sides import OURS, Outcome, compare, side_record
+from sides import Outcome, compare, side_record
+from tables import CHECKPOINTED, OURS
 from torch import Tensor
 
 import nabla_fast as nf
@@ -68,15 +69,16 @@ def published(loaded: Loaded, chat: Any, config: nf.NablaConfig, tokens: Tensor,
     return {"gradient_evaluations": state.stats.gradient_evaluations, "result": logits.float()}
 
 
-def measure_dto(setting: Setting, ahead: int, rows: str) -> Record:
+def measure_dto(setting: Setting, ahead: int, rows: str, steps: int = STEPS) -> Record:
     loaded, chat = load(setting.device)
     config = nf.NablaConfig(
-        max_iters=STEPS, max_new_tokens=ahead, update_postfix=rows == "all", eos_token_ids=(), gradient_threshold=None
+        max_iters=steps, max_new_tokens=ahead, update_postfix=rows == "all", eos_token_ids=(), gradient_threshold=None
     )
     tokens, latents = start(loaded, chat, ahead)
+    settings = {OURS: config, CHECKPOINTED: config.replace(checkpoint_activations=True), "published": config}
     sides = {
-        name: functools.partial(side, loaded, chat, config, tokens, latents)
-        for name, side in ((OURS, ours), ("published", published))
+        name: functools.partial(published if name == "published" else ours, loaded, chat, own, tokens, latents)
+        for name, own in settings.items()
     }
     for side in (ours, published):  # first calls load code and choose kernels
         side(loaded, chat, config.replace(max_iters=1), tokens[:8], latents[:8])

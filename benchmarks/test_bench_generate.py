@@ -1,8 +1,9 @@
 """A whole decode against the published schedule, everything but rollouts, which both sides replay.
 
-On a CPU SmolLM2 and its reward model answer a question in float32, where both sides give the same tokens. On a GPU
-models of real sizes have random weights, and rollouts are random too; the published schedule decodes one sequence after
-the other.
+On a CPU SmolLM2 and its reward model answer a question in float32, where both sides give the same tokens; nabla_fast
+runs without its gradient cache as well. The published code knows the anchor "argmax" alone; under "rollout" its
+schedule is run with our anchor. On a GPU models of real sizes have random weights, and rollouts are random too; the
+published schedule decodes one sequence after the other.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Any
 
 import torch
 from cases import Case, Record, Setting
-from end_to_end import PROMPTS
 from pairs import Loaded, RandomRollouts, Replay, numbered_chat
 from published_schedule import PublishedSchedule
-from sides import OURS, Outcome, compare, side_record
+from sides import Outcome, compare, side_record
+from tables import NO_CACHE, OURS
 from test_bench_dto import load
 
 import nabla_fast as nf
@@ -26,6 +27,14 @@ from nabla_fast.objective import Conversation, Objective
 from nabla_fast.rollout import HFRollout
 from nabla_fast.sampling import Sampler, sequence_seeds
 
+# To either of these SmolLM2 writes an answer of 256 tokens and more.
+QUESTIONS = (
+    "A train leaves at 9:40 and travels 210 km at 60 km/h. It then waits 25 minutes and travels another 90 km at "
+    "45 km/h. When does it arrive? Explain every step.",
+    "Three friends share a bill of 96 dollars. Maria pays twice as much as Ben, and Ben pays twice as much as Carl. "
+    "How much does each pay? Explain every step in detail.",
+)
+ANCHORS = ("argmax", "rollout")
 BATCHES = (1, 4, 16)
 _COUNTED = ("gradient_evaluations", "dto_iterations", "optimised_positions", "rollouts", "rejections", "reward_calls")
 
@@ -64,39 +73,51 @@ def _outcome(stats: list[Any], tokens: list[torch.Tensor]) -> Outcome:
     }
 
 
-def measure_generate(setting: Setting, chats: list[Any], config: nf.NablaConfig) -> Record:
+def measure_generate(setting: Setting, chats: list[Any], config: nf.NablaConfig, which: dict[str, Any]) -> Record:
+    """``which`` tells the case from others of the same settings."""
     loaded, _ = load(setting.device)
     on_cpu = setting.device.type == "cpu"
     rollouts = Replay(HFRollout(loaded.pair.language_model)) if on_cpu else RandomRollouts(loaded.pair)
+    settings = {OURS: config, NO_CACHE: config.replace(gradient_cache=False), "published": config}
+    if not on_cpu:  # a GPU is lent for minutes
+        del settings[NO_CACHE]
     sides = {
-        name: functools.partial(side, loaded, chats, config, rollouts)
-        for name, side in ((OURS, ours), ("published", published))
+        name: functools.partial(published if name == "published" else ours, loaded, chats, own, rollouts)
+        for name, own in settings.items()
     }
     short = config.replace(max_new_tokens=8, max_rollouts=2, gradient_threshold=None)
     for side in (ours, published):  # first calls load code and choose kernels
         side(loaded, chats[:1], short, rollouts)
     figures = compare(sides, setting.device, repeats=1, again=False)
-    shape = {"prompts": len(chats), "tokens": config.max_new_tokens, "rollouts": config.max_rollouts}
-    return side_record("generate", "decode", loaded.name, loaded.models.language_model.dtype, shape, figures)
+    shape = {**which, "tokens": config.max_new_tokens, "rollouts": config.max_rollouts}
+    name = f"decode, anchor {config.anchor}"
+    return side_record("generate", name, loaded.name, loaded.models.language_model.dtype, shape, figures)
 
 
 def cases(setting: Setting) -> list[Case]:
-    def case(name: str, chats: list[Any], config: nf.NablaConfig) -> Case:
-        return Case(f"generate-{name}", functools.partial(measure_generate, setting, chats, config))
+    def case(name: str, *arguments: Any) -> Case:
+        return Case(f"generate-{name}", functools.partial(measure_generate, setting, *arguments))
 
     if setting.device.type == "cpu":
         tokens, rollouts = (24, 2) if setting.quick else (256, 8)
         config = nf.NablaConfig(max_new_tokens=tokens, max_rollouts=rollouts)
-        questions = PROMPTS[: 1 if setting.quick else 2]
-        chats = [[{"role": "user", "content": question}] for question in questions]
-        return [case(f"question-{i + 1}", [chat], config) for i, chat in enumerate(chats)]
+        chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+        both = [
+            case(f"question-{i + 1}-{anchor}", [chat], config.replace(anchor=anchor), {"question": i + 1})
+            for i, chat in enumerate(chats)
+            for anchor in ANCHORS
+        ]
+        return both[:1] if setting.quick else both
     tokens = 128 if setting.quick else 1024
     # The gradient criterion is taken and always passes, so that the work does not depend on what the weights say.
     config = nf.NablaConfig(max_new_tokens=tokens, confidence_threshold=None, gradient_threshold=0.0, eos_token_ids=())
     return [
-        # With more sequences than one, activations of all do not fit beside the models.
         case(
-            f"batch-{batch}", [numbered_chat(i) for i in range(batch)], config.replace(checkpoint_activations=batch > 1)
+            f"batch-{batch}",
+            [numbered_chat(i) for i in range(batch)],
+            # With more sequences than one, activations of all do not fit beside the models.
+            config.replace(checkpoint_activations=batch > 1),
+            {"prompts": batch},
         )
         for batch in BATCHES
     ]

@@ -90,7 +90,8 @@ def generate(
 
 
 app.command("eval")(evaluate)
-app.command()(bench)
+# Its options are those of the script that it runs, which shows them itself.
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 
 
 @app.command()

@@ -5,49 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
-_SUITES = ("operators", "dto", "generate")
-
-_Suite = Annotated[
-    list[str] | None,
-    typer.Option(help=f"{', '.join(_SUITES)}; give the option again for another one. Default: all.", metavar="SUITE"),
-]
-_Only = Annotated[str | None, typer.Option(help="Cases with TEXT in their names.", metavar="TEXT")]
-_Quick = Annotated[bool, typer.Option("--quick", help="Small sizes, few repeats, no torch.compile.")]
-_Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-_Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: as many as torch takes.", min=1)]
-_Output = Annotated[
-    Path | None,
-    typer.Option(help="Default: benchmarks/results/<machine>/<date>.json.", metavar="FILE"),
-]
 
 
-def bench(
-    suite: _Suite = None,
-    only: _Only = None,
-    quick: _Quick = False,
-    device: _Device = "auto",
-    threads: _Threads = None,
-    output: _Output = None,
-) -> None:
+def bench(context: typer.Context) -> None:
     """Measures the operators, an optimisation and a decode against what a user would write, and against the machine.
 
-    Needs a source checkout: benchmarks and tests are not part of an installed package.
+    Takes the options of benchmarks/run.py in a source checkout, --help among them.
     """
-    unknown = [name for name in suite or () if name not in _SUITES]
-    if unknown:
-        raise ValueError(f"--suite is {unknown[0]!r}; use {', '.join(_SUITES)}")
     # A process of its own: nothing that this one has loaded or set weighs on what is measured.
-    command = [sys.executable, str(find_runner(_CHECKOUT)), "--device", device, *(["--quick"] if quick else ())]
-    for name in suite or ():
-        command += ["--suite", name]
-    for option, value in (("--only", only), ("--threads", threads), ("--output", output)):
-        if value is not None:
-            command += [option, str(value)]
+    command = [sys.executable, str(find_runner(_CHECKOUT)), *context.args]
     raise typer.Exit(subprocess.run(command).returncode)
 
 

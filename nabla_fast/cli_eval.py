@@ -75,6 +75,15 @@ _BatchSize = Annotated[int, typer.Option(help="Most sequences decoded together."
 _RetryFailed = Annotated[
     bool, typer.Option("--retry-failed", help="Try problems again that failed before.", rich_help_panel=_RUN)
 ]
+_Profile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory for a trace of the first 2 problems, which every method decodes once more for it at its "
+        "smallest n and with 64 tokens at most, and for the seconds per phase of the whole run.",
+        metavar="DIR",
+        rich_help_panel=_RUN,
+    ),
+]
 _Engine = Annotated[
     str, typer.Option(help="local (this process) or ray (workers on a Ray cluster).", rich_help_panel=_ENGINE)
 ]
@@ -147,6 +156,7 @@ def evaluate(
     out: _Out = None,
     batch_size: _BatchSize = 8,
     retry_failed: _RetryFailed = False,
+    profile: _Profile = None,
     engine: _Engine = "local",
     ray_address: _RayAddress = None,
     workers: _Workers = None,
@@ -164,8 +174,8 @@ def evaluate(
 ) -> None:
     """Measures accuracy and cost of greedy decoding, self-consistency, Best-of-N and ∇-Reasoner on a task."""
     if compare is not None:
-        if task or out:
-            raise ValueError("--compare shows two finished runs; leave out --task and --out")
+        if task or out or profile:
+            raise ValueError("--compare shows two finished runs; leave out --task, --out and --profile")
         _compare(*compare, as_json)
         return
     pair = choose_pair(demo, bundled)
@@ -177,20 +187,19 @@ def evaluate(
     from nabla_fast.evaluation.runner import describe, make_plan, open_run
 
     cluster = _cluster(engine, ray_address, workers, cpus_per_worker, device)
+    _prepare(profile, cluster)
     numbers = _integers("--n", n), _integers("--seeds", seeds)
     config = configured(pair_defaults(pair)[0], settings)
-    rollouts = settings["max_rollouts"]
-    plan = make_plan(_names(methods), *numbers, config, batch_size=batch_size, max_rollouts=rollouts)
+    plan = make_plan(_names(methods), *numbers, config, batch_size=batch_size, max_rollouts=settings["max_rollouts"])
     source = _source(model, reward_model, pair, device, dtype, attn_implementation)
     problems = _problems(task, task_option or [], pair, max_problems, prompt_column, answer_column, split)
+    run = partial(console.evaluate, cluster=cluster, retry_failed=retry_failed, as_json=as_json, profile=profile)
     # The directory first: a mistake there should not have to wait for the models.
     with open_run(out, describe(plan, problems, source)) as journal:
         named = (_absolute(model), _absolute(reward_model), pair, device, dtype, attn_implementation)
         load = partial(_load, *named, config)
         try:
-            failed = console.evaluate(
-                load, problems, plan, journal, out, cluster=cluster, retry_failed=retry_failed, as_json=as_json
-            )
+            failed = run(load, problems, plan, journal, out)
         except KeyboardInterrupt:
             raise typer.Exit(_INTERRUPTED) from None
     raise typer.Exit(1 if failed else 0)
@@ -234,6 +243,19 @@ def _cluster(
     if chosen.type == "cuda" and chosen.index:
         raise ValueError(f"--device is {device}, but Ray gives each worker a GPU of its own; use --device cuda")
     return Cluster(ray_address, workers, cpus_per_worker, chosen.type == "cuda")
+
+
+def _prepare(profile: Path | None, cluster: Cluster | None) -> None:
+    """Finds a mistake in --profile before anything is loaded."""
+    from nabla_fast import profiling
+
+    if profile is None:
+        return
+    if cluster is not None:
+        raise ValueError(
+            f"--profile is {profile}, but --engine is ray; a trace is of one process, so use --engine local"
+        )
+    profiling.prepare(profile)
 
 
 def _source(

@@ -181,6 +181,7 @@ def evaluate(
     cluster: Cluster | None = None,
     retry_failed: bool = False,
     as_json: bool = False,
+    profile: Path | None = None,
 ) -> int:
     """Runs an evaluation under progress bars, writes its report and shows it.
 
@@ -188,6 +189,7 @@ def evaluate(
         load: makes the models.
         out: the directory of ``journal``.
         cluster: runs it; None runs it in this process.
+        profile: a directory for a trace of the first problems, taken in this process, and the run's seconds per phase.
 
     Returns:
         How many answers failed.
@@ -198,6 +200,9 @@ def evaluate(
     if cluster is None:
         with status("loading the models"):
             models = load()
+        if profile is not None:
+            with status("profiling the first problems"):
+                runner.trace(models, task, plan, profile)
         engine = partial(runner.evaluate, models, task, plan, journal)
     else:
         engine = partial(ray_engine.evaluate, load, task, plan, journal, cluster)
@@ -211,6 +216,8 @@ def evaluate(
         _err.print(f"stopped with {done} of {total} answers in {out}; the same command goes on from there")
         raise
     failed = [record for record in records if record["error"] is not None]
+    if profile is not None:
+        (profile / profiling.PHASE_TABLE).write_text(runner.phase_tables(records))
     try:
         summary = report.write_report(out)
     except ImportError as error:

@@ -1,9 +1,10 @@
-"""Where the time of a decode goes: a trace, seconds per phase, and PyTorch's operators."""
+"""Where the time of a decode or an evaluation goes: a trace, seconds per phase, and PyTorch's operators."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from nabla_fast.generate import NablaOutput
-from nabla_fast.stats import STEPS, SequenceStats
+from nabla_fast.stats import STEPS
 
 TRACE, PHASE_TABLE, OPERATOR_TABLE = "trace.json.gz", "phases.txt", "operators.txt"
 _OPERATORS = 40  # rows of the table
@@ -35,27 +36,33 @@ def prepare(directory: Path) -> None:
 
 
 def profile(directory: Path, method: Callable[..., NablaOutput], *arguments: Any, **options: Any) -> NablaOutput:
-    """Calls ``method``, and writes its profile to ``directory``.
+    """Calls ``method``, and writes its trace and operators (see `tracing`) and seconds per phase to ``directory``."""
+    with tracing(directory):
+        output = method(*arguments, **options)
+    (directory / PHASE_TABLE).write_text(phase_table(output.stats.totals.seconds))
+    return output
+
+
+@contextmanager
+def tracing(directory: Path) -> Iterator[None]:
+    """Writes a profile of what happens in its block to ``directory``.
 
     ``trace.json.gz`` is for Perfetto or chrome://tracing; in it the phases have the names of `nabla_fast.stats.STEPS`.
-    ``phases.txt`` has their seconds, ``operators.txt`` PyTorch's operators by the time that each takes itself.
+    ``operators.txt`` has PyTorch's operators by the time that each takes itself.
     """
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
-        output = method(*arguments, **options)
+        yield
     profiler.export_chrome_trace(str(directory / TRACE))
-    (directory / PHASE_TABLE).write_text(phase_table(output.stats.totals))
     order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     (directory / OPERATOR_TABLE).write_text(profiler.key_averages().table(sort_by=order, row_limit=_OPERATORS) + "\n")
-    return output
 
 
-def phase_table(totals: SequenceStats) -> str:
-    """Seconds and share of every phase, as text; the profiler's own work is in them."""
-    total = sum(totals.seconds.values())
-    rows = [(STEPS[phase], seconds) for phase, seconds in totals.seconds.items()]
+def phase_table(seconds: Mapping[str, float]) -> str:
+    """Seconds and share of every phase, as text; of a profiled run, the profiler's own work is in them."""
+    total = sum(seconds.values())
     lines = [f"{'phase':<12}{'seconds':>10}{'share':>8}"]
-    lines += [f"{step:<12}{seconds:>10.3f}{seconds / total if total else 0:>8.1%}" for step, seconds in rows]
+    lines += [f"{STEPS[phase]:<12}{own:>10.3f}{own / total if total else 0:>8.1%}" for phase, own in seconds.items()]
     return "\n".join([*lines, f"{'total':<12}{total:>10.3f}"]) + "\n"

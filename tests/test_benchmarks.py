@@ -1,4 +1,4 @@
-"""The benchmarks: what they time is right, what they record is what happened, and tables say what was recorded."""
+"""The benchmarks: what they time is right, and what they record is what happened."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from tiny_models import tiny_language_model, tiny_reward_model, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -26,13 +26,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import cases
 import measure
 import pairs
-import plots
+import pictures
 import run
-import sides
 import tables
 import test_bench_dto
 import test_bench_generate
 import test_bench_relaxed_stats
+import test_bench_sampling
 from shapes import Shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,11 +70,13 @@ def test_every_contender_of_every_operator_computes_what_the_reference_does(sett
     assert made
     for case in made:
         record = case.run()
-        assert {"reference", "native", "eager"} <= set(record["contenders"])
-        assert record["contenders"]["native"]["over_floor"] > 0
+        ours = {n for n, contender in record["contenders"].items() if contender["ours"]}
+        # Sampling is no operator, and has no back ends.
+        assert ours == {tables.OURS} if name == "sampling" else {"reference", "native"} <= ours <= set(cases.BACKENDS)
+        assert "eager" in set(record["contenders"]) - ours
+        assert tables.best_of_ours(record)[1]["over_floor"] > 0
         assert record["floor"]["ms"] > 0
         assert "torch.compile" in record["skipped"]
-        assert all(c["ours"] == (n in cases.BACKENDS) for n, c in record["contenders"].items())
 
 
 @pytest.mark.parametrize(
@@ -109,14 +111,55 @@ def test_rounded_logits_may_move_a_baselines_tokens_but_not_ours(setting):
         cases.check(half, "native", inputs, meant)
 
 
+@pytest.mark.parametrize("who", [tables.OURS, "eager"])
+def test_a_sampler_that_leaves_the_nucleus_is_never_timed(setting, monkeypatch, who):
+    wrong = test_bench_sampling.contest(setting, SMALL, 8)
+    (wrong.ours if who == tables.OURS else wrong.baselines)[who] = lambda logits, _: logits.argmin(-1)
+    monkeypatch.setattr(cases, "in_turn", lambda *_: pytest.fail("it was timed"))
+    with pytest.raises(AssertionError, match=f"{who} is wrong: 8 tokens"):
+        wrong.case(setting).run()
+
+
 # how it is timed
 
 
 def test_only_clean_repeats_count_where_there_are_three():
-    some = measure.timing([(0.001, 0), (0.009, 3), (0.002, 0), (0.003, 0)])
-    assert (some["median_ms"], some["clean"], some["repeats"], some["context_switches"]) == (2.0, 3, 4, 3)
-    few = measure.timing([(0.001, 0), (0.009, 3), (0.002, 1)])
+    clean = [measure.Sample(seconds, 1, 0.02 * seconds) for seconds in (0.001, 0.002, 0.003)]
+    disturbed = measure.Sample(0.009, 3, 0.0009)
+    some = measure.timing([*clean, disturbed])
+    assert (some["median_ms"], some["clean"], some["repeats"], some["context_switches"]) == (2.0, 3, 4, 6)
+    assert some["waited_share"] == pytest.approx(0.02)
+    few = measure.timing([*clean[:2], disturbed])
     assert (few["median_ms"], few["fastest_ms"], few["clean"]) == (2.0, 1.0, 0)
+    assert measure.timing(clean[:1])["clean"] == 1
+    assert measure.timing([disturbed])["clean"] == 0
+
+
+def test_switches_count_where_nobody_counts_waiting():
+    assert measure.Sample(1.0, 0, None).clean
+    assert not measure.Sample(1.0, 1, None).clean
+    assert measure.timing([measure.Sample(1.0, 0, None)])["waited_share"] is None
+
+
+@pytest.mark.skipif(measure.waiting() is None, reason="this kernel does not count how long threads wait")
+def test_a_repeat_whose_core_was_taken_is_not_clean():
+    """Two processes on one core: either waits while the other one runs."""
+    (core, *_), allowed = os.sched_getaffinity(0), os.sched_getaffinity(0)
+    spin = f"import os\nos.sched_setaffinity(0, {{{core}}})\nprint('at work', flush=True)\nwhile True: pass"
+    other = subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        os.sched_setaffinity(0, {core})
+        watch, start = measure.Watch(), time.perf_counter()
+        while time.perf_counter() - start < 0.3:
+            pass
+        sample = watch.sample(time.perf_counter() - start)
+    finally:
+        os.sched_setaffinity(0, allowed)
+        other.kill()
+        other.wait()
+    assert not sample.clean
+    assert sample.waited > 0.05
 
 
 def test_contenders_take_turns_and_rotate_their_inputs():
@@ -161,8 +204,10 @@ def tiny_pair():
 def test_both_sides_of_an_optimisation_do_the_same(setting, monkeypatch, rows):
     monkeypatch.setattr(test_bench_dto, "load", lambda device: tiny_pair())
     record = test_bench_dto.measure_dto(setting, 12, rows)
-    ours, published = (record["contenders"][name] for name in (sides.OURS, "published"))
+    ours, published, checked = (record["contenders"][n] for n in (tables.OURS, "published", tables.CHECKPOINTED))
     assert published["error"] < 1e-6
+    assert checked["error"] < 1e-6
+    assert checked["gradient_evaluations"] == ours["gradient_evaluations"]
     # Fewer where tokens come back to what they were: the cache knows them, and the baseline keeps the last ones only.
     assert 0 < ours["gradient_evaluations"] <= published["gradient_evaluations"]
     assert ours["peak_bytes"] is None  # the quick setting leaves it out
@@ -174,11 +219,14 @@ def test_both_sides_of_a_decode_give_the_same_tokens(setting, monkeypatch):
     monkeypatch.setattr(test_bench_generate, "load", lambda device: (loaded, chat))
     config = nf.NablaConfig(max_new_tokens=8, max_rollouts=4, max_iters=4, learning_rate=0.2, gradient_threshold=0.3)
     other = [{"role": "user", "content": "12 + 24 ="}]
-    record = test_bench_generate.measure_generate(setting, [chat, other], config)
-    ours, published = (record["contenders"][name] for name in (sides.OURS, "published"))
-    assert published["error"] == 0
-    assert ours["rollouts"] == published["rollouts"]
+    record = test_bench_generate.measure_generate(setting, [chat, other], config, {"prompts": 2})
+    ours, published, no_cache = (record["contenders"][n] for n in (tables.OURS, "published", tables.NO_CACHE))
+    assert published["error"] == no_cache["error"] == 0
+    assert ours["rollouts"] == published["rollouts"] == no_cache["rollouts"]
+    assert ours["gradient_evaluations"] < no_cache["gradient_evaluations"]
     assert ours["gradient_evaluations"] < published["gradient_evaluations"]
+    assert record["shape"] == {"prompts": 2, "tokens": 8, "rollouts": 4}
+    assert sum(pictures.phases(published).values()) >= published["median_ms"] / 1e3
 
 
 def test_models_of_random_weights_decode_random_rollouts():
@@ -202,81 +250,7 @@ def test_models_of_random_weights_decode_random_rollouts():
     assert outcome["optimised_positions"] >= 4
 
 
-# what is written
-
-
-def recorded(seconds: float, started: str, quick: bool = False, **gpu):
-    contenders = {
-        "native": {"ours": True, "median_ms": seconds * 1e3, "over_floor": 1.5, "peak_bytes": 2**20},
-        "eager": {"ours": False, "median_ms": seconds * 4e3, "over_floor": 6.0, "peak_bytes": 2**22},
-    }
-    for contender in contenders.values():
-        contender |= {"clean": 5, "context_switches": 0, "repeats": 5}
-    record = {"case": "a", "suite": "operators", "name": "relaxed_stats", "model": "M", "dtype": "float32"}
-    record |= {"shape": {"N": 2}, "floor": {"bound": "memory"}, "contenders": contenders}
-    return {
-        "format": tables.FORMAT,
-        "started": started,
-        "quick": quick,
-        "commit": "abc",
-        "threads": 2,
-        "machine": {"processor": "P", **gpu},
-        "versions": {"torch": "2"},
-        "records": [record, {"case": "b", "suite": None, "error": "out of memory"}],
-    }
-
-
-@pytest.fixture
-def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "RESULTS", tmp_path)
-    (tmp_path / "p").mkdir()
-    for name, result in {
-        "2026-01-02.json": recorded(0.002, "2026-01-02"),
-        "2026-01-01.json": recorded(0.001, "2026-01-01"),
-        "2026-01-03-quick.json": recorded(0.003, "2026-01-03", quick=True),
-    }.items():
-        (tmp_path / "p" / name).write_text(json.dumps(result))
-    return tmp_path
-
-
-def test_tables_are_filled_with_the_newest_full_run(results):
-    text = "before <!-- results: cpu operators -->old<!-- end --> <!-- results: gpu operators --><!-- end --> after"
-    filled = plots.filled(text)
-    assert "| relaxed_stats · M float32 · N 2 | native | 2 ms | 1.50 | 4 | - | - | 0.25 |" in filled
-    assert "old" not in filled
-    assert filled.startswith("before <!--")
-    assert "<!-- results: gpu operators -->\n\nnot measured\n\n<!-- end --> after" in filled
-    assert plots.filled(filled) == filled
-
-
-def test_a_gpu_has_tables_of_its_own(results):
-    (results / "g").mkdir()
-    (results / "g" / "x.json").write_text(json.dumps(recorded(0.004, "2026-01-04", gpu={"name": "GPU 1"})))
-    assert "4 ms" in plots.section("gpu", "operators")
-    assert "GPU 1" in plots.section("gpu", "operators")
-    assert "4 ms" not in plots.section("cpu", "operators")
-
-
-def test_a_marker_of_an_unknown_table_is_refused(results):
-    with pytest.raises(ValueError, match="must name one of"):
-        plots.filled("<!-- results: tpu operators --><!-- end -->")
-
-
-def test_pictures_are_drawn(results):
-    records = plots.newest_records(plots.runs(results / "p"))
-    assert [path.name for path in plots.draw("p", records, results / "p")] == [f"{n}.png" for n in plots.PICTURES]
-    assert all(path.stat().st_size > 5000 for path in (results / "p").glob("*.png"))
-
-
-def test_the_readme_says_what_the_results_say():
-    assert plots.filled(plots.README.read_text()) == plots.README.read_text(), "run python benchmarks/plots.py"
-
-
-def test_a_disturbed_case_has_a_star():
-    (record, _) = recorded(0.001, "x")["records"]
-    assert "*" not in tables.operator_cells(record)[3]
-    record["contenders"]["eager"] |= {"clean": 0, "context_switches": 9}
-    assert "*" in tables.operator_cells(record)[3]
+# what a run writes
 
 
 def test_results_are_never_overwritten(tmp_path, monkeypatch):
@@ -325,14 +299,25 @@ def test_bench_hands_its_options_over(monkeypatch, tmp_path):
     parsed = run.parse(command[2:])
     assert (parsed.suite, parsed.only, parsed.quick, parsed.threads) == (["dto", "operators"], "x", True, 2)
     assert parsed.output == tmp_path / "o.json"
-    assert set(cli_bench._SUITES) == set(run.SUITES)
 
 
 def test_bench_needs_a_checkout(tmp_path):
     with pytest.raises(FileNotFoundError, match="needs a source checkout"):
         cli_bench.find_runner(tmp_path)
-    result = CliRunner().invoke(cli.app, ["bench", "--suite", "speed"])
-    assert "--suite is 'speed'; use operators, dto, generate" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "speed"], "invalid choice: 'speed'"),
+        (["--threads", "0"], "'0' is not a whole number of at least 1"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        run.parse(arguments)
+    assert exit_status.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_pytest_benchmark_stores_the_same_samples(tmp_path):
@@ -347,16 +332,6 @@ def test_pytest_benchmark_stores_the_same_samples(tmp_path):
     figures = entry["extra_info"]["contenders"]["native"]
     assert entry["stats"]["median"] == pytest.approx(figures["median_ms"] / 1e3)
     assert entry["stats"]["min"] == pytest.approx(figures["fastest_ms"] / 1e3)
-
-
-def test_what_the_gpu_script_left_is_one_table(tmp_path):
-    (tmp_path / "operators.json").write_text(json.dumps(recorded(0.002, "x")))
-    (tmp_path / "status.tsv").write_text("build\tok\t93\nsanitize\tfailed, exit status 1\t40\n")
-    console = Console(width=120, record=True)
-    console.print(tables.overview(tmp_path))
-    shown = " ".join(console.export_text().split())
-    for expected in ("native │ 2 ms │ 1.50 │ 4 │ 0.25", "out of memory", "build │ ok │ 93 s", "failed, exit status 1"):
-        assert expected in shown
 
 
 @pytest.mark.parametrize(

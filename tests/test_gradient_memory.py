@@ -1,15 +1,18 @@
-"""Peak extra memory of one gradient evaluation on SmolLM2, against the published schedule's in the same run."""
+"""Peak memory of an optimisation's first step on SmolLM2, against the published schedule's in the same run."""
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "evaluation_memory.py"
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import cases
+import test_bench_dto
+from tables import CHECKPOINTED, memory_share
 
 pytestmark = [
     pytest.mark.slow,
@@ -18,10 +21,7 @@ pytestmark = [
 
 
 @pytest.mark.timeout(600)
-def test_an_evaluation_takes_a_tenth_of_the_published_schedules_memory(tmp_path: Path) -> None:
-    output = tmp_path / "memory.json"
-    command = [sys.executable, str(BENCHMARK), "--output", str(output), "--ahead", "512", "--repeats", "1"]
-    subprocess.run(command, check=True, capture_output=True)
-    over = json.loads(output.read_text())["ours_over"]
-    assert over["nabla_fast"]["published_optimisation"] < 0.5
-    assert over["nabla_fast_checkpointed"]["published_optimisation"] < 0.1
+def test_a_step_takes_a_tenth_of_the_published_schedules_memory():
+    record = test_bench_dto.measure_dto(cases.Setting(torch.device("cpu")), 512, "one", steps=1)
+    assert 0 < memory_share(record, "published") < 0.5
+    assert 0 < memory_share(record, "published", CHECKPOINTED) < 0.1

@@ -1,16 +1,19 @@
-"""`nabla-fast generate --profile`: what it writes, and what it refuses."""
+"""`--profile` of `nabla-fast generate` and `nabla-fast eval`: what it writes, and what it refuses."""
 
 from __future__ import annotations
 
 import gzip
+import json
 
 import pytest
-from tiny_models import tiny_language_model, tiny_reward_model, tiny_tokenizer
+import torch
+from tiny_models import save_pair, tiny_language_model, tiny_reward_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 import nabla_fast as nf
 from nabla_fast import cli, profiling
-from nabla_fast.stats import PHASES, STEPS, SequenceStats
+from nabla_fast.evaluation import runner
+from nabla_fast.stats import PHASES, STEPS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,9 +36,8 @@ def test_a_profile_names_the_phases(tmp_path):
 
 
 def test_the_table_adds_up():
-    totals = SequenceStats()
-    totals.seconds.update({"rollout": 3.0, "dto": 1.0})
-    lines = profiling.phase_table(totals).splitlines()
+    seconds = dict.fromkeys(PHASES, 0.0) | {"rollout": 3.0, "dto": 1.0}
+    lines = profiling.phase_table(seconds).splitlines()
     assert lines[1].split() == ["1", "roll", "out", "3.000", "75.0%"]
     assert lines[-1].split() == ["total", "4.000"]
     assert len(lines) == len(PHASES) + 2
@@ -48,3 +50,84 @@ def test_a_file_in_the_way_is_found_before_the_models_load(tmp_path, monkeypatch
         result = CliRunner().invoke(cli.app, ["generate", "--bundled", "--profile", str(path)])
         assert isinstance(result.exception, NotADirectoryError)
         assert "--profile" in str(result.exception)
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory):
+    """Options of a small evaluation of three problems."""
+    home = tmp_path_factory.mktemp("evaluation")
+    model, reward_model = save_pair(home, dtype=torch.float64)
+    task = home / "sums.jsonl"
+    task.write_text("".join(json.dumps({"prompt": f"what is {i} + 2", "answer": i + 2}) + "\n" for i in range(3)))
+    fast = ("--max-new-tokens", "5", "--max-iters", "2", "--gradient-threshold", "none", "--dtype", "float64")
+    models = ("--model", str(model), "--reward-model", str(reward_model))
+    return ["eval", "--task", str(task), "--methods", "greedy,best-of-n,nabla", "--n", "3,2", *models, *fast]
+
+
+def answers(directory):
+    lines = (directory / runner.RESULTS).read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "phases")} for line in lines]
+
+
+def test_an_evaluation_is_profiled_apart_from_its_results(evaluation, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "PROFILED_TOKENS", 3)
+    traced = []
+    original = runner.Worker.run
+
+    def run(worker, piece):
+        if torch.autograd._profiler_enabled():
+            traced.append((piece.arm.label, [problem.id for problem in piece.problems], worker._config.max_new_tokens))
+        return original(worker, piece)
+
+    monkeypatch.setattr(runner.Worker, "run", run)
+    for name, profile in (("plain", []), ("profiled", ["--profile", str(tmp_path / "profile")])):
+        result = CliRunner().invoke(cli.app, [*evaluation, "--out", str(tmp_path / name), *profile])
+        assert result.exit_code == 0, result.output
+    assert answers(tmp_path / "profiled") == answers(tmp_path / "plain")
+    first = [record["problem"] for record in answers(tmp_path / "plain")][: runner.PROFILED_PROBLEMS]
+    assert traced
+    assert {label for label, _, _ in traced} == {"greedy", "best-of-n 2", "nabla 2"}
+    assert {problem for _, problems, _ in traced for problem in problems} == set(first)
+    assert {tokens for _, _, tokens in traced} == {3}
+    trace = gzip.decompress((tmp_path / "profile" / profiling.TRACE).read_bytes()).decode()
+    for name in ("greedy", "best-of-n 2", "nabla 2", STEPS["rollout"], STEPS["gradient"]):
+        assert f'"{name}"' in trace
+    phases = (tmp_path / "profile" / profiling.PHASE_TABLE).read_text()
+    for label in ("greedy", "best-of-n 2", "best-of-n 3", "nabla 2", "nabla 3"):
+        assert f"{label}\nphase" in phases
+    assert "aten::" in (tmp_path / "profile" / profiling.OPERATOR_TABLE).read_text()
+
+
+def test_seconds_of_an_evaluation_add_up_by_method():
+    def record(method, n, **seconds):
+        return {"method": method, "n": n, "phases": dict.fromkeys(PHASES, 0.0) | seconds}
+
+    failed = {"method": "nabla", "n": 2, "error": "out of memory"}
+    some = [record("greedy", 1, rollout=1.0), record("nabla", 2, dto=2.0), record("greedy", 1, rollout=3.0), failed]
+    greedy, nabla = runner.phase_tables(some).split("\n\n")
+    assert greedy.splitlines()[0] == "greedy"
+    assert greedy.splitlines()[-1].split() == ["total", "4.000"]
+    assert nabla.splitlines()[0] == "nabla 2"
+    assert nabla.splitlines()[-1].split() == ["total", "2.000"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (["--profile", "FILE"], NotADirectoryError, "--profile"),
+        (["--profile", "new", "--engine", "ray"], ValueError, "--profile is new, but --engine is ray"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_profiled_is_refused(evaluation, tmp_path, monkeypatch, options, error, message):
+    monkeypatch.setattr(runner, "open_run", lambda *_: pytest.fail("a run was begun"))
+    (tmp_path / "file").write_text("")
+    given = [str(tmp_path / "file") if option == "FILE" else option for option in options]
+    result = CliRunner().invoke(cli.app, [*evaluation, "--out", str(tmp_path / "out"), *given])
+    assert isinstance(result.exception, error), result.output
+    assert message in str(result.exception)
+
+
+def test_help_says_how_much_of_an_evaluation_is_traced():
+    shown = " ".join(CliRunner().invoke(cli.app, ["eval", "--help"], env={"COLUMNS": "200"}).output.split())
+    assert f"first {runner.PROFILED_PROBLEMS} problems" in shown
+    assert f"{runner.PROFILED_TOKENS} tokens at most" in shown

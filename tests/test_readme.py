@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -46,3 +47,23 @@ def test_the_sentences_on_smollm2():
     said = "reaches {:.0f} % in {:.0f} model calls, Best-of-4 {:.0f} % in {:.0f} and Best-of-8 {:.0f} % in {:.0f}"
     assert said.format(*told) in text
     assert f"({points(found, 'latents-rollout 8', 'latents-rollout-control 8')} points," in text
+
+
+def speed() -> str:
+    """The section on speed, without its tables."""
+    (section,) = re.findall(
+        r"^## Speed and quality\n(.*?)^## ", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    return " ".join(re.sub(r"<!-- results: .*?<!-- end -->", "", section, flags=re.DOTALL).split())
+
+
+def test_the_sentence_on_the_demos_reward_model():
+    found = json.loads((RESULTS.parent / "reward_smollm2.json").read_text())["products"]
+    said = "Best-of-8 by it is right {:.0f} % of the time, greedy decoding {:.0f} %"
+    assert said.format(100 * found["best_of_8"], 100 * found["greedy"]) in speed()
+
+
+def test_no_other_figure_of_speed_stands_outside_a_table():
+    figure = r"\d[\d.,]* ?(?:%|×|(?:[MG]iB|µs|ms|s|seconds|minutes|times)\b)"
+    assert re.findall(figure, "in 3 s, 1.5× and 7 times as fast, 604 MiB") == ["3 s", "1.5×", "7 times", "604 MiB"]
+    assert re.findall(figure, speed()) == ["93 %", "59 %"], "those of the reward model"

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch.profiler import record_function
+
+from nabla_fast import profiling
 from nabla_fast.config import NablaConfig
 from nabla_fast.evaluation.journal import Journal, Record, write_json
 from nabla_fast.evaluation.methods import MAX_ROLLOUTS, METHODS, Models
 from nabla_fast.evaluation.tasks import Problem, Task
 from nabla_fast.evaluation.worker import Arm, Piece, Worker
+from nabla_fast.stats import PHASES
 
 CONFIG = "config.json"
 RESULTS = "results.jsonl"
 SUMMARY = "summary.json"
+# What is traced: a trace of a whole evaluation would have gigabytes.
+PROFILED_PROBLEMS, PROFILED_TOKENS = 2, 64
 
 Key = tuple[str, int, int, str]
 """(method, n, seed, problem id)."""
@@ -192,6 +198,32 @@ def evaluate(
             if on_record is not None:
                 on_record(record)
     return latest(journal.records)
+
+
+def trace(models: Models, task: Task, plan: Plan, directory: Path) -> None:
+    """Writes a profile of the first problems by every method at its smallest n, their answers cut short.
+
+    They are decoded for it alone: what the profiler takes is in no result.
+    """
+    smallest = {arm.method: arm for arm in sorted(plan.arms, key=lambda arm: -arm.n)}
+    config = plan.config.replace(max_new_tokens=min(PROFILED_TOKENS, plan.config.max_new_tokens))
+    few = replace(plan, arms=tuple(smallest.values()), config=config)
+    worker = Worker(models, task, config, plan.batch_size)
+    with profiling.tracing(directory):
+        for piece in pieces(few, plan.seeds[0], task.problems[:PROFILED_PROBLEMS], ()):
+            with record_function(piece.arm.label):
+                for _ in worker.run(piece):
+                    pass
+
+
+def phase_tables(records: Sequence[Record]) -> str:
+    """Seconds per phase of every method at every n, as text; answers that failed before they were graded have none."""
+    arms: dict[Arm, dict[str, float]] = {}
+    for record in records:
+        seconds = arms.setdefault(Arm(record["method"], record["n"]), dict.fromkeys(PHASES, 0.0))
+        for phase, own in record.get("phases", {}).items():
+            seconds[phase] += own
+    return "\n".join(f"{arm.label}\n{profiling.phase_table(seconds)}" for arm, seconds in arms.items())
 
 
 def left_to_do(plan: Plan, task: Task, journal: Journal, *, retry_failed: bool = False) -> Iterator[Piece]:
