@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import nabla_fast as nf
 from nabla_fast.cli_models import quiet_transformers
 from nabla_fast.generate import Pair, make_pair
 from nabla_fast.models.chat import Message
-from nabla_fast.rollout import Rollout, RolloutBackend, StopRule
+from nabla_fast.rollout import Rollout, RolloutBackend, RolloutStream, Start, StopRule, rollout
 from nabla_fast.sampling import Context
 
 _TEMPLATE = (
@@ -31,12 +31,17 @@ class Replay:
         self.source = source
         self.drawn: dict[tuple[tuple[int, ...], tuple[int, ...], int], Rollout] = {}
 
-    def rollout(self, contexts: Sequence[Context], sampling: nf.Sampling, stop: StopRule) -> list[Rollout]:
-        """See `RolloutBackend.rollout`."""
+    def open(self, sampling: nf.Sampling, stop: StopRule) -> RolloutStream:
+        """See `RolloutBackend.open`."""
+        return _AtOnce(lambda starts: self._replay(starts, sampling, stop))
+
+    def _replay(self, starts: Sequence[Start], sampling: nf.Sampling, stop: StopRule) -> list[Rollout]:
+        contexts = [start.context for start in starts]
         keys = [(context.prompt_ids, context.response, context.seed) for context in contexts]
         missing = [i for i, key in enumerate(keys) if key not in self.drawn]
-        new = self.source.rollout([contexts[i] for i in missing], sampling, stop) if missing else []
-        self.drawn.update({keys[i]: rollout for i, rollout in zip(missing, new, strict=True)})
+        # Without tracks, so that neither side gets keys and values that it has not paid for.
+        new = rollout(self.source, [Start(contexts[i]) for i in missing], sampling, stop)
+        self.drawn.update({keys[i]: drawn for i, drawn in zip(missing, new, strict=True)})
         return [self.drawn[key] for key in keys]
 
 
@@ -50,9 +55,9 @@ class RandomRollouts:
     def __init__(self, pair: Pair) -> None:
         self.weight = pair.language_model.head.weight
 
-    def rollout(self, contexts: Sequence[Context], sampling: nf.Sampling, stop: StopRule) -> list[Rollout]:
-        """See `RolloutBackend.rollout`."""
-        return [self._one(context) for context in contexts]
+    def open(self, sampling: nf.Sampling, stop: StopRule) -> RolloutStream:
+        """See `RolloutBackend.open`."""
+        return _AtOnce(lambda starts: [self._one(start.context) for start in starts])
 
     def _one(self, context: Context) -> Rollout:
         vocabulary, width = self.weight.shape
@@ -61,6 +66,25 @@ class RandomRollouts:
         tokens = torch.randint(len(_SPECIAL), vocabulary, (context.limit - begin,), generator=generator, device=device)
         latents = torch.randn(len(tokens), width, generator=generator, device=device)
         return Rollout(tokens, latents.to(self.weight.dtype))
+
+
+class _AtOnce:
+    """A stream whose rollouts end as soon as they are asked for; ``draw`` makes those of all that were submitted."""
+
+    def __init__(self, draw: Callable[[list[Start]], list[Rollout]]) -> None:
+        self.draw = draw
+        self.submitted: list[tuple[int, Start]] = []
+
+    def submit(self, key: int, start: Start) -> None:
+        self.submitted.append((key, start))
+
+    def collect(self) -> list[tuple[int, Rollout]]:
+        submitted, self.submitted = self.submitted, []
+        drawn = self.draw([start for _, start in submitted])
+        return [(key, rollout) for (key, _), rollout in zip(submitted, drawn, strict=True)]
+
+    def close(self) -> None:
+        self.submitted = []
 
 
 @dataclass

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nabla_fast.config import NablaConfig
 from nabla_fast.models.chat import Chat, conversation_frame, generation_prompt_ids
-from nabla_fast.rollout import RolloutBackend, StopRule
+from nabla_fast.rollout import RolloutBackend, Start, StopRule, rollout
 from nabla_fast.sampling import Context, Sampler, anchor_noise, gumbel, sequence_seeds
 from nabla_fast.stats import Clock, Revision, SequenceStats
 
@@ -176,7 +176,7 @@ class PublishedSchedule:
     def roll_out(self, state: State, prefix: Tensor) -> Trajectory:
         """Continues the response ids ``prefix`` to a complete, scored trajectory."""
         with self.clock.phase("rollout", [state.stats]):
-            (new,) = self.rollouts.rollout([state.context(prefix)], self.config.rollout, self.stop)
+            (new,) = rollout(self.rollouts, [Start(state.context(prefix))], self.config.rollout, self.stop)
         state.stats.rollouts += 1
         state.stats.generated_tokens += len(new.tokens)
         tokens = torch.cat([prefix, new.tokens])
