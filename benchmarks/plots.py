@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 DOCUMENTS = (HERE / "README.md", HERE.parent / "README.md")
 KINDS = ("cpu", "gpu")
-SUITES = ("operators", "dto", "generate")
+SUITES = ("operators", "dto", "generate", "rollouts")
 IMPROVEMENTS = "improvements"
 NOT_MEASURED = "not measured"
 

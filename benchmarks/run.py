@@ -42,6 +42,7 @@ SUITES = {
     ),
     "dto": ("dto",),
     "generate": ("generate",),
+    "rollouts": ("rollouts",),
 }
 
 

@@ -16,7 +16,7 @@ from tables import OURS
 Outcome = dict[str, Any]
 Side = Callable[[], Outcome]
 # What a side tells besides its time; the rest of an outcome is for this module.
-_HIDDEN = ("rollout_seconds", "result")
+_HIDDEN = ("uncharged_seconds", "result")
 
 
 def compare(sides: Mapping[str, Side], device: torch.device, *, repeats: int, again: bool) -> dict[str, Outcome]:
@@ -24,7 +24,7 @@ def compare(sides: Mapping[str, Side], device: torch.device, *, repeats: int, ag
 
     Args:
         sides: name → a run, which returns its counters, ``result`` (a tensor that should be the same for all) and,
-            where there were rollouts, ``rollout_seconds``, which are not charged.
+            where some of its time is not to be charged, ``uncharged_seconds``.
         repeats: runs of each side, in turn.
         again: whether to run each side once more: on a CPU for its peak memory, on a GPU, which tells that of every
             run, to count how often the host waited for it.
@@ -90,7 +90,7 @@ def _timed(side: Side, device: torch.device) -> tuple[Outcome, Sample]:
     outcome = side()
     if on_gpu:
         torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - start - outcome.get("rollout_seconds", 0.0)
+    seconds = time.perf_counter() - start - outcome.get("uncharged_seconds", 0.0)
     if on_gpu:
         return {**outcome, "peak_bytes": torch.cuda.max_memory_allocated(device) - before}, Sample(seconds)
     return outcome, watch.sample(seconds)

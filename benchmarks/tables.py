@@ -18,6 +18,7 @@ FORMAT = 1
 """Of the files in results/<machine>/; other tools' files in results/ have none."""
 OURS = "nabla_fast"
 NO_CACHE, CHECKPOINTED = f"{OURS}, no cache", f"{OURS}, checkpointed"
+ALONE, NO_DRAFTS = "one after the other", "without drafts"
 """What the package as a whole goes by where it is a contender, and variants of its settings."""
 OPERATOR_COLUMNS = ("case", "ours", "time", "time/floor", "× eager", "× compiled", "× library", "memory")
 BRIEF_COLUMNS = ("× eager", "× compiled", "memory")
@@ -25,6 +26,10 @@ _OF_THE_MODEL = ("V", "d", "d_r")
 SIDE_COLUMNS = (
     *("case", "nabla_fast", "without cache", "published", "times faster", "memory"),
     *("checkpointed: time", "memory of that", "gradients", "host waits", "difference"),
+)
+ROLLOUT_COLUMNS = (
+    *("case", "nabla_fast", "other", "time", "times faster", "tokens"),
+    *("calls per token", "accepted per call", "difference"),
 )
 
 
@@ -102,6 +107,25 @@ def side_cells(record: Record) -> list[str]:
     ]
 
 
+def rollout_cells(record: Record) -> list[str]:
+    """One cell for each of `ROLLOUT_COLUMNS`."""
+    contenders = record["contenders"]
+    (other,) = (name for name in contenders if name != OURS)
+    ours = contenders[OURS]
+    calls = ours.get("calls")
+    return [
+        label(record),
+        milliseconds(ours["median_ms"]),
+        other,
+        milliseconds(contenders[other]["median_ms"]),
+        factor(times_faster(record, other)) + ("" if clean(record) else " *"),
+        str(ours["tokens"]),
+        factor(calls and calls / ours["tokens"]),
+        factor(calls and ours["accepted"] / calls),
+        share(contenders[other]["error"]),
+    ]
+
+
 def clean(record: Record) -> bool:
     """Whether everybody had the cores, or the GPU kept the time; otherwise a star stands beside the ratio."""
     return all(contender["clean"] > 0 for contender in record["contenders"].values())
@@ -109,7 +133,10 @@ def clean(record: Record) -> bool:
 
 def columns_and_rows(records: list[Record], suite: str) -> tuple[tuple[str, ...], list[list[str]]]:
     """The table of one suite; columns of which nothing is known are left out."""
-    columns, cells = (OPERATOR_COLUMNS, operator_cells) if suite == "operators" else (SIDE_COLUMNS, side_cells)
+    columns, cells = {
+        "operators": (OPERATOR_COLUMNS, operator_cells),
+        "rollouts": (ROLLOUT_COLUMNS, rollout_cells),
+    }.get(suite, (SIDE_COLUMNS, side_cells))
     rows = [cells(record) for record in records if record["suite"] == suite]
     known = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
     return tuple(columns[i] for i in known), [[row[i] for i in known] for row in rows]

@@ -68,7 +68,7 @@ def _outcome(stats: list[Any], tokens: list[torch.Tensor]) -> Outcome:
     return {
         **{name: counters[name] for name in _COUNTED},
         "seconds": {phase: seconds for phase, seconds in totals.seconds.items() if phase != "rollout"},
-        "rollout_seconds": totals.seconds["rollout"],
+        "uncharged_seconds": totals.seconds["rollout"],
         "result": torch.cat(tokens),
     }
 

@@ -1,0 +1,162 @@
+"""Rollouts: eight prompts together against one after the other, and a decode's rollouts with and without drafts.
+
+On a CPU with SmolLM2 and its reward model in float32; both sides of a case give the same tokens. On a GPU the models
+have random weights, whose rollouts follow no draft, so there the first comparison is all there is.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from cases import Case, Record, Setting
+from pairs import Loaded, numbered_chat
+from sides import Outcome, compare, side_record
+from tables import ALONE, NO_DRAFTS, OURS
+from test_bench_dto import load
+
+import nabla_fast as nf
+from nabla_fast.decoder import Decoder, Sequence
+from nabla_fast.generate import stop_rule
+from nabla_fast.models.chat import generation_prompt_ids
+from nabla_fast.objective import Conversation, Objective
+from nabla_fast.rollout import HFRollout, Rollout, RolloutStream, Start, rollout
+from nabla_fast.sampling import Context, Sampler, sequence_seeds
+
+DRAFT_TOKENS = 8
+# Arithmetic with its steps, and open questions.
+QUESTIONS = (
+    "What is 47 times 6? Write the steps.",
+    "What is the greatest common divisor of 84 and 36? Explain how you found it.",
+    "A box holds 12 eggs. How many eggs are in 7 boxes, if 5 are broken?",
+    "How many times does the letter r appear in strawberry? Spell the word.",
+    "Why is the sky blue?",
+    "Give me three tips for better sleep.",
+    "Explain what a hash table is.",
+    "Write a short story about a fox.",
+)
+
+
+def prompts(loaded: Loaded, chats: list[Any]) -> list[tuple[int, ...]]:
+    return [tuple(generation_prompt_ids(loaded.pair.tokenizer, chat)) for chat in chats]
+
+
+def together(loaded: Loaded, chats: list[Any], config: nf.NablaConfig, at_once: int) -> Outcome:
+    """First rollouts of all prompts, ``at_once`` of them in a batch."""
+    ids = prompts(loaded, chats)
+    starts = [
+        Start(Context(prompt, (), seed, config.max_new_tokens))
+        for prompt, seed in zip(ids, sequence_seeds(config.seed, ids), strict=True)
+    ]
+    backend, stop = HFRollout(loaded.pair.language_model), stop_rule(loaded.pair, config)
+    drawn = [
+        one
+        for begin in range(0, len(starts), at_once)
+        for one in rollout(backend, starts[begin : begin + at_once], config.rollout, stop)
+    ]
+    return {"tokens": sum(len(one.tokens) for one in drawn), "result": torch.cat([one.tokens for one in drawn]).cpu()}
+
+
+class Proposals:
+    """A back end that counts what its rollouts but the first of each sequence took; its own stream."""
+
+    def __init__(self, backend: HFRollout) -> None:
+        self.backend = backend
+        self.counted: dict[str, int] = dict.fromkeys(("tokens", "calls", "drafted", "accepted"), 0)
+        self.proposals: set[int] = set()
+
+    def open(self, sampling: nf.Sampling, stop: Any) -> Proposals:
+        self.stream: RolloutStream = self.backend.open(sampling, stop)
+        return self
+
+    def submit(self, key: int, start: Start) -> None:
+        if start.context.response:
+            self.proposals.add(key)
+        self.stream.submit(key, start)
+
+    def collect(self) -> list[tuple[int, Rollout]]:
+        ended = self.stream.collect()
+        for key, drawn in ended:
+            if key in self.proposals:
+                self.counted["tokens"] += len(drawn.tokens)
+                for name in ("calls", "drafted", "accepted"):
+                    self.counted[name] += getattr(drawn, name)
+        return ended
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+def decode(loaded: Loaded, chats: list[Any], config: nf.NablaConfig) -> Outcome:
+    """A whole decode; its rollouts alone are charged."""
+    pair = loaded.pair
+    ids = prompts(loaded, chats)
+    sequences = [
+        Sequence(i, Conversation(prompt, pair.reward_model.chat_frame(chat), config.max_new_tokens), seed)
+        for i, (prompt, chat, seed) in enumerate(zip(ids, chats, sequence_seeds(config.seed, ids), strict=True))
+    ]
+    rollouts = Proposals(HFRollout(pair.language_model, draft_tokens=config.draft_tokens))
+    with torch.no_grad():
+        objective = Objective(pair.language_model, pair.reward_model, config)
+        Decoder(objective, rollouts, Sampler(), stop_rule(pair, config)).decode(sequences)
+    totals = nf.stats.Stats([s.stats for s in sequences]).totals
+    return {
+        **rollouts.counted,
+        "rollouts": totals.rollouts,
+        "uncharged_seconds": sum(seconds for phase, seconds in totals.seconds.items() if phase != "rollout"),
+        "result": torch.cat([s.current.tokens for s in sequences]),
+    }
+
+
+def measure_rollouts(setting: Setting, name: str, chats: list[Any], sides: dict[str, Any], shape: Any) -> Record:
+    """``sides`` are functions of a pair and chats."""
+    loaded, _ = load(setting.device)
+    for side in sides.values():  # first calls choose kernels
+        side(loaded, chats[:1])
+    made = {who: functools.partial(side, loaded, chats) for who, side in sides.items()}
+    figures = compare(made, setting.device, repeats=1 if setting.quick else 3, again=False)
+    dtype = loaded.models.language_model.dtype
+    return side_record("rollouts", name, loaded.name, dtype, {"prompts": len(chats), **shape}, figures)
+
+
+def cases(setting: Setting) -> list[Case]:
+    def case(name: str, *arguments: Any) -> Case:
+        return Case(f"rollouts-{name}", functools.partial(measure_rollouts, setting, *arguments))
+
+    on_cpu = setting.device.type == "cpu"
+    tokens = 8 if setting.quick else 64
+    ends = {} if on_cpu else {"eos_token_ids": ()}
+    config = nf.NablaConfig(max_new_tokens=tokens, **ends)
+    asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    chats = asked if on_cpu else [numbered_chat(i) for i in range(16)]
+    chats = chats[:2] if setting.quick else chats
+    sides = {
+        OURS: functools.partial(together, config=config, at_once=len(chats)),
+        ALONE: functools.partial(together, config=config, at_once=1),
+    }
+    both = [case("together", "first rollouts together", chats, sides, {"tokens": tokens})]
+    if on_cpu:
+        # Settings under which most rollouts are proposals, from positions all over the answer.
+        tokens, rollouts = (12, 3) if setting.quick else (96, 6)
+        config = nf.NablaConfig(
+            max_new_tokens=tokens,
+            max_rollouts=rollouts,
+            anchor="rollout",
+            learning_rate=0.1,
+            reward_coeff=5.0,
+            gradient_threshold=None,
+        )
+        for at_once in (1, 8):
+            own = config.replace(max_batch_size=at_once)
+            sides = {
+                OURS: functools.partial(decode, config=own.replace(draft_tokens=DRAFT_TOKENS)),
+                NO_DRAFTS: functools.partial(decode, config=own.replace(draft_tokens=0)),
+            }
+            shape = {"at once": at_once, "tokens": tokens, "rollouts": rollouts}
+            both.append(case(f"drafts-{at_once}", "a decode's rollouts", asked[: len(chats)], sides, shape))
+    return both
+
+
+def test_rollouts(case, measured):
+    measured(case)
