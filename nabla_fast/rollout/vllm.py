@@ -34,7 +34,7 @@ class VLLMRollout:
         language_model: computes the latents.
         engine: the server's URL, or a `VLLMServer` or `nabla_fast.rollout.vllm_engine.VLLMEngine`.
         tolerance: nats by which log-probabilities of vLLM's and the language model's may differ on average, see
-            `require_same_model`. Half precision takes a few hundredths.
+            `require_same_model`. Half precision took 0.1 with SmolLM2, 4 bits per weight 1.4.
 
     Raises:
         ValueError: if the URL is none.
