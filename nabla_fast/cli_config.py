@@ -13,6 +13,7 @@ import typer
 from nabla_fast.config import NablaConfig, Sampling
 
 _SAMPLING_FIELDS = ("rollout", "resample")
+_KINDS: dict[str, Any] = {"int": int, "float": float, "str": str}
 
 
 class _Off:
@@ -71,10 +72,10 @@ def _option(name: str, kind: str, default: Any, text: str) -> inspect.Parameter:
     elif kind.startswith("tuple"):
         annotation = Annotated[(list[int] if "int" in kind else list[str]) | None, typer.Option(flag, **extra)]
     elif kind.endswith("| None"):
-        parse = _or_none(int if kind.startswith("int") else float)
+        parse = _or_none(_KINDS[kind.split()[0]])
         annotation = Annotated[Any, typer.Option(flag, parser=parse, metavar=kind.split()[0].upper(), **extra)]
     else:
-        annotation = Annotated[{"int": int, "float": float, "str": str}[kind] | None, typer.Option(flag, **extra)]
+        annotation = Annotated[_KINDS[kind] | None, typer.Option(flag, **extra)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

@@ -142,7 +142,7 @@ _Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16, float32 or f
 _Attention = Annotated[str, typer.Option(help="auto, flash_attention_2, sdpa or eager.", rich_help_panel=_MODELS)]
 
 
-@partial(with_config_options, without=("seed",))
+@partial(with_config_options, without=("seed", "max_batch_size"))
 def evaluate(
     task: _Task = None,
     task_option: _TaskOption = None,

@@ -20,6 +20,7 @@ from rich.text import Text
 from nabla_fast import baselines, profiling
 from nabla_fast.config import NablaConfig
 from nabla_fast.generate import NablaOutput, generate
+from nabla_fast.rollout import RolloutError, ServerLostError
 
 if TYPE_CHECKING:
     from nabla_fast.evaluation.journal import Journal
@@ -167,8 +168,20 @@ def answer(
         if compare_greedy:
             greedy = _under_progress("greedy", baselines.greedy, models, questions, config)
         method = generate if profile is None else partial(profiling.profile, profile, generate)
-        refined = _under_progress("∇-Reasoner", method, models, questions, config)
+        try:
+            refined = _under_progress("∇-Reasoner", method, models, questions, config)
+        except RolloutError as error:
+            _show_unfinished(questions, error, models[1])
+            raise
     return Outcome(questions, config, refined, greedy, models[1])
+
+
+def _show_unfinished(questions: list[Any], error: RolloutError, tokenizer: Any) -> None:
+    """Prints what a decode had come to when its rollouts were lost."""
+    for question, tokens, committed in zip(questions, error.responses, error.committed, strict=False):
+        _out.print(Panel(Text(_text(question)), title="question", title_align="left"))
+        title = f"unfinished: {len(committed)} of {len(tokens)} tokens are committed"
+        _out.print(Panel(Text(tokenizer.decode(tokens, skip_special_tokens=True)), title=title, title_align="left"))
 
 
 def evaluate(
@@ -211,7 +224,7 @@ def evaluate(
         with warnings.catch_warnings(), bars.progress:
             warnings.showwarning = _show_warning
             records = engine(retry_failed=retry_failed, on_record=bars.on_record)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ServerLostError):
         done, total = len(runner.latest(journal.records)), len(plan.keys(task.problems))
         _err.print(f"stopped with {done} of {total} answers in {out}; the same command goes on from there")
         raise

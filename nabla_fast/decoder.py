@@ -163,6 +163,7 @@ class Decoder:
         All but its last token belong to the current trajectory, whose latents are kept.
         """
         sequence.prefix = prefix
+        self._announce("rollout", [sequence])
         current = [] if sequence.trajectory is None else [tuple(sequence.current.tokens.tolist())]
         earlier = (*current, *(tokens for tokens in reversed(sequence.drawn) if tokens not in current))
         track = self.objective.language_track(sequence.conversation)
@@ -170,7 +171,7 @@ class Decoder:
 
     def receive(self, rolling: dict[int, Sequence], stream: RolloutStream) -> list[Sequence]:
         """Waits for rollouts to end, which makes complete, scored trajectories; the sequences they are of."""
-        with self._phase("rollout", list(rolling.values())):
+        with self.objective.clock.phase("rollout", [s.stats for s in rolling.values()]):
             ended = stream.collect()
         sequences = [rolling.pop(index) for index, _ in ended]
         drawn = [rollout for _, rollout in ended]

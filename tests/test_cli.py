@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny_models import save_pair
+from tiny_models import save_pair, tiny_tokenizer
 from typer.testing import CliRunner
 
 import nabla_fast as nf
@@ -40,6 +40,25 @@ def test_generate_prints_answer_reward_and_tables(pair):
         assert expected in done.stdout
     assert "tokens" in done.stderr, "no progress bar"
     assert "Traceback" not in done.stderr
+
+
+def test_what_was_decoded_is_shown_when_the_rollouts_are_lost(monkeypatch, capsys):
+    from nabla_fast import console
+    from nabla_fast.rollout import ServerLostError
+
+    def lose(*_, **__):
+        error = ServerLostError("vllm_url 'x' cannot be reached")
+        error.committed, error.responses = ((5, 6), ()), ((5, 6, 7), ())
+        raise error
+
+    monkeypatch.setattr(console, "generate", lose)
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ServerLostError):
+        console.answer((None, tokenizer, None, None), ["one", "two"], nf.NablaConfig(), compare_greedy=False)
+    shown = capsys.readouterr().out
+    assert "2 of 3 tokens are committed" in shown
+    assert tokenizer.decode([5, 6, 7]) in shown
+    assert "0 of 0 tokens are committed" in shown
 
 
 def test_json_holds_what_the_library_returns(pair, tmp_path):

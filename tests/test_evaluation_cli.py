@@ -135,6 +135,19 @@ def test_an_interrupt_is_told_how_to_go_on(pair, problems, tmp_path, monkeypatch
     assert "stopped with 8 of 20 answers" in " ".join(done.stderr.split())
 
 
+def test_a_lost_server_is_told_how_to_go_on(pair, problems, tmp_path, monkeypatch):
+    from nabla_fast.evaluation import worker
+    from nabla_fast.rollout import ServerLostError
+
+    def lose(batch):
+        raise ServerLostError("vllm_url 'x' cannot be reached")
+
+    monkeypatch.setitem(worker.METHODS, "best-of-n", lose)
+    done = invoke("--task", problems, "--methods", "greedy,best-of-n", "--out", tmp_path / "a", *pair, *FAST)
+    assert isinstance(done.exception, ServerLostError)
+    assert "stopped with 8 of 20 answers" in " ".join(done.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -150,6 +163,7 @@ def test_an_interrupt_is_told_how_to_go_on(pair, problems, tmp_path, monkeypatch
         (("--task", "x", "--out", "o", "--demo", "--max-iters", "-1"), "max_iters must be at least 0"),
         (("--task", "x", "--out", "o", "--demo", "--device", "tpu9x"), "device is 'tpu9x'"),
         (("--task", "reasoning_gym:gcd", "--out", "o", "--demo", "--task-option", "a"), "give NAME=VALUE"),
+        (("--task", "x", "--out", "o", "--demo", "--vllm-url", "u", "--rollout-backend", "hf"), "vllm_url is 'u', but"),
         (("--compare", "a", "b", "--out", "o"), "--compare shows two finished runs"),
         (("--compare", "a", "b"), "there is no config.json in a"),
     ],
@@ -191,7 +205,7 @@ def test_help_names_every_option_and_setting():
     for name in (*own, "model", "reward-model", "demo", "split", "prompt-column", "answer-column", "json", "device"):
         assert f"--{name}" in text
     for field in dataclasses.fields(nf.NablaConfig):
-        if field.name not in ("rollout", "resample", "seed"):
+        if field.name not in ("rollout", "resample", "seed", "max_batch_size"):
             assert "--" + field.name.replace("_", "-") in text
 
 

@@ -26,6 +26,7 @@ from nabla_fast.evaluation.journal import Journal, read_records
 from nabla_fast.evaluation.methods import Answer
 from nabla_fast.evaluation.runner import Arm, describe, evaluate, key, latest, make_plan, open_run, pieces
 from nabla_fast.evaluation.tasks import Problem, Task
+from nabla_fast.rollout import ServerLostError
 from nabla_fast.stats import SequenceStats
 
 SOURCE = {"model": "a", "reward_model": "b"}
@@ -249,6 +250,35 @@ def test_an_interrupt_leaves_what_can_be_continued(tmp_path, made_up):
         run(tmp_path / "stopped", task, plan)
     made_up.answer = answer
     assert by_key(run(tmp_path / "stopped", task, plan)) == expected
+
+
+def test_a_lost_server_ends_the_run_and_fails_no_problem(tmp_path, made_up):
+    task, plan = make_task([str(i) for i in range(9)]), plan_of()
+    expected = by_key(run(tmp_path / "whole", task, plan))
+    left = [4]
+
+    def lost(batch):
+        left[0] -= 1
+        if left[0] < 0:
+            raise ServerLostError("vllm_url 'x' cannot be reached")
+        return answer(batch)
+
+    made_up.answer = lost
+    with pytest.raises(ServerLostError):
+        run(tmp_path / "stopped", task, plan)
+    assert all(record["error"] is None for record in read_records(tmp_path / "stopped" / runner.RESULTS))
+    made_up.answer = answer
+    assert by_key(run(tmp_path / "stopped", task, plan)) == expected
+
+
+def test_what_changes_no_answer_may_change(tmp_path, made_up):
+    task = make_task(["a", "b"])
+    run(tmp_path / "hf", task, plan_of())
+    run(tmp_path / "hf", task, plan_of(draft_tokens=8, rollout_backend="hf"))
+    run(tmp_path / "vllm", task, plan_of(vllm_url="http://127.0.0.1:1"))
+    run(tmp_path / "vllm", task, plan_of(vllm_url="http://127.0.0.1:2", rollout_backend="vllm"))
+    with pytest.raises(ValueError, match=r"settings.rollouts is new"):
+        run(tmp_path / "hf", task, plan_of(vllm_url="http://127.0.0.1:1"))
 
 
 def test_another_configuration_is_refused_and_nothing_is_overwritten(tmp_path, made_up):

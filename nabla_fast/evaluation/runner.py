@@ -92,6 +92,7 @@ def make_plan(
         elif method == MAX_ROLLOUTS and max_rollouts is not None:
             own = [max_rollouts]
         arms += [Arm(method, value) for value in own]
+    config = config.replace(max_batch_size=batch_size)
     return Plan(tuple(arms), tuple(dict.fromkeys(seeds)), config, batch_size)
 
 
@@ -102,7 +103,11 @@ def describe(plan: Plan, task: Task, source: Mapping[str, Any]) -> dict[str, Any
         source: where the models come from and how they are run.
     """
     settings = asdict(plan.config)
-    del settings["seed"], settings["max_rollouts"]
+    # The seed and the rollouts are the arms' own; how many are decoded together, and drafts, change no answer.
+    for name in ("seed", "max_rollouts", "max_batch_size", "draft_tokens", "rollout_backend"):
+        del settings[name]
+    if settings.pop("vllm_url") is not None or plan.config.rollout_backend == "vllm":
+        settings["rollouts"] = "vllm"  # wherever it runs
     told = {
         "task": task.description,
         "arms": {arm.label: asdict(arm) for arm in plan.arms},

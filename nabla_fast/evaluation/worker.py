@@ -11,6 +11,7 @@ from nabla_fast.evaluation.grading import GradingError
 from nabla_fast.evaluation.journal import Record
 from nabla_fast.evaluation.methods import METHODS, Models, make_batch
 from nabla_fast.evaluation.tasks import Problem, Task
+from nabla_fast.rollout import ServerLostError
 from nabla_fast.sampling import sequence_seeds
 
 
@@ -68,7 +69,11 @@ class Worker:
         self._noise: dict[int, dict[str, int]] = {}
 
     def run(self, piece: Piece) -> Iterator[Record]:
-        """Records of a piece; where it fails, of its problems one by one, so that only those fail that must."""
+        """Records of a piece; where it fails, of its problems one by one, so that only those fail that must.
+
+        Raises:
+            ServerLostError: if rollouts come from a server and it is lost.
+        """
         gradable = []
         for problem in piece.problems:
             try:
@@ -83,6 +88,9 @@ class Worker:
             seeds = [self._seeds(piece.seed)[problem.id] for problem in gradable]
             batch = make_batch(self._models, gradable, seeds, self._task.grader, config, piece.arm.n, self._size)
             answers = METHODS[piece.arm.method](batch)
+        except ServerLostError:
+            # Every other problem would fail, too. The same command goes on when the server is back.
+            raise
         except Exception as error:
             if len(gradable) == 1:
                 yield _record(piece, gradable[0], error=error)

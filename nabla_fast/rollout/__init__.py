@@ -1,6 +1,15 @@
 """Where trajectories come from."""
 
-from nabla_fast.rollout.base import Rollout, RolloutBackend, RolloutError, RolloutStream, Start, StopRule, rollout
+from nabla_fast.rollout.base import (
+    Rollout,
+    RolloutBackend,
+    RolloutError,
+    RolloutStream,
+    ServerLostError,
+    Start,
+    StopRule,
+    rollout,
+)
 from nabla_fast.rollout.hf import HFRollout
 from nabla_fast.rollout.vllm import VLLMRollout
 
@@ -10,6 +19,7 @@ __all__ = [
     "RolloutBackend",
     "RolloutError",
     "RolloutStream",
+    "ServerLostError",
     "Start",
     "StopRule",
     "VLLMRollout",

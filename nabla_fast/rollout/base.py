@@ -26,6 +26,10 @@ class RolloutError(RuntimeError):
     responses: tuple[tuple[int, ...], ...] = ()
 
 
+class ServerLostError(RolloutError):
+    """A server does not answer any more, whatever it is asked."""
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a rollout begins.

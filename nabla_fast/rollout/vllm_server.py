@@ -13,7 +13,7 @@ from typing import Any
 import urllib3
 from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError, ProtocolError, TimeoutError
 
-from nabla_fast.rollout.base import RolloutError
+from nabla_fast.rollout.base import RolloutError, ServerLostError
 from nabla_fast.rollout.engine import Completion, TokenRequest
 
 _TRANSIENT = (429, 500, 502, 503, 504)
@@ -178,9 +178,10 @@ class VLLMServer:
             said = _message(response.json())
         except ValueError as error:
             raise self._no_vllm(what) from error
-        raise RolloutError(f"{self.name} {what}: {said}")
+        lost = response.status in _TRANSIENT
+        raise (ServerLostError if lost else RolloutError)(f"{self.name} {what}: {said}")
 
-    def _lost(self, error: HTTPError) -> RolloutError:
+    def _lost(self, error: HTTPError) -> ServerLostError:
         reason: BaseException | None = error
         attempts = 1
         if isinstance(error, MaxRetryError):
@@ -193,7 +194,7 @@ class VLLMServer:
             what = f"gave no sign of life for {self._read_timeout:g} s"
         else:
             what = f"broke off ({reason})"
-        return RolloutError(
+        return ServerLostError(
             f"{self.name} {what}, {attempts} attempt{'s' * (attempts > 1)}; it must be that of a running vLLM server"
         )
 
