@@ -2,8 +2,6 @@
 // tensor exists.
 #pragma once
 
-#include "vocabulary_products.h"
-
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
@@ -11,6 +9,14 @@
 #include <vector>
 
 namespace nabla_fast::cpu::CPU_CAPABILITY {
+
+// A summand of the gradient over the vocabulary: vectors (n, d_k) times table^T (V, d_k). `softcap` caps the product.
+struct GradientTerm {
+  at::Tensor vectors;
+  at::Tensor table;
+  double softcap = 0;
+  double factor = 1;  // on the capped product; fold it into the vectors where there is no cap
+};
 
 // Of the vocabulary entries of one row that were seen so far. With x = logit + soft noise and e = exp((x - max) / tau).
 struct RowState {
@@ -36,8 +42,9 @@ struct PassInput {
   int64_t vocabulary;
   std::vector<int64_t> rows;  // n of them: which rows of the (N, V) tensors below
   at::Tensor z;               // (N, V) logits, or undefined:
-  at::Tensor hidden;          // (n, d) of acc_t, the head's scale in it
+  at::Tensor hidden;          // (n, d)
   at::Tensor weight;          // (V, d)
+  double scale = 1;           // of hidden weight^T
   double softcap = 0;
   at::Tensor soft_noise;            // (N, V) or undefined
   at::Tensor hard_noise;            // (N, V) or undefined
