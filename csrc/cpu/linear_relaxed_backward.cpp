@@ -12,7 +12,8 @@ namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
 
 template <typename acc_t>
-Tensor backward(PassInput input, const Tensor& hidden, const Tensor& lse, const std::vector<GradientTerm>& terms) {
+Tensor backward(PassInput input, const Tensor& hidden, const Tensor& lse, const Tensor& mean,
+                const std::vector<GradientTerm>& terms) {
   const int64_t rows = hidden.size(0);
   Tensor result = at::empty(hidden.sizes(), hidden.options().dtype(c10::CppTypeToScalarType<acc_t>::value));
   const Tensor log_sums = lse.to(at::kDouble).contiguous();
@@ -25,6 +26,7 @@ Tensor backward(PassInput input, const Tensor& hidden, const Tensor& lse, const 
     for (const GradientTerm& term : terms) {
       input.terms.push_back({term.vectors.narrow(0, begin, count), term.table});
     }
+    if (mean.defined()) input.mean = mean.narrow(0, begin, count);
     const PassOutput output = vocabulary_pass<acc_t>(input);
     const Tensor gradients = hidden_gradient<acc_t>(output, input.tau);
     for (int64_t i = 0; i < count; ++i) {
@@ -41,12 +43,15 @@ Tensor backward(PassInput input, const Tensor& hidden, const Tensor& lse, const 
 }  // namespace
 
 Tensor linear_relaxed_backward(const Tensor& h, const Tensor& weight, double scale, double softcap, const Tensor& lse,
-                               at::TensorList vectors, at::TensorList tables, double tau) {
+                               at::TensorList vectors, at::TensorList tables, const std::optional<Tensor>& mean,
+                               double tau) {
   TORCH_CHECK(h.dim() == 2 && weight.dim() == 2 && weight.size(1) == h.size(1) && weight.size(0) > 0,
               "linear_relaxed_backward: h and weight must be (N, d) and (V, d), got ", h.sizes(), " and ",
               weight.sizes());
   TORCH_CHECK(lse.dim() == 1 && lse.size(0) == h.size(0), "linear_relaxed_backward: lse must have shape (", h.size(0),
               "), got ", lse.sizes());
+  TORCH_CHECK(!mean || mean->sizes() == lse.sizes(), "linear_relaxed_backward: mean must have shape (", h.size(0),
+              "), got ", mean ? mean->sizes() : lse.sizes());
   TORCH_CHECK(vectors.size() == tables.size() && !tables.empty(), "linear_relaxed_backward: vectors and tables must ",
               "be as many and at least one, got ", vectors.size(), " and ", tables.size());
   TORCH_CHECK_VALUE(tau > 0 && std::isnormal(static_cast<float>(1 / tau)),
@@ -68,7 +73,9 @@ Tensor linear_relaxed_backward(const Tensor& h, const Tensor& weight, double sca
   input.tau = tau;
   input.values = weight;
   input.through_cap = true;
-  return (exact ? backward<double>(input, h, lse, terms) : backward<float>(input, h, lse, terms)).mul_(scale);
+  const Tensor means = mean ? mean->to(at::kDouble).contiguous() : Tensor();
+  return (exact ? backward<double>(input, h, lse, means, terms) : backward<float>(input, h, lse, means, terms))
+      .mul_(scale);
 }
 
 }  // namespace nabla_fast::cpu::CPU_CAPABILITY
