@@ -66,7 +66,7 @@ struct Power<double> {
   static at::vec::Vectorized<double> of(const at::vec::Vectorized<double>& x) { return x.exp(); }
 };
 
-// power(x), x <= 0, but 0 for what is too far below the maximum for Power: also what would be multiplied by an infinity.
+// power(x), x <= 0, but 0 for what is too far below the maximum for Power: an infinity may be weighted with it.
 template <typename acc_t>
 at::vec::Vectorized<acc_t> power_or_zero(const at::vec::Vectorized<acc_t>& x) {
   using Vec = at::vec::Vectorized<acc_t>;

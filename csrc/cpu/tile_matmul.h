@@ -5,6 +5,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/native/CPUBlas.h>
@@ -43,6 +44,8 @@ void matmul(int64_t m, int64_t n, int64_t k, const acc_t* a, int64_t lda, const 
   }
 #endif
   constexpr auto kDtype = c10::CppTypeToScalarType<acc_t>::value;
+  // These tensors are nobody's leaves: no autograd, no view tracking, in whatever thread this runs.
+  at::AutoDispatchBelowADInplaceOrView guard;
   const auto wrap = [](const acc_t* data, int64_t rows, int64_t columns, int64_t stride) {
     return at::from_blob(const_cast<acc_t*>(data), {rows, columns}, {stride, 1}, kDtype);
   };

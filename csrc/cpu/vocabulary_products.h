@@ -12,8 +12,8 @@
 namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
 
-// Logits and gradient of n rows, a panel of rows and a tile of the vocabulary at a time. Each table is read once, however
-// many rows' products or sums are taken with it.
+// Logits and gradient of n rows, a panel of rows and a tile of the vocabulary at a time. Each table is read once,
+// however many products or sums are taken with it.
 template <typename acc_t>
 class VocabularyProducts {
  public:
