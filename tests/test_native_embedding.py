@@ -21,8 +21,11 @@ if not native.available():
 pytestmark = pytest.mark.usefixtures("two_threads")
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-# (N, V, d)
-SHAPES = [(0, 33, 8), (1, 1, 8), (3, 2, 33), (1, 1000, 64), (17, 1000, 33), (3, 33, 64), (150, 77, 5)]
+# (N, V, d): rows go by panels of 64 and passes of 512, the vocabulary by tiles of 256 entries where they are narrow.
+SHAPES = [
+    *[(0, 33, 8), (1, 1, 8), (3, 2, 33), (1, 1000, 64), (17, 1000, 33), (3, 33, 64), (150, 77, 5)],
+    *[(64, 256, 12), (65, 513, 64), (530, 31, 6)],
+]
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -127,6 +130,69 @@ def test_float32_states_are_not_rounded_to_a_bfloat16_head() -> None:
     gradient = native.linear_relaxed_backward(h, head, lse, vectors, tables, 0.5)
     meant = reference.linear_relaxed_backward(h.double(), exact, exact_lse, double(vectors), double(tables), 0.5)
     close(gradient, meant, torch.float32, 5e-5)
+
+
+@pytest.mark.parametrize("dtypes", [(0, 1, 0), (1, 0, 0), (1, 1, 0), (0, 0, 1), (1, 0, 1)], ids=str)
+def test_dtypes_may_differ(dtypes: tuple[int, ...]) -> None:
+    """Of the states, the tables, and the gradients that come in."""
+    states, where, sent = ((torch.float32, torch.bfloat16)[i] for i in dtypes)
+    h, head, tables, vectors = linear_case(70, 300, 40, torch.float64, softcap=4.0)
+    h, vectors = h.to(states), [vector.to(sent) for vector in vectors]
+    head, tables = head._replace(weight=head.weight.to(where)), [table.to(where) for table in tables]
+    exact, exact_tables = exact_head(head), double(tables)
+    mixture, lse = native.linear_soft_embedding(h, head, tables[0], 0.5)
+    exact_mixture, exact_lse = reference.linear_soft_embedding(h.double(), exact, exact_tables[0], 0.5)
+    close(mixture, exact_mixture, torch.float32, 2e-6)
+    gradient = native.linear_relaxed_backward(h, head, lse, vectors, tables, 0.5)
+    meant = reference.linear_relaxed_backward(h.double(), exact, exact_lse, double(vectors), exact_tables, 0.5)
+    close(gradient, meant, torch.float32)
+    z = reference.linear_logits(h.double(), exact).to(states)
+    _, lse = native.soft_embedding(z, tables[0], 0.5)
+    gradient = native.relaxed_backward(z, lse, vectors, tables, 0.5)
+    exact_lse = torch.logsumexp(z.double() / 0.5, -1)
+    meant = reference.relaxed_backward(z.double(), exact_lse, double(vectors), exact_tables, 0.5)
+    close(gradient, meant, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_row_as_a_whole_table(dtype: torch.dtype) -> None:
+    """Its entries lie on one another in memory."""
+    h, vector = randn(5, 8, dtype=dtype), randn(5, 8, dtype=dtype)
+    row = randn(1, 8, dtype=dtype)
+    table = row.expand(40, 8)
+    mixture, lse = native.linear_soft_embedding(h, Head(table), table, 1.0)
+    close(mixture, row.double().expand(5, 8), torch.float32)
+    gradient = native.linear_relaxed_backward(h, Head(table), lse, [vector], [table], 1.0)
+    close(gradient, torch.zeros(5, 8).double(), dtype)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_known_mean_changes_nothing(dtype: torch.dtype, softcap: float) -> None:
+    h, head, tables, vectors = linear_case(67, 600, 20, dtype, softcap=softcap, scale=1.2)
+    mixture, lse = native.linear_soft_embedding(h, head, tables[0], 0.7)
+    mean = (mixture * vectors[0]).sum(-1)
+    ours = native.linear_relaxed_backward(h, head, lse, vectors[:1], tables[:1], 0.7, mean)
+    arguments = (exact_head(head), lse.double(), double(vectors[:1]), double(tables[:1]), 0.7)
+    close(ours, reference.linear_relaxed_backward(h.double(), *arguments), dtype)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_gradients_of_a_row_that_is_nearly_certain(known: bool) -> None:
+    """They are as small as the other tokens' weights, but as exact as any: Adam follows them however small they are."""
+    h = torch.tensor([[20.0, 1.0, -0.5]])
+    weight = 0.3 * randn(300, 3)
+    weight[:, 0] = 0.0
+    weight[211, 0] = 1.0
+    head, table, vector = Head(weight.float()), randn(300, 5, seed=1).float(), randn(1, 5, seed=2).float()
+    exact = exact_head(head)
+    mixture, lse = native.linear_soft_embedding(h, head, table, 0.8)
+    mean = (mixture * vector).sum(-1) if known else None
+    ours = native.linear_relaxed_backward(h, head, lse, [vector], [table], 0.8, mean)
+    exact_lse = reference.soft_embedding(reference.linear_logits(h.double(), exact), table.double(), 0.8)[1]
+    meant = reference.linear_relaxed_backward(h.double(), exact, exact_lse, [vector.double()], [table.double()], 0.8)
+    assert float(meant.abs().max()) < 1e-6
+    close(ours, meant, torch.float32, 2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

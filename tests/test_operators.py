@@ -62,7 +62,14 @@ def calls(rows, dtype, backend):
         "soft_embedding": (library.soft_embedding, (z, first, 0.7, backend)),
         "linear_soft_embedding": (library.linear_soft_embedding, (h, *weight, first, 0.7, backend)),
         "relaxed_backward": (library.relaxed_backward, (z, lse, *grads, 0.7, backend)),
-        "linear_relaxed_backward": (library.linear_relaxed_backward, (h, *weight, linear_lse, *grads, 0.7, backend)),
+        "linear_relaxed_backward": (
+            library.linear_relaxed_backward,
+            (h, *weight, linear_lse, *grads, None, 0.7, backend),
+        ),
+        "linear_relaxed_backward_with_mean": (
+            library.linear_relaxed_backward,
+            (h, *weight, linear_lse, *grads, linear_lse, 0.7, backend),
+        ),
         "linear_log_likelihood": (library.linear_log_likelihood, (h, *weight, tokens, True, backend)),
         "gradient_norm": (library.gradient_norm, (*factors(rows, dtype), *flat, backend)),
         "dto_step": (library.dto_step, (*step[:6], [step[6]], *flat, *options)),

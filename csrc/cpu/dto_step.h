@@ -1,7 +1,7 @@
 // What the parts of dto_step share.
 #pragma once
 
-#include "vocabulary_products.h"
+#include "vocabulary_pass.h"
 
 #include <ATen/core/Tensor.h>
 

@@ -1,5 +1,6 @@
 #include "adam.h"
 #include "dto_step.h"
+#include "tile_matmul.h"
 #include "vocabulary_pass.h"
 
 #include <ATen/ops/empty_like.h>
@@ -10,9 +11,6 @@
 
 namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
-
-// Rows of one pass over the head; their logits' tiles and sums of weighted head rows should stay in cache.
-constexpr int64_t kRowsPerPass = 128;
 
 // Sets `current` of the rows and, where `hidden_gradients` (N, d) is defined, their rows of it.
 template <typename acc_t>
@@ -32,8 +30,9 @@ void pass_block(DtoProblem& problem, const std::vector<int64_t>& rows, const at:
   PassInput input;
   input.vocabulary = problem.vocabulary;
   input.rows = rows;
-  input.hidden = problem.parameters.index_select(0, index).mul(problem.scale);
+  input.hidden = problem.parameters.index_select(0, index);
   input.weight = problem.weight;
+  input.scale = problem.scale;
   input.softcap = problem.softcap;
   input.hard_noise = problem.hard_noise;
   input.tau = problem.tau;

@@ -1,6 +1,7 @@
 // One row of latents: the head is read once, and each tile of it stays in the first-level cache between the products
 // that make its logits and the sums of its weighted rows.
 #include "dto_step.h"
+#include "strided_rows.h"
 #include "vocabulary_pass.h"
 
 #include <ATen/Parallel.h>

@@ -2,6 +2,7 @@
 // the next weights and the next token.
 #include "adam.h"
 #include "dto_step.h"
+#include "strided_rows.h"
 #include "vocabulary_pass.h"
 
 #include <ATen/Parallel.h>

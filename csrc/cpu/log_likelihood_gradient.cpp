@@ -13,23 +13,6 @@ struct Part {
   std::vector<acc_t> mixture;  // (padded rows, d): sum over v of exp(logit - max) * slope * weight of v
 };
 
-// weights (size, columns) -> transposed (columns, size); columns is a multiple of kPanelUnit.
-template <typename acc_t>
-void transpose_tile(const acc_t* weights, int64_t size, int64_t columns, acc_t* transposed) {
-  int64_t v = 0;
-  if constexpr (std::is_same_v<acc_t, float>) {
-    for (; v + kPanelUnit <= size; v += kPanelUnit) {
-      for (int64_t column = 0; column < columns; column += kPanelUnit) {
-        at::vec::transpose_mxn<float, kPanelUnit, kPanelUnit>(weights + v * columns + column, columns,
-                                                              transposed + column * size + v, size);
-      }
-    }
-  }
-  for (; v < size; ++v) {
-    for (int64_t column = 0; column < columns; ++column) transposed[column * size + v] = weights[v * columns + column];
-  }
-}
-
 template <typename acc_t>
 class Pass {
  public:
@@ -85,7 +68,7 @@ class Pass {
         for (size_t i = 0; i < slopes.size(); ++i) slopes[i] = transform_.slope(logits[i]);
         add_tile<true>(logits.data(), size, columns, begin, 1.0, states, factors.data());
         for (size_t i = 0; i < slopes.size(); ++i) logits[i] *= slopes[i];
-        transpose_tile(logits.data(), size, columns, transposed.data());
+        transpose_tile(logits.data(), size, columns, transposed.data(), size);
         acc_t* mixture = part.mixture.data() + panel * kPanel * table_.width;
         rescale(mixture, factors, columns);
         matmul<acc_t>(columns, table_.width, size, transposed.data(), size, tile.data(), tile.stride(), mixture,

@@ -66,6 +66,14 @@ struct Power<double> {
   static at::vec::Vectorized<double> of(const at::vec::Vectorized<double>& x) { return x.exp(); }
 };
 
+// power(x), x <= 0, but 0 for what is too far below the maximum for Power: an infinity may be weighted with it.
+template <typename acc_t>
+at::vec::Vectorized<acc_t> power_or_zero(const at::vec::Vectorized<acc_t>& x) {
+  using Vec = at::vec::Vectorized<acc_t>;
+  const Vec lowest(static_cast<acc_t>(Power<acc_t>::kLowest));
+  return Vec::blendv(Power<acc_t>::of(at::vec::clamp_min(x, lowest)), Vec(acc_t(0)), x < lowest);
+}
+
 // Not NaN and not -inf, of which nothing can be subtracted.
 template <typename acc_t>
 acc_t finite_or_zero(double max) {

@@ -1,10 +1,13 @@
+#include "online_softmax.h"
 #include "operators.h"
+#include "strided_rows.h"
 #include "vocabulary_pass.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 
 namespace nabla_fast::cpu::CPU_CAPABILITY {
@@ -14,43 +17,58 @@ constexpr int64_t kBlock = 512;
 // Rows that go through both passes while their G is warm.
 constexpr int64_t kRowsTogether = 16;
 
+// Where the largest logit of a row is, or 0 if none is above -inf.
+template <typename acc_t>
+int64_t argmax(const StridedRows& z, int64_t row, int64_t vocabulary) {
+  using Vec = at::vec::Vectorized<acc_t>;
+  acc_t buffer[kBlock];
+  acc_t largest = -std::numeric_limits<acc_t>::infinity();
+  int64_t at = 0;
+  for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
+    const int64_t count = std::min(kBlock, vocabulary - begin);
+    const acc_t* logits = z.read(row, begin, count, -std::numeric_limits<acc_t>::infinity(), buffer);
+    Vec max = Vec::loadu(logits);
+    for (int64_t i = Vec::size(); i < count; i += Vec::size()) max = at::vec::maximum(max, Vec::loadu(logits + i));
+    const acc_t top = Lanes<acc_t>(max).max();
+    if (top > largest) {
+      largest = top;
+      at = begin + (std::find(logits, logits + count, top) - logits);
+    }
+  }
+  return at;
+}
+
 // G of one row becomes dz: the second pass needs <p, G>, which the first makes from G and z.
 template <typename acc_t>
 void finish_row(const StridedRows& z, int64_t row, int64_t vocabulary, double lse, double tau, acc_t* dz) {
   using Vec = at::vec::Vectorized<acc_t>;
-  const Vec scale(static_cast<acc_t>(1 / tau));
-  acc_t buffer[kBlock];
   // Of the likeliest entry: differences from it keep their digits where it holds nearly all of the weight.
-  acc_t largest = -std::numeric_limits<acc_t>::infinity();
-  acc_t shift = 0;
-  for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
-    const int64_t count = std::min(kBlock, vocabulary - begin);
-    const acc_t* logits = z.read(row, begin, count, -std::numeric_limits<acc_t>::infinity(), buffer);
-    const acc_t* top = std::max_element(logits, logits + count);
-    if (*top > largest) {
-      largest = *top;
-      shift = dz[begin + (top - logits)];
-    }
-  }
-  const Vec reference(std::isfinite(shift) ? shift : acc_t(0));
+  const int64_t likeliest = argmax<acc_t>(z, row, vocabulary);
+  acc_t largest;
+  z.copy(row, likeliest, 1, &largest);
+  if (!std::isfinite(largest)) largest = 0;
+  const Vec reference(std::isfinite(dz[likeliest]) ? dz[likeliest] : acc_t(0));
   // exp(z / tau - lse) by way of the maximum: z / tau alone may be large and lose the digits that matter.
-  const Vec max(std::isfinite(largest) ? largest : acc_t(0));
-  const Vec offset(static_cast<acc_t>((std::isfinite(largest) ? largest : 0) / tau - lse));
+  const Vec max(largest);
+  const Vec scale(static_cast<acc_t>(Power<acc_t>::kUnits / tau));
+  const double normalisation = std::exp(largest / tau - lse);
+  const Vec factor(static_cast<acc_t>(normalisation / tau));
+  acc_t buffer[kBlock];
   double expected = 0;
   for (int pass = 0; pass < 2; ++pass) {
-    const Vec mean(static_cast<acc_t>(expected));
+    const Vec mean(static_cast<acc_t>(expected * normalisation));
     for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
       const int64_t count = std::min(kBlock, vocabulary - begin);
       const acc_t* logits = z.read(row, begin, count, -std::numeric_limits<acc_t>::infinity(), buffer);
       Vec sum(acc_t(0));
       for (int64_t i = 0; i < count; i += Vec::size()) {
         const int64_t lanes = std::min<int64_t>(Vec::size(), count - i);
-        const Vec p = at::vec::fmadd(Vec::loadu(logits + i) - max, scale, offset).exp();
+        const Vec e = power_or_zero<acc_t>((Vec::loadu(logits + i) - max) * scale);
         const Vec difference = Vec::loadu(dz + begin + i, lanes) - reference;
         if (pass == 0) {
-          sum = sum + weighted(p, difference);
+          sum = sum + weighted(e, difference);
         } else {
-          (weighted(p, difference - mean) * scale).store(dz + begin + i, lanes);
+          (weighted(e, difference - mean) * factor).store(dz + begin + i, lanes);
         }
       }
       if (pass == 0) expected += Lanes<acc_t>(sum).sum();
@@ -65,7 +83,7 @@ Tensor backward(const Tensor& z, const Tensor& lse, at::TensorList vectors, at::
   const auto dtype = c10::CppTypeToScalarType<acc_t>::value;
   Tensor dz = at::empty({rows, vocabulary}, z.options().dtype(dtype));
   std::vector<GradientTerm> terms;
-  for (size_t i = 0; i < tables.size(); ++i) terms.push_back({vectors[i].to(dtype).contiguous(), tables[i]});
+  for (size_t i = 0; i < tables.size(); ++i) terms.push_back({vectors[i], tables[i]});
   write_gradient<acc_t>(vocabulary, terms, dz);
   const Tensor log_sums = lse.to(at::kDouble).contiguous();
   const StridedRows logits(z);

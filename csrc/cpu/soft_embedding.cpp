@@ -1,4 +1,5 @@
 #include "operators.h"
+#include "tile_matmul.h"
 #include "vocabulary_pass.h"
 
 #include <ATen/ops/empty.h>
@@ -9,9 +10,6 @@
 
 namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
-
-// Rows whose sums of table rows one pass carries along.
-constexpr int64_t kRowsPerPass = 128;
 
 void check(const Tensor& rows, const char* name, const Tensor& table, int64_t vocabulary, double tau) {
   TORCH_CHECK(rows.dim() == 2, "soft_embedding: ", name, " must have two dimensions, got ", rows.sizes());
@@ -64,14 +62,14 @@ std::tuple<Tensor, Tensor> linear_soft_embedding(const Tensor& h, const Tensor& 
   TORCH_CHECK(weight.dim() == 2 && weight.size(1) == h.size(1), "linear_soft_embedding: h and weight must share their ",
               "last dimension, got ", h.sizes(), " and ", weight.sizes());
   const bool exact = h.scalar_type() == at::kDouble || weight.scalar_type() == at::kDouble;
-  const Tensor hidden = h.to(exact ? at::kDouble : at::kFloat).mul(scale).contiguous();
   PassInput input;
   input.vocabulary = weight.size(0);
   input.weight = weight;
+  input.scale = scale;
   input.softcap = softcap;
   input.tau = tau;
   input.values = table;
-  return exact ? mixtures<double>(input, h.size(0), hidden) : mixtures<float>(input, h.size(0), hidden);
+  return exact ? mixtures<double>(input, h.size(0), h) : mixtures<float>(input, h.size(0), h);
 }
 
 }  // namespace nabla_fast::cpu::CPU_CAPABILITY

@@ -5,6 +5,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/native/CPUBlas.h>
@@ -43,6 +44,8 @@ void matmul(int64_t m, int64_t n, int64_t k, const acc_t* a, int64_t lda, const 
   }
 #endif
   constexpr auto kDtype = c10::CppTypeToScalarType<acc_t>::value;
+  // These tensors are nobody's leaves: no autograd, no view tracking, in whatever thread this runs.
+  at::AutoDispatchBelowADInplaceOrView guard;
   const auto wrap = [](const acc_t* data, int64_t rows, int64_t columns, int64_t stride) {
     return at::from_blob(const_cast<acc_t*>(data), {rows, columns}, {stride, 1}, kDtype);
   };
@@ -51,6 +54,25 @@ void matmul(int64_t m, int64_t n, int64_t k, const acc_t* a, int64_t lda, const 
     at::addmm_out(out, out, wrap(a, m, k, lda), wrap(b, k, n, ldb));
   } else {
     at::mm_out(out, wrap(a, m, k, lda), wrap(b, k, n, ldb));
+  }
+}
+
+// products (size, columns) -> transposed (columns, size), lines `stride` apart; columns is a multiple of kPanelUnit.
+template <typename acc_t>
+void transpose_tile(const acc_t* products, int64_t size, int64_t columns, acc_t* transposed, int64_t stride) {
+  int64_t v = 0;
+  if constexpr (std::is_same_v<acc_t, float>) {
+    for (; v + kPanelUnit <= size; v += kPanelUnit) {
+      for (int64_t column = 0; column < columns; column += kPanelUnit) {
+        at::vec::transpose_mxn<float, kPanelUnit, kPanelUnit>(products + v * columns + column, columns,
+                                                              transposed + column * stride + v, stride);
+      }
+    }
+  }
+  for (; v < size; ++v) {
+    for (int64_t column = 0; column < columns; ++column) {
+      transposed[column * stride + v] = products[v * columns + column];
+    }
   }
 }
 
@@ -99,6 +121,15 @@ struct Table {
     return static_cast<const scalar_t*>(data) + index * entry_stride;
   }
 
+  // The same numbers at the same place.
+  bool operator==(const Table& other) const {
+    return data == other.data && dtype == other.dtype && entries == other.entries && width == other.width &&
+           entry_stride == other.entry_stride && element_stride == other.element_stride;
+  }
+
+  // Whether its tiles are matrices as they lie; not where entries overlap, as those of an expanded tensor do.
+  bool dense() const { return element_stride == 1 && entry_stride >= width; }
+
   const void* data;
   at::ScalarType dtype;
   int64_t entries;
@@ -128,7 +159,7 @@ template <typename acc_t>
 class TableTile {
  public:
   void load(const Table& table, int64_t begin, int64_t size) {
-    if (table.dtype == c10::CppTypeToScalarType<acc_t>::value && table.element_stride == 1) {
+    if (table.dtype == c10::CppTypeToScalarType<acc_t>::value && table.dense()) {
       data_ = table.entry<acc_t>(begin);
       stride_ = table.entry_stride;
       return;
@@ -170,7 +201,7 @@ class Rows {
       : width_(table.width),
         rows_(rows.size(0)),
         bfloat16_(rows.scalar_type() == at::kBFloat16 && table.dtype == at::kBFloat16 && width_ % 2 == 0 &&
-                  table.element_stride == 1 && std::is_same_v<acc_t, float> && has_bfloat16_matmul()) {
+                  table.dense() && std::is_same_v<acc_t, float> && has_bfloat16_matmul()) {
     at::Tensor lines = rows;
     if (bfloat16_) {
       // Two elements that are multiplied together lie together: as 32-bit words, that is a transposition too.

@@ -1,6 +1,9 @@
 #include "vocabulary_pass.h"
 
-#include <ATen/Parallel.h>
+#include "online_softmax.h"
+#include "strided_rows.h"
+#include "vocabulary_products.h"
+
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
@@ -10,9 +13,6 @@
 
 namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
-
-// Multiplications that are worth a thread of their own.
-constexpr int64_t kWorkPerThread = 1 << 18;
 
 std::optional<StridedRows> optional_rows(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<StridedRows>(tensor) : std::nullopt;
@@ -30,173 +30,39 @@ class PartPass {
         products_(products),
         tile_(tile),
         n_(static_cast<int64_t>(input.rows.size())),
-        blocks_(!input.values.defined() ? 0 : has_gradient() ? 2 : 1),
+        blocks_(!input.values.defined() ? 0 : has_gradient() && !input.mean.defined() ? 2 : 1),
         width_(blocks_ ? input.values.size(1) : 0),
-        values_product_(blocks_ ? products.find(input.values) : -1),
         inverse_tau_(1 / input.tau),
         z_(optional_rows(input.z)),
         soft_(optional_rows(input.soft_noise)),
         hard_(optional_rows(input.hard_noise)),
         dense_(optional_rows(input.gradient)),
         workspace_(products.workspace(tile)),
-        weights_(blocks_ * n_ * tile),
+        weights_(blocks_ * kPanel * tile),
         x_(tile),
         y_(tile),
-        cap_(tile),
+        slope_(tile),
         gradient_(tile),
         buffer_(tile),
-        sums(blocks_ * n_ * width_) {}
-
-  void run(int64_t begin, int64_t end) {
-    for (int64_t start = begin; start < end; start += tile_) {
-      const int64_t count = std::min(tile_, end - start);
-      products_.compute(start, count, tile_, workspace_);
-      for (int64_t i = 0; i < n_; ++i) add_row(i, start, count);
-      if (blocks_) accumulate(start, count);
-    }
+        sums(blocks_ * n_ * width_) {
+    if (!input.mean.defined()) return;
+    for (int64_t i = 0; i < n_; ++i) states[i].reference = input.mean.const_data_ptr<double>()[i];
   }
 
- private:
-  static constexpr acc_t kMinusInfinity = -std::numeric_limits<acc_t>::infinity();
-
-  bool noisy() const { return soft_.has_value() || hard_.has_value(); }
-
-  bool has_gradient() const { return input_.gradient.defined() || products_.has_gradient(); }
-
-  void add_row(int64_t i, int64_t start, int64_t count) {
-    const int64_t padded = round_up(count, Vec::size());
-    RowState& state = states[i];
-    acc_t max;
-    acc_t best;
-    read_logits(i, start, count, padded, max, best);
-    // A maximum that is NaN or +inf fails this.
-    if (!(best < std::numeric_limits<acc_t>::infinity() && max < std::numeric_limits<acc_t>::infinity())) {
-      state.undefined = true;
-    } else if (best > state.best) {
-      const acc_t* y = noisy() ? y_.data() : x_.data();
-      state.best = best;
-      state.token = start + (std::find(y, y + count, best) - y);
-    }
-    if (!blocks_) return;
-    if (state.undefined || (max == kMinusInfinity && state.max == kMinusInfinity)) {
+  void add_tile(int64_t start, int64_t count) {
+    products_.load(start, count, workspace_);
+    for (int64_t first = 0; first < n_; first += kPanel) {
+      const int64_t rows = std::min(kPanel, n_ - first);
+      products_.compute(start, count, first / kPanel, tile_, workspace_);
+      for (int64_t row = 0; row < rows; ++row) add_row(first + row, row, start, count);
+      // A part is (panel, tile) times (tile, width).
       for (int64_t block = 0; block < blocks_; ++block) {
-        std::fill_n(weights_.data() + (block * n_ + i) * tile_, padded, acc_t(0));
+        const TableTile<acc_t>& values = products_.values(workspace_);
+        matmul<acc_t>(rows, width_, count, weights(block, 0), tile_, values.data(), values.stride(), sum(block, first),
+                      width_, true);
       }
-      return;
-    }
-    const acc_t* gradient = read_gradient(i, start, count, padded);
-    if (max > state.max) {
-      const int64_t at = std::find(x_.data(), x_.data() + count, max) - x_.data();
-      const acc_t reference = gradient ? gradient[at] : acc_t(0);
-      rescale(i, raise_maximum(state, max, std::isfinite(reference) ? reference : state.reference, inverse_tau_));
-    }
-    write_weights(i, padded, gradient);
-  }
-
-  // x = logit + soft noise into x_, y = logit + hard noise into y_ (or x_ where there is no noise), and their maxima.
-  void read_logits(int64_t i, int64_t start, int64_t count, int64_t padded, acc_t& max, acc_t& best) {
-    const int64_t row = input_.rows[i];
-    const acc_t* z;
-    if (z_) {
-      z = z_->template read<acc_t>(row, start, count, kMinusInfinity, x_.data());
-    } else {
-      acc_t* product = products_.logits(workspace_, i, tile_);
-      std::fill(product + count, product + padded, kMinusInfinity);
-      z = product;
-    }
-    const acc_t* hard = hard_ ? hard_->template read<acc_t>(row, start, count, acc_t(0), y_.data()) : nullptr;
-    const acc_t* soft = soft_ ? soft_->template read<acc_t>(row, start, count, acc_t(0), buffer_.data()) : nullptr;
-    const Vec softcap(static_cast<acc_t>(input_.softcap));
-    Vec x_max(kMinusInfinity);
-    Vec y_max(kMinusInfinity);
-    for (int64_t j = 0; j < padded; j += Vec::size()) {
-      Vec value = Vec::loadu(z + j);
-      if (input_.softcap != 0) {
-        const Vec ratio = (value / softcap).tanh();
-        value = Vec::blendv(softcap * ratio, value, value == Vec(kMinusInfinity));
-        (Vec(acc_t(1)) - ratio * ratio).store(cap_.data() + j);
-      }
-      const Vec y = hard ? value + Vec::loadu(hard + j) : value;
-      const Vec x = soft ? value + Vec::loadu(soft + j) : value;
-      if (noisy()) y.store(y_.data() + j);
-      x.store(x_.data() + j);
-      x_max = at::vec::maximum(x_max, x);
-      y_max = at::vec::maximum(y_max, y);
-    }
-    max = Lanes<acc_t>(x_max).max();
-    best = Lanes<acc_t>(y_max).max();
-  }
-
-  const acc_t* read_gradient(int64_t i, int64_t start, int64_t count, int64_t padded) {
-    if (dense_) return dense_->template read<acc_t>(input_.rows[i], start, count, acc_t(0), gradient_.data());
-    return products_.gradient(workspace_, i, tile_, padded, gradient_.data()) ? gradient_.data() : nullptr;
-  }
-
-  void write_weights(int64_t i, int64_t padded, const acc_t* gradient) {
-    RowState& state = states[i];
-    const Vec max(static_cast<acc_t>(state.max));
-    const Vec scale(static_cast<acc_t>(inverse_tau_));
-    const Vec reference(static_cast<acc_t>(state.reference));
-    acc_t* plain = weights_.data() + ((blocks_ - 1) * n_ + i) * tile_;
-    acc_t* with_gradient = weights_.data() + i * tile_;
-    const bool capped = input_.through_cap && input_.softcap != 0;
-    Vec sum(acc_t(0));
-    Vec gradient_sum(acc_t(0));
-    for (int64_t j = 0; j < padded; j += Vec::size()) {
-      const Vec e = ((Vec::loadu(x_.data() + j) - max) * scale).exp();
-      const Vec cap = capped ? Vec::loadu(cap_.data() + j) : Vec(acc_t(1));
-      sum = sum + e;
-      (capped ? e * cap : e).store(plain + j);
-      if (!gradient) continue;
-      const Vec product = weighted(e, Vec::loadu(gradient + j) - reference);
-      gradient_sum = gradient_sum + product;
-      (capped ? product * cap : product).store(with_gradient + j);
-    }
-    state.sum += Lanes<acc_t>(sum).sum();
-    state.gradient_sum += Lanes<acc_t>(gradient_sum).sum();
-  }
-
-  void rescale(int64_t i, Rescale by) {
-    acc_t* plain = sums.data() + ((blocks_ - 1) * n_ + i) * width_;
-    acc_t* with_gradient = sums.data() + i * width_;
-    for (int64_t j = 0; j < width_; ++j) {
-      if (blocks_ == 2) {
-        with_gradient[j] = static_cast<acc_t>(by.factor * (with_gradient[j] - by.shift * plain[j]));
-      }
-      plain[j] = static_cast<acc_t>(by.factor * plain[j]);
     }
   }
-
-  void accumulate(int64_t start, int64_t count) {
-    const acc_t* values;
-    int64_t stride;
-    if (values_product_ >= 0) {
-      values = workspace_.table_data[values_product_];
-      stride = workspace_.table_stride[values_product_];
-    } else {
-      values = read_table<acc_t>(input_.values, start, count, values_buffer_, stride);
-    }
-    multiply(weights_.data(), tile_, values, stride, false, blocks_ * n_, width_, count, true, sums.data(), width_);
-  }
-
- public:
-  std::vector<RowState> states;
-
- private:
-  const PassInput& input_;
-  const VocabularyProducts<acc_t>& products_;
-  int64_t tile_;
-  int64_t n_;
-  int64_t blocks_;  // weighted sums per row: none, e alone, or e (G - reference) before e
-  int64_t width_;
-  int64_t values_product_;
-  double inverse_tau_;
-  std::optional<StridedRows> z_, soft_, hard_, dense_;
-  typename VocabularyProducts<acc_t>::Workspace workspace_;
-  std::vector<acc_t> weights_, x_, y_, cap_, gradient_, buffer_, values_buffer_;
-
- public:
-  std::vector<acc_t> sums;  // (blocks * n, width)
 
   // Adds another part, whose entries come later in the vocabulary.
   void merge(PartPass& other) {
@@ -217,12 +83,147 @@ class PartPass {
       a.sum += b.sum;
       a.gradient_sum += b.gradient_sum;
       for (int64_t block = 0; block < blocks_; ++block) {
-        acc_t* to = sums.data() + (block * n_ + i) * width_;
-        const acc_t* from = other.sums.data() + (block * n_ + i) * width_;
-        for (int64_t j = 0; j < width_; ++j) to[j] += from[j];
+        for (int64_t j = 0; j < width_; ++j) sum(block, i)[j] += other.sum(block, i)[j];
       }
     }
   }
+
+ private:
+  static constexpr acc_t kMinusInfinity = -std::numeric_limits<acc_t>::infinity();
+
+  bool noisy() const { return soft_.has_value() || hard_.has_value(); }
+
+  bool has_gradient() const { return input_.gradient.defined() || products_.has_gradient(); }
+
+  bool capped() const { return input_.through_cap && input_.softcap != 0; }
+
+  // Weights of a row of the panel: e (G - reference) in the first of two blocks, e in the last.
+  acc_t* weights(int64_t block, int64_t row) { return weights_.data() + (block * kPanel + row) * tile_; }
+
+  // What a row's weights have added up to.
+  acc_t* sum(int64_t block, int64_t i) { return sums.data() + (block * n_ + i) * width_; }
+
+  // Row i, which is `row` of its panel.
+  void add_row(int64_t i, int64_t row, int64_t start, int64_t count) {
+    const int64_t padded = round_up(count, Vec::size());
+    RowState& state = states[i];
+    acc_t max;
+    acc_t best;
+    read_logits(i, row, start, count, padded, max, best);
+    // A maximum that is NaN or +inf fails this.
+    if (!(best < std::numeric_limits<acc_t>::infinity() && max < std::numeric_limits<acc_t>::infinity())) {
+      state.undefined = true;
+    } else if (best > state.best) {
+      const acc_t* y = noisy() ? y_.data() : x_.data();
+      state.best = best;
+      state.token = start + (std::find(y, y + count, best) - y);
+    }
+    if (!blocks_) return;
+    if (state.undefined || (max == kMinusInfinity && state.max == kMinusInfinity)) {
+      for (int64_t block = 0; block < blocks_; ++block) std::fill_n(weights(block, row), padded, acc_t(0));
+      return;
+    }
+    const acc_t* gradient = read_gradient(i, row, start, count);
+    if (max > state.max) {
+      double reference = state.reference;
+      if (gradient && !input_.mean.defined()) {
+        const acc_t own = gradient[std::find(x_.data(), x_.data() + count, max) - x_.data()];
+        if (std::isfinite(own)) reference = own;
+      }
+      rescale(i, raise_maximum(state, max, reference, inverse_tau_));
+    }
+    write_weights(state, row, padded, gradient);
+  }
+
+  // x = logit + soft noise into x_, y = logit + hard noise into y_ (or x_ where there is no noise), and their maxima.
+  void read_logits(int64_t i, int64_t row, int64_t start, int64_t count, int64_t padded, acc_t& max, acc_t& best) {
+    const int64_t at = input_.rows[i];
+    const acc_t* z;
+    if (z_) {
+      z = z_->template read<acc_t>(at, start, count, kMinusInfinity, x_.data());
+    } else {
+      acc_t* logits = workspace_.logits.data() + row * tile_;
+      std::fill(logits + count, logits + padded, kMinusInfinity);
+      z = logits;
+    }
+    const acc_t* hard = hard_ ? hard_->template read<acc_t>(at, start, count, acc_t(0), y_.data()) : nullptr;
+    const acc_t* soft = soft_ ? soft_->template read<acc_t>(at, start, count, acc_t(0), buffer_.data()) : nullptr;
+    const Vec inverse_cap(static_cast<acc_t>(capped() ? 1 / input_.softcap : 0));
+    Vec x_max(kMinusInfinity);
+    Vec y_max(kMinusInfinity);
+    for (int64_t j = 0; j < padded; j += Vec::size()) {
+      const Vec value = Vec::loadu(z + j);
+      if (capped()) {
+        const Vec ratio = value * inverse_cap;
+        (Vec(acc_t(1)) - ratio * ratio).store(slope_.data() + j);
+      }
+      const Vec x = soft ? value + Vec::loadu(soft + j) : value;
+      x.store(x_.data() + j);
+      x_max = at::vec::maximum(x_max, x);
+      if (!noisy()) continue;
+      const Vec y = hard ? value + Vec::loadu(hard + j) : value;
+      y.store(y_.data() + j);
+      y_max = at::vec::maximum(y_max, y);
+    }
+    max = Lanes<acc_t>(x_max).max();
+    best = noisy() ? Lanes<acc_t>(y_max).max() : max;
+  }
+
+  const acc_t* read_gradient(int64_t i, int64_t row, int64_t start, int64_t count) {
+    if (dense_) return dense_->template read<acc_t>(input_.rows[i], start, count, acc_t(0), gradient_.data());
+    return products_.has_gradient() ? workspace_.gradient.data() + row * tile_ : nullptr;
+  }
+
+  void write_weights(RowState& state, int64_t row, int64_t padded, const acc_t* gradient) {
+    const Vec max(static_cast<acc_t>(state.max));
+    const Vec scale(static_cast<acc_t>(inverse_tau_ * Power<acc_t>::kUnits));
+    const Vec reference(static_cast<acc_t>(state.reference));
+    acc_t* plain = weights(blocks_ - 1, row);
+    acc_t* with_gradient = weights(0, row);
+    Vec sum(acc_t(0));
+    Vec gradient_sum(acc_t(0));
+    for (int64_t j = 0; j < padded; j += Vec::size()) {
+      const Vec e = power_or_zero<acc_t>((Vec::loadu(x_.data() + j) - max) * scale);
+      const Vec slope = capped() ? Vec::loadu(slope_.data() + j) : Vec(acc_t(1));
+      sum = sum + e;
+      if (!gradient || blocks_ == 2) (capped() ? e * slope : e).store(plain + j);
+      if (!gradient) continue;
+      const Vec product = weighted(e, Vec::loadu(gradient + j) - reference);
+      gradient_sum = gradient_sum + product;
+      (capped() ? product * slope : product).store(with_gradient + j);
+    }
+    state.sum += Lanes<acc_t>(sum).sum();
+    state.gradient_sum += Lanes<acc_t>(gradient_sum).sum();
+  }
+
+  void rescale(int64_t i, Rescale by) {
+    acc_t* plain = sum(blocks_ - 1, i);
+    acc_t* with_gradient = sum(0, i);
+    for (int64_t j = 0; j < width_; ++j) {
+      if (blocks_ == 2) {
+        with_gradient[j] = static_cast<acc_t>(by.factor * (with_gradient[j] - by.shift * plain[j]));
+      }
+      plain[j] = static_cast<acc_t>(by.factor * plain[j]);
+    }
+  }
+
+ public:
+  std::vector<RowState> states;
+
+ private:
+  const PassInput& input_;
+  const VocabularyProducts<acc_t>& products_;
+  int64_t tile_;
+  int64_t n_;
+  int64_t blocks_;  // weighted sums per row: none, one of e or of e (G - mean), or e (G - reference) before e
+  int64_t width_;
+  double inverse_tau_;
+  std::optional<StridedRows> z_, soft_, hard_, dense_;
+  typename VocabularyProducts<acc_t>::Workspace workspace_;
+  std::vector<acc_t> weights_, x_, y_, slope_, gradient_, buffer_;
+
+ public:
+  std::vector<acc_t> sums;  // (blocks * n, width)
 };
 
 }  // namespace
@@ -237,26 +238,44 @@ Rescale raise_maximum(RowState& state, double max, double reference, double inve
   return by;
 }
 
+namespace {
+
+// Of G - mean only rounding is left to be subtracted, times the mixture. Any value will do for that, if only it is near
+// the mixture where that is known well, because one token holds nearly all of the weight: so, the likeliest token's.
+template <typename acc_t>
+at::Tensor likeliest_values(const PassInput& input, const std::vector<RowState>& states) {
+  const auto n = static_cast<int64_t>(states.size());
+  const int64_t columns = input.values.size(1);
+  const Table table(input.values);
+  at::Tensor result = at::zeros({n, columns}, at::dtype(c10::CppTypeToScalarType<acc_t>::value));
+  TableTile<acc_t> values;
+  for (int64_t i = 0; i < n; ++i) {
+    const RowState& state = states[i];
+    if (state.token < 0) continue;
+    values.load(table, state.token, 1);
+    const double slope = input.through_cap ? HeadTransform{1, input.softcap}.slope(state.best) : 1;
+    const auto weight = static_cast<acc_t>(state.sum * slope);
+    acc_t* line = result.mutable_data_ptr<acc_t>() + i * columns;
+    for (int64_t j = 0; j < columns; ++j) line[j] = weight * values.data()[j];
+  }
+  return result;
+}
+
+}  // namespace
+
 template <typename acc_t>
 PassOutput vocabulary_pass(const PassInput& input) {
   const auto n = static_cast<int64_t>(input.rows.size());
-  const VocabularyProducts<acc_t> products(n, input.hidden, input.weight, input.terms);
-  const int64_t width = std::max(products.width(), input.values.defined() ? input.values.size(1) : 0);
-  const int64_t tile = tile_size<acc_t>(width, 4 * n);
-  const int64_t tiles = (input.vocabulary + tile - 1) / tile;
-  const int64_t useful = std::max<int64_t>(1, n * width * input.vocabulary / kWorkPerThread);
-  const int64_t parts = std::max<int64_t>(1, std::min({tiles, useful, static_cast<int64_t>(at::get_num_threads())}));
-
-  // Whole tiles, as evenly as they go.
-  std::vector<std::unique_ptr<PartPass<acc_t>>> passes(parts);
-  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t part = first; part < last; ++part) {
-      passes[part] = std::make_unique<PartPass<acc_t>>(input, products, tile);
-      passes[part]->run(tiles * part / parts * tile, std::min(tiles * (part + 1) / parts * tile, input.vocabulary));
-    }
+  const VocabularyProducts<acc_t> products(input.hidden, input.weight, {input.scale, input.softcap}, input.terms,
+                                           input.values);
+  const Split split(input.vocabulary, products.width());
+  std::vector<std::unique_ptr<PartPass<acc_t>>> passes(split.parts);
+  split.run([&](int64_t part, int64_t first, int64_t last) {
+    passes[part] = std::make_unique<PartPass<acc_t>>(input, products, split.tile);
+    for (int64_t i = first; i < last; ++i) passes[part]->add_tile(split.begin(i), split.size(i));
   });
   PartPass<acc_t>& total = *passes[0];
-  for (int64_t part = 1; part < parts; ++part) total.merge(*passes[part]);
+  for (int64_t part = 1; part < split.parts; ++part) total.merge(*passes[part]);
 
   PassOutput output;
   output.states = std::move(total.states);
@@ -269,6 +288,10 @@ PassOutput vocabulary_pass(const PassInput& input) {
     output.weighted = at::empty({n, columns}, options);
     std::copy_n(sums, n * columns, output.weighted.template mutable_data_ptr<acc_t>());
     sums += n * columns;
+  }
+  if (has_gradient && input.mean.defined()) {
+    output.mixture = likeliest_values<acc_t>(input, output.states);
+    return output;
   }
   output.mixture = at::empty({n, columns}, options);
   std::copy_n(sums, n * columns, output.mixture.template mutable_data_ptr<acc_t>());
@@ -298,19 +321,18 @@ template <typename acc_t>
 void write_gradient(int64_t vocabulary, const std::vector<GradientTerm>& terms, const at::Tensor& out) {
   const int64_t n = out.size(0);
   if (n == 0) return;
-  const VocabularyProducts<acc_t> products(n, at::Tensor(), at::Tensor(), terms);
-  const int64_t tile = tile_size<acc_t>(products.width(), n);
-  const int64_t tiles = (vocabulary + tile - 1) / tile;
+  const VocabularyProducts<acc_t> products({}, {}, {}, terms, {});
+  const Split split(vocabulary, products.width());
   acc_t* data = out.mutable_data_ptr<acc_t>();
-  at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
-    auto workspace = products.workspace(tile);
-    std::vector<acc_t> sum(tile);
-    for (int64_t begin = first * tile; begin < std::min(last * tile, vocabulary); begin += tile) {
-      const int64_t count = std::min(tile, vocabulary - begin);
-      products.compute(begin, count, tile, workspace);
-      for (int64_t i = 0; i < n; ++i) {
-        products.gradient(workspace, i, tile, round_up(count, at::vec::Vectorized<acc_t>::size()), sum.data());
-        std::copy_n(sum.data(), count, data + i * out.stride(0) + begin);
+  split.run([&](int64_t, int64_t first, int64_t last) {
+    auto workspace = products.workspace(split.tile);
+    for (int64_t tile = first; tile < last; ++tile) {
+      const int64_t begin = split.begin(tile);
+      const int64_t size = split.size(tile);
+      products.load(begin, size, workspace);
+      for (int64_t row = 0; row < n; ++row) {
+        if (row % kPanel == 0) products.compute(begin, size, row / kPanel, split.tile, workspace);
+        std::copy_n(workspace.gradient.data() + row % kPanel * split.tile, size, data + row * out.stride(0) + begin);
       }
     }
   });

@@ -2,8 +2,6 @@
 // tensor exists.
 #pragma once
 
-#include "vocabulary_products.h"
-
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
@@ -11,6 +9,14 @@
 #include <vector>
 
 namespace nabla_fast::cpu::CPU_CAPABILITY {
+
+// A summand of the gradient over the vocabulary: vectors (n, d_k) times table^T (V, d_k). `softcap` caps the product.
+struct GradientTerm {
+  at::Tensor vectors;
+  at::Tensor table;
+  double softcap = 0;
+  double factor = 1;  // on the capped product; fold it into the vectors where there is no cap
+};
 
 // Of the vocabulary entries of one row that were seen so far. With x = logit + soft noise and e = exp((x - max) / tau).
 struct RowState {
@@ -36,13 +42,15 @@ struct PassInput {
   int64_t vocabulary;
   std::vector<int64_t> rows;  // n of them: which rows of the (N, V) tensors below
   at::Tensor z;               // (N, V) logits, or undefined:
-  at::Tensor hidden;          // (n, d) of acc_t, the head's scale in it
+  at::Tensor hidden;          // (n, d)
   at::Tensor weight;          // (V, d)
+  double scale = 1;           // of hidden weight^T
   double softcap = 0;
   at::Tensor soft_noise;            // (N, V) or undefined
   at::Tensor hard_noise;            // (N, V) or undefined
   at::Tensor gradient;              // dense G (N, V), or undefined
   std::vector<GradientTerm> terms;  // or G as terms
+  at::Tensor mean;                  // (n,) of double: the mean of G under the weights, where it is known, or undefined
   double tau = 1;
   at::Tensor values;          // (V, k): what is summed with the weights e; undefined for the tokens alone
   bool through_cap = false;   // weights carry the derivative of the softcap
@@ -50,7 +58,7 @@ struct PassInput {
 
 struct PassOutput {
   std::vector<RowState> states;
-  at::Tensor mixture;   // (n, k) sum of e * values
+  at::Tensor mixture;   // (n, k) sum of e * values, or a stand-in for it where the mean of G was known
   at::Tensor weighted;  // (n, k) sum of e * (G - reference) * values, with a gradient
 };
 

@@ -1,99 +1,146 @@
-// Products of row vectors with vocabulary tables, one tile of the vocabulary at a time.
+// The products that a pass over the vocabulary needs, turned so that those of one row lie side by side.
 #pragma once
 
-#include "strided_rows.h"
+#include "tile_matmul.h"
+#include "vocabulary_pass.h"
 
-#include <ATen/core/Tensor.h>
-
+#include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace nabla_fast::cpu::CPU_CAPABILITY {
+namespace {
 
-// A summand of the gradient over the vocabulary: vectors (n, d_k) times table^T (V, d_k). `softcap` caps the product.
-struct GradientTerm {
-  at::Tensor vectors;
-  at::Tensor table;
-  double softcap = 0;
-  double factor = 1;  // on the capped product; fold it into the vectors where there is no cap
-};
-
-// The products that one pass over the vocabulary needs: n rows of logits and of the gradient. Each table is read once:
-// vectors for the same table share a matmul, and where nothing is capped between them they are added up before it.
+// Logits and gradient of n rows, a panel of rows and a tile of the vocabulary at a time. Each table is read once,
+// however many products or sums are taken with it.
 template <typename acc_t>
 class VocabularyProducts {
  public:
-  // `hidden` (n, d) times weight^T are the logits, capped by `softcap`; undefined where the logits are given.
-  VocabularyProducts(int64_t rows, const at::Tensor& hidden, const at::Tensor& weight,
-                     const std::vector<GradientTerm>& terms);
+  // Tensors that are not needed are undefined: `hidden` and `weight` where the logits are given, and `values`, of which
+  // nothing is computed here, but which are read.
+  VocabularyProducts(const at::Tensor& hidden, const at::Tensor& weight, const HeadTransform& transform,
+                     const std::vector<GradientTerm>& terms, const at::Tensor& values)
+      : transform_(transform) {
+    if (hidden.defined()) logits_ = add_operand(hidden, weight);
+    for (const GradientTerm& term : terms) {
+      if (term.softcap == 0) {
+        plain_.push_back(add_operand(term.vectors, term.table));
+      } else {
+        capped_.push_back({add_operand(term.vectors, term.table), term.softcap, term.factor});
+      }
+    }
+    if (values.defined()) {
+      values_ = find_or_add(values);
+      converted_[values_] = true;
+    }
+  }
 
-  // Buffers of one thread, and what its last tile holds.
+  // Buffers of one thread, and what is in them.
   struct Workspace {
-    std::vector<std::vector<acc_t>> tables;
-    std::vector<std::vector<acc_t>> outputs;
-    std::vector<const acc_t*> table_data;
-    std::vector<int64_t> table_stride;
+    std::vector<TableTile<acc_t>> tables;
+    std::vector<acc_t> products;  // (tile, columns of the panel)
+    std::vector<acc_t> sum;
+    std::vector<acc_t> logits;  // (kPanel, tile)
+    std::vector<acc_t> gradient;
   };
 
-  Workspace workspace(int64_t tile) const;
+  Workspace workspace(int64_t tile) const {
+    Workspace workspace;
+    workspace.tables.resize(tables_.size());
+    for (auto* buffer : {&workspace.products, &workspace.sum, &workspace.logits, &workspace.gradient}) {
+      buffer->resize(kPanel * tile);
+    }
+    return workspace;
+  }
 
-  // Products with vocabulary entries [begin, begin + count), count <= tile.
-  void compute(int64_t begin, int64_t count, int64_t tile, Workspace& workspace) const;
+  // Makes vocabulary entries [begin, begin + size) those that `compute` takes.
+  void load(int64_t begin, int64_t size, Workspace& workspace) const {
+    for (size_t i = 0; i < tables_.size(); ++i) {
+      if (converted_[i]) workspace.tables[i].load(tables_[i], begin, size);
+    }
+  }
 
-  // The logits of a row before the cap, `tile` of them.
-  acc_t* logits(Workspace& workspace, int64_t row, int64_t tile) const;
+  // Logits and gradient of a panel of rows, `tile` apart from row to row.
+  void compute(int64_t begin, int64_t size, int64_t panel, int64_t tile, Workspace& workspace) const {
+    if (logits_) {
+      const int64_t columns = logits_->rows.columns(panel);
+      multiply(*logits_, begin, size, panel, false, workspace, workspace.products);
+      transform_.apply(workspace.products.data(), size * columns);
+      transpose_tile(workspace.products.data(), size, columns, workspace.logits.data(), tile);
+    }
+    if (!has_gradient()) return;
+    bool add = false;
+    for (const Operand& operand : plain_) {
+      multiply(operand, begin, size, panel, add, workspace, workspace.sum);
+      add = true;
+    }
+    for (const Capped& capped : capped_) {
+      multiply(capped.operand, begin, size, panel, false, workspace, workspace.products);
+      const int64_t count = size * capped.operand.rows.columns(panel);
+      HeadTransform{1, capped.softcap}.apply(workspace.products.data(), count);
+      const auto factor = static_cast<acc_t>(capped.factor);
+      for (int64_t i = 0; i < count; ++i) {
+        workspace.sum[i] = (add ? workspace.sum[i] : acc_t(0)) + factor * workspace.products[i];
+      }
+      add = true;
+    }
+    const int64_t columns = (plain_.empty() ? capped_[0].operand : plain_[0]).rows.columns(panel);
+    transpose_tile(workspace.sum.data(), size, columns, workspace.gradient.data(), tile);
+  }
 
-  // Adds up the gradient of a row into out[0, count), count a whole number of vectors; false if there is none.
-  bool gradient(Workspace& workspace, int64_t row, int64_t tile, int64_t count, acc_t* out) const;
+  // The tile of `values`.
+  const TableTile<acc_t>& values(const Workspace& workspace) const { return workspace.tables[values_]; }
 
-  // Where `table` is one of the tables read: its place, or -1.
-  int64_t find(const at::Tensor& table) const;
+  bool has_gradient() const { return !plain_.empty() || !capped_.empty(); }
 
-  bool has_gradient() const { return !parts_.empty(); }
-
-  // Widest row of all tables.
-  int64_t width() const;
+  // Elements that are read per vocabulary entry.
+  int64_t width() const {
+    int64_t width = 0;
+    for (const Table& table : tables_) width += table.width;
+    return width;
+  }
 
  private:
-  struct Product {
-    at::Tensor table;
-    std::vector<at::Tensor> blocks;  // (n, d_k) each, until `stacked` joins them
-    at::Tensor stacked;
+  struct Operand {
+    size_t table;
+    Rows<acc_t> rows;
   };
-  struct Part {
-    int64_t product;
-    int64_t block;
+  struct Capped {
+    Operand operand;
     double softcap;
     double factor;
   };
 
-  int64_t find_or_add(const at::Tensor& table);
+  Operand add_operand(const at::Tensor& vectors, const at::Tensor& tensor) {
+    const size_t table = find_or_add(tensor);
+    Operand operand{table, Rows<acc_t>(vectors, tables_[table])};
+    if (!operand.rows.bfloat16()) converted_[table] = true;
+    return operand;
+  }
 
-  int64_t rows_;
-  std::vector<Product> products_;
-  std::vector<Part> parts_;
-  int64_t logits_product_ = -1;
+  size_t find_or_add(const at::Tensor& tensor) {
+    const Table table(tensor);
+    const auto found = std::find(tables_.begin(), tables_.end(), table);
+    if (found != tables_.end()) return found - tables_.begin();
+    tables_.push_back(table);
+    converted_.push_back(false);
+    return tables_.size() - 1;
+  }
+
+  void multiply(const Operand& operand, int64_t begin, int64_t size, int64_t panel, bool add,
+                const Workspace& workspace, std::vector<acc_t>& out) const {
+    operand.rows.multiply(tables_[operand.table], workspace.tables[operand.table], begin, size, panel, out.data(), add);
+  }
+
+  HeadTransform transform_;
+  std::vector<Table> tables_;
+  std::vector<bool> converted_;  // whether a table's tile is needed as acc_t
+  std::optional<Operand> logits_;
+  std::vector<Operand> plain_;
+  std::vector<Capped> capped_;
+  size_t values_ = 0;
 };
 
-// A tile of vocabulary entries whose table rows, `width` acc_t each, stay in the second-level cache.
-template <typename acc_t>
-int64_t tile_size(int64_t width, int64_t rows);
-
-// out (rows, n) = or += left (rows, k) right^T with right (n, k), or left right with right (k, n): matrices with unit
-// column stride.
-template <typename acc_t>
-void multiply(const acc_t* left, int64_t left_stride, const acc_t* right, int64_t right_stride, bool right_transposed,
-              int64_t rows, int64_t columns, int64_t inner, bool accumulate, acc_t* out, int64_t out_stride);
-
-// `table` rows [begin, begin + count) as acc_t: in place or in `buffer`; `stride` is set.
-template <typename acc_t>
-const acc_t* read_table(const at::Tensor& table, int64_t begin, int64_t count, std::vector<acc_t>& buffer,
-                        int64_t& stride);
-
-// Whether two tensors are the same numbers at the same place.
-inline bool same_storage(const at::Tensor& a, const at::Tensor& b) {
-  return a.const_data_ptr() == b.const_data_ptr() && a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() &&
-         a.strides() == b.strides();
-}
-
+}  // namespace
 }  // namespace nabla_fast::cpu::CPU_CAPABILITY

@@ -114,12 +114,13 @@ def _linear_backward_kernel(
     first: Tensor,
     second_grad: Tensor | None,
     second: Tensor | None,
+    mean: Tensor | None,
     tau: float,
     backend: str,
 ) -> Any:
     vectors, tables = _pairs(first_grad, first, second_grad, second)
     kernel = implementation("linear_relaxed_backward", backend)
-    return kernel(h, Head(weight, scale, softcap), lse, vectors, tables, tau)
+    return kernel(h, Head(weight, scale, softcap), lse, vectors, tables, tau, mean)
 
 
 def _pairs(
@@ -142,7 +143,7 @@ _relaxed_backward = register(
 )
 _linear_relaxed_backward = register(
     f"linear_relaxed_backward(Tensor h, {HEAD}, Tensor lse, Tensor first_grad, Tensor first, Tensor? second_grad, "
-    "Tensor? second, float tau, str backend) -> Tensor",
+    "Tensor? second, Tensor? mean, float tau, str backend) -> Tensor",
     _linear_backward_kernel,
     _like_input_fake,
 )
@@ -169,7 +170,7 @@ def _linear_straight_through_backward(ctx: Any, first_grad: Tensor, second_grad:
     h, weight, lse, first, second = ctx.saved_tensors
     other = None if second is None else second_grad
     head = (weight, ctx.scale, ctx.softcap)
-    dh = _linear_relaxed_backward(h, *head, lse, first_grad, first, other, second, ctx.tau, ctx.backend)
+    dh = _linear_relaxed_backward(h, *head, lse, first_grad, first, other, second, None, ctx.tau, ctx.backend)
     return dh.to(h.dtype), None, None, None, None, None, None, None
 
 
@@ -186,13 +187,15 @@ def _soft_backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
 
 def _linear_soft_setup(ctx: Any, inputs: Any, output: Any) -> None:
     h, weight, ctx.scale, ctx.softcap, table, ctx.tau, ctx.backend = inputs
-    ctx.save_for_backward(h, weight, output[1], table)
+    ctx.save_for_backward(h, weight, *output, table)
 
 
 def _linear_soft_backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-    h, weight, lse, table = ctx.saved_tensors
+    h, weight, mixture, lse, table = ctx.saved_tensors
     head = (weight, ctx.scale, ctx.softcap)
-    dh = _linear_relaxed_backward(h, *head, lse, grad, table, None, None, ctx.tau, ctx.backend)
+    # <p, G> = <p, table grad> = <p table, grad>, and the mixture p table is known.
+    mean = (mixture * grad).sum(-1)
+    dh = _linear_relaxed_backward(h, *head, lse, grad, table, None, None, mean, ctx.tau, ctx.backend)
     return dh.to(h.dtype), None, None, None, None, None, None
 
 

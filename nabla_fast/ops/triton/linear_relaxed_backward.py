@@ -20,9 +20,15 @@ from nabla_fast.ops.triton.weights import write_weights
 
 
 def linear_relaxed_backward(
-    h: Tensor, head: Head, lse: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tensor], tau: float = 1.0
+    h: Tensor,
+    head: Head,
+    lse: Tensor,
+    vectors: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    tau: float = 1.0,
+    mean: Tensor | None = None,
 ) -> Tensor:
-    """`reference.linear_relaxed_backward`."""
+    """`reference.linear_relaxed_backward`; it does not need ``mean``, which comes with the state of the logits."""
     check(h, head.weight, lse, *vectors, *tables)
     if not len(h):
         return h.new_empty(h.shape).float()
