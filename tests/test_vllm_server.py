@@ -189,13 +189,14 @@ def running_requests():
     return float(count)
 
 
-def test_an_engine_in_process_gives_the_same_greedy_tokens(backend, prompts):
+def test_an_engine_in_process_gives_the_same_greedy_tokens(backend, prompts, tmp_path):
     script = Path(__file__).with_name("vllm_in_process.py")
-    command = [os.environ["NABLA_FAST_VLLM_PYTHON"], str(script), os.environ["NABLA_FAST_VLLM_MODEL"]]
+    given, results = tmp_path / "prompts.json", tmp_path / "results.json"
+    given.write_text(json.dumps([list(prompt) for prompt in prompts]))
+    python, model = os.environ["NABLA_FAST_VLLM_PYTHON"], os.environ["NABLA_FAST_VLLM_MODEL"]
     path = os.pathsep.join([str(script.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        command,
-        input=json.dumps([list(prompt) for prompt in prompts]),
+        [python, str(script), model, str(given), str(results)],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -203,7 +204,7 @@ def test_an_engine_in_process_gives_the_same_greedy_tokens(backend, prompts):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(results.read_text())
     assert result["latents"] < 1e-4
     assert result["refused"], "a model that is another one was taken"
     drawn = rollout(backend, starts(prompts, 16), GREEDY, NEVER)

@@ -1,13 +1,14 @@
 """Rollouts from vLLM in this process, run by a Python that has it.
 
-Reads prompts (lists of token ids) as JSON, writes greedy tokens, how far their latents are from the full forward, and
-whether another model was refused.
+Arguments: the model's folder, a file with prompts (lists of token ids) as JSON, and the file for the results: greedy
+tokens, how far their latents are from the full forward, and whether another model was refused.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 
@@ -21,9 +22,10 @@ from nabla_fast.sampling import Context
 
 @torch.no_grad()
 def main() -> None:
-    prompts = json.load(sys.stdin)
-    engine = VLLMEngine(sys.argv[1], dtype="float32", max_model_len=512, max_num_seqs=4, enforce_eager=True)
-    model = LanguageModel(*load_language_model(sys.argv[1], dtype="float32"))
+    folder, given, results = sys.argv[1:]
+    prompts = json.loads(Path(given).read_text())
+    engine = VLLMEngine(folder, dtype="float32", max_model_len=512, max_num_seqs=4, enforce_eager=True)
+    model = LanguageModel(*load_language_model(folder, dtype="float32"))
     backend = VLLMRollout(model, engine)
     starts = [Start(Context(tuple(prompt), (), 0, 16)) for prompt in prompts]
     drawn = rollout(backend, starts, Sampling(temperature=0.0), StopRule(frozenset()))
@@ -39,7 +41,8 @@ def main() -> None:
         refused = False
     except RolloutError:
         refused = True
-    print(json.dumps({"tokens": [r.tokens.tolist() for r in drawn], "latents": furthest, "refused": refused}))
+    outcome = {"tokens": [r.tokens.tolist() for r in drawn], "latents": furthest, "refused": refused}
+    Path(results).write_text(json.dumps(outcome))
 
 
 # vLLM starts processes that import this file again.
