@@ -145,6 +145,10 @@ def test_the_model_card_says_what_was_measured():
     likelier = pair["compass"]["right_token_likelier_by_the_policy"]
     for measure in (pair["single_sample"], pair["any_of_64"], likelier):
         assert percent(measure["mean"]) in card
+    took = json.loads((RESULTS / "training.json").read_text())
+    assert took["total"] == sum(took["seconds"].values()) < 45 * 60
+    minutes = round(took["total"] / 60)
+    assert f"take {minutes} minutes on {took['cores']} cores" in " ".join(card.split())
 
 
 def test_the_settings_are_those_that_the_tuning_chose():
@@ -229,6 +233,9 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_weights(tmp_path, monkey
             trained(tmp_path / "stopped", tmp_path)
     left[0] = -1
     assert trained(tmp_path / "stopped", tmp_path) == whole
+    took = json.loads((tmp_path / "stopped" / train_demo_pair.TIMES).read_text())
+    assert list(took["seconds"]) == ["policy", "samples", "reward"]
+    assert all(seconds > 0 for seconds in took["seconds"].values())
     assert trained(tmp_path / "other", tmp_path, seed=1) != whole
     with pytest.raises(SystemExit, match="holds a training with"):
         trained(tmp_path / "stopped", tmp_path, seed=1)

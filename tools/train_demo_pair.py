@@ -2,8 +2,9 @@
 
     python tools/train_demo_pair.py --work DIR
 
-The stages are policy, samples (its own answers) and reward. DIR keeps what is done: started again, the command goes on
-where it was stopped. ``tools/evaluate_demo_pair.py`` measures the result.
+The stages are policy, samples (its own answers) and reward. DIR keeps what is done, and ``training.json`` there the
+seconds that it took: started again, the command goes on where it was stopped. ``tools/evaluate_demo_pair.py`` measures
+the result.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -51,6 +53,7 @@ STEPS_PER_CHECK = 25
 CHECKPOINT_SECONDS = 60
 SAMPLES_PER_CHUNK = 512
 TEMPERATURES = (0.3, 0.45, 0.6)
+TIMES = "training.json"
 
 
 @dataclass
@@ -134,12 +137,29 @@ def train(
     _require_same_run(work, seed=seed, target=target, samples=samples, reward_steps=reward_steps, compass=compass)
     tokenizer = make_tokenizer()
     where = torch.device(device)
-    policy = train_policy(work, tokenizer, policy_steps, target, seed, where)
-    save(policy, tokenizer, policy_output)
-    sampled = sample_policy(work, policy, tokenizer, samples, seed)
-    torch.manual_seed(seed)
-    reward = train_reward(work, tokenizer, sampled, reward_steps, seed, where, Verifier(policy, compass))
-    save(reward, tokenizer, reward_output)
+    with timed(work, "policy"):
+        policy = train_policy(work, tokenizer, policy_steps, target, seed, where)
+        save(policy, tokenizer, policy_output)
+    with timed(work, "samples"):
+        sampled = sample_policy(work, policy, tokenizer, samples, seed)
+    with timed(work, "reward"):
+        torch.manual_seed(seed)
+        reward = train_reward(work, tokenizer, sampled, reward_steps, seed, where, Verifier(policy, compass))
+        save(reward, tokenizer, reward_output)
+
+
+@contextmanager
+def timed(work: Path, stage: str) -> Iterator[None]:
+    """Adds the seconds that a stage took, in this call and in those before it, to a file in ``work``."""
+    file = work / TIMES
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        told = json.loads(file.read_text()) if file.exists() else {"seconds": {}}
+        seconds = told["seconds"] | {stage: round(told["seconds"].get(stage, 0.0) + time.perf_counter() - start, 1)}
+        machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        file.write_text(json.dumps({"seconds": seconds, "total": round(sum(seconds.values()), 1), **machine}, indent=2))
 
 
 def train_policy(work: Path, tokenizer: Any, most: int, target: float, seed: int, device: torch.device) -> Any:
