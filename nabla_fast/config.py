@@ -65,8 +65,8 @@ class NablaConfig:
         rollout_backend: who draws rollouts: the model itself ("hf"), or "vllm" (at ``vllm_url``, else in this process);
             "auto" takes a server where ``vllm_url`` names one, and the model otherwise.
         vllm_url: of a vLLM server that serves the language model, such as ``http://127.0.0.1:8000``.
-        draft_tokens: most tokens of the old trajectory that a rollout verifies in one forward pass, instead of drawing
-            them one by one; the tokens drawn are the same. 0 for none.
+        draft_tokens: most tokens of earlier trajectories that a rollout verifies in one forward pass, instead of
+            drawing them one by one; the tokens drawn are the same. Fewer where a batch fills the pass; 0 for none.
         stop_strings: a response ends where one of these is complete (the string is kept, as in transformers).
         eos_token_ids: a response ends with one of these; None takes the model's own.
         rollout: how rollouts are sampled.
@@ -101,7 +101,7 @@ class NablaConfig:
     max_batch_size: int = 32
     rollout_backend: str = "auto"
     vllm_url: str | None = None
-    draft_tokens: int = 0
+    draft_tokens: int = 8
     stop_strings: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] | None = None
     rollout: Sampling = field(default_factory=lambda: Sampling(temperature=0.6, top_p=0.95))

@@ -138,8 +138,9 @@ class Outcome:
         for name in columns:
             counters.add_column(name, justify="right")
             seconds.add_column(name, justify="right")
-        for counter in next(iter(columns.values())).counters():
-            counters.add_row(counter, *(str(record.counters()[counter]) for record in columns.values()))
+        told = {name: {**record.counters(), **record.passes()} for name, record in columns.items()}
+        for counter in next(iter(told.values())):
+            counters.add_row(counter, *(str(one[counter]) for one in told.values()))
         for phase in _PHASE_NAMES:
             seconds.add_row(phase, *(f"{record.seconds[phase]:.2f}" for record in columns.values()))
         seconds.add_section()

@@ -21,6 +21,7 @@ STEPS = {
 """Phase → what a profile calls it: the steps of `nabla_fast.decoder`, and what several of them need."""
 
 PHASES = tuple(STEPS)
+PASSES = ("rollout_calls", "drafted_tokens", "accepted_draft_tokens")
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,23 @@ class SequenceStats:
         return self.generated_tokens + 4 * self.gradient_evaluations + self.reward_calls
 
     def counters(self) -> dict[str, int]:
-        """Every integer counter by name, `model_calls` included."""
-        counters = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("seconds", "revisions")}
+        """The integer counters by name, `model_calls` included: the same alone and in a batch."""
+        others = ("seconds", "revisions", *PASSES)
+        counters = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
         return {**counters, "model_calls": self.model_calls}
+
+    def passes(self) -> dict[str, int]:
+        """What rollouts took, by name; drafts are fewer in a larger batch."""
+        return {name: getattr(self, name) for name in PASSES}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""
-        return {**self.counters(), "seconds": dict(self.seconds), "revisions": [asdict(r) for r in self.revisions]}
+        return {
+            **self.counters(),
+            **self.passes(),
+            "seconds": dict(self.seconds),
+            "revisions": [asdict(r) for r in self.revisions],
+        }
 
 
 @dataclass
@@ -110,7 +121,7 @@ class Stats:
         """Sums over the sequences; `revisions` holds all of them."""
         total = SequenceStats()
         for record in self.sequences:
-            for name in record.counters():
+            for name in (*record.counters(), *PASSES):
                 if name != "model_calls":
                     setattr(total, name, getattr(total, name) + getattr(record, name))
             for phase, seconds in record.seconds.items():

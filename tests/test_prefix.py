@@ -164,7 +164,7 @@ def test_a_prefix_is_run_once_and_extended_by_what_is_new() -> None:
     ours = objective("llama")
     lengths: list[list[int]] = []
     body = ours.language_model.body
-    run = Body.__call__
+    run = Body.extend
 
     def counted(self: Body, states: Any, embeds: Any) -> Any:
         if self is body:
@@ -172,7 +172,7 @@ def test_a_prefix_is_run_once_and_extended_by_what_is_new() -> None:
         return run(self, states, embeds)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Body, "__call__", counted)
+        patch.setattr(Body, "extend", counted)
         talk = conversation(ours, PROMPTS[1])
         y = response(10, seed=1)
         ours.evaluate([Request(talk, y, 2)])

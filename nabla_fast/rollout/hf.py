@@ -19,8 +19,9 @@ from nabla_fast.sampling import Context, Sampler
 
 # Columns in use per token of the longest sequence, from which on the batch is made anew without the unused ones.
 _SPREAD = 1.5
-# Tokens of one forward pass up to which more of them cost little: reading the weights is what takes the time.
-_TOKENS_PER_PASS = {"cpu": 32, "cuda": 256}
+# Tokens of one forward pass up to which drafts may fill it. While reading the weights is what takes the time, more
+# tokens cost little; on a CPU that ends soon (`benchmarks/test_bench_rollouts.py`).
+_TOKENS_PER_PASS = {"cpu": 8, "cuda": 256}
 
 
 class HFRollout:
