@@ -71,8 +71,8 @@ class FakeVLLM:
     Attributes:
         answerer: makes the answers.
         faults: what happens to the next completions instead, one each: an HTTP status; "silent", "cut" (the connection
-            breaks after two tokens), "error" (an error within the stream), "no ids", "html"; None for no fault. The
-            last one stays where ``faulty_forever``.
+            breaks after two tokens), "error" (an error within the stream), "no ids"; None for no fault. The last one
+            stays where ``faulty_forever``.
         pause: seconds between two pieces of an answer.
         gate: completions wait for this before their first token.
         requests: the JSON of every completion asked for, attempts included.
@@ -182,12 +182,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"error": {"message": "out of order", "code": fault}}, fault)
             return
         self.send_response(200)
-        self.send_header("Content-Type", "text/html" if fault == "html" else "text/event-stream")
+        self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        if fault == "html":
-            self._chunk(b"<html>data: no</html>\n")
-        elif fault == "error":
+        if fault == "error":
             self._event({"error": {"message": "EngineCore encountered an issue", "code": 500}})
         else:
             self._answer(asked, fault)

@@ -277,14 +277,13 @@ def test_a_bad_request_is_not_tried_again(backend, server):
 
 def test_a_slow_answer_is_waited_for_and_silence_is_not(model, server):
     server.pause = 0.02
-    backend = make(model, server, read_timeout=0.5, retries=1)
+    backend = make(model, server, read_timeout=0.7, retries=1)
     began = time.monotonic()
     draw(backend, [Start(Context((5,), (), 0, 40))])
-    assert time.monotonic() - began > 0.5, "the whole answer takes longer than the silence that is borne"
+    assert time.monotonic() - began > 0.7, "the whole answer takes longer than the silence that is borne"
     server.faults, server.faulty_forever = ["silent"], True
-    impatient = make(model, server, read_timeout=0.05, retries=1)
-    with pytest.raises(RolloutError, match=r"gave no sign of life for 0\.05 s, 2 attempts"):
-        draw(impatient, STARTS[:1])
+    with pytest.raises(RolloutError, match=r"gave no sign of life for 0\.7 s, 2 attempts"):
+        draw(backend, STARTS[:1])
 
 
 def test_a_server_that_dies_is_an_error_and_what_had_been_collected_stays(backend, server):

@@ -137,7 +137,7 @@ class VLLMServer:
                 raise ProtocolError(f"its answer is cut off: {line[:80]!r}") from error
             if "error" in event:
                 raise ProtocolError(_message(event))
-            for choice in event["choices"]:
+            for choice in event.get("choices", ()):
                 if choice.get("token_ids") is None:
                     raise self._no_vllm("returns no token_ids")
                 tokens += choice["token_ids"]
