@@ -49,6 +49,17 @@ def test_the_sentences_on_smollm2():
     assert f"({points(found, 'latents-rollout 8', 'latents-rollout-control 8')} points," in text
 
 
+def test_the_sentence_on_common_divisors():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    found = arms("smollm2-gcd.json")
+    told = [100 * found["greedy"]["accuracy"]["mean"]]
+    for arm in ("latents-rollout 8", "best-of-n 8"):
+        told += [100 * found[arm]["accuracy"]["mean"], found[arm]["model_calls"]["mean"]]
+    told.append(points(found, "latents-rollout 8", "latents-rollout-control 8"))
+    said = "decoding's {:.0f} %: ∇-Reasoner {:.0f} % in {:.0f} calls, Best-of-8 {:.0f} % in {:.0f}, and the gradient"
+    assert f"{said} brings {{:.0f}} points".format(*told) in text
+
+
 def speed() -> str:
     """The section on speed, without its tables."""
     (section,) = re.findall(
