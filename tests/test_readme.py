@@ -56,6 +56,8 @@ def test_the_sentence_on_common_divisors():
     for arm in ("latents-rollout 8", "best-of-n 8"):
         told += [100 * found[arm]["accuracy"]["mean"], found[arm]["model_calls"]["mean"]]
     told.append(points(found, "latents-rollout 8", "latents-rollout-control 8"))
+    judged = json.loads((RESULTS.parent / "reward_smollm2.json").read_text())["tasks"]["gcd"]["auroc"]
+    assert f"right from wrong (AUROC {judged:.2f})" in text
     said = "decoding's {:.0f} %: ∇-Reasoner {:.0f} % in {:.0f} calls, Best-of-8 {:.0f} % in {:.0f}, and the gradient"
     assert f"{said} brings {{:.0f}} points".format(*told) in text
 
