@@ -157,9 +157,9 @@ def timed(work: Path, stage: str) -> Iterator[None]:
         yield
     finally:
         told = json.loads(file.read_text()) if file.exists() else {"seconds": {}}
-        seconds = told["seconds"] | {stage: round(told["seconds"].get(stage, 0.0) + time.perf_counter() - start, 1)}
+        seconds = told["seconds"] | {stage: round(told["seconds"].get(stage, 0.0) + time.perf_counter() - start, 3)}
         machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        file.write_text(json.dumps({"seconds": seconds, "total": round(sum(seconds.values()), 1), **machine}, indent=2))
+        file.write_text(json.dumps({"seconds": seconds, "total": round(sum(seconds.values()), 3), **machine}, indent=2))
 
 
 def train_policy(work: Path, tokenizer: Any, most: int, target: float, seed: int, device: torch.device) -> Any:
