@@ -108,13 +108,15 @@ def decode(loaded: Loaded, chats: list[Any], config: nf.NablaConfig) -> Outcome:
     }
 
 
-def measure_rollouts(setting: Setting, name: str, chats: list[Any], sides: dict[str, Any], shape: Any) -> Record:
+def measure_rollouts(
+    setting: Setting, name: str, chats: list[Any], sides: dict[str, Any], shape: Any, repeats: int
+) -> Record:
     """``sides`` are functions of a pair and chats."""
     loaded, _ = load(setting.device)
     for side in sides.values():  # first calls choose kernels
         side(loaded, chats[:1])
     made = {who: functools.partial(side, loaded, chats) for who, side in sides.items()}
-    figures = compare(made, setting.device, repeats=1 if setting.quick else 3, again=False)
+    figures = compare(made, setting.device, repeats=1 if setting.quick else repeats, again=False)
     dtype = loaded.models.language_model.dtype
     return side_record("rollouts", name, loaded.name, dtype, {"prompts": len(chats), **shape}, figures)
 
@@ -134,7 +136,7 @@ def cases(setting: Setting) -> list[Case]:
         OURS: functools.partial(together, config=config, at_once=len(chats)),
         ALONE: functools.partial(together, config=config, at_once=1),
     }
-    both = [case("together", "first rollouts together", chats, sides, {"tokens": tokens})]
+    both = [case("together", "first rollouts together", chats, sides, {"tokens": tokens}, 3)]
     if on_cpu:
         # Settings under which most rollouts are proposals, from positions all over the answer.
         tokens, rollouts = (12, 3) if setting.quick else (96, 6)
@@ -146,6 +148,7 @@ def cases(setting: Setting) -> list[Case]:
             reward_coeff=5.0,
             gradient_threshold=None,
         )
+        some = asked[:1] if setting.quick else asked[::2]
         # More at once leave no room for drafts on a CPU.
         for at_once in (1, 4):
             own = config.replace(max_batch_size=at_once)
@@ -154,7 +157,7 @@ def cases(setting: Setting) -> list[Case]:
                 NO_DRAFTS: functools.partial(decode, config=own.replace(draft_tokens=0)),
             }
             shape = {"at once": at_once, "tokens": tokens, "rollouts": rollouts}
-            both.append(case(f"drafts-{at_once}", "a decode's rollouts", asked[: len(chats)], sides, shape))
+            both.append(case(f"drafts-{at_once}", "a decode's rollouts", some, sides, shape, 1))
     return both
 
 
