@@ -1,0 +1,242 @@
+"""Which vLLM is taken: by the configuration, at a URL, in this process; and whole decodes with it."""
+
+from __future__ import annotations
+
+import sys
+import types
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+import torch
+import vllm_cases
+from fake_vllm import Answerer
+from tiny_models import CONTEXT, shared_language_model, tiny_language_model, tiny_reward_model, tiny_tokenizer
+from vllm_cases import FAST, NEVER, SAMPLING, STARTS, draw, make
+
+import nabla_fast as nf
+from nabla_fast.baselines import best_of_n
+from nabla_fast.config import NablaConfig
+from nabla_fast.generate import make_pair, run, stop_rule
+from nabla_fast.models.chat import generation_prompt_ids
+from nabla_fast.models.language_model import LanguageModel
+from nabla_fast.rollout import RolloutError, VLLMRollout, vllm
+from nabla_fast.rollout.vllm_engine import VLLMEngine
+from nabla_fast.rollout.vllm_server import VLLMServer
+from nabla_fast.sampling import Sampler
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+model, server, backend = vllm_cases.model, vllm_cases.server, vllm_cases.backend  # fixtures
+
+
+def test_the_configuration_chooses(model, server, monkeypatch):
+    assert vllm.chosen(model, NablaConfig()) is None
+    assert vllm.chosen(model, NablaConfig(rollout_backend="hf")) is None
+    for name in ("auto", "vllm"):
+        at_url = vllm.chosen(model, NablaConfig(rollout_backend=name, vllm_url=server.url))
+        assert isinstance(at_url.engine, VLLMServer)
+    with pytest.raises(ValueError, match=r"rollout_backend is 'vllm', but .*; give vllm_url"):
+        vllm.chosen(model, NablaConfig(rollout_backend="vllm"))
+    asked = []
+    monkeypatch.setattr(vllm, "_engine", lambda *args: asked.append(args) or at_url.engine)
+    monkeypatch.setattr(model.model.config, "name_or_path", "some/folder")
+    vllm.chosen(model, NablaConfig(rollout_backend="vllm"))
+    assert asked == [("some/folder", "float64")]
+
+
+PAIR_CONFIG = NablaConfig(
+    max_new_tokens=10, max_rollouts=4, max_iters=4, learning_rate=0.2, gradient_threshold=None, rollout=SAMPLING
+)
+QUESTIONS = ["what is 3 times 4", "the user", "is it on"]
+
+
+@pytest.fixture
+def models(model):
+    tokenizer = tiny_tokenizer()
+    return model.model, tokenizer, tiny_reward_model("qwen3"), tokenizer
+
+
+def test_generate_and_the_baselines_draw_from_the_server(server, models):
+    config = PAIR_CONFIG.replace(vllm_url=server.url)
+    before = len(server.requests)
+    out = nf.generate(*models, QUESTIONS, config)
+    assert len(server.requests) - before >= out.stats.totals.rollouts > len(QUESTIONS)
+    assert out.stats.totals.revisions
+    again = nf.generate(*models, QUESTIONS, config.replace(max_batch_size=1))
+    assert [s.tolist() for s in again.sequences] == [s.tolist() for s in out.sequences]
+    before = len(server.requests)
+    best_of_n(*models, QUESTIONS[:1], n=3, config=config)
+    assert len(server.requests) - before >= 3
+
+
+def test_a_decode_that_loses_its_server_has_what_was_committed(server, models, model):
+    config = PAIR_CONFIG.replace(vllm_url=server.url)
+    whole = nf.generate(*models, QUESTIONS, config)
+    pair = replace(make_pair(*models, PAIR_CONFIG), vllm=make(model, server))
+    heard = {}
+
+    class Killer:
+        def on_phase(self, phase, sequences):
+            pass
+
+        def on_commit(self, index, tokens, length):
+            heard.setdefault(index, []).extend(tokens)
+            if len(heard[index]) >= 4:
+                server.die()
+
+    prompts = [tuple(generation_prompt_ids(pair.tokenizer, [{"role": "user", "content": q}])) for q in QUESTIONS]
+    frames = [pair.reward_model.chat_frame([{"role": "user", "content": q}]) for q in QUESTIONS]
+    with pytest.raises(RolloutError, match="vllm_url") as error:
+        run(pair, prompts, frames, config, stop_rule(pair, config), observer=Killer())
+    committed, responses = error.value.committed, error.value.responses
+    assert [list(tokens) for tokens in committed] == [heard.get(i, []) for i in range(3)]
+    assert max(map(len, committed)) >= 4
+    for tokens, response, meant in zip(committed, responses, whole.sequences, strict=True):
+        assert response[: len(tokens)] == tokens
+        assert meant.tolist()[: len(tokens)] == list(tokens)
+
+
+def test_logits_processors_and_vllm_do_not_go_together(server, models):
+    pair = make_pair(*models, PAIR_CONFIG.replace(vllm_url=server.url))
+    assert pair.rollouts(PAIR_CONFIG, Sampler()) is pair.vllm
+    with pytest.raises(ValueError, match="logits_processor cannot be used"):
+        pair.rollouts(PAIR_CONFIG, Sampler(before=(lambda ids, scores: scores,)))
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://", "nonsense", "http://[::"])
+def test_what_is_no_url_is_named(model, url):
+    with pytest.raises(ValueError, match=r"vllm_url .* is not a URL; it must be like http://") as caught:
+        VLLMRollout(model, url)
+    assert repr(url) in str(caught.value)
+
+
+def test_nobody_there(model, server):
+    with pytest.raises(RolloutError, match=r"vllm_url 'http://127\.0\.0\.1:1' cannot be reached \(.*refused"):
+        VLLMRollout(model, VLLMServer("http://127.0.0.1:1", **FAST))
+
+
+def test_an_address_without_vllm(server):
+    with pytest.raises(RolloutError, match="answers HTTP 404"):
+        VLLMServer(f"{server.url}/elsewhere", **FAST)
+    server.served = ()
+    with pytest.raises(RolloutError, match="lists no model"):
+        VLLMServer(server.url, **FAST)
+
+
+def test_the_url_may_have_v1_behind_it_and_the_model_a_name(server, model):
+    server.served = ("other", "tiny")
+    assert VLLMServer(f"{server.url}/v1/", **FAST).model == "other"
+    assert VLLMServer(server.url, model="tiny", **FAST).model == "tiny"
+    with pytest.raises(RolloutError, match="does not serve model 'big'; it serves 'other', 'tiny'"):
+        VLLMServer(server.url, model="big", **FAST)
+    assert VLLMRollout(model, server.url).engine.context_length == CONTEXT
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: LanguageModel(tiny_language_model("llama", seed=1), tiny_tokenizer()),
+        lambda: LanguageModel(tiny_language_model("qwen3"), tiny_tokenizer()),
+        lambda: LanguageModel(permuted(tiny_language_model("llama")), tiny_tokenizer()),
+    ],
+    ids=["weights", "family", "order of tokens"],
+)
+def test_another_model_is_refused(server, other):
+    with pytest.raises(RolloutError, match=r"serves 'tiny', which is not model .*: log-prob.* differ by .* nats"):
+        make(other(), server)
+
+
+def permuted(model):
+    """The same model under another tokenizer, which numbers two tokens the other way round."""
+    weight = model.get_input_embeddings().weight
+    order = torch.arange(len(weight))
+    order[[40, 41, 50, 51, 60, 61, 70, 71]] = order[[41, 40, 51, 50, 61, 60, 71, 70]]
+    weight.copy_(weight[order].clone())
+    return model
+
+
+def test_a_smaller_vocabulary_is_refused(server):
+    model = LanguageModel(tiny_language_model("llama", vocab_rows=200), bigger_tokenizer())
+    with pytest.raises(RolloutError, match=r"not model .*out of vocabulary.*token ids up to \d+"):
+        make(model, server)
+
+
+def bigger_tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["zebra", "yacht"])
+    return tokenizer
+
+
+# vLLM in this process
+
+
+class FakeLLM:
+    """``vllm.LLM`` as far as it is used: one token for every request at a step."""
+
+    def __init__(self, model, **options):
+        self.options = options
+        self.answerer = Answerer(shared_language_model("llama"), tiny_tokenizer())
+        self.model_config = types.SimpleNamespace(max_model_len=CONTEXT)
+        self.llm_engine = self
+        self.running, self.aborted, self.dead = {}, [], False
+
+    def generate(self, prompts, params, use_tqdm):
+        rows = self.answerer.log_probabilities(prompts[0]["prompt_token_ids"])
+        as_objects = [row and {int(t): types.SimpleNamespace(**entry) for t, entry in row.items()} for row in rows]
+        return [types.SimpleNamespace(prompt_logprobs=as_objects)]
+
+    def add_request(self, name, prompt, params):
+        self.running[name] = self.answerer.tokens(prompt["prompt_token_ids"], vars(params)), []
+
+    def step(self):
+        if self.dead:
+            raise RuntimeError("EngineCore encountered an issue")
+        outputs = []
+        for name, (source, tokens) in list(self.running.items()):
+            token, finish = next(source)
+            tokens.append(token)
+            if finish:
+                del self.running[name]
+            answer = types.SimpleNamespace(token_ids=list(tokens), finish_reason=finish)
+            outputs.append(types.SimpleNamespace(request_id=name, finished=bool(finish), outputs=[answer]))
+        return outputs
+
+    def abort_request(self, names):
+        self.aborted += [name for name in names if self.running.pop(name, None)]
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    module = types.SimpleNamespace(LLM=FakeLLM, SamplingParams=types.SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    return VLLMEngine("folder", max_model_len=CONTEXT)
+
+
+def test_an_engine_gives_what_a_server_gives(engine, backend, model):
+    assert engine._llm.options == {"gpu_memory_utilization": 0.4, "max_model_len": CONTEXT}
+    assert draw(VLLMRollout(model, engine)) == draw(backend)
+
+
+def test_streams_of_one_engine_keep_their_answers_apart(engine, model):
+    backend = VLLMRollout(model, engine)
+    with closing(backend.open(SAMPLING, NEVER)) as first, closing(backend.open(SAMPLING, NEVER)) as second:
+        first.submit(0, STARTS[0])
+        second.submit(0, STARTS[2])
+        drawn = [stream.collect()[0][1].tokens.tolist() for stream in (second, first)]
+        first.submit(1, STARTS[1])
+    assert drawn == draw(backend, [STARTS[2], STARTS[0]])
+    assert len(engine._llm.aborted) == 1
+    assert not engine._llm.running
+
+
+def test_an_engine_that_dies_is_an_error(engine, model):
+    backend = VLLMRollout(model, engine)
+    engine._llm.dead = True
+    with pytest.raises(RolloutError, match=r"the vLLM of this process \(folder\) failed in step: EngineCore"):
+        draw(backend)
+
+
+def test_without_vllm_the_engine_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match="pip install vllm, or give the vllm_url of a running server"):
+        VLLMEngine("folder")
