@@ -263,10 +263,7 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
 class _Mallinfo(ctypes.Structure):
     """glibc's struct mallinfo2; ``arena`` is the size of the heap."""
 
-    _fields_: ClassVar = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
+    _fields_: ClassVar = [("arena", ctypes.c_size_t), ("others", ctypes.c_size_t * 9)]
 
 
 @contextlib.contextmanager
