@@ -8,16 +8,17 @@ follows.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import gc
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from machine import resident
@@ -32,6 +33,7 @@ _MOST_PER_TURN = 8
 _FLUSHED = 2**28  # bytes, more than any L2 cache holds
 _COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes
 _MULTIPLIED = {"cpu": 2048, "cuda": 8192}  # rows and columns
+_FROM_SYSTEM = 2**16  # bytes
 _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's mallopt
 
 
@@ -246,15 +248,53 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
     marks = Path("/proc/self/clear_refs")
     if not marks.exists():
         return None
-    _allocator(_MMAP, 2**16)  # larger blocks come from the system and go back to it at once
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        marks.write_text("5")  # the highest mark starts anew
-        before = resident("VmRSS")
-        call()
-        return max(0, resident("VmHWM") - before)
+        with _heap_without_holes():
+            _allocator(_MMAP, _FROM_SYSTEM)  # larger blocks come from the system and go back to it at once
+            marks.write_text("5")  # the highest mark starts anew
+            before = resident("VmRSS")
+            call()
+            return max(0, resident("VmHWM") - before)
     finally:
         steady_allocator()
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's struct mallinfo2; ``arena`` is the size of the heap."""
+
+    _fields_: ClassVar = [("arena", ctypes.c_size_t), ("others", ctypes.c_size_t * 9)]
+
+
+@contextlib.contextmanager
+def _heap_without_holes() -> Iterator[None]:
+    """Holds what is free inside the heap, without touching it.
+
+    glibc uses a hole before it asks the system, and keeps it resident when it is free again, so that the holes that
+    earlier calls have left would count as what this one has at once. Where glibc is another or older, nothing is done.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        yield
+        return
+    libc.mallinfo2.restype = _Mallinfo
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
+    held = []
+    size = 2**24
+    while size >= _FROM_SYSTEM:
+        heap = libc.mallinfo2().arena
+        held.append(libc.malloc(size))
+        if libc.mallinfo2().arena > heap:  # the heap grew: it had no hole of this size left
+            size //= 2
+    try:
+        yield
+    finally:
+        for block in held:
+            libc.free(block)
 
 
 def steady_allocator() -> None:

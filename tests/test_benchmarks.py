@@ -189,6 +189,22 @@ def test_peak_memory_is_what_a_call_had_at_once():
     assert 30 * 2**20 < min(measure.peak_bytes(call, CPU) for _ in range(3)) < 60 * 2**20
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
+def test_holes_that_earlier_calls_left_are_not_a_calls_memory():
+    measure.steady_allocator()
+    # Blocks of the heap that are free, each behind a small one that is not.
+    blocks = [(torch.ones(2**21), torch.ones(2**8)) for _ in range(16)]
+    kept = [small for _, small in blocks]
+    del blocks
+
+    def call():
+        for size in range(2**19, 2**21, 2**17):  # one after the other, 8 MiB at most
+            torch.ones(size)
+
+    assert min(measure.peak_bytes(call, CPU) for _ in range(3)) < 12 * 2**20
+    assert len(kept) == 16
+
+
 # nabla_fast against the published schedule
 
 
