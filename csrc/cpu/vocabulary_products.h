@@ -4,6 +4,8 @@
 #include "tile_matmul.h"
 #include "vocabulary_pass.h"
 
+#include <ATen/ops/add.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <optional>
@@ -23,7 +25,7 @@ class VocabularyProducts {
                      const std::vector<GradientTerm>& terms, const at::Tensor& values)
       : transform_(transform) {
     if (hidden.defined()) logits_ = add_operand(hidden, weight);
-    for (const GradientTerm& term : terms) {
+    for (const GradientTerm& term : added_up(terms)) {
       if (term.softcap == 0) {
         plain_.push_back(add_operand(term.vectors, term.table));
       } else {
@@ -111,6 +113,24 @@ class VocabularyProducts {
     double softcap;
     double factor;
   };
+
+  // Terms of one table without a cap between them are one product of the sum of their vectors, if no sum is rounded.
+  static std::vector<GradientTerm> added_up(const std::vector<GradientTerm>& terms) {
+    constexpr auto kDtype = c10::CppTypeToScalarType<acc_t>::value;
+    std::vector<GradientTerm> sums;
+    for (const GradientTerm& term : terms) {
+      const auto same = std::find_if(sums.begin(), sums.end(), [&](const GradientTerm& sum) {
+        return sum.softcap == 0 && term.softcap == 0 && Table(sum.table) == Table(term.table) &&
+               sum.vectors.scalar_type() == kDtype && term.vectors.scalar_type() == kDtype;
+      });
+      if (same == sums.end()) {
+        sums.push_back(term);
+      } else {
+        same->vectors = same->vectors.add(term.vectors);
+      }
+    }
+    return sums;
+  }
 
   Operand add_operand(const at::Tensor& vectors, const at::Tensor& tensor) {
     const size_t table = find_or_add(tensor);
