@@ -36,7 +36,8 @@ def draw(name: str, records: Sequence[Record], directory: Path) -> list[Path]:
 
     mpl.use("Agg")
     operators = [record for record in records if record["suite"] == "operators"]
-    sides = [record for record in records if record["suite"] != "operators"]
+    # Those against the published schedule; rollouts have tables alone.
+    sides = [record for record in records if "published" in record["contenders"]]
     written = []
     drawings = ((draw_speedup, [*operators, *sides]), (draw_roofline, operators), (draw_memory, [*operators, *sides]))
     for title, (draw_one, some) in zip(PICTURES, drawings, strict=True):
