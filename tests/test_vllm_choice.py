@@ -70,10 +70,11 @@ def test_generate_and_the_baselines_draw_from_the_server(server, models):
 
 
 def test_a_decode_that_loses_its_server_has_what_was_committed(server, models, model):
-    config = PAIR_CONFIG.replace(vllm_url=server.url)
+    # Rollouts enough that nobody can be done when the first token is committed.
+    config = PAIR_CONFIG.replace(vllm_url=server.url, max_rollouts=12)
     whole = nf.generate(*models, QUESTIONS, config)
     pair = replace(make_pair(*models, PAIR_CONFIG), vllm=make(model, server))
-    heard = {}
+    heard, dead = {}, []
 
     class Killer:
         def on_phase(self, phase, sequences):
@@ -81,7 +82,8 @@ def test_a_decode_that_loses_its_server_has_what_was_committed(server, models, m
 
         def on_commit(self, index, tokens, length):
             heard.setdefault(index, []).extend(tokens)
-            if len(heard[index]) >= 4:
+            if not dead:
+                dead.append(index)
                 server.die()
 
     prompts = [tuple(generation_prompt_ids(pair.tokenizer, [{"role": "user", "content": q}])) for q in QUESTIONS]
@@ -90,7 +92,7 @@ def test_a_decode_that_loses_its_server_has_what_was_committed(server, models, m
         run(pair, prompts, frames, config, stop_rule(pair, config), observer=Killer())
     committed, responses = error.value.committed, error.value.responses
     assert [list(tokens) for tokens in committed] == [heard.get(i, []) for i in range(3)]
-    assert max(map(len, committed)) >= 4
+    assert max(map(len, committed)) >= 1
     for tokens, response, meant in zip(committed, responses, whole.sequences, strict=True):
         assert response[: len(tokens)] == tokens
         assert meant.tolist()[: len(tokens)] == list(tokens)
