@@ -39,7 +39,8 @@ def draw(name: str, records: Sequence[Record], directory: Path) -> list[Path]:
     # Those against the published schedule; rollouts have tables alone.
     sides = [record for record in records if "published" in record["contenders"]]
     written = []
-    drawings = ((draw_speedup, [*operators, *sides]), (draw_roofline, operators), (draw_memory, [*operators, *sides]))
+    weighed = [r for r in (*operators, *sides) if best_of_ours(r)[1].get("peak_bytes") is not None]
+    drawings = ((draw_speedup, [*operators, *sides]), (draw_roofline, operators), (draw_memory, weighed))
     for title, (draw_one, some) in zip(PICTURES, drawings, strict=True):
         if some:
             written.append(directory / f"{title}.png")
@@ -107,7 +108,7 @@ def draw_memory(axes: Any, records: Sequence[Record]) -> None:
             if value is not None:
                 axes.barh(row + offset, max(value / 2**20, 0.01), height=0.38, color=colour, label=who)
     axes.set_xscale("log")
-    axes.set_xlabel("peak memory of a call beyond its inputs, MiB (log scale; 0.01 and less are drawn alike)")
+    axes.set_xlabel("peak memory of a call beyond its inputs, MiB\n(log scale; 0.01 and less are drawn alike)")
 
 
 def draw_phases(records: Sequence[Record], name: str, path: Path) -> None:
