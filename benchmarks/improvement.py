@@ -28,7 +28,7 @@ from typing import Any
 
 from machine import commit, write
 from run import RESULTS, SUITES, positive
-from tables import best_of_ours, clean
+from tables import best_of_ours, clean, factor
 
 HERE = Path(__file__).parent
 Run = dict[str, Any]
@@ -132,7 +132,8 @@ def entries(runs: dict[str, list[Run]], options: argparse.Namespace) -> list[dic
         }
         ratios = {
             "ratio": seconds["before"] / seconds["after"],
-            "baseline_ratio": theirs["before"] / theirs["after"],
+            # What rollouts are compared with is the package itself, in other settings.
+            "baseline_ratio": None if options.suite == "rollouts" else theirs["before"] / theirs["after"],
             "clean": all(clean(record) for some in taken.values() for record in some),
         }
         made.append({"case": case, **common, **told, **ratios})
@@ -190,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for one in found:
         before, after = (one[side]["seconds"] * 1e3 for side in SIDES)
         print(f"{one['case']}: {before:.3g} ms, now {after:.3g} ms: {one['ratio']:.3g} times as fast", end="")
-        print(f" (its baseline: {one['baseline_ratio']:.3g} times)" + ("" if one["clean"] else ", disturbed"))
+        print(f" (its baseline: {factor(one['baseline_ratio'])} times)" + ("" if one["clean"] else ", disturbed"))
     if options.what:
         store(found, options.output)
         print(f"written to {options.output}")

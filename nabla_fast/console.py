@@ -180,9 +180,9 @@ def answer(
 def _show_unfinished(questions: list[Any], error: RolloutError, tokenizer: Any) -> None:
     """Prints what a decode had come to when its rollouts were lost."""
     for question, tokens, committed in zip(questions, error.responses, error.committed, strict=False):
-        _out.print(Panel(Text(_text(question)), title="question", title_align="left"))
+        _err.print(Panel(Text(_text(question)), title="question", title_align="left"))
         title = f"unfinished: {len(committed)} of {len(tokens)} tokens are committed"
-        _out.print(Panel(Text(tokenizer.decode(tokens, skip_special_tokens=True)), title=title, title_align="left"))
+        _err.print(Panel(Text(tokenizer.decode(tokens, skip_special_tokens=True)), title=title, title_align="left"))
 
 
 def evaluate(

@@ -63,7 +63,7 @@ class Sequence:
         position: number of committed tokens.
         trajectory: the committed tokens and those ahead; None before the first rollout.
         prefix: response tokens that the rollout under way goes on from.
-        drawn: every complete response so far.
+        drawn: every complete response so far, the current one first.
     """
 
     index: int
@@ -164,10 +164,8 @@ class Decoder:
         """
         sequence.prefix = prefix
         self._announce("rollout", [sequence])
-        current = [] if sequence.trajectory is None else [tuple(sequence.current.tokens.tolist())]
-        earlier = (*current, *(tokens for tokens in reversed(sequence.drawn) if tokens not in current))
         track = self.objective.language_track(sequence.conversation)
-        stream.submit(sequence.index, Start(sequence.context(prefix), track, earlier))
+        stream.submit(sequence.index, Start(sequence.context(prefix), track, tuple(sequence.drawn)))
 
     def receive(self, rolling: dict[int, Sequence], stream: RolloutStream) -> list[Sequence]:
         """Waits for rollouts to end, which makes complete, scored trajectories; the sequences they are of."""
@@ -187,8 +185,9 @@ class Decoder:
         with self.objective.clock.phase("selection", [s.stats for s in sequences]):
             trajectories = [self._trajectory(*parts) for parts in zip(sequences, drawn, tokens, rewards, strict=True)]
         for sequence, trajectory, rollout in zip(sequences, trajectories, drawn, strict=True):
-            sequence.drawn.append(tuple(trajectory.tokens.tolist()))
-            if sequence.trajectory is None or self._accept(sequence, trajectory):
+            accepted = sequence.trajectory is None or self._accept(sequence, trajectory)
+            sequence.drawn.insert(0 if accepted else 1, tuple(trajectory.tokens.tolist()))
+            if accepted:
                 sequence.trajectory = trajectory
                 self.objective.language_track(sequence.conversation).keep(trajectory.tokens[:-1], rollout.state)
             # Of a proposal, the token it began with is decided.

@@ -55,7 +55,7 @@ def test_what_was_decoded_is_shown_when_the_rollouts_are_lost(monkeypatch, capsy
     tokenizer = tiny_tokenizer()
     with pytest.raises(ServerLostError):
         console.answer((None, tokenizer, None, None), ["one", "two"], nf.NablaConfig(), compare_greedy=False)
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert "2 of 3 tokens are committed" in shown
     assert tokenizer.decode([5, 6, 7]) in shown
     assert "0 of 0 tokens are committed" in shown

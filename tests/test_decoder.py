@@ -326,13 +326,13 @@ def test_a_scripted_decode_commits_accepts_and_rejects_as_designed():
     )
     # 10 stays; 20 in place of 11 is rejected, so 11 is committed; 30 in place of 12 is accepted with 31 behind it; 41
     # in place of 31 is accepted with 42 behind it; the four rollouts are used up and 42 is committed.
-    # Each with the trajectory of the moment first, and then those before it, the last one first.
+    # Each with the trajectory of the moment first.
     first, second, third = (10, 11, 12), (10, 20, 21, 22), (10, 11, 30, 31)
     assert asked == [
         ((), ()),
         ((10, 20), (first,)),
         ((10, 11, 30), (first, second)),
-        ((10, 11, 30, 41), (third, second, first)),
+        ((10, 11, 30, 41), (third, first, second)),
     ]
     assert sequence.current.tokens.tolist() == [10, 11, 30, 41, 42]
     assert sequence.current.reward == 3.0

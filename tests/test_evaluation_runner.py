@@ -234,7 +234,8 @@ def test_failed_problems_are_tried_again_only_when_asked(tmp_path, made_up):
     run(tmp_path, task, plan, retry_failed=True, on_record=pytest.fail)
 
 
-def test_an_interrupt_leaves_what_can_be_continued(tmp_path, made_up):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ServerLostError])
+def test_what_ends_a_run_leaves_what_can_be_continued_and_fails_no_problem(tmp_path, made_up, error):
     task, plan = make_task([str(i) for i in range(9)]), plan_of()
     expected = by_key(run(tmp_path / "whole", task, plan))
     left = [7]
@@ -242,29 +243,11 @@ def test_an_interrupt_leaves_what_can_be_continued(tmp_path, made_up):
     def interrupted(batch):
         left[0] -= 1
         if left[0] < 0:
-            raise KeyboardInterrupt
+            raise error
         return answer(batch)
 
     made_up.answer = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "stopped", task, plan)
-    made_up.answer = answer
-    assert by_key(run(tmp_path / "stopped", task, plan)) == expected
-
-
-def test_a_lost_server_ends_the_run_and_fails_no_problem(tmp_path, made_up):
-    task, plan = make_task([str(i) for i in range(9)]), plan_of()
-    expected = by_key(run(tmp_path / "whole", task, plan))
-    left = [4]
-
-    def lost(batch):
-        left[0] -= 1
-        if left[0] < 0:
-            raise ServerLostError("vllm_url 'x' cannot be reached")
-        return answer(batch)
-
-    made_up.answer = lost
-    with pytest.raises(ServerLostError):
+    with pytest.raises(error):
         run(tmp_path / "stopped", task, plan)
     assert all(record["error"] is None for record in read_records(tmp_path / "stopped" / runner.RESULTS))
     made_up.answer = answer

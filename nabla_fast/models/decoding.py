@@ -46,7 +46,8 @@ class DecodeBatch:
     @property
     def gaps(self) -> bool:
         """Whether a masked column lies within a sequence."""
-        return any(int(row.nonzero()[0]) < self.width - length for row, length in self._rows())
+        begins = self.mask.int().argmax(1).tolist()
+        return any(self.width - begin > length for begin, length in zip(begins, self.lengths, strict=True))
 
     @torch.no_grad()
     def step(self, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -93,9 +94,6 @@ class DecodeBatch:
         chosen = slice(begin, self.width) if whole else columns.to(self.hidden[row][0].device)
         keys, values = self._cache.row(row, chosen)
         return PrefixState(keys, values, torch.cat(self.hidden[row]))
-
-    def _rows(self) -> list[tuple[Tensor, int]]:
-        return list(zip(self.mask, self.lengths, strict=True))
 
 
 class _Buffers(DynamicCache):

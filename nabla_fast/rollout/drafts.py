@@ -42,7 +42,7 @@ class Drafter:
         if self._texts and earlier:
             self._at = 0, len(response)
         self._length = most
-        self._drafted = 0
+        self._drafted = False
 
     def add(self, token: int) -> None:
         """The response goes on with ``token``."""
@@ -56,19 +56,18 @@ class Drafter:
 
     def draft(self, room: int) -> tuple[int, ...]:
         """At most ``room`` tokens that may follow; none where there is nothing to go by."""
-        if not self.most:
+        proved, self._drafted = self._drafted, False
+        if not self.most or room < 1:
             return ()
         if self._at is None:
             self._look_up()
-        elif self._drafted:
+        elif proved:
             self._length = min(self.most, 2 * self._length)
         if self._at is None:
-            self._drafted = 0
             return ()
         text, place = self._at
-        found = tuple(self._texts[text][place : place + min(self._length, room)])
-        self._drafted = len(found)
-        return found
+        self._drafted = True
+        return tuple(self._texts[text][place : place + min(self._length, room)])
 
     def _look_up(self) -> None:
         own = len(self._texts) - 1

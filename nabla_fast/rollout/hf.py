@@ -68,7 +68,8 @@ class _Row:
         """At most ``most`` tokens for the next pass: the last one, which is in no state yet, and a draft behind it."""
         left = self.context.limit - len(self.context.response)
         self.draft = self.drafter.draft(min(left, most) - 1)
-        return [(*self.context.prompt_ids, *self.context.response)[-1], *self.draft]
+        last = (self.context.response or self.context.prompt_ids)[-1]
+        return [last, *self.draft]
 
     def contexts(self) -> list[Context]:
         """What each token of the pass is followed in, were the draft right."""
