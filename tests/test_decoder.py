@@ -13,6 +13,7 @@ from tiny_models import tiny_language_model, tiny_reward_model, tiny_tokenizer
 import nabla_fast as nf
 from nabla_fast.decoder import Decoder, Sequence
 from nabla_fast.generate import make_pair, stop_rule
+from nabla_fast.models.prefix import Body
 from nabla_fast.objective import Conversation, Objective
 from nabla_fast.rollout import HFRollout, Rollout, StopRule, hf
 from nabla_fast.sampling import Sampler
@@ -252,6 +253,67 @@ def test_drafts_and_the_size_of_the_batch_change_nothing(variant, monkeypatch):
         assert a.rollout_calls == a.generated_tokens == b.generated_tokens
         assert b.rollout_calls + b.accepted_draft_tokens == b.generated_tokens
         assert (b.drafted_tokens > 0) == ("draft_tokens" in changes)
+
+
+def decoded(sequences, config, rollouts=None):
+    pair = make_pair(*models(), config)
+    objective = Objective(pair.language_model, pair.reward_model, config)
+    decoder = Decoder(objective, rollouts or HFRollout(pair.language_model), Sampler(), StopRule(frozenset()))
+    decoder.decode(sequences)
+
+
+def conversations(count, limit=6):
+    frame = make_pair(*models(), BASE).reward_model.chat_frame([{"role": "user", "content": "is"}])
+    return [Sequence(i, Conversation((5, 6, 7 + i), frame, limit), seed=i) for i in range(count)]
+
+
+def test_no_more_sequences_are_under_way_than_allowed():
+    """And no fewer, while there are more to come."""
+    under_way = []
+
+    class Counting:
+        def __init__(self, backend):
+            self.backend, self.keys = backend, set()
+
+        def open(self, sampling, stop):
+            self.stream = self.backend.open(sampling, stop)
+            return self
+
+        def submit(self, key, start):
+            self.keys.add(key)
+            under_way.append(len(self.keys))
+            self.stream.submit(key, start)
+
+        def collect(self):
+            ended = self.stream.collect()
+            self.keys -= {key for key, _ in ended}
+            return ended
+
+        def close(self):
+            self.stream.close()
+
+    config = BASE.replace(max_batch_size=3)
+    sequences = conversations(8)
+    decoded(sequences, config, Counting(make_pair(*models(), config).rollouts(config)))
+    assert max(under_way) == 3
+    assert all(sequence.finished for sequence in sequences)
+
+
+def test_the_first_gradient_needs_no_prefill(monkeypatch):
+    model = models()[0]
+    from_nothing = []
+    extend = Body.extend
+
+    def counted(self, states, embeds):
+        if self.model is model:
+            from_nothing.extend(state is None for state in states)
+        return extend(self, states, embeds)
+
+    sequences = conversations(3)
+    monkeypatch.setattr(Body, "extend", counted)
+    decoded(sequences, BASE)
+    assert sum(sequence.stats.gradient_evaluations for sequence in sequences) > 3
+    assert sum(from_nothing) == len(sequences), "the prompt of each, once"
 
 
 def test_no_sequence_waits_for_another():

@@ -63,6 +63,13 @@ def test_the_prompt_and_the_response_itself_are_the_last_resort() -> None:
     assert drafter.draft(99) == (61, 60)
 
 
+def test_without_room_nothing_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter = Drafter((50,), (20,), [OLD], most=8)
+    follow(drafter, (40, 5, 6))
+    monkeypatch.setattr(Drafter, "_look_up", lambda self: pytest.fail("looked up"))
+    assert drafter.draft(0) == ()
+
+
 def test_no_drafts_are_asked_for() -> None:
     drafter = Drafter((50, 51), (50,), [OLD], most=0)
     follow(drafter, (50,))

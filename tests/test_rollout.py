@@ -126,6 +126,24 @@ def whole(model, ids):
     return model.model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
 
 
+def test_a_draft_never_passes_the_limit():
+    model = LanguageModel(tiny_language_model("llama"), tiny_tokenizer())
+    (whole_one,) = roll_out(HFRollout(model), [Context((5, 6), (), 0, 20)])
+    positions = []
+
+    def hear(_, __, given):
+        positions.append(int(given["position_ids"].max()))
+
+    hook = model.model.base_model.register_forward_pre_hook(hear, with_kwargs=True)
+    start = Start(Context((5, 6), (), 0, 10), model.track((5, 6)), (tuple(whole_one.tokens.tolist()),))
+    (drawn,) = rollout(HFRollout(model, draft_tokens=8), [start], SAMPLING, NEVER)
+    hook.remove()
+    assert drawn.tokens.tolist() == whole_one.tokens[:10].tolist()
+    assert drawn.accepted > 5
+    # Two of the prompt and ten of the response, of which the last is never fed.
+    assert max(positions) == 10
+
+
 def test_a_large_batch_leaves_no_room_for_drafts():
     model = LanguageModel(tiny_language_model("llama"), tiny_tokenizer())
     many = [Start(Context((5, 6), (), seed, 6), None, ((7,) * 6,)) for seed in range(5)]
