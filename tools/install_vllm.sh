@@ -10,6 +10,12 @@ folder=$1
 python=$2
 version=0.32.0
 
+# What torch.compile builds for it is linked by an unquoted path.
+if [[ $PWD == *[[:space:]]* ]]; then
+    echo "vLLM on a CPU needs an environment whose path holds no space; this checkout is in '$PWD'" >&2
+    exit 1
+fi
+
 [[ -x $folder/bin/python ]] || "$python" -m venv "$folder"
 bin=$folder/bin
 pip() { "$bin/python" -m pip --disable-pip-version-check "$@"; }

@@ -52,4 +52,7 @@ urllib.request.urlopen(sys.argv[1] + "/health", timeout=5)' "$url" 2>/dev/null; 
 done
 echo "the vLLM server started in $((SECONDS - began)) s"
 
-"$python" -m pytest -m vllm "$@"
+if ! "$python" -m pytest -m vllm "$@"; then
+    tail -n 60 "$log"
+    exit 1
+fi
