@@ -51,21 +51,21 @@ def step_state(parameters: Tensor, own: Head, *, latents: bool) -> tuple[Tensor,
 
 
 def logits(seed: int, rows: int, vocabulary: int, kind: str = "random", dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows (N, V) of one kind of `kernel_inputs.KINDS`."""
-    generator = torch.Generator().manual_seed(seed)
-    z = 3 * torch.randn(rows, vocabulary, generator=generator)
+    """Rows (N, V) of one kind of `kernel_inputs.KINDS`, on the default device; the same numbers on all."""
+    generator, device = torch.Generator("cpu").manual_seed(seed), torch.get_default_device()
+    z = 3 * torch.randn(rows, vocabulary, generator=generator, device="cpu").to(device)
     if kind == "ties":
         z = z.round().clamp(-2, 2)
     elif kind == "minus infinity":
-        keep = torch.rand(rows, vocabulary, generator=generator) < 0.3
+        keep = torch.rand(rows, vocabulary, generator=generator, device="cpu").to(device) < 0.3
         keep[:, vocabulary // 2] = True
         z = torch.where(keep, z, -torch.inf)
     elif kind == "dominant":
         z[:, vocabulary // 3] = 90.0
     elif kind == "huge":
-        z = (1e4 * torch.rand(rows, vocabulary, generator=generator)).round()
+        z = (1e4 * torch.rand(rows, vocabulary, generator=generator, device="cpu").to(device)).round()
     elif kind == "all equal":
-        z = torch.full((rows, vocabulary), 2.5)
+        z = torch.full((rows, vocabulary), 2.5, device=device)
     return z.to(dtype)
 
 

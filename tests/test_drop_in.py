@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import tiny_language_model, tiny_reward_model, tiny_tokenizer
+from tiny_models import DEVICE, tiny_language_model, tiny_reward_model, tiny_tokenizer
 from transformers import TextStreamer
 
 import nabla_fast as nf
@@ -38,7 +38,7 @@ def chats(prompts=PROMPTS):
 def inputs(tokenizer, prompts=PROMPTS):
     return tokenizer.apply_chat_template(
         chats(prompts), add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
-    )
+    ).to(DEVICE)
 
 
 def response(row, width, eos):

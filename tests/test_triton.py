@@ -1,6 +1,7 @@
-"""The Triton kernels in the interpreter: each file of `tests/interpreted` in a process with TRITON_INTERPRET=1.
+"""The Triton kernels in the interpreter: each file of `tests/kernels` in a process with TRITON_INTERPRET=1.
 
-Processes of their own, because Triton reads the variable once for all kernels of a process, inductor's included.
+Processes of their own, because Triton reads the variable once for all kernels of a process, inductor's included. Where
+there is a GPU, pytest finds the files by itself as well and runs them there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
+FILES = sorted((Path(__file__).parent / "kernels").glob("test_*.py"))
 
 
 def _run(file: Path) -> subprocess.CompletedProcess[str]:

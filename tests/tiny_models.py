@@ -8,6 +8,7 @@ path. The weights are drawn large enough that softmaxes are far from uniform and
 from __future__ import annotations
 
 import functools
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerFast
 from transformers.masking_utils import eager_mask
 
+DEVICE = torch.device(os.environ.get("NABLA_FAST_TEST_DEVICE") or "cpu")
+"""Where the models are; benchmarks/gpu.sh has whole decodes tested on its GPU."""
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt_neox", "gpt2")
 WIDTH = 24
 CONTEXT = 128
@@ -192,7 +195,7 @@ def _build(model_class: Any, config: Any, dtype: torch.dtype, seed: int) -> Any:
     config._attn_implementation = "exact_eager" if config.model_type == "gemma2" else "sdpa"
     model = model_class(config)
     _draw_weights(model, torch.Generator().manual_seed(seed))
-    model = model.to(dtype).eval().requires_grad_(False)
+    model = model.to(DEVICE, dtype).eval().requires_grad_(False)
     if dtype == torch.float64:
         _norm_in_own_dtype(model)
     return model

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -37,11 +38,10 @@ _MODULES = {
     "triton": "nabla_fast.ops.triton",
     "cuda": "nabla_fast.ops.cuda",
 }
-# What a setting tries, in order. "cuda" has what Triton cannot say well, and Triton the rest. Neither has run on a GPU
-# yet, so "auto" does not choose them there; they can be asked for by name.
+# What a setting tries, in order. "cuda" has what Triton cannot say well, and Triton the rest.
 _PREFERENCES = {
     ("auto", "cpu"): ("native", "reference"),
-    ("auto", "cuda"): ("reference",),
+    ("auto", "cuda"): ("cuda", "triton", "reference"),
     ("reference", "cpu"): ("reference",),
     ("reference", "cuda"): ("reference",),
     ("native", "cpu"): ("native",),
@@ -49,6 +49,7 @@ _PREFERENCES = {
     ("triton", "cuda"): ("triton",),
     ("cuda", "cuda"): ("cuda", "triton"),
 }
+_LACKS = "it has no"  # what is meant to be so, and no reason for a warning
 
 
 def setting(backend: str) -> str:
@@ -56,8 +57,10 @@ def setting(backend: str) -> str:
     return os.environ.get("NABLA_FAST_BACKEND") or "auto" if backend == "auto" else backend
 
 
-def resolve(operator: str, backend: str, device_type: str) -> str:
+def resolve(operator: str, backend: str, device_type: str, dtype: torch.dtype | None = None) -> str:
     """The back end that runs ``operator``: one of "reference", "native", "triton", "cuda".
+
+    Kernels for a GPU compute in float32, so there "auto" leaves tensors whose ``dtype`` is float64 to the reference.
 
     Raises:
         ValueError: if ``backend`` (or NABLA_FAST_BACKEND) is unknown, or names one that cannot run here; it says why.
@@ -68,11 +71,16 @@ def resolve(operator: str, backend: str, device_type: str) -> str:
         candidates = ("reference",)
     if candidates is None:
         raise ValueError(_refusal(wanted, device_type, f"it does not run on {device_type}"))
+    if wanted == "auto" and device_type == "cuda" and dtype == torch.float64:
+        candidates = ("reference",)
     for name in candidates:
-        if why_not(operator, name, device_type) is None:
+        reason = why_not(operator, name, device_type)
+        if reason is None:
             return name
         if name == "native":
             native.available()  # warns once if the library is missing, or raises where it is required
+        elif wanted == "auto" and not reason.startswith(_LACKS):
+            _warn(name, reason)
     raise ValueError(_refusal(wanted, device_type, why_not(operator, candidates[0], device_type) or ""))
 
 
@@ -98,7 +106,7 @@ def why_not(operator: str, backend: str, device_type: str) -> str | None:
         return module
     if backend in ("native", "cuda") and (reason := module.why_missing()) is not None:
         return str(reason)
-    return None if hasattr(module, operator) else f"it has no {operator}"
+    return None if hasattr(module, operator) else f"{_LACKS} {operator}"
 
 
 def availability() -> dict[str, dict[str, str | None]]:
@@ -111,6 +119,15 @@ def availability() -> dict[str, dict[str, str | None]]:
             reasons = [why_not(operator, backend, device_type) for device_type in device_types]
             table[operator][backend] = None if None in reasons else reasons[0]
     return table
+
+
+@functools.cache
+def _warn(backend: str, reason: str) -> None:
+    """Once a process: results are the same without, but slower."""
+    warnings.warn(f"nabla_fast goes without its {backend} back end, and is slower: {reason}", stacklevel=4)
+
+
+_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refusal(wanted: str, device_type: str, reason: str) -> str:

@@ -84,7 +84,7 @@ def linear_log_likelihood(h: Tensor, head: Head, tokens: Tensor, *, backend: str
     Returns:
         (N,) float32, float64 for float64 h.
     """
-    chosen = resolve("log_likelihood_gradient", backend, h.device.type)
+    chosen = resolve("log_likelihood_gradient", backend, h.device.type, h.dtype)
     # Whether a gradient will be wanted is known here; below autograd it is not.
     need_grad = h.requires_grad and torch.is_grad_enabled()
     log_likelihood: Tensor = _linear_log_likelihood(h, *head, tokens, need_grad, chosen)[0]
@@ -96,7 +96,7 @@ def gradient_norm(factors: TokenGradient, tables: Tables, *, backend: str = "aut
 
     Source: the gradient criterion of ∇-Reasoner (Alg. 3).
     """
-    chosen = resolve("gradient_norm", backend, factors.hidden.device.type)
+    chosen = resolve("gradient_norm", backend, factors.hidden.device.type, factors.hidden.dtype)
     head, embedding, reward_embedding, nll_coeff = tables
     norm: Tensor = _gradient_norm(
         *(factor.detach() for factor in factors), *head, embedding, reward_embedding, nll_coeff, chosen

@@ -130,12 +130,12 @@ def dto_step(
         hard_noise,
         group,
         max_steps,
-        resolve("dto_step", backend, parameters.device.type),
+        resolve("dto_step", backend, parameters.device.type, parameters.dtype),
     )
     return token, changed
 
 
 def token_diff(old: Tensor, new: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """First changed position (m where nothing changed) and number of changes per row of token ids (B, m) int64."""
-    first, count = _token_diff(old, new, resolve("token_diff", backend, old.device.type))
+    first, count = _token_diff(old, new, resolve("token_diff", backend, old.device.type, old.dtype))
     return first, count

@@ -257,7 +257,7 @@ def relaxed_stats(
 
     Source: selection criteria of ∇-Reasoner (Alg. 3).
     """
-    chosen = resolve("relaxed_stats", backend, z.device.type)
+    chosen = resolve("relaxed_stats", backend, z.device.type, z.dtype)
     return RelaxedStats(*_relaxed_stats(z.detach(), tau, entropy_threshold, confidence_threshold, chosen))
 
 
@@ -270,7 +270,7 @@ def linear_relaxed_stats(
     backend: str = "auto",
 ) -> RelaxedStats:
     """`relaxed_stats` of the logits of hidden states h (N, d), without an (N, V) tensor."""
-    chosen = resolve("linear_relaxed_stats", backend, h.device.type)
+    chosen = resolve("linear_relaxed_stats", backend, h.device.type, h.dtype)
     thresholds = (entropy_threshold, confidence_threshold)
     return RelaxedStats(*_linear_relaxed_stats(h.detach(), *head, tau, *thresholds, chosen))
 
@@ -292,7 +292,7 @@ def straight_through_embedding(
 
     Source: Alg. 2 of ∇-Reasoner.
     """
-    chosen = resolve("straight_through_embedding", backend, z.device.type)
+    chosen = resolve("straight_through_embedding", backend, z.device.type, z.dtype)
     embedding, other, _, token = _straight_through(z, table, second, tau, chosen)
     return embedding, None if second is None else other, token
 
@@ -301,7 +301,7 @@ def linear_straight_through_embedding(
     h: Tensor, head: Head, table: Tensor, second: Tensor | None = None, *, tau: float = 1.0, backend: str = "auto"
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """`straight_through_embedding` of the logits of hidden states h (N, d); the gradient reaches h by identity (b)."""
-    chosen = resolve("linear_straight_through_embedding", backend, h.device.type)
+    chosen = resolve("linear_straight_through_embedding", backend, h.device.type, h.dtype)
     embedding, other, _, token = _linear_straight_through(h, *head, table, second, tau, chosen)
     return embedding, None if second is None else other, token
 
@@ -315,13 +315,13 @@ def soft_embedding(z: Tensor, table: Tensor, *, tau: float = 1.0, backend: str =
         tau: relaxation temperature.
         backend: "auto" or a back end's name.
     """
-    chosen = resolve("soft_embedding", backend, z.device.type)
+    chosen = resolve("soft_embedding", backend, z.device.type, z.dtype)
     embedding: Tensor = _soft(z, table, tau, chosen)[0]
     return embedding
 
 
 def linear_soft_embedding(h: Tensor, head: Head, table: Tensor, *, tau: float = 1.0, backend: str = "auto") -> Tensor:
     """`soft_embedding` of the logits of hidden states h (N, d): attention over the vocabulary."""
-    chosen = resolve("linear_soft_embedding", backend, h.device.type)
+    chosen = resolve("linear_soft_embedding", backend, h.device.type, h.dtype)
     embedding: Tensor = _linear_soft(h, *head, table, tau, chosen)[0]
     return embedding

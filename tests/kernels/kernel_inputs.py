@@ -13,10 +13,16 @@ KINDS = ("random", "ties", "minus infinity", "dominant", "huge", "all equal")
 
 
 def few(examples: int) -> settings:
-    """Hypothesis settings for a slow interpreter."""
+    """Hypothesis settings where an example takes long: in the interpreter, and on a GPU, where it may be compiled."""
     return settings(
         max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
     )  # fmt: skip
+
+
+def integers(seed: int, end: int, *shape: int) -> Tensor:
+    """Random integers from 0 to below ``end``, on the default device; the same on all."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(0, end, shape, generator=generator, device="cpu").to(torch.get_default_device())
 
 
 def gradient_unit(vectors: Sequence[Tensor], tables: Sequence[Tensor], tau: float) -> float:

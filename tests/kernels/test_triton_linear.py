@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_inputs import DTYPES, few, gradient_unit, strided, transposed
+from kernel_inputs import DTYPES, few, gradient_unit, integers, strided, transposed
 from operator_inputs import close, double, logits
 
 from nabla_fast.ops import reference
@@ -131,7 +131,7 @@ def test_linear_relaxed_backward(shape, dtype, scale_cap, tau, which):
 @given(shapes, dtypes, heads, st.booleans())
 def test_log_likelihood_gradient(shape, dtype, scale_cap, need_grad):
     h, head = make(shape, dtype, scale_cap)
-    tokens = torch.randint(0, shape[1], (shape[0],), generator=torch.Generator().manual_seed(1))
+    tokens = integers(1, shape[1], shape[0])
     actual = kernels.log_likelihood_gradient(h, head, tokens, need_grad)
     assert (actual[0] <= 0).all()
     expected = reference.log_likelihood_gradient(double(h), double(head), tokens, need_grad)

@@ -1,0 +1,181 @@
+"""Decodes and operators on a GPU. What each kernel computes is tested in tests/kernels and test_cuda.py.
+
+Without a GPU nothing here can run; the same code runs on the CPU in test_decoder.py, test_dto.py and test_operators.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import operator_inputs
+import pytest
+import test_decoder
+import torch
+from test_operators import DIFFERENTIABLE, NAMES, calls
+from tiny_models import tiny_language_model, tiny_reward_model, tiny_tokenizer
+from torch import Tensor
+
+import nabla_fast as nf
+from nabla_fast import ops
+from nabla_fast.ops import backends
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKENDS = ("reference", "triton", "cuda")
+PROMPTS = test_decoder.PROMPTS
+VARIANTS = [*test_decoder.VARIANTS, {"checkpoint_activations": True}, {"draft_tokens": 0}, {"max_batch_size": 2}]
+
+pytestmark = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU: torch sees none")
+
+
+def on_the_gpu(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.detach().to(DEVICE)
+    return type(x)(map(on_the_gpu, x)) if isinstance(x, (list, tuple)) else x
+
+
+def models(dtype: torch.dtype = torch.float32, family: str = "llama", device: torch.device = DEVICE) -> tuple[Any, ...]:
+    tokenizer = tiny_tokenizer()
+    language_model, reward_model = tiny_language_model(family, dtype=dtype), tiny_reward_model("qwen3", dtype=dtype)
+    return language_model.to(device), tokenizer, reward_model.to(device), tokenizer
+
+
+def tokens(output: nf.NablaOutput) -> list[list[int]]:
+    return [sequence.tolist() for sequence in output.sequences]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_all_back_ends_decode_the_same_tokens(variant: dict[str, Any]) -> None:
+    pair = models()
+    outputs = {
+        backend: nf.generate(*pair, PROMPTS, test_decoder.BASE.replace(**variant, backend=backend))
+        for backend in (*BACKENDS, "auto")
+    }
+    expected = outputs["reference"]
+    assert expected.stats.totals.revisions
+    for backend, output in outputs.items():
+        assert tokens(output) == tokens(expected), backend
+        assert output.rewards == pytest.approx(expected.rewards, abs=1e-4)
+        counters, meant = output.stats.totals.counters(), expected.stats.totals.counters()
+        assert counters["rollouts"] == meant["rollouts"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS[:8], ids=str)
+def test_float64_decodes_what_the_cpu_decodes(variant: dict[str, Any]) -> None:
+    config = test_decoder.BASE.replace(**variant)
+    places = (DEVICE, torch.device("cpu"))
+    here, there = (nf.generate(*models(torch.float64, device=place), PROMPTS, config) for place in places)
+    assert tokens(here) == tokens(there)
+    assert here.rewards == pytest.approx(there.rewards, abs=1e-8)
+    assert here.stats.totals.counters() == there.stats.totals.counters()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_half_precision_decodes(family: str, dtype: torch.dtype) -> None:
+    output = nf.generate(*models(dtype, family), PROMPTS, test_decoder.BASE)
+    assert all(0 < len(sequence) <= test_decoder.BASE.max_new_tokens for sequence in output.sequences)
+    assert all(map(torch.isfinite, map(torch.tensor, output.rewards)))
+    assert output.stats.totals.dto_iterations > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("update_postfix", [False, True])
+@pytest.mark.parametrize("parameterization", ["latents", "logits"])
+def test_an_optimisation_ends_where_it_does_in_float64(
+    parameterization: str, update_postfix: bool, backend: str
+) -> None:
+    config = nf.NablaConfig(
+        max_iters=12, learning_rate=0.1, nll_coeff=0.4, parameterization=parameterization, update_postfix=update_postfix
+    )
+    width = 24 if parameterization == "latents" else len(tiny_tokenizer())
+    start = operator_inputs.randn(5, width, seed=3)
+    messages = [{"role": "user", "content": "what is 3 times 4"}]
+
+    def optimize(dtype: torch.dtype, device: torch.device, backend: str) -> Any:
+        pair, own = models(dtype, device=device), start.to(device, dtype)
+        return nf.dto.optimize(*pair, messages, [5, 9], own, config.replace(backend=backend))
+
+    meant = optimize(torch.float64, torch.device("cpu"), "reference")
+    got = optimize(torch.float32, DEVICE, backend)
+    assert got.tokens.tolist() == meant.tokens.tolist()
+    assert got.gradient_evaluations == meant.gradient_evaluations
+    torch.testing.assert_close(got.parameters.double().cpu(), meant.parameters, rtol=1e-3, atol=1e-3)
+
+
+def test_the_drop_in_takes_what_transformers_gives_it() -> None:
+    language_model, tokenizer, *rest = models()
+    tokenizer.padding_side = "left"
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    batch = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+    ).to(DEVICE)
+    drop_in = nf.custom_generate(tokenizer, *rest, test_decoder.BASE, messages=chats)
+    rows = language_model.generate(**batch, custom_generate=drop_in)
+    expected = nf.generate(language_model, tokenizer, *rest, PROMPTS, test_decoder.BASE)
+    width = batch["input_ids"].shape[1]
+    for row, sequence in zip(rows, expected.sequences, strict=True):
+        assert row.device.type == DEVICE.type
+        assert row[width : width + len(sequence)].tolist() == sequence.tolist()
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# Its mean is not that of its other arguments, and not all back ends need it.
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "linear_relaxed_backward_with_mean"])
+def test_operators_and_their_gradients(name: str, dtype: torch.dtype, backend: str) -> None:
+    """Through the dispatcher, against the reference on the CPU."""
+    if backend == "cuda" and backends.why_not(name.split("_factors")[0], "cuda", "cuda") is not None:
+        backend = backends.resolve("relaxed_stats", "cuda", "cuda")
+    operator, arguments = calls(5, dtype, "reference")[name]
+    if name.startswith("dto_step"):  # parameters and moments are float32
+        arguments = (*(x.float() for x in arguments[:3]), *arguments[3:])
+    own = (*on_the_gpu(arguments[:-1]), backend)
+    differentiable = name in DIFFERENTIABLE
+    for chosen in (arguments, own) if differentiable else ():
+        chosen[0].requires_grad_()
+    expected, got = operator(*arguments), operator(*own)
+    expected, got = ((x,) if isinstance(x, Tensor) else x for x in (expected, got))
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for one, other in zip(got, expected, strict=True):
+        assert one.device.type == DEVICE.type
+        torch.testing.assert_close(one.cpu(), other, rtol=tolerance, atol=tolerance)
+    if differentiable:
+        for chosen, results in ((arguments, expected), (own, got)):
+            sum(x.float().sum() for x in results if x.requires_grad).backward()
+            assert chosen[0].grad is not None
+        torch.testing.assert_close(own[0].grad.cpu(), arguments[0].grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck_passes(name: str) -> None:
+    operator, arguments = calls(3, torch.float32, "triton")[name]
+    arguments = on_the_gpu(arguments)
+    if name in DIFFERENTIABLE:
+        arguments = (arguments[0].requires_grad_(), *arguments[1:])
+    torch.library.opcheck(operator.default, arguments)
+
+
+def test_operators_compile_in_one_graph() -> None:
+    head = operator_inputs.head(1000, 64, scale=1 / 8, device=DEVICE)
+    table = operator_inputs.randn(1000, 48, seed=3, device=DEVICE)
+
+    def everything(h: Tensor) -> Tensor:
+        stats = ops.linear_relaxed_stats(h, head)
+        hard, _, token = ops.linear_straight_through_embedding(h, head, table)
+        likelihood = ops.linear_log_likelihood(h, head, token)
+        return (hard.sum(-1) + likelihood + ops.linear_soft_embedding(h, head, table).sum(-1)) * stats.max_prob
+
+    compiled = torch.compile(everything, fullgraph=True, dynamic=True)
+    for rows in (3, 5):
+        h = operator_inputs.randn(rows, 64, seed=rows, device=DEVICE).requires_grad_()
+        expected, got = everything(h), compiled(h)
+        torch.testing.assert_close(got, expected)
+        pair = torch.autograd.grad(got.sum(), h), torch.autograd.grad(expected.sum(), h)
+        torch.testing.assert_close(*pair)
+
+
+def test_auto_is_the_fast_back_end_and_float64_the_reference() -> None:
+    chosen = {operator: backends.resolve(operator, "auto", "cuda") for operator in backends.OPERATORS}
+    assert {operator for operator, backend in chosen.items() if backend == "cuda"} == {"dto_step", "token_diff"}
+    assert set(chosen.values()) == {"cuda", "triton"}
+    assert backends.resolve("relaxed_stats", "auto", "cuda", torch.float64) == "reference"
