@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast.ops.operands import Head, RelaxedStats, Tables, TokenGradient
+from nabla_fast.ops.products import times_table
 
 # Rows of a (rows, V) temporary that one chunk may hold, in elements (256 MiB of float32).
 _CHUNK_ELEMENTS = 2**26
@@ -25,13 +26,15 @@ def upcast(x: Tensor) -> Tensor:
 
 def linear_logits(h: Tensor, head: Head) -> Tensor:
     """Logits (N, V), float32 or float64, of hidden states h (N, d)."""
-    weight = head.weight
-    if h.is_cuda and h.dtype == weight.dtype and weight.dtype in (torch.bfloat16, torch.float16):
-        product = torch.mm(h, weight.T, out_dtype=torch.float32)
-    else:
-        dtype = torch.promote_types(torch.promote_types(h.dtype, weight.dtype), torch.float32)
-        product = h.to(dtype) @ weight.T.to(dtype)
-    return scaled_and_capped(product, head)
+    return scaled_and_capped(_product(h, head.weight), head)
+
+
+def _product(x: Tensor, table: Tensor, least: torch.dtype = torch.float32) -> Tensor:
+    """x @ table.T (N, V), float32 or float64."""
+    if x.is_cuda and table.dtype in (torch.bfloat16, torch.float16):  # without a copy of the table in float32
+        return times_table(x, table, x.new_empty(len(x), len(table), dtype=torch.float32))
+    dtype = torch.promote_types(torch.promote_types(x.dtype, table.dtype), least)
+    return x.to(dtype) @ table.T.to(dtype)
 
 
 def scaled_and_capped(product: Tensor, head: Head) -> Tensor:
@@ -204,7 +207,7 @@ def token_gradient(factors: TokenGradient, tables: Tables) -> Tensor:
         (factors.embedding, tables.embedding),
         (factors.reward_embedding, tables.reward_embedding),
     ):
-        gradient += upcast(vector).to(gradient.dtype) @ upcast(table).T.to(gradient.dtype)
+        gradient += _product(vector, table, gradient.dtype)
     return gradient
 
 

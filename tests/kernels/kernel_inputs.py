@@ -25,6 +25,19 @@ def integers(seed: int, end: int, *shape: int) -> Tensor:
     return torch.randint(0, end, shape, generator=generator, device="cpu").to(torch.get_default_device())
 
 
+def product_tolerance(source: torch.dtype, table: torch.dtype) -> float:
+    """Of logits: float32 factors of a bfloat16 table are taken as two bfloat16 numbers, good to 2^-17.
+
+    To 2^-16 in the interpreter, which cuts where the GPU rounds.
+    """
+    return 4e-5 if source == torch.float32 and table == torch.bfloat16 else 1e-5
+
+
+def weight_tolerance(source: torch.dtype, table: torch.dtype) -> float:
+    """Of a product of weights with a table: they are one bfloat16 number where ``source`` was one, too."""
+    return 8e-3 if source == table == torch.bfloat16 else product_tolerance(source, table)
+
+
 def gradient_unit(vectors: Sequence[Tensor], tables: Sequence[Tensor], tau: float) -> float:
     """The size of G / tau, whose rounding stays where p (G - <p, G>) / tau cancels."""
     gradient = sum(v.double().abs() @ t.double().abs().T for v, t in zip(vectors, tables, strict=True))

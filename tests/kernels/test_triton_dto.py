@@ -17,7 +17,7 @@ from torch import Tensor
 from nabla_fast.ops import reference
 from nabla_fast.ops import triton as kernels
 from nabla_fast.ops.operands import Head, Tables, TokenGradient
-from nabla_fast.ops.triton import vocabulary_sum
+from nabla_fast.ops.triton import blocks
 
 
 class Case(NamedTuple):
@@ -210,15 +210,28 @@ def test_a_minus_infinite_noise_masks_entries(latents):
     compare(problem._replace(tokens=tokens))
 
 
-def test_chunks_of_the_vocabulary():
+@pytest.mark.parametrize("kept", [0, 2**28])
+@pytest.mark.parametrize("latents", [True, False])
+def test_blocks_of_rows(latents, kept):
+    """Groups reach over the ends of blocks, and G is kept or made for each block."""
     # The package's attribute of this name is the operator.
     module = sys.modules["nabla_fast.ops.triton.dto_step"]
-    with (
-        patch.object(vocabulary_sum, "chunk_length", lambda rows: 256),
-        patch.object(module, "chunk_length", lambda rows: 256),
-    ):
-        for latents in (True, False):
-            compare(build(Case(rows=6, vocabulary=1000, latents=latents, grouped=True)))
+    with patch.object(blocks, "ENTRIES", 3000), patch.object(module, "KEPT", kept):
+        for dense in (True, False):
+            made, changed = compare(build(Case(rows=8, vocabulary=1000, latents=latents, dense=dense, grouped=True)))
+            assert made.any()
+            assert changed.any()
+
+
+def test_rows_that_have_all_stopped_cost_no_further_step():
+    problem = build(Case(rows=6, max_steps=5))
+    problem = problem._replace(tokens=(problem.tokens + 1) % 300)
+    module = sys.modules["nabla_fast.ops.triton.dto_step"]
+    with patch.object(module, "times_rows", None), patch.object(module, "row_state", wraps=module.row_state) as passes:
+        made, changed = compare(problem)
+    assert passes.call_count == 1
+    assert not made.any()
+    assert changed.all()
 
 
 def test_half_precision_parameters_are_refused():

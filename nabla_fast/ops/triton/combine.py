@@ -1,9 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Partial states merged into what callers see: row statistics, gradient norms."""
+"""Partial states merged into what callers see: row statistics."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -51,22 +52,6 @@ def _stats_kernel(
     tl.store(MASK + row, passes.to(tl.int8), mask=inside)
 
 
-@triton.jit
-def _norm_kernel(STATE, TOKENS, NORM, rows, splits, V, size, nll, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    part = tl.arange(0, SPLITS)[None, :]
-    inside = (part < splits) & (row < rows)[:, None]
-    top, total, _, _, token = merge(STATE, TOKENS, row, rows, splits, 1.0, SPLITS)
-    at = STATE + part * rows + row[:, None]
-    mean = tl.load(at + 2 * splits * rows, mask=inside, other=0.0)
-    squares = tl.load(at + 3 * splits * rows, mask=inside, other=0.0)
-    count = tl.where(inside, tl.minimum(V - part * size, size), 0).to(tl.float32)
-    # The likelihood's log-sum-exp moves the mean and leaves the deviations: sum (G + c)^2 = M2 + n (mean + c)^2.
-    moved = mean + tl.where(nll == 0, 0.0, nll * (top + tl.log(total)))[:, None]
-    norm = tl.sqrt(tl.sum(squares + count * moved * moved, axis=1)) + tl.where(token < 0, float("nan"), 0.0)
-    tl.store(NORM + row, norm, mask=row < rows)
-
-
 def _blocks(rows: int, splits: int) -> tuple[tuple[int, ...], dict[str, int]]:
     padded = triton.next_power_of_2(splits)
     block = max(1, 256 // padded)
@@ -109,14 +94,7 @@ def combine(
     return Row(RelaxedStats(max_prob, lse, entropy, token, mask), top, q)
 
 
-def combine_norm(state: tuple[Tensor, Tensor], size: int, vocabulary: int, nll: float) -> Tensor:
-    """L2 norm (N,) of G + nll * lse, from the moments of G."""
-    _, splits, rows = state[0].shape
-    norm = torch.empty(rows, dtype=torch.float32, device=state[0].device)
-    grid, options = _blocks(rows, splits)
-    if rows:
-        run(
-            _norm_kernel, grid, norm.device, STATE=state[0], TOKENS=state[1], NORM=norm, rows=rows, splits=splits,
-            V=vocabulary, size=size, nll=float(nll), **options,
-        )  # fmt: skip
-    return norm
+def joined(rows: Sequence[Row]) -> Row:
+    """Those of all blocks, in order."""
+    stats = RelaxedStats(*(torch.cat(column) for column in zip(*(row.stats for row in rows), strict=True)))
+    return Row(stats, torch.cat([row.top for row in rows]), torch.cat([row.q for row in rows]))

@@ -1,14 +1,15 @@
 """`dto_step`: straight-through gradient, Adam, next hard token, for as long as a row's hard token stays the same.
 
-Every step of a call is launched at once. A row that may not move is marked on the device, and the launches that follow
-find the mark and do nothing, so no step waits for the host to learn of a change. Per step:
+A row that may not move is marked on the device, and the launches that follow find the mark and do nothing. Per step:
 
     few rows of latents   one pass over W (read once, from registers used twice), a merge of its parts, Adam
-    rows of latents       statistics and <p, G> (logits once), then weights and their product with W by chunks
-    rows of logits        statistics and <p, G>, then dL/dz and Adam in one launch (by chunks if G comes from factors)
+    rows of latents       by blocks of rows: logits, statistics with <p, G>, weights, their product with W; then Adam
+    rows of logits        statistics with <p, G>, then dL/dz and Adam in one launch
 
-Work of a step for many rows, in units of 2 N V d: latents 3, and 2 for each further vector on a table that is not
-dense G; logits from factors 2 per table.
+Products of the matrix library know no marks, so blocks of latents ask before the second half of a step whether any of
+their rows still moves, and wait for the answer; nothing else waits for the GPU. Work of a step for many rows of
+latents, in units of 2 N V d: 4 with a bfloat16 head, 2 with a float32 one, and what G takes where it comes from factors
+that are too many to keep its rows.
 """
 
 from __future__ import annotations
@@ -20,24 +21,26 @@ import torch
 from torch import Tensor
 
 from nabla_fast.ops.operands import Tables, TokenGradient
+from nabla_fast.ops.products import times_rows
+from nabla_fast.ops.triton.blocks import Scratch, logits_in_blocks, row_blocks, write_gradient
 from nabla_fast.ops.triton.dto_update import Rows
 from nabla_fast.ops.triton.launch import check
-from nabla_fast.ops.triton.linear_state import linear_state
 from nabla_fast.ops.triton.one_row import OneRowPass, fits
 from nabla_fast.ops.triton.rows import row_state
-from nabla_fast.ops.triton.sources import Gradient, Logits, from_factors
-from nabla_fast.ops.triton.vocabulary_sum import chunk_length, sum_in_chunks
-from nabla_fast.ops.triton.weights import write_weights
+from nabla_fast.ops.triton.sources import from_factors
+from nabla_fast.ops.triton.weights import weight_dtypes, write_weights
 
-State = tuple[Tensor, Tensor]
+# Entries of G that are kept from step to step: 1 GiB.
+KEPT = 2**28
+Step = Callable[[int], bool]
 
 
 class _Problem(NamedTuple):
     """What a step needs besides the rows' flags."""
 
     rows: Rows
-    logits: Logits
-    gradient: Gradient
+    gradient: Tensor | TokenGradient
+    tables: Tables
     inv_tau: float
     soft: Tensor | None
     hard: Tensor | None
@@ -69,90 +72,113 @@ def dto_step(
         return torch.empty_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
     inv_tau = 1.0 / tau
     rows = Rows(parameters, exp_avg, exp_avg_sq, step, tokens, learning_rates, group, weight_decay, inv_tau)
-    logits = Logits(tables.head, h=parameters) if latents else Logits(tables.head, z=parameters)
-    problem = _Problem(rows, logits, from_factors(gradient, tables), inv_tau, soft_noise, hard_noise)
-    move = _one_row_steps(problem) if latents and _few(problem) else _latents_steps if latents else _logits_steps
-    state: State | None = None
+    problem = _Problem(rows, gradient, tables, inv_tau, soft_noise, hard_noise)
+    few = fits(len(parameters), [table.shape[1] for table in (tables.head.weight, *tables[1:3])])
+    steps, tokens_now = (_one_row if few else _latents_blocks)(problem) if latents else _logits_rows(problem)
     for made in range(max_steps):
-        state = move(problem, made, state)
-    rows.decide(_tokens(problem), max_steps)
+        if not steps(made):
+            break
+    else:
+        tokens_now(max_steps)
     step += rows.made
     return rows.current, rows.current != tokens
 
 
-def _few(problem: _Problem) -> bool:
-    parameters = problem.rows.parameters
-    return fits(len(parameters), [parameters.shape[1], *(table.shape[1] for _, table in problem.gradient.terms)])
+def _one_row(problem: _Problem) -> tuple[Step, Step]:
+    rows, tables = problem.rows, problem.tables
+    gradient = from_factors(problem.gradient, tables)
+    over = OneRowPass(rows.parameters, tables.head, gradient, rows.expected)
+
+    def look(made: int) -> bool:
+        over.run(problem.inv_tau, problem.soft, problem.hard, rows.held)
+        rows.decide(over.state, made)
+        return True
+
+    def move(made: int) -> bool:
+        look(made)
+        rows.update_latents(over.sums, over.state[0], tables.head.scale, made)
+        return True
+
+    return move, look
 
 
-def _tokens(problem: _Problem) -> State:
-    """The pass that takes the hard tokens alone."""
-    rows, z = problem.rows, problem.logits.z
-    if z is not None:
-        return row_state(z, problem.inv_tau, hard=problem.hard, held=rows.held)
-    return linear_state(problem.logits, problem.inv_tau, hard=problem.hard, held=rows.held)[0]
+def _latents_blocks(problem: _Problem) -> tuple[Step, Step]:
+    rows, head = problem.rows, problem.tables.head
+    parameters = rows.parameters
+    scratch = Scratch(len(parameters), head.weight.shape[0], parameters.device)
+    dense = _dense(problem, scratch)
+    dtypes = weight_dtypes(parameters.dtype, head.weight.dtype)
+    sums = torch.empty(1, *parameters.shape, dtype=torch.float32, device=parameters.device)
+
+    def move(made: int) -> bool:
+        moving = False
+        for block, z in logits_in_blocks(parameters, head, scratch):
+            g, soft, held = dense(block), _rows(problem.soft, block), rows.held[block]
+            state = row_state(
+                z, problem.inv_tau, soft=soft, hard=_rows(problem.hard, block), gradient=g, held=held
+            )  # fmt: skip
+            rows.decide(state, made, block)
+            if not rows.moving(block):
+                continue
+            moving = True
+            weights = write_weights(
+                scratch.weights(len(z), dtypes), z, problem.inv_tau, "relaxed", rows.top[block], rows.inverse[block],
+                gradient=g, q=rows.q[block], soft=soft, held=held, softcap=head.softcap,
+            )  # fmt: skip
+            times_rows(weights, head.weight, sums[0, block])
+        if moving:
+            rows.update_latents(sums, None, head.scale, made)
+        return moving
+
+    def look(made: int) -> bool:
+        for block, z in logits_in_blocks(parameters, head, scratch):
+            hard, held = _rows(problem.hard, block), rows.held[block]
+            rows.decide(row_state(z, problem.inv_tau, hard=hard, held=held), made, block)
+        return True
+
+    return move, look
 
 
-def _one_row_steps(problem: _Problem) -> Callable[[_Problem, int, State | None], State]:
-    run = OneRowPass(problem.logits, problem.gradient, problem.rows.expected)
+def _logits_rows(problem: _Problem) -> tuple[Step, Step]:
+    rows, inv_tau = problem.rows, problem.inv_tau
+    z = rows.parameters
+    count, vocabulary = z.shape
+    dense = _dense(problem, Scratch(count, vocabulary, z.device))
+    blocks = list(row_blocks(count, vocabulary))
 
-    def move(problem: _Problem, made: int, state: State | None) -> State:
-        rows = problem.rows
-        run.run(problem.inv_tau, problem.soft, problem.hard, rows.held)
-        rows.decide(run.state, made)
-        assert problem.logits.head is not None
-        rows.update_latents(run.sums, run.state[0], problem.logits.head.scale, made)
-        return run.state
+    def look(made: int, with_gradient: bool = False) -> bool:
+        for block in blocks:
+            state = row_state(
+                z[block], inv_tau, soft=_rows(problem.soft, block), hard=_rows(problem.hard, block),
+                gradient=dense(block) if with_gradient else None, held=rows.held[block],
+            )  # fmt: skip
+            rows.decide(state, made, block)
+        return True
 
-    return move
+    def move(made: int) -> bool:
+        look(made, with_gradient=True)
+        for block in blocks:
+            rows.update_logits(made, block, dense(block), _rows(problem.soft, block))
+        return True
 
-
-def _check_rows(problem: _Problem, made: int, state: State | None) -> State:
-    """Hard tokens, softmax and <p, G> of the rows that still move."""
-    rows, gradient, soft, hard = problem.rows, problem.gradient, problem.soft, problem.hard
-    held, inv_tau, z = rows.held, problem.inv_tau, problem.logits.z
-    if z is not None and gradient.dense is not None:
-        state = row_state(z, inv_tau, soft=soft, hard=hard, gradient=gradient.dense, held=held, state=state)
-    else:
-        state, _ = linear_state(problem.logits, inv_tau, gradient, soft=soft, hard=hard, held=held, state=state)
-    rows.decide(state, made)
-    return state
-
-
-def _writer(problem: _Problem) -> Callable[[Tensor, int], None]:
-    """Writes a chunk of dL/dz."""
-    rows = problem.rows
-
-    def write(chunk: Tensor, first: int) -> None:
-        write_weights(
-            chunk, problem.logits, problem.inv_tau, "relaxed", rows.top, rows.inverse, first=first,
-            gradient=problem.gradient, q=rows.q, soft=problem.soft, held=rows.held,
-        )  # fmt: skip
-
-    return write
+    return move, look
 
 
-def _latents_steps(problem: _Problem, made: int, state: State | None) -> State:
-    state = _check_rows(problem, made, state)
-    head, held = problem.logits.head, problem.rows.held
-    assert head is not None
-    total = sum_in_chunks(problem.logits, head.weight, _writer(problem), held)
-    problem.rows.update_latents(total.sums, None, head.scale, made)
-    return state
+def _rows(x: Tensor | None, block: slice) -> Tensor | None:
+    return None if x is None else x[block]
 
 
-def _logits_steps(problem: _Problem, made: int, state: State | None) -> State:
-    state = _check_rows(problem, made, state)
-    rows, dense = problem.rows, problem.gradient.dense
-    if dense is not None:
-        rows.update_logits(made, dense=dense, soft=problem.soft)
-        return state
-    count, vocabulary = rows.parameters.shape
-    length = min(chunk_length(count), vocabulary)
-    scratch = torch.empty(count, length, dtype=torch.float32, device=rows.parameters.device)
-    write = _writer(problem)
-    for first in range(0, vocabulary, length):
-        chunk = scratch[:, : min(length, vocabulary - first)]
-        write(chunk, first)
-        rows.update_logits(made, dz=chunk, first=first, dense=None, soft=None)
-    return state
+def _dense(problem: _Problem, scratch: Scratch) -> Callable[[slice], Tensor]:
+    """G of a block of rows: a slice of what there is or can be kept, else made when it is asked for."""
+    gradient, tables = problem.gradient, problem.tables
+    if isinstance(gradient, Tensor):
+        return lambda block: gradient[block]
+    count, vocabulary = len(gradient.hidden), scratch.vocabulary
+    if count * vocabulary > KEPT:
+        return lambda block: write_gradient(
+            scratch.take("gradient", block.stop - block.start), gradient.rows(block), tables
+        )
+    whole = torch.empty(count, vocabulary, dtype=torch.float32, device=scratch.device)
+    for block in row_blocks(count, vocabulary):
+        write_gradient(whole[block], gradient.rows(block), tables)
+    return lambda block: whole[block]

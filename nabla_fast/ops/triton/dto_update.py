@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The small launches of a DTO step: who moves, and Adam. Nothing here waits for the GPU or tells the host anything."""
+"""The small launches of a DTO step: who moves, and Adam. Only `Rows.moving` waits for the GPU."""
 
 from __future__ import annotations
 
@@ -133,10 +133,8 @@ def _update_kernel(
         tl.store(MADE + row, (made + 1).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["made"])
+@triton.jit(do_not_specialize=["made", "begin"])
 def _logits_update_kernel(
-    DZ,
-    DZ_n,
     G,
     G_n,
     G_v,
@@ -164,28 +162,25 @@ def _logits_update_kernel(
     Q,
     rows,
     V,
-    first,
+    begin,
     made,
     decay,
     inv_tau,
     BV: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    local = tl.program_id(0).to(tl.int64)  # G and the noise are those of the rows from ``begin`` on
+    row = begin + local
     if _group_held(HELD, FIRST, LAST, row):
         tl.store(HELD + row, 1)
         return
-    local = tl.program_id(1) * BV + tl.arange(0, BV)
-    column = (first + local).to(tl.int64)
+    column = (tl.program_id(1) * BV + tl.arange(0, BV)).to(tl.int64)
     inside = column < V
-    if DZ is not None:
-        grad = tl.load(DZ + row * DZ_n + local, mask=inside, other=0.0)
-    else:
-        x = tl.load(P + row * P_n + column * P_d, mask=inside, other=float("-inf"))
-        if SOFT is not None:
-            x += tl.load(SOFT + row * SOFT_n + column * SOFT_v, mask=inside, other=0.0).to(tl.float32)
-        p = tl.exp((x - tl.load(TOP + row)) * inv_tau) * tl.load(INVERSE + row)
-        g = tl.load(G + row * G_n + column * G_v, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.where(p == 0, 0.0, p * (g - tl.load(Q + row)) * inv_tau)
+    x = tl.load(P + row * P_n + column * P_d, mask=inside, other=float("-inf"))
+    if SOFT is not None:
+        x += tl.load(SOFT + local * SOFT_n + column * SOFT_v, mask=inside, other=0.0).to(tl.float32)
+    p = tl.exp((x - tl.load(TOP + row)) * inv_tau) * tl.load(INVERSE + row)
+    g = tl.load(G + local * G_n + column * G_v, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.where(p == 0, 0.0, p * (g - tl.load(Q + row)) * inv_tau)
     step = tl.load(STEP + row) + made
     _adam(
         P + row * P_n + column * P_d, M + row * M_n + column * M_d, S + row * S_n + column * S_d,
@@ -228,29 +223,37 @@ class Rows:
         count = torch.arange(1, self.limit + 1, dtype=torch.float64, device=device)
         rate = (learning_rates.double() / (1 - 0.9**count)).float()
         correction = (1 / (1 - 0.999**count)).float()
-        first = last = None
+        self.first = last = None
         if group is not None:
             group = group.contiguous()
-            first, last = torch.searchsorted(group, group), torch.searchsorted(group, group, right=True)
+            self.first, last = torch.searchsorted(group, group), torch.searchsorted(group, group, right=True)
         self._common = {
             "P": parameters, **strides("P", parameters, "nd"), "M": exp_avg, **strides("M", exp_avg, "nd"),
-            "S": exp_avg_sq, **strides("S", exp_avg_sq, "nd"), "HELD": self.held, "FIRST": first, "LAST": last,
+            "S": exp_avg_sq, **strides("S", exp_avg_sq, "nd"), "HELD": self.held, "FIRST": self.first, "LAST": last,
             "STEP": self.step, "MADE": self.made, "RATE": rate, "CORRECTION": correction,
             "TOP": self.top, "INVERSE": self.inverse, "Q": self.q, "rows": rows,
             "decay": self.decay, "inv_tau": inv_tau,
         }  # fmt: skip
 
-    def decide(self, state: tuple[Tensor, Tensor], made: int) -> None:
+    def decide(self, state: tuple[Tensor, Tensor], made: int, block: slice = slice(None)) -> None:
         """Takes the hard tokens of a pass, and holds the rows that cannot make step number ``made`` of this call."""
         _, splits, rows = state[0].shape
         padded = triton.next_power_of_2(splits)
-        block = max(1, 256 // padded)
+        size = max(1, 256 // padded)
         run(
-            _decide_kernel, (triton.cdiv(rows, block),), self.held.device, STATE=state[0], TOKENS=state[1],
-            EXPECTED=self.expected, STEP=self.step, CURRENT=self.current, HELD=self.held,
-            TOP=self.top, INVERSE=self.inverse, Q=self.q, rows=rows, splits=splits, made=made, limit=self.limit,
-            inv_tau=self.inv_tau, BLOCK=block, SPLITS=padded, num_warps=4,
+            _decide_kernel, (triton.cdiv(rows, size),), self.held.device, STATE=state[0], TOKENS=state[1],
+            EXPECTED=self.expected[block], STEP=self.step[block], CURRENT=self.current[block], HELD=self.held[block],
+            TOP=self.top[block], INVERSE=self.inverse[block], Q=self.q[block], rows=rows, splits=splits, made=made,
+            limit=self.limit, inv_tau=self.inv_tau, BLOCK=size, SPLITS=padded, num_warps=4,
         )  # fmt: skip
+
+    def moving(self, block: slice) -> bool:
+        """Whether a row of the block may still move, as far as decided; the host waits for it."""
+        stopped = self.held
+        if self.first is not None:
+            stopped = torch.zeros_like(stopped).index_add_(0, self.first, stopped)[self.first]
+        still = (stopped[block] == 0).any()
+        return still.device.type == "meta" or bool(still)
 
     def update_latents(self, sums: Tensor, state: Tensor | None, factor: float, made: int) -> None:
         """Adam on latents, from sums (parts, N, d), or (parts, N, 2, d) relative to the maxima in ``state``."""
@@ -261,16 +264,11 @@ class Rows:
             D=depth, parts=sums.shape[0], made=made, factor=float(factor), BD=block, num_warps=4,
         )  # fmt: skip
 
-    def update_logits(
-        self, made: int, *, dz: Tensor | None = None, first: int = 0, dense: Tensor | None, soft: Tensor | None
-    ) -> None:
-        """Adam on logits, from a chunk of dL/dz (N, C) that starts at ``first``, or from a dense G."""
-        rows, vocabulary = self.parameters.shape
-        block = 1024
-        length = vocabulary if dz is None else dz.shape[1]
+    def update_logits(self, made: int, block: slice, dense: Tensor, soft: Tensor | None) -> None:
+        """Adam on the logits of a block of rows, from its G and noise."""
+        vocabulary, size = self.parameters.shape[1], 1024
         run(
-            _logits_update_kernel, (rows, triton.cdiv(length, block)), self.held.device,
-            DZ=dz, DZ_n=0 if dz is None else dz.stride(0), G=dense, **strides("G", dense, "nv"),
-            SOFT=soft, **strides("SOFT", soft, "nv"), **self._common, V=first + length, first=first, made=made,
-            BV=block, num_warps=4,
+            _logits_update_kernel, (len(dense), triton.cdiv(vocabulary, size)), self.held.device,
+            G=dense, **strides("G", dense, "nv"), SOFT=soft, **strides("SOFT", soft, "nv"), **self._common,
+            V=vocabulary, begin=block.start, made=made, BV=size, num_warps=4,
         )  # fmt: skip

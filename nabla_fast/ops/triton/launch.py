@@ -1,4 +1,4 @@
-"""What every launch needs: input checks, how the vocabulary is split, tile shapes and how tiles are multiplied."""
+"""What every launch needs: input checks, how the vocabulary is split, strides."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from torch import Tensor
 
 # With TRITON_INTERPRET=1, kernels run on CPU tensors; Triton decides it when a kernel is decorated.
 INTERPRET = bool(triton.knobs.runtime.interpret)
-
-_HALF = (torch.bfloat16, torch.float16)
 
 
 def check(*tensors: Tensor) -> None:
@@ -62,17 +60,6 @@ def split(length: int, unit: int, programs: int, device: torch.device, waves: in
     parts = max(1, min(units, 256, waves * multiprocessors(device) // max(1, programs)))
     size = triton.cdiv(units, parts) * unit
     return size, triton.cdiv(length, size)
-
-
-def dot_mode(vectors: Tensor | None, table: Tensor | None) -> str:
-    """How a tile of vectors is multiplied with a tile of a table, for `tiles.dot`."""
-    if vectors is None or table is None:
-        return "none"
-    if INTERPRET:
-        return "interpret"
-    if vectors.dtype == table.dtype and table.dtype in _HALF:
-        return "native"
-    return "split" if vectors.dtype == torch.float32 and table.dtype == torch.bfloat16 else "tf32x3"
 
 
 def strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:

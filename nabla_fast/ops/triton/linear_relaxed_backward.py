@@ -1,22 +1,23 @@
-"""`linear_relaxed_backward`: the relaxation's gradient carried on to hidden states, by chunks of the vocabulary.
+"""`linear_relaxed_backward`: the relaxation's gradient carried on to hidden states, by blocks of rows.
 
-Work in units of 2 N V d: logits twice, the gradient of every table that is not the head twice (one that is the head
-shares the read of W), the product with W once. Scratch: (N, C) for a chunk of C entries.
+Work in units of 2 N V d: logits, the gradient of every table, the product with W once each; twice what has a float32
+factor beside a bfloat16 table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from nabla_fast.ops.operands import Head
+from nabla_fast.ops.products import times_rows
+from nabla_fast.ops.triton.blocks import Scratch, logits_in_blocks, write_terms
 from nabla_fast.ops.triton.combine import combine
 from nabla_fast.ops.triton.launch import check
-from nabla_fast.ops.triton.linear_state import linear_state
-from nabla_fast.ops.triton.sources import Logits, from_vectors
-from nabla_fast.ops.triton.vocabulary_sum import sum_in_chunks
-from nabla_fast.ops.triton.weights import write_weights
+from nabla_fast.ops.triton.rows import row_state
+from nabla_fast.ops.triton.weights import weight_dtypes, write_weights
 
 
 def linear_relaxed_backward(
@@ -30,15 +31,15 @@ def linear_relaxed_backward(
 ) -> Tensor:
     """`reference.linear_relaxed_backward`; it does not need ``mean``, which comes with the state of the logits."""
     check(h, head.weight, lse, *vectors, *tables)
-    if not len(h):
-        return h.new_empty(h.shape).float()
-    logits = Logits(head, h=h)
-    gradient = from_vectors(head, list(zip(vectors, tables, strict=True)))
-    row = combine(linear_state(logits, 1.0 / tau, gradient)[0], 1.0 / tau)
-
-    def write(chunk: Tensor, first: int) -> None:
+    out = torch.empty(h.shape, dtype=torch.float32, device=h.device)
+    scratch = Scratch(len(h), head.weight.shape[0], h.device)
+    for rows, z in logits_in_blocks(h, head, scratch):
+        gradient = write_terms(scratch.take("gradient", len(z)), [vector[rows] for vector in vectors], tables)
+        row = combine(row_state(z, 1.0 / tau, gradient=gradient), 1.0 / tau)
+        weights = scratch.weights(len(z), weight_dtypes(h.dtype, head.weight.dtype))
         write_weights(
-            chunk, logits, 1.0 / tau, "relaxed", row.top, row.stats.max_prob, first=first, gradient=gradient, q=row.q
-        )
-
-    return sum_in_chunks(logits, head.weight, write).finish(head.scale)
+            weights, z, 1.0 / tau, "relaxed", row.top, row.stats.max_prob, gradient=gradient, q=row.q,
+            softcap=head.softcap,
+        )  # fmt: skip
+        times_rows(weights, head.weight, out[rows], alpha=head.scale)
+    return out

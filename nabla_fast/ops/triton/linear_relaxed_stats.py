@@ -1,6 +1,7 @@
 """`linear_relaxed_stats`: the head's product tile by tile, statistics on the fly, then a launch that merges the splits.
 
-Work: 2 N V d operations, W read once per row block; no logit is written.
+Work: 2 N V d operations, W read once per row block; no logit is written. Only where the matrix unit cannot take the
+operands as they are do the logits of a block of rows lie in memory.
 """
 
 from __future__ import annotations
@@ -8,10 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from nabla_fast.ops.operands import Head, RelaxedStats
-from nabla_fast.ops.triton.combine import combine
+from nabla_fast.ops.triton.blocks import linear_row
 from nabla_fast.ops.triton.launch import check
-from nabla_fast.ops.triton.linear_state import linear_state
-from nabla_fast.ops.triton.sources import Logits
 
 
 def linear_relaxed_stats(
@@ -23,5 +22,4 @@ def linear_relaxed_stats(
 ) -> RelaxedStats:
     """`reference.linear_relaxed_stats`."""
     check(h, head.weight)
-    state, _ = linear_state(Logits(head, h=h), 1.0 / tau, entropy=True)
-    return combine(state, 1.0 / tau, entropy_threshold, confidence_threshold).stats
+    return linear_row(h, head, 1.0 / tau, entropy_threshold, confidence_threshold).stats

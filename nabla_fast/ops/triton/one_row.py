@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nabla_fast.ops.operands import Head
 from nabla_fast.ops.triton.launch import INTERPRET, run, split, strides
 from nabla_fast.ops.triton.online import new_state, shift, store_state
 from nabla_fast.ops.triton.rows import load_row
-from nabla_fast.ops.triton.sources import Gradient, Logits, at_tokens, tile_arguments
+from nabla_fast.ops.triton.sources import Gradient, at_tokens
 from nabla_fast.ops.triton.tiles import cap_slope, capped
 
 # What BV entries of all tables may take: bytes of one tile, and of all tiles in flight (an A100 has 163 KiB to share).
@@ -171,34 +172,37 @@ class OneRowPass:
         sums: (parts, N, 2, d), A and B of each part, relative to the part's maximum.
     """
 
-    def __init__(self, logits: Logits, gradient: Gradient, tokens: Tensor) -> None:
-        self.logits, self.gradient = logits, gradient
-        assert logits.h is not None
-        assert logits.head is not None
-        self.origin = at_tokens(gradient, logits.head, tokens)
-        depths = [logits.h.shape[1], *(table.shape[1] for _, table in gradient.terms)]
+    def __init__(self, h: Tensor, head: Head, gradient: Gradient, tokens: Tensor) -> None:
+        rows, weight = len(h), head.weight
+        origin = at_tokens(gradient, head, tokens)
+        depths = [h.shape[1], *(table.shape[1] for _, table in gradient.terms)]
         padded = [max(16, triton.next_power_of_2(depth)) for depth in depths]
-        size = logits.head.weight.element_size()
+        size = weight.element_size()
         # 4 rows of 4,096 are what the registers take once upcast; 16 would spill.
         block = max(1, min(64, 16384 // padded[0], _TILE_BYTES // (size * sum(padded))))
         block = 2 ** (block.bit_length() - 1)
         stages = min(4, 1 + _FLIGHT_BYTES // (block * size * sum(padded)))
-        self.size, parts = split(logits.vocabulary, block, logits.rows, logits.device, waves=1)
-        padded += [1, 1]
-        self.options: dict[str, Any] = {"BV": block, "BD": padded[0], "BD1": padded[1], "BD2": padded[2]}
-        self.options |= {"STAGES": 1 if INTERPRET else stages, "num_warps": 16}
-        self.state = new_state(parts, logits.rows, logits.device)
-        shape = (parts, logits.rows, 2, depths[0])
-        self.sums = torch.empty(shape, dtype=torch.float32, device=logits.device)
+        length, parts = split(weight.shape[0], block, rows, h.device, waves=1)
+        self.state = new_state(parts, rows, h.device)
+        self.sums = torch.empty(parts, rows, 2, depths[0], dtype=torch.float32, device=h.device)
+        self.grid = (rows, parts)
+        (x1, t1), (x2, t2) = (*gradient.terms, (None, None), (None, None))[:2]
+        self.arguments: dict[str, Any] = {
+            "H": h, **strides("H", h, "nd"), "W": weight, **strides("W", weight, "vd"), "D": depths[0],
+            "A": gradient.a, "X1": x1, "T1": t1, **strides("T1", t1, "vd"), "D1": 0 if t1 is None else t1.shape[1],
+            "X2": x2, "T2": t2, **strides("T2", t2, "vd"), "D2": 0 if t2 is None else t2.shape[1],
+            "G": gradient.dense, **strides("G", gradient.dense, "nv"), "ORIGIN": origin,
+            "scale": float(head.scale), "softcap": float(head.softcap), "alpha": float(gradient.alpha),
+            "STATE": self.state[0], "TOKENS": self.state[1], "SUMS": self.sums, "rows": rows,
+            "V": weight.shape[0], "size": length, "CAP": head.softcap != 0, "CAP_A": gradient.capped,
+            **dict(zip(("BV", "BD", "BD1", "BD2"), (block, *padded, 1, 1), strict=False)),
+            "STAGES": 1 if INTERPRET else stages, "num_warps": 16,
+        }  # fmt: skip
 
     def run(self, inv_tau: float, soft: Tensor | None, hard: Tensor | None, held: Tensor) -> None:
         """Fills ``state`` and ``sums`` of the rows that are not ``held``."""
-        arguments, _ = tile_arguments(self.logits, self.gradient)
-        for name in ("Z", "Z_n", "Z_v", "EVEN", "OWN", "MODE_H", "MODE_A", "MODE_1", "MODE_2"):
-            del arguments[name]
         run(
-            _one_row_kernel, (self.logits.rows, self.state[1].shape[0]), self.sums.device, **arguments, **self.options,
+            _one_row_kernel, self.grid, self.sums.device, **self.arguments,
             SOFT=soft, **strides("SOFT", soft, "nv"), HARD=hard, **strides("HARD", hard, "nv"), HELD=held,
-            ORIGIN=self.origin, STATE=self.state[0], TOKENS=self.state[1], SUMS=self.sums, size=self.size,
             inv_tau=inv_tau,
         )  # fmt: skip

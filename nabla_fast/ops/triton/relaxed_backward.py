@@ -1,6 +1,6 @@
-"""`relaxed_backward`: dL/dz of the relaxation. One pass for <p, G>, one that writes dz; G is computed in both.
+"""`relaxed_backward`: dL/dz of the relaxation, by blocks of rows: G, statistics with <p, G>, dL/dz.
 
-Traffic: z read twice, dz written once, each table read twice per row block; 4 N V sum(d_k) operations.
+Traffic besides the products': z read twice, G written once and read twice, dz written once.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nabla_fast.ops.triton.blocks import Scratch, row_blocks, write_terms
 from nabla_fast.ops.triton.combine import combine
 from nabla_fast.ops.triton.launch import check
-from nabla_fast.ops.triton.linear_state import linear_state
-from nabla_fast.ops.triton.sources import Logits, from_vectors
+from nabla_fast.ops.triton.rows import row_state
 from nabla_fast.ops.triton.weights import write_weights
 
 
@@ -22,13 +22,15 @@ def relaxed_backward(
 ) -> Tensor:
     """`reference.relaxed_backward`."""
     check(z, lse, *vectors, *tables)
-    logits = Logits(z=z)
-    gradient = from_vectors(None, list(zip(vectors, tables, strict=True)))
-    # <p, G> comes with the same pass that finds the maximum again, more exactly than lse has it at small tau.
-    row = combine(linear_state(logits, 1.0 / tau, gradient)[0], 1.0 / tau)
     dz = torch.empty(z.shape, dtype=torch.float32, device=z.device)
-    if len(z):
+    count, vocabulary = z.shape
+    scratch = Scratch(count, vocabulary, z.device)
+    for rows in row_blocks(count, vocabulary):
+        part = z[rows]
+        gradient = write_terms(scratch.take("gradient", len(part)), [vector[rows] for vector in vectors], tables)
+        # <p, G> comes with the same pass that finds the maximum again, more exactly than lse has it at small tau.
+        row = combine(row_state(part, 1.0 / tau, gradient=gradient), 1.0 / tau)
         write_weights(
-            dz, logits, 1.0 / tau, "relaxed", row.top, row.stats.max_prob, gradient=gradient, q=row.q
+            (dz[rows],), part, 1.0 / tau, "relaxed", row.top, row.stats.max_prob, gradient=gradient, q=row.q
         )  # fmt: skip
     return dz

@@ -1,7 +1,7 @@
-"""`soft_embedding`: attention over the vocabulary, statistics first, then the weighted sum of the table's rows.
+"""`soft_embedding`: attention over the vocabulary, by blocks of rows: statistics, weights, product with the table.
 
-From logits in memory: z is read twice, the weights are made as they are used. From hidden states: the logits are
-computed twice (statistics, weights), and the sum goes by chunks of the vocabulary (`vocabulary_sum`).
+Work: 2 N V d_k operations, and 2 N V d more from hidden states, whose logits are computed once; twice the former if
+the logits or hidden states are float32 and the table is bfloat16 (`weights`).
 """
 
 from __future__ import annotations
@@ -10,35 +10,44 @@ import torch
 from torch import Tensor
 
 from nabla_fast.ops.operands import Head
+from nabla_fast.ops.products import times_rows
+from nabla_fast.ops.triton.blocks import Scratch, logits_in_blocks, row_blocks
 from nabla_fast.ops.triton.combine import combine
 from nabla_fast.ops.triton.launch import check
-from nabla_fast.ops.triton.linear_state import linear_state
 from nabla_fast.ops.triton.rows import row_state
-from nabla_fast.ops.triton.sources import Logits
-from nabla_fast.ops.triton.vocabulary_sum import VocabularySum, sum_in_chunks
-from nabla_fast.ops.triton.weights import write_weights
+from nabla_fast.ops.triton.weights import weight_dtypes, write_weights
 
 
 def soft_embedding(z: Tensor, table: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
     """`reference.soft_embedding`."""
     check(z, table)
-    row = combine(row_state(z, 1.0 / tau), 1.0 / tau)
-    if not len(z):
-        return table.new_empty(0, table.shape[1], dtype=torch.float32), row.stats.lse
-    total = VocabularySum(z.shape[0], table, z.shape[1])
-    total.add(z, 0, z.shape[1], softmax=(row.top, row.stats.max_prob, 1.0 / tau))
-    return total.finish(), row.stats.lse
+    out, lse = _results(z, table)
+    scratch = Scratch(len(z), len(table), z.device)
+    for rows in row_blocks(len(z), len(table)):
+        _mix(z[rows], table, 1.0 / tau, z.dtype, scratch, out[rows], lse[rows])
+    return out, lse
 
 
 def linear_soft_embedding(h: Tensor, head: Head, table: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
     """`reference.linear_soft_embedding`."""
     check(h, head.weight, table)
-    logits = Logits(head, h=h)
-    row = combine(linear_state(logits, 1.0 / tau)[0], 1.0 / tau)
-    if not len(h):
-        return table.new_empty(0, table.shape[1], dtype=torch.float32), row.stats.lse
+    out, lse = _results(h, table)
+    scratch = Scratch(len(h), len(table), h.device)
+    for rows, z in logits_in_blocks(h, head, scratch):
+        _mix(z, table, 1.0 / tau, h.dtype, scratch, out[rows], lse[rows])
+    return out, lse
 
-    def write(chunk: Tensor, first: int) -> None:
-        write_weights(chunk, logits, 1.0 / tau, "softmax", row.top, row.stats.max_prob, first=first)
 
-    return sum_in_chunks(logits, table, write).finish(), row.stats.lse
+def _results(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.empty(len(x), table.shape[1], dtype=torch.float32, device=x.device)
+    return out, torch.empty(len(x), dtype=torch.float32, device=x.device)
+
+
+def _mix(
+    z: Tensor, table: Tensor, inv_tau: float, source: torch.dtype, scratch: Scratch, out: Tensor, lse: Tensor
+) -> None:
+    row = combine(row_state(z, inv_tau), inv_tau)
+    weights = scratch.weights(len(z), weight_dtypes(source, table.dtype))
+    write_weights(weights, z, inv_tau, "softmax", row.top, row.stats.max_prob)
+    times_rows(weights, table, out)
+    lse.copy_(row.stats.lse)

@@ -11,11 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from nabla_fast.ops.operands import Head
+from nabla_fast.ops.triton.blocks import linear_row
 from nabla_fast.ops.triton.combine import combine
 from nabla_fast.ops.triton.launch import check, run, strides
-from nabla_fast.ops.triton.linear_state import linear_state
 from nabla_fast.ops.triton.rows import row_state
-from nabla_fast.ops.triton.sources import Logits
 
 
 @triton.jit
@@ -53,5 +52,5 @@ def linear_straight_through_embedding(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """`reference.linear_straight_through_embedding`."""
     check(h, head.weight, *tables)
-    stats = combine(linear_state(Logits(head, h=h), 1.0 / tau)[0], 1.0 / tau).stats
+    stats = linear_row(h, head, 1.0 / tau).stats
     return [_gather(table, stats.token) for table in tables], stats.lse, stats.token

@@ -1,22 +1,24 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""What reaches the vocabulary's entries, tile by tile: softmax weights, or the gradient with respect to logits.
+"""What reaches the vocabulary's entries, from logits in memory: softmax weights, or the gradient with respect to them.
 
     SOFTMAX      p                                        (embedding mixture)
     LIKELIHOOD   ([v = target] - p) * slope               (gradient of log pi)
     RELAXED      p (G - <p, G>) / tau * slope             (straight-through gradient)
 
-slope is the softcap's, 1 without one and for logits in memory. The output is a chunk of the vocabulary, or all of it.
+slope is the softcap's, 1 without one. The weights come in float32, or in half precision for a product with a table: as
+one tensor where what they are made from was in half precision too, else as two whose sum keeps 16 bits.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nabla_fast.ops.triton.launch import run, strides
-from nabla_fast.ops.triton.sources import NO_GRADIENT, Gradient, Logits, tile_arguments
-from nabla_fast.ops.triton.tiles import cap_slope, load_tile, tile
+from nabla_fast.ops.triton.rows import load_row
+from nabla_fast.ops.triton.tiles import cap_slope
 
 
 @triton.jit
@@ -24,30 +26,9 @@ def _weights_kernel(
     Z,
     Z_n,
     Z_v,
-    H,
-    H_n,
-    H_d,
-    W,
-    W_v,
-    W_d,
-    D,
-    A,
-    X1,
-    T1,
-    T1_v,
-    T1_d,
-    D1,
-    X2,
-    T2,
-    T2_v,
-    T2_d,
-    D2,
     G,
     G_n,
     G_v,
-    scale,
-    softcap,
-    alpha,
     SOFT,
     SOFT_n,
     SOFT_v,
@@ -56,85 +37,79 @@ def _weights_kernel(
     INVERSE,
     Q,
     TARGET,
-    OUT,
-    OUT_n,
-    rows,
+    HIGH,
+    HIGH_n,
+    LOW,
+    LOW_n,
     V,
-    first,
-    last,
+    softcap,
     inv_tau,
     KIND: tl.constexpr,
-    BN: tl.constexpr,
-    BV: tl.constexpr,
-    BD: tl.constexpr,
-    EVEN: tl.constexpr,
-    SWAP: tl.constexpr,
-    MODE_H: tl.constexpr,
-    MODE_A: tl.constexpr,
-    MODE_1: tl.constexpr,
-    MODE_2: tl.constexpr,
     CAP: tl.constexpr,
-    CAP_A: tl.constexpr,
-    OWN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    wanted = row < rows
-    if HELD is not None:
-        wanted = wanted & (tl.load(HELD + row, mask=wanted, other=1) == 0)
-        if tl.max(wanted.to(tl.int32), axis=0) == 0:
+    row = tl.program_id(0).to(tl.int64)
+    if HELD is not None:  # noqa: SIM102 (the outer one is decided when the kernel is compiled)
+        if tl.load(HELD + row) != 0:
             return
-    clamped = tl.minimum(row, rows - 1)
-    local = tl.program_id(1) * BV + tl.arange(0, BV)
-    columns = first + local
-    inside = wanted[:, None] & (columns < last)[None, :]
-    z, g = tile(
-        Z, Z_n, Z_v, H, H_n, H_d, W, W_v, W_d, D, A, X1, T1, T1_v, T1_d, D1, X2, T2, T2_v, T2_d, D2, G, G_n, G_v,
-        scale, softcap, alpha, clamped, columns, inside, V,
-        BN, BV, BD, EVEN, SWAP, MODE_H, MODE_A, MODE_1, MODE_2, CAP, CAP_A, OWN,
-    )  # fmt: skip
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < V
+    z = load_row(Z, row * Z_n, columns, Z_v, inside, float("-inf"))
     x = z
     if SOFT is not None:
-        x = z + load_tile(SOFT, clamped, SOFT_n, columns, SOFT_v, inside, 0.0)
-    top = tl.load(TOP + clamped)
-    inverse = tl.load(INVERSE + clamped)
-    weight = tl.exp((x - top[:, None]) * inv_tau) * inverse[:, None]
+        x = z + load_row(SOFT, row * SOFT_n, columns, SOFT_v, inside, 0.0)
+    weight = tl.exp((x - tl.load(TOP + row)) * inv_tau) * tl.load(INVERSE + row)
     if KIND == "likelihood":
-        hit = tl.load(TARGET + clamped)[:, None] == columns[None, :]
-        weight = tl.where(hit, 1.0, 0.0) - weight
+        weight = tl.where(columns == tl.load(TARGET + row), 1.0, 0.0) - weight
     if KIND == "relaxed":
-        q = tl.load(Q + clamped)
+        g = load_row(G, row * G_n, columns, G_v, inside, 0.0)
         # Where p is 0 an infinite G moves nothing; NaN stays.
-        weight = tl.where(weight == 0, 0.0, weight * (g - q[:, None]) * inv_tau)
-    if CAP and Z is None and KIND != "softmax":
+        weight = tl.where(weight == 0, 0.0, weight * (g - tl.load(Q + row)) * inv_tau)
+    if CAP:
         # A -inf logit has weight 0, and a slope that is not a number.
         weight = tl.where(weight == 0, 0.0, weight * cap_slope(z, softcap))
-    tl.store(OUT + (row * OUT_n)[:, None] + local[None, :], weight, mask=inside)
+    high = weight.to(HIGH.dtype.element_ty)
+    tl.store(HIGH + row * HIGH_n + columns, high, mask=inside)
+    if LOW is not None:
+        tl.store(LOW + row * LOW_n + columns, (weight - high.to(tl.float32)).to(LOW.dtype.element_ty), mask=inside)
 
 
 def write_weights(
-    out: Tensor,
-    logits: Logits,
+    out: tuple[Tensor, ...],
+    z: Tensor,
     inv_tau: float,
     kind: str,
     top: Tensor,
     inverse: Tensor,
     *,
-    first: int = 0,
-    gradient: Gradient = NO_GRADIENT,
+    gradient: Tensor | None = None,
     q: Tensor | None = None,
     target: Tensor | None = None,
     soft: Tensor | None = None,
     held: Tensor | None = None,
-) -> None:
-    """Writes the weights of entries first ... first + C of every row into out (N, C).
+    softcap: float = 0.0,
+) -> tuple[Tensor, ...]:
+    """Writes the weights of rows z (R, V) into ``out``, one or two (R, V) tensors, and returns it.
 
-    ``top`` and ``inverse`` (N,) make p = exp((x - top) / tau) * inverse. Rows with ``held`` set are left alone.
+    ``top`` and ``inverse`` (R,) make p = exp((x - top) / tau) * inverse. Rows with ``held`` set are left alone.
     """
-    arguments, options = tile_arguments(logits, gradient, int(soft is not None))
-    last = min(first + out.shape[1], logits.vocabulary)
-    grid = triton.cdiv(logits.rows, options["BN"]), triton.cdiv(last - first, options["BV"])
-    run(
-        _weights_kernel, grid, out.device, **arguments, **options,
-        SOFT=soft, **strides("SOFT", soft, "nv"), HELD=held, TOP=top, INVERSE=inverse, Q=q,
-        TARGET=target, OUT=out, OUT_n=out.stride(0), first=first, last=last, inv_tau=inv_tau, KIND=kind,
-    )  # fmt: skip
+    rows, vocabulary = z.shape
+    block = 2048
+    high, low = out[0], out[1] if len(out) > 1 else None
+    if rows:
+        run(
+            _weights_kernel, (rows, triton.cdiv(vocabulary, block)), z.device,
+            Z=z, **strides("Z", z, "nv"), G=gradient, **strides("G", gradient, "nv"),
+            SOFT=soft, **strides("SOFT", soft, "nv"), HELD=held, TOP=top, INVERSE=inverse, Q=q, TARGET=target,
+            HIGH=high, HIGH_n=high.stride(0), LOW=low, LOW_n=0 if low is None else low.stride(0), V=vocabulary,
+            softcap=float(softcap), inv_tau=inv_tau, KIND=kind, CAP=softcap != 0 and kind != "softmax",
+            BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def weight_dtypes(source: torch.dtype, table: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Of the weights of a product with a table, made from logits or hidden states of dtype ``source``."""
+    if table != torch.bfloat16:  # float16's range does not hold every weight
+        return (torch.float32,)
+    return (torch.bfloat16,) * (2 if source == torch.float32 else 1)

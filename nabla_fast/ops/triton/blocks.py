@@ -1,0 +1,101 @@
+"""Blocks of rows whose logits lie in memory for a while.
+
+Whatever needs a logit twice (for its row's softmax, and then for its weight) has it computed once, by the matrix
+library, for so many rows as fit into a scratch of fixed size; the library also multiplies the weights with the tables.
+The kernels between read and write the scratch once each, under a fifth of the products' time at real sizes. A
+kernel of our own that kept nothing would compute each logit a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from nabla_fast.ops.operands import Head, Tables, TokenGradient
+from nabla_fast.ops.products import times_table
+from nabla_fast.ops.triton.combine import Row, combine, joined
+from nabla_fast.ops.triton.linear_state import fused, linear_state
+from nabla_fast.ops.triton.online import new_state
+from nabla_fast.ops.triton.rows import row_state
+
+# Entries of one scratch: 256 MiB of float32.
+ENTRIES = 2**26
+
+
+def row_blocks(rows: int, vocabulary: int) -> Iterator[slice]:
+    """Slices of at most `ENTRIES` logits, in whole tiles of a matrix product where they are long enough."""
+    most = max(1, ENTRIES // vocabulary)
+    size = most // 128 * 128 or most
+    for start in range(0, rows, size):
+        yield slice(start, min(rows, start + size))
+
+
+class Scratch:
+    """Buffers that the blocks of one call share: rows (R, V) whose lengths in memory are multiples of 16 bytes."""
+
+    def __init__(self, rows: int, vocabulary: int, device: torch.device) -> None:
+        self.rows = max((block.stop - block.start for block in row_blocks(rows, vocabulary)), default=0)
+        self.vocabulary, self.device = vocabulary, device
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The buffer of this name, ``rows`` of it, with whatever it holds."""
+        if name not in self.buffers:
+            padded = -(-self.vocabulary // 8) * 8
+            self.buffers[name] = torch.empty(self.rows, padded, dtype=dtype, device=self.device)
+        return self.buffers[name][:rows, : self.vocabulary]
+
+    def weights(self, rows: int, dtypes: tuple[torch.dtype, ...]) -> tuple[Tensor, ...]:
+        """A buffer for each of ``dtypes``."""
+        return tuple(self.take(f"weights {i}", rows, dtype) for i, dtype in enumerate(dtypes))
+
+
+def write_logits(out: Tensor, h: Tensor, head: Head, factor: float = 1.0) -> Tensor:
+    """Writes ``factor`` times the logits (R, V) of hidden states h (R, d) into ``out``, float32."""
+    if not head.softcap:
+        return times_table(h, head.weight, out, alpha=factor * head.scale)
+    return times_table(h, head.weight, out, alpha=head.scale / head.softcap).tanh_().mul_(factor * head.softcap)
+
+
+def write_terms(out: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tensor], *, add: bool = False) -> Tensor:
+    """Writes sum_k <vector_k, table_k(v)> into ``out`` (R, V) float32, or adds it."""
+    for vector, table in zip(vectors, tables, strict=True):
+        times_table(vector, table, out, add=add)
+        add = True
+    return out if add else out.zero_()
+
+
+def write_gradient(out: Tensor, factors: TokenGradient, tables: Tables) -> Tensor:
+    """G (R, V) of `TokenGradient` factors, up to a constant per row."""
+    if tables.nll_coeff:
+        write_logits(out, factors.hidden, tables.head, -tables.nll_coeff)
+    vectors = (factors.embedding, factors.reward_embedding)
+    return write_terms(out, vectors, (tables.embedding, tables.reward_embedding), add=tables.nll_coeff != 0)
+
+
+def logits_in_blocks(h: Tensor, head: Head, scratch: Scratch) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows and their logits, a block at a time in one buffer."""
+    for rows in row_blocks(len(h), scratch.vocabulary):
+        part = h[rows]
+        yield rows, write_logits(scratch.take("logits", len(part)), part, head)
+
+
+def linear_row(
+    h: Tensor,
+    head: Head,
+    inv_tau: float,
+    entropy_threshold: float | None = None,
+    confidence_threshold: float | None = None,
+) -> Row:
+    """Statistics of the logits of h (N, d): from tiles where no logit need be written, else from blocks."""
+    thresholds = (entropy_threshold, confidence_threshold)
+    if fused(h, head):
+        return combine(linear_state(h, head, inv_tau), inv_tau, *thresholds)
+    scratch = Scratch(len(h), head.weight.shape[0], h.device)
+    found = [
+        combine(row_state(z, inv_tau, entropy=True), inv_tau, *thresholds)
+        for _, z in logits_in_blocks(h, head, scratch)
+    ]
+    return joined(found) if found else combine(new_state(1, 0, h.device), inv_tau)
