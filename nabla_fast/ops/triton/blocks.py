@@ -59,6 +59,16 @@ def write_logits(out: Tensor, h: Tensor, head: Head, factor: float = 1.0) -> Ten
     return times_table(h, head.weight, out, alpha=head.scale / head.softcap).tanh_().mul_(factor * head.softcap)
 
 
+def rounded(vectors: Sequence[Tensor], tables: Sequence[Tensor], source: torch.dtype) -> list[Tensor]:
+    """``vectors`` as they meet their tables where the logits come from ``source``.
+
+    Beside a bfloat16 table and logits that were bfloat16 already, more than 8 bits of a gradient are noise that
+    costs a second product.
+    """
+    half = torch.bfloat16
+    return [v.to(half) if source == table.dtype == half else v for v, table in zip(vectors, tables, strict=True)]
+
+
 def write_terms(out: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tensor], *, add: bool = False) -> Tensor:
     """Writes sum_k <vector_k, table_k(v)> into ``out`` (R, V) float32, or adds it."""
     for vector, table in zip(vectors, tables, strict=True):

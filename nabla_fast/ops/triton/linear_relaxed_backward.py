@@ -1,7 +1,7 @@
 """`linear_relaxed_backward`: the relaxation's gradient carried on to hidden states, by blocks of rows.
 
-Work in units of 2 N V d: logits, the gradient of every table, the product with W once each; twice what has a float32
-factor beside a bfloat16 table.
+Work in units of 2 N V d: logits, the gradient of every table, the product with W once each; twice that for float32
+hidden states beside bfloat16 tables.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nabla_fast.ops.operands import Head
 from nabla_fast.ops.products import times_rows
-from nabla_fast.ops.triton.blocks import Scratch, logits_in_blocks, write_terms
+from nabla_fast.ops.triton.blocks import Scratch, logits_in_blocks, rounded, write_terms
 from nabla_fast.ops.triton.combine import combine
 from nabla_fast.ops.triton.launch import check
 from nabla_fast.ops.triton.rows import row_state
@@ -33,6 +33,7 @@ def linear_relaxed_backward(
     check(h, head.weight, lse, *vectors, *tables)
     out = torch.empty(h.shape, dtype=torch.float32, device=h.device)
     scratch = Scratch(len(h), head.weight.shape[0], h.device)
+    vectors = rounded(vectors, tables, h.dtype)
     for rows, z in logits_in_blocks(h, head, scratch):
         gradient = write_terms(scratch.take("gradient", len(z)), [vector[rows] for vector in vectors], tables)
         row = combine(row_state(z, 1.0 / tau, gradient=gradient), 1.0 / tau)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.triton.blocks import Scratch, row_blocks, write_terms
+from nabla_fast.ops.triton.blocks import Scratch, rounded, row_blocks, write_terms
 from nabla_fast.ops.triton.combine import combine
 from nabla_fast.ops.triton.launch import check
 from nabla_fast.ops.triton.rows import row_state
@@ -25,6 +25,7 @@ def relaxed_backward(
     dz = torch.empty(z.shape, dtype=torch.float32, device=z.device)
     count, vocabulary = z.shape
     scratch = Scratch(count, vocabulary, z.device)
+    vectors = rounded(vectors, tables, z.dtype)
     for rows in row_blocks(count, vocabulary):
         part = z[rows]
         gradient = write_terms(scratch.take("gradient", len(part)), [vector[rows] for vector in vectors], tables)

@@ -23,6 +23,73 @@ def load_row(X, offset, columns, stride, inside, other):
 
 
 @triton.jit
+def _load(X, offset, columns, stride, V, other, MASKED: tl.constexpr):
+    at = X + offset + columns.to(tl.int64) * stride
+    if MASKED:  # noqa: SIM108
+        values = tl.load(at, mask=columns < V, other=other)
+    else:
+        values = tl.load(at)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _tile(
+    Z,
+    Z_n,
+    Z_v,
+    SOFT,
+    SOFT_n,
+    SOFT_v,
+    HARD,
+    HARD_n,
+    HARD_v,
+    G,
+    G_n,
+    G_v,
+    row,
+    first,
+    within,
+    V,
+    inv_tau,
+    m,
+    s,
+    t,
+    q,
+    y_max,
+    won,
+    ENTROPY: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The state with one tile more."""
+    columns = first + within
+    z = _load(Z, row * Z_n, columns, Z_v, V, float("-inf"), MASKED)
+    x = z
+    if SOFT is not None:
+        x = z + _load(SOFT, row * SOFT_n, columns, SOFT_v, V, 0.0, MASKED)
+    top = tl.max(x, axis=0)
+    m_new = tl.maximum(m, top)
+    base = shift(m_new)
+    s, t, q = rescale(m, s, t, q, base, inv_tau)
+    # In powers of two: one multiplication less per value.
+    difference = (x - base[None, :]) * (inv_tau * 1.4426950408889634)
+    e = tl.exp2(difference)
+    s += tl.sum(e, axis=0)
+    if ENTROPY:
+        # Where e is 0 the difference may be -inf; any other number does as well there.
+        t += 0.6931471805599453 * tl.sum(e * tl.maximum(difference, -1e4), axis=0)
+    if G is not None:
+        gradient = _load(G, row * G_n, columns, G_v, V, 0.0, MASKED)
+        q += tl.sum(tl.where(e > 0, e * gradient, 0.0), axis=0)
+    high = top
+    if HARD is not None:
+        high = tl.max(z + _load(HARD, row * HARD_n, columns, HARD_v, V, 0.0, MASKED), axis=0)
+    elif SOFT is not None:
+        high = tl.max(z, axis=0)
+    won = tl.where(high > y_max, first, won)
+    return m_new, s, t, q, tl.maximum(y_max, high), won
+
+
+@triton.jit
 def _row_state_kernel(
     Z,
     Z_n,
@@ -60,31 +127,18 @@ def _row_state_kernel(
     y_max = tl.full([LANES], float("-inf"), tl.float32)
     won = tl.zeros([LANES], tl.int32)
     start = split * size
-    for first in range(start, tl.minimum(start + size, V), TILE * LANES):
-        columns = first + within
-        inside = columns < V
-        z = load_row(Z, row * Z_n, columns, Z_v, inside, float("-inf"))
-        x = z
-        if SOFT is not None:
-            x = z + load_row(SOFT, row * SOFT_n, columns, SOFT_v, inside, 0.0)
-        m_new = tl.maximum(m, tl.max(x, axis=0))
-        base = shift(m_new)
-        s, t, q = rescale(m, s, t, q, base, inv_tau)
-        m = m_new
-        difference = (x - base[None, :]) * inv_tau
-        e = tl.exp(difference)
-        s += tl.sum(e, axis=0)
-        if ENTROPY:
-            t += tl.sum(tl.where(e > 0, e * difference, 0.0), axis=0)
-        if G is not None:
-            gradient = load_row(G, row * G_n, columns, G_v, inside, 0.0)
-            q += tl.sum(tl.where(e > 0, e * gradient, 0.0), axis=0)
-        y = z
-        if HARD is not None:
-            y = z + load_row(HARD, row * HARD_n, columns, HARD_v, inside, 0.0)
-        high = tl.max(y, axis=0)
-        won = tl.where(high > y_max, first, won)
-        y_max = tl.maximum(y_max, high)
+    end = tl.minimum(start + size, V)
+    whole = start + (end - start) // (TILE * LANES) * (TILE * LANES)
+    for first in range(start, whole, TILE * LANES):
+        m, s, t, q, y_max, won = _tile(
+            Z, Z_n, Z_v, SOFT, SOFT_n, SOFT_v, HARD, HARD_n, HARD_v, G, G_n, G_v, row, first, within, V, inv_tau,
+            m, s, t, q, y_max, won, ENTROPY, False,
+        )  # fmt: skip
+    if whole < end:
+        m, s, t, q, y_max, won = _tile(
+            Z, Z_n, Z_v, SOFT, SOFT_n, SOFT_v, HARD, HARD_n, HARD_v, G, G_n, G_v, row, whole, within, V, inv_tau,
+            m, s, t, q, y_max, won, ENTROPY, True,
+        )  # fmt: skip
 
     top = tl.max(m, axis=0)
     s, t, q = rescale(m, s, t, q, shift(top), inv_tau)
