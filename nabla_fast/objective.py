@@ -181,7 +181,7 @@ class Objective:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(frozen(*self._models))
-            stack.enter_context(fast_linear())
+            stack.enter_context(fast_linear(self.language_model.device))
             if self.config.checkpoint_activations:
                 stack.enter_context(checkpointed(*self._models))
             # The reward model first: on a GPU, the language model is launched while it runs.
@@ -277,7 +277,7 @@ class Objective:
 
     def _score(self, conversations: Sequence[Conversation], responses: Sequence[Tensor]) -> list[float]:
         model = self.reward_model
-        with self._reward_side(), frozen(*self._models), fast_linear():
+        with self._reward_side(), frozen(*self._models), fast_linear(self.language_model.device):
             tracks = [self._reward_track(c) for c in conversations]
             states, embeds = [], []
             common = common_lengths(tracks, responses) if model.incremental else [0] * len(tracks)

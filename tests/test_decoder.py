@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from tiny_models import tiny_language_model, tiny_reward_model, tiny_tokenizer
+from tiny_models import DEVICE, tiny_language_model, tiny_reward_model, tiny_tokenizer
 
 import nabla_fast as nf
 from nabla_fast.decoder import Decoder, Sequence
@@ -129,7 +129,7 @@ def test_the_reward_is_that_of_the_text_as_the_template_writes_it():
         text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False)
         ids = tokenizer(text + "<|start|>assistant\n", add_special_tokens=False)["input_ids"] + sequence.tolist()
         ids += tokenizer("\n" if ids[-1] == tokenizer.eos_token_id else "<|end|>\n")["input_ids"]
-        assert reward == pytest.approx(float(reward_model(torch.tensor([ids])).logits), abs=1e-9)
+        assert reward == pytest.approx(float(reward_model(torch.tensor([ids], device=DEVICE)).logits), abs=1e-9)
 
 
 @pytest.mark.parametrize("max_rollouts", [1, 2, 3, 7])

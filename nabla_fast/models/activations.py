@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -47,10 +48,10 @@ def checkpointed(*models: Any) -> Iterator[None]:
                 layer.forward = forward
 
 
-def _run(forward: Any, *args: Any, **kwargs: Any) -> Any:
+def _run(forward: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     # Entered here as well: the modes that surround a forward pass are gone when the backward pass repeats it.
-    with fast_linear():
-        return forward(*args, **kwargs)
+    with fast_linear(hidden.device):
+        return forward(hidden, *args, **kwargs)
 
 
 def require_layers(model: Any, name: str) -> None:

@@ -17,12 +17,13 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 
-def fast_linear() -> AbstractContextManager[Any]:
+def fast_linear(device: torch.device) -> AbstractContextManager[Any]:
     """In this block, ``linear`` of float32 weights on the CPU that want no gradient goes to oneDNN where MKL is slow.
 
-    A mode of this thread alone: the models stay as they are. Results differ from MKL's by rounding.
+    A mode of this thread alone: the models, which are on ``device``, stay as they are. Results differ from MKL's by
+    rounding.
     """
-    return _OneDNN() if _mkl_is_slow() else nullcontext()
+    return _OneDNN() if device.type == "cpu" and _mkl_is_slow() else nullcontext()
 
 
 @functools.cache

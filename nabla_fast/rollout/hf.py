@@ -125,7 +125,7 @@ class _Stream:
 
     @torch.no_grad()
     def collect(self) -> list[tuple[int, Rollout]]:
-        with fast_linear():
+        with fast_linear(self.backend.language_model.device):
             while not self.ended and (self.rows or self.joining):
                 if self.joining:
                     self._join()

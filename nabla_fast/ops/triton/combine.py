@@ -16,7 +16,7 @@ from nabla_fast.ops.triton.launch import run
 from nabla_fast.ops.triton.online import merge
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def _stats_kernel(
     STATE,
     TOKENS,
@@ -52,6 +52,11 @@ def _stats_kernel(
     tl.store(MASK + row, passes.to(tl.int8), mask=inside)
 
 
+def aligned_rows(count: int, rows: int, device: torch.device) -> tuple[Tensor, ...]:
+    """``count`` float32 tensors (N,) at multiples of 16 bytes: Triton compiles a kernel anew for any other place."""
+    return torch.empty(count, -(-rows // 4) * 4, dtype=torch.float32, device=device)[:, :rows].unbind(0)
+
+
 def _blocks(rows: int, splits: int) -> tuple[tuple[int, ...], dict[str, int]]:
     padded = triton.next_power_of_2(splits)
     block = max(1, 256 // padded)
@@ -80,7 +85,7 @@ def combine(
     """Merges the splits of a state."""
     _, splits, rows = state[0].shape
     device = state[0].device
-    max_prob, lse, entropy, top, q = torch.empty(5, rows, dtype=torch.float32, device=device).unbind(0)
+    max_prob, lse, entropy, top, q = aligned_rows(5, rows, device)
     token = torch.empty(rows, dtype=torch.int64, device=device)
     mask = torch.empty(rows, dtype=torch.bool, device=device)
     grid, options = _blocks(rows, splits)

@@ -8,11 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nabla_fast.ops.triton.combine import aligned_rows
 from nabla_fast.ops.triton.launch import run, strides
 from nabla_fast.ops.triton.online import merge, shift
 
 
-@triton.jit(do_not_specialize=["made"])
+@triton.jit(do_not_specialize=["rows", "splits", "made", "limit"])
 def _decide_kernel(
     STATE,
     TOKENS,
@@ -71,7 +72,7 @@ def _adam(P, M, S, inside, grad, rate, correction, decay):
     tl.store(P, p - rate * m / (tl.sqrt(s * correction) + 1e-8), mask=inside)
 
 
-@triton.jit(do_not_specialize=["made"])
+@triton.jit(do_not_specialize=["rows", "parts", "made"])
 def _update_kernel(
     SUMS,
     STATE,
@@ -133,7 +134,7 @@ def _update_kernel(
         tl.store(MADE + row, (made + 1).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["made", "begin"])
+@triton.jit(do_not_specialize=["rows", "made", "begin"])
 def _logits_update_kernel(
     G,
     G_n,
@@ -218,7 +219,7 @@ class Rows:
         self.current = torch.empty(rows, dtype=torch.int64, device=device)
         self.held = torch.zeros(rows, dtype=torch.int32, device=device)
         self.made = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.top, self.inverse, self.q = torch.empty(3, rows, dtype=torch.float32, device=device).unbind(0)
+        self.top, self.inverse, self.q = aligned_rows(3, rows, device)
         # Adam's corrections in float64: 1 - 0.999^1 in float32 would be wrong in the fifth digit.
         count = torch.arange(1, self.limit + 1, dtype=torch.float64, device=device)
         rate = (learning_rates.double() / (1 - 0.9**count)).float()

@@ -18,7 +18,7 @@ from nabla_fast.ops.triton.launch import check, run, split
 from nabla_fast.ops.triton.rows import load_row, row_state
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _squares_kernel(Z, Z_n, G, G_n, LSE, OUT, rows, V, size, nll, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * size

@@ -21,7 +21,7 @@ from nabla_fast.ops.triton.online import new_state, rescale, shift, store_state
 from nabla_fast.ops.triton.tiles import capped, products
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _linear_state_kernel(
     H,
     H_n,

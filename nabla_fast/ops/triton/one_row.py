@@ -38,7 +38,7 @@ def _table_rows(T, T_v, T_d, entry, depth, D, inside):
     return tl.load(at, mask=inside[:, None] & (depth < D)[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _one_row_kernel(
     H,
     H_n,

@@ -89,7 +89,7 @@ def _tile(
     return m_new, s, t, q, tl.maximum(y_max, high), won
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _row_state_kernel(
     Z,
     Z_n,

@@ -11,7 +11,7 @@ from torch import Tensor
 from nabla_fast.ops.triton.launch import check, run, strides
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["OLD_b", "NEW_b", "length"])
 def _token_diff_kernel(OLD, OLD_b, OLD_m, NEW, NEW_b, NEW_m, FIRST, COUNT, length, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
@@ -33,7 +33,7 @@ def token_diff(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.token_diff`."""
     check(old, new)
     rows, length = old.shape
-    first, count = torch.empty(2, rows, dtype=torch.int64, device=old.device).unbind(0)
+    first, count = (torch.empty(rows, dtype=torch.int64, device=old.device) for _ in range(2))
     if rows:
         run(
             _token_diff_kernel, (rows,), old.device, OLD=old, **strides("OLD", old, "bm"),
