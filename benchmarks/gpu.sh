@@ -3,14 +3,15 @@
 #
 #     benchmarks/gpu.sh DIR [--only build|test|sanitize|ops|dto|generate]
 #
-# It needs torch, triton, transformers, rich, typer, pytest, cmake, nvcc and a C++ compiler, and no network; nothing is
-# installed. DIR gets few files: status.tsv (part, result, seconds), report.log (all output) and one JSON per suite. Parts
-# that DIR says are done are not run again, so that a run that was cut, or ran out of time, goes on; --only runs a part
-# whatever DIR says. PYTHON names the interpreter, BUDGET the seconds of one run.
+# It needs torch, triton, transformers, rich, typer, pytest, hypothesis, cmake, nvcc and a C++ compiler, and no network;
+# nothing is installed; with pytest-xdist the tests share the cores. DIR gets few files: status.tsv (part, result,
+# seconds), report.log (all output) and one JSON per suite. Parts that DIR says are done are not run again, so that a
+# run that was cut, or ran out of time, goes on; --only runs a part whatever DIR says. PYTHON names the interpreter,
+# BUDGET the seconds of one run.
 set -uo pipefail
 
 usage() {
-    sed -n '2,10s/^# \{0,1\}//p' "$0"
+    sed -n '2,11s/^# \{0,1\}//p' "$0"
     exit 2
 }
 
@@ -50,7 +51,15 @@ build() {
 }
 
 gpu_tests() {
-    NABLA_FAST_REQUIRE_NATIVE=1 "$python" -m pytest -q tests/test_cuda.py -k "gpu or real_sizes or cuda_graph"
+    local shared=() failed=0
+    export NABLA_FAST_REQUIRE_NATIVE=1
+    # Most of the time kernels are compiled; more processes than this only wait for the GPU.
+    "$python" -c 'import xdist' 2>/dev/null && shared=(-n 10)
+    "$python" -m pytest -q "${shared[@]}" -k "not emulated" \
+        tests/test_cuda.py tests/kernels tests/test_gpu.py tests/test_gradient_cache.py || failed=1
+    NABLA_FAST_TEST_DEVICE=cuda "$python" -m pytest -q "${shared[@]}" tests/test_cached_decode.py tests/test_drop_in.py ||
+        failed=1
+    return "$failed"
 }
 
 sanitize() {
@@ -101,7 +110,7 @@ note() {
 }
 
 # No part may use up the time of those after it; alone it may have all.
-declare -A longest=([build]=200 [test]=100 [sanitize]=150 [ops]=300 [dto]=150 [generate]=300)
+declare -A longest=([build]=200 [test]=200 [sanitize]=150 [ops]=150 [dto]=150 [generate]=300)
 
 failed=0
 for part in "${parts[@]}"; do

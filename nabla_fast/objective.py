@@ -20,7 +20,7 @@ from nabla_fast.config import NablaConfig
 from nabla_fast.gradient_cache import Evaluation, GradientCache
 from nabla_fast.models.activations import checkpointed, frozen, require_layers
 from nabla_fast.models.language_model import LanguageModel
-from nabla_fast.models.linear import fast_linear
+from nabla_fast.models.layers import fast_layers
 from nabla_fast.models.prefix import Track, catch_up, common_lengths
 from nabla_fast.models.reward_model import RewardFrame, RewardModel
 from nabla_fast.stats import Clock, SequenceStats
@@ -181,7 +181,7 @@ class Objective:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(frozen(*self._models))
-            stack.enter_context(fast_linear(self.language_model.device))
+            stack.enter_context(fast_layers(self.language_model.device))
             if self.config.checkpoint_activations:
                 stack.enter_context(checkpointed(*self._models))
             # The reward model first: on a GPU, the language model is launched while it runs.
@@ -277,7 +277,7 @@ class Objective:
 
     def _score(self, conversations: Sequence[Conversation], responses: Sequence[Tensor]) -> list[float]:
         model = self.reward_model
-        with self._reward_side(), frozen(*self._models), fast_linear(self.language_model.device):
+        with self._reward_side(), frozen(*self._models), fast_layers(self.language_model.device):
             tracks = [self._reward_track(c) for c in conversations]
             states, embeds = [], []
             common = common_lengths(tracks, responses) if model.incremental else [0] * len(tracks)

@@ -226,6 +226,38 @@ def test_a_back_end_that_cannot_run_is_refused_with_the_reason(monkeypatch):
         backends.resolve("relaxed_stats", "cuda", "cpu")
 
 
+def on_a_gpu(monkeypatch, *, missing=()):
+    """As if there were a GPU; ``missing`` back ends say that they are broken."""
+
+    def why_not(operator, backend, device_type):
+        if backend in missing:
+            return "it is broken"
+        return f"it has no {operator}" if backend == "cuda" and operator not in ("dto_step", "token_diff") else None
+
+    monkeypatch.setattr(backends, "why_not", why_not)
+    backends._warn.cache_clear()
+    return lambda operator, *dtype: backends.resolve(operator, "auto", "cuda", *dtype)
+
+
+def test_auto_on_a_gpu(monkeypatch, recwarn):
+    resolve = on_a_gpu(monkeypatch)
+    chosen = {operator: resolve(operator) for operator in backends.OPERATORS}
+    assert {operator for operator, name in chosen.items() if name == "cuda"} == {"dto_step", "token_diff"}
+    assert set(chosen.values()) == {"cuda", "triton"}
+    assert resolve("dto_step", torch.float64) == resolve("relaxed_stats", torch.float64) == "reference"
+    assert not recwarn.list
+
+
+def test_auto_on_a_gpu_falls_back_with_one_warning_a_back_end(monkeypatch):
+    resolve = on_a_gpu(monkeypatch, missing=("cuda", "triton"))
+    with pytest.warns(
+        UserWarning, match="goes without its (cuda|triton) back end, and is slower: it is broken"
+    ) as told:
+        for _ in range(3):
+            assert resolve("dto_step") == resolve("relaxed_stats") == "reference"
+    assert len(told) == 2
+
+
 def test_every_operator_has_a_reference_and_availability_is_told_for_each():
     table = backends.availability()
     assert set(table) == set(backends.OPERATORS)

@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from nabla_fast.ops import triton as ops
 from nabla_fast.ops.operands import Head, Tables, TokenGradient
-from nabla_fast.ops.triton import sources
+from nabla_fast.ops.triton import linear_state
 
 V, D, D_R = 151936, 3584, 2560
 TYPES = {
@@ -145,7 +145,7 @@ def main() -> None:
     architecture, shard, shards = (int(a) for a in sys.argv[1:4])
     only = sys.argv[4] if len(sys.argv) > 4 else ""
     JITFunction.run = record
-    sources.architecture = lambda device: architecture
+    linear_state.architecture = lambda device: architecture
     for label, call in calls():  # noqa: B007
         call()
     if os.environ.get("LIST"):

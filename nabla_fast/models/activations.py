@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from nabla_fast.models.linear import fast_linear
+from nabla_fast.models.layers import fast_layers
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def checkpointed(*models: Any) -> Iterator[None]:
 
 def _run(forward: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     # Entered here as well: the modes that surround a forward pass are gone when the backward pass repeats it.
-    with fast_linear(hidden.device):
+    with fast_layers(hidden.device):
         return forward(hidden, *args, **kwargs)
 
 

@@ -81,7 +81,7 @@ class LanguageModel:
         """Logits (N, V), float32 or float64, of hidden states (N, d)."""
         weight = self.head.weight
         if not hidden.is_cuda and hidden.dtype == weight.dtype == torch.float32:
-            # The same product in the form that `fast_linear` knows.
+            # The same product in the form that `fast_layers` knows.
             return scaled_and_capped(linear(hidden, weight), self.head)
         return linear_logits(hidden, self.head)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from nabla_fast.config import Sampling
 from nabla_fast.models.decoding import DecodeBatch
 from nabla_fast.models.language_model import LanguageModel
-from nabla_fast.models.linear import fast_linear
+from nabla_fast.models.layers import fast_layers
 from nabla_fast.models.prefix import PrefixState, resume
 from nabla_fast.rollout.base import Rollout, RolloutStream, Start, StopRule
 from nabla_fast.rollout.drafts import Drafter
@@ -125,7 +125,7 @@ class _Stream:
 
     @torch.no_grad()
     def collect(self) -> list[tuple[int, Rollout]]:
-        with fast_linear(self.backend.language_model.device):
+        with fast_layers(self.backend.language_model.device):
             while not self.ended and (self.rows or self.joining):
                 if self.joining:
                     self._join()

@@ -52,9 +52,9 @@ def _stats_kernel(
     tl.store(MASK + row, passes.to(tl.int8), mask=inside)
 
 
-def aligned_rows(count: int, rows: int, device: torch.device) -> tuple[Tensor, ...]:
-    """``count`` float32 tensors (N,) at multiples of 16 bytes: Triton compiles a kernel anew for any other place."""
-    return torch.empty(count, -(-rows // 4) * 4, dtype=torch.float32, device=device)[:, :rows].unbind(0)
+def float_rows(count: int, rows: int, device: torch.device) -> tuple[Tensor, ...]:
+    """``count`` float32 tensors (N,), each with memory of its own: an operator's results may not share it."""
+    return tuple(torch.empty(rows, dtype=torch.float32, device=device) for _ in range(count))
 
 
 def _blocks(rows: int, splits: int) -> tuple[tuple[int, ...], dict[str, int]]:
@@ -85,7 +85,7 @@ def combine(
     """Merges the splits of a state."""
     _, splits, rows = state[0].shape
     device = state[0].device
-    max_prob, lse, entropy, top, q = aligned_rows(5, rows, device)
+    max_prob, lse, entropy, top, q = float_rows(5, rows, device)
     token = torch.empty(rows, dtype=torch.int64, device=device)
     mask = torch.empty(rows, dtype=torch.bool, device=device)
     grid, options = _blocks(rows, splits)

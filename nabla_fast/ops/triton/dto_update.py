@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.triton.combine import aligned_rows
+from nabla_fast.ops.triton.combine import float_rows
 from nabla_fast.ops.triton.launch import run, strides
 from nabla_fast.ops.triton.online import merge, shift
 
@@ -219,7 +219,7 @@ class Rows:
         self.current = torch.empty(rows, dtype=torch.int64, device=device)
         self.held = torch.zeros(rows, dtype=torch.int32, device=device)
         self.made = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.top, self.inverse, self.q = aligned_rows(3, rows, device)
+        self.top, self.inverse, self.q = float_rows(3, rows, device)
         # Adam's corrections in float64: 1 - 0.999^1 in float32 would be wrong in the fifth digit.
         count = torch.arange(1, self.limit + 1, dtype=torch.float64, device=device)
         rate = (learning_rates.double() / (1 - 0.9**count)).float()

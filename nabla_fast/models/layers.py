@@ -1,13 +1,18 @@
-"""Linear layers of float32 models on AMD processors.
+"""Which of PyTorch's implementations a model's layers run on, where its own choice is a slow one.
 
-PyTorch multiplies float32 matrices by MKL, which on AMD processors reaches less than half of what oneDNN does, and
-oneDNN comes with PyTorch too. Most of a gradient's time is these products, and of a rollout's.
+* Linear layers of float32 models on AMD processors. PyTorch multiplies float32 matrices by MKL, which there reaches
+  less than half of what oneDNN does, and oneDNN comes with PyTorch too. Most of a gradient's time is these products,
+  and of a rollout's.
+* Attention on a GPU. PyTorch prefers cuDNN's, which makes a plan for every new length of a sequence, some tens of
+  milliseconds for each forward and each backward pass; here nearly every call has lengths of its own.
 """
 
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +22,40 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 
-def fast_linear(device: torch.device) -> AbstractContextManager[Any]:
-    """In this block, ``linear`` of float32 weights on the CPU that want no gradient goes to oneDNN where MKL is slow.
+def fast_layers(device: torch.device) -> AbstractContextManager[Any]:
+    """In this block, layers of models on ``device`` run as the module says.
 
-    A mode of this thread alone: the models, which are on ``device``, stay as they are. Results differ from MKL's by
-    rounding.
+    The models stay as they are, and results differ by rounding. On a CPU it is a mode of this thread, for weights that
+    want no gradient; on a GPU a switch of the whole process, which is put back when the last block ends.
     """
+    if device.type == "cuda":
+        return _without_cudnn_attention()
     return _OneDNN() if device.type == "cpu" and _mkl_is_slow() else nullcontext()
+
+
+class _Blocks:
+    """Blocks under way, in all threads, and what the switch was before the first."""
+
+    lock = threading.Lock()
+    count = 0
+    before = True
+
+
+@contextmanager
+def _without_cudnn_attention() -> Iterator[None]:
+    switch = torch.backends.cuda
+    with _Blocks.lock:
+        if _Blocks.count == 0:
+            _Blocks.before = switch.cudnn_sdp_enabled()
+            switch.enable_cudnn_sdp(False)
+        _Blocks.count += 1
+    try:
+        yield
+    finally:
+        with _Blocks.lock:
+            _Blocks.count -= 1
+            if _Blocks.count == 0:
+                switch.enable_cudnn_sdp(_Blocks.before)
 
 
 @functools.cache
