@@ -250,11 +250,9 @@ def test_auto_on_a_gpu(monkeypatch, recwarn):
 
 def test_auto_on_a_gpu_falls_back_with_one_warning_a_back_end(monkeypatch):
     resolve = on_a_gpu(monkeypatch, missing=("cuda", "triton"))
-    with pytest.warns(
-        UserWarning, match="goes without its (cuda|triton) back end, and is slower: it is broken"
-    ) as told:
-        for _ in range(3):
-            assert resolve("dto_step") == resolve("relaxed_stats") == "reference"
+    with pytest.warns(UserWarning, match="goes without its .* back end, and is slower: it is broken") as told:
+        chosen = {resolve(operator) for operator in 3 * backends.OPERATORS}
+    assert chosen == {"reference"}
     assert len(told) == 2
 
 
