@@ -2,8 +2,8 @@
 
 Whatever needs a logit twice (for its row's softmax, and then for its weight) has it computed once, by the matrix
 library, for so many rows as fit into a scratch of fixed size; the library also multiplies the weights with the tables.
-The kernels between read and write the scratch once each, under a fifth of the products' time at real sizes. A
-kernel of our own that kept nothing would compute each logit a second time.
+Kernels between the products read the scratch, or write it, a few times in all. A kernel of our own that kept nothing
+would compute each logit a second time, which takes longer.
 """
 
 from __future__ import annotations
