@@ -26,6 +26,7 @@ import test_bench_gradient_norm
 import test_bench_linear_log_likelihood
 import test_bench_linear_relaxed_stats
 import test_bench_relaxed_stats
+import test_bench_straight_through_embedding
 import torch
 from cases import Contest, Setting, check, meaning_of
 from machine import commit, machine, versions, write
@@ -48,6 +49,9 @@ def guarded() -> dict[str, Contest]:
         "relaxed_stats float32": test_bench_relaxed_stats.contest(setting, SMALL, 16, torch.float32),
         "relaxed_stats bfloat16": test_bench_relaxed_stats.contest(setting, SMALL, 16, torch.bfloat16),
         "linear_relaxed_stats float32": test_bench_linear_relaxed_stats.contest(setting, SMALL, 16, torch.float32),
+        "straight_through_embedding float32": test_bench_straight_through_embedding.contest(
+            setting, SMALL, 16, torch.float32, False
+        ),
         "linear_log_likelihood float32": test_bench_linear_log_likelihood.contest(setting, SMALL, 16, torch.float32),
         "gradient_norm float32": test_bench_gradient_norm.contest(setting, SMALL, 16, torch.float32),
         "dto_step logits row float32": test_bench_dto_step.contest(setting, SMALL, 1, torch.float32, one_logits_row),
