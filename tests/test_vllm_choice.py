@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import types
 from contextlib import closing
@@ -179,7 +180,8 @@ class FakeLLM:
         self.options = options
         self.answerer = Answerer(shared_language_model("llama"), tiny_tokenizer())
         self.model_config = types.SimpleNamespace(max_model_len=CONTEXT)
-        self.llm_engine = self
+        self.llm_engine = self.engine_core = self
+        self.ended = 0
         self.running, self.aborted, self.dead = {}, [], False
 
     def generate(self, prompts, params, use_tqdm):
@@ -202,6 +204,9 @@ class FakeLLM:
             answer = types.SimpleNamespace(token_ids=list(tokens), finish_reason=finish)
             outputs.append(types.SimpleNamespace(request_id=name, finished=bool(finish), outputs=[answer]))
         return outputs
+
+    def shutdown(self):
+        self.ended += 1
 
     def abort_request(self, names):
         self.aborted += [name for name in names if self.running.pop(name, None)]
@@ -236,6 +241,18 @@ def test_an_engine_that_dies_is_an_error(engine, model):
     engine._llm.dead = True
     with pytest.raises(RolloutError, match=r"the vLLM of this process \(folder\) failed in step: EngineCore"):
         draw(backend)
+
+
+def test_an_engine_nobody_holds_ends_its_processes(monkeypatch):
+    module = types.SimpleNamespace(LLM=FakeLLM, SamplingParams=types.SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    engine = VLLMEngine("folder")
+    llm = engine._llm
+    gc.collect()
+    assert llm.ended == 0
+    del engine
+    gc.collect()
+    assert llm.ended == 1
 
 
 def test_without_vllm_the_engine_says_what_to_do(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ class VLLMEngine:
         self.name = f"the vLLM of this process ({self.model})"
         self._params = vllm.SamplingParams
         self._llm: Any = vllm.LLM(self.model, gpu_memory_utilization=gpu_memory_utilization, **options)
+        # vLLM's own threads would notice the end of their processes while the interpreter ends, and abort it.
+        weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
         self.context_length = int(self._llm.model_config.max_model_len)
         self._ids = itertools.count()
         self._answers: dict[str, Completion] = {}
