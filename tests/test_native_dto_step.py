@@ -168,7 +168,7 @@ def judged(*shape: int, steps: int, seed: int = 0, **options: Any) -> Problem:
     raise AssertionError("no such problem")
 
 
-def check(problem: Problem, steps: int) -> None:
+def check(problem: Problem, steps: int, slack: float = 1.0) -> None:
     exact, token, changed, closest = meant(problem, steps)
     float64 = problem.parameters.dtype == torch.float64
     assert closest > (1e-9 if float64 else 1e-4), "rounding decides between two tokens"
@@ -180,7 +180,7 @@ def check(problem: Problem, steps: int) -> None:
     assert torch.equal(our_changed, changed)
     assert torch.equal(ours.step, exact.step)
     # Rounded logits, divided by tau, are the rounding of the weights.
-    tolerance = 1e-9 if float64 else max(2e-5, 5e-6 / problem.options.get("tau", 1.0))
+    tolerance = slack * (1e-9 if float64 else max(2e-5, 5e-6 / problem.options.get("tau", 1.0)))
     assert_close_rows(ours.exp_avg, exact.exp_avg, tolerance)
     assert_close_rows(ours.exp_avg_sq, exact.exp_avg_sq, 2 * tolerance)
     # Adam divides a gradient by its own size, so where that is rounding, the step is anything up to the learning rate.
@@ -480,7 +480,8 @@ def test_property(
     group = [i // split for i in range(rows)] if split > 1 else None
     problem = make(rows, vocabulary, width, dtype=dtype, softcap=softcap, tau=tau, group=group, seed=seed, **options)
     assume(meant(problem, steps)[3] > (1e-9 if exact else 1e-4))
-    check(problem, steps)
+    # Of few columns, the largest may be what is left when larger numbers cancel.
+    check(problem, steps, slack=10.0 if width < 4 else 1.0)
 
 
 def test_wrong_arguments() -> None:

@@ -63,17 +63,19 @@ def test_linear_relaxed_stats_of_64_rows():
     close_stats(kernels.linear_relaxed_stats(h, head), h, head)
 
 
-def test_ties_take_the_lowest_index():
-    h, head = make((3, 40, 16), (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ties_take_the_lowest_index(dtype):
+    h, head = make((3, 40, 16), (dtype, torch.bfloat16))
     # Small integers: products are exact, whatever the order of the sum.
-    h, head = h.round(), Head((4 * head.weight).round().repeat(20, 1))
+    h, head = h.round(), Head((4 * head.weight).round().repeat(80, 1))  # several tiles a part
     stats = kernels.linear_relaxed_stats(h, head)
     assert torch.equal(stats.token, reference.linear_relaxed_stats(h.double(), double(head)).token)
     assert (stats.token < 40).all()
 
 
-def test_large_logits_and_rows_without_meaning():
-    h, head = make((4, 1000, 33), (torch.float32, torch.float32), seed=3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_logits_and_rows_without_meaning(dtype):
+    h, head = make((4, 1000, 33), (dtype, dtype), seed=3)
     h[0] *= 1e3
     h[2, 5] = torch.nan
     h[3, 5] = torch.inf

@@ -28,8 +28,7 @@ def log_likelihood_gradient(h: Tensor, head: Head, tokens: Tensor, need_grad: bo
         row, wanted = combine(row_state(z, 1.0), 1.0), tokens[rows]
         entry = wanted.clamp(0, vocabulary - 1)
         value = z.gather(1, entry.unsqueeze(1)).squeeze(1) - row.top + row.stats.max_prob.log()
-        # A certain token has 0, not a rounding more.
-        log_pi[rows] = torch.where(entry == wanted, value.clamp(max=0.0), torch.nan)
+        log_pi[rows] = torch.where(entry == wanted, value, torch.nan)
         if need_grad:
             weights = scratch.weights(len(z), weight_dtypes(h.dtype, head.weight.dtype))
             write_weights(
