@@ -89,12 +89,15 @@ def measure_dto(setting: Setting, ahead: int, rows: str, steps: int = STEPS) -> 
     again = not setting.quick and not (long and setting.device.type == "cuda")
     figures = compare(sides, setting.device, repeats=1 if long or setting.quick else 3, again=again)
     dtype = loaded.models.language_model.dtype
-    return side_record("dto", f"DTO, {rows} row{'s' * (rows == 'all')}", loaded.name, dtype, {"m": ahead}, figures)
+    shape = {"m": ahead} | ({} if steps == STEPS else {"steps": steps})
+    return side_record("dto", f"DTO, {rows} row{'s' * (rows == 'all')}", loaded.name, dtype, shape, figures)
 
 
 def cases(setting: Setting) -> list[Case]:
+    # With all rows nearly every step takes a new gradient.
+    steps = {"one": STEPS, "all": 6 if setting.quick else STEPS}
     return [
-        Case(f"dto-{rows}-{ahead}", functools.partial(measure_dto, setting, ahead, rows))
+        Case(f"dto-{rows}-{ahead}", functools.partial(measure_dto, setting, ahead, rows, steps[rows]))
         for ahead in (AHEAD[:1] if setting.quick else AHEAD)
         for rows in ("one", "all")
     ]
