@@ -3,8 +3,8 @@
 * Linear layers of float32 models on AMD processors. PyTorch multiplies float32 matrices by MKL, which there reaches
   less than half of what oneDNN does, and oneDNN comes with PyTorch too. Most of a gradient's time is these products,
   and of a rollout's.
-* Attention on a GPU. PyTorch prefers cuDNN's, which makes a plan for every new length of a sequence, some tens of
-  milliseconds for each forward and each backward pass; here nearly every call has lengths of its own.
+* Attention on a GPU. PyTorch prefers cuDNN's, for which the host makes a plan for every new length of a sequence; here
+  nearly every call has lengths of its own.
 """
 
 from __future__ import annotations

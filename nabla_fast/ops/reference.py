@@ -31,9 +31,9 @@ def linear_logits(h: Tensor, head: Head) -> Tensor:
 
 def _product(x: Tensor, table: Tensor, least: torch.dtype = torch.float32) -> Tensor:
     """x @ table.T (N, V), float32 or float64."""
-    if x.is_cuda and table.dtype in (torch.bfloat16, torch.float16):  # without a copy of the table in float32
-        return times_table(x, table, x.new_empty(len(x), len(table), dtype=torch.float32))
     dtype = torch.promote_types(torch.promote_types(x.dtype, table.dtype), least)
+    if x.is_cuda and dtype == torch.float32 != table.dtype:  # without a copy of the table in float32
+        return times_table(x, table, x.new_empty(len(x), len(table), dtype=dtype))
     return x.to(dtype) @ table.T.to(dtype)
 
 

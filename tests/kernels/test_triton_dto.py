@@ -235,6 +235,15 @@ def test_rows_that_have_all_stopped_cost_no_further_step():
     assert changed.all()
 
 
+def test_a_gradient_that_is_not_kept_is_not_made_for_rows_that_have_stopped():
+    problem = build(Case(rows=6, latents=False, max_steps=5))
+    problem = problem._replace(tokens=(problem.tokens + 1) % 300)
+    module = sys.modules["nabla_fast.ops.triton.dto_step"]
+    with patch.object(module, "KEPT", 0), patch.object(module, "write_gradient", wraps=module.write_gradient) as made:
+        compare(problem)
+    assert made.call_count == 1
+
+
 def test_half_precision_parameters_are_refused():
     problem = build(Case())
     state = [x.half() for x in problem.state]

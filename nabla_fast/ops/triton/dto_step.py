@@ -7,7 +7,8 @@ A row that may not move is marked on the device, and the launches that follow fi
     rows of logits        statistics with <p, G>, then dL/dz and Adam in one launch
 
 Products of the matrix library know no marks, so blocks of latents ask before the second half of a step whether any of
-their rows still moves, and wait for the answer; nothing else waits for the GPU. Work of a step for many rows of
+their rows still moves, and wait for the answer, as rows of logits do whose G is not kept; nothing else waits for the
+GPU. Work of a step for many rows of
 latents, in units of 2 N V d: 4 with a bfloat16 head, 2 with a float32 one, and what G takes where it comes from factors
 that are too many to keep its rows.
 """
@@ -145,6 +146,7 @@ def _logits_rows(problem: _Problem) -> tuple[Step, Step]:
     count, vocabulary = z.shape
     dense = _dense(problem, Scratch(count, vocabulary, z.device))
     blocks = list(row_blocks(count, vocabulary))
+    costly = not _kept(problem)
 
     def look(made: int, with_gradient: bool = False) -> bool:
         for block in blocks:
@@ -157,6 +159,8 @@ def _logits_rows(problem: _Problem) -> tuple[Step, Step]:
 
     def move(made: int) -> bool:
         look(made, with_gradient=True)
+        if costly and not rows.moving(slice(None)):
+            return False
         for block in blocks:
             rows.update_logits(made, block, dense(block), _rows(problem.soft, block))
         return True
@@ -168,16 +172,22 @@ def _rows(x: Tensor | None, block: slice) -> Tensor | None:
     return None if x is None else x[block]
 
 
+def _kept(problem: _Problem) -> bool:
+    """Whether all of G is in memory from the first step to the last."""
+    gradient, (vocabulary, _) = problem.gradient, problem.tables.head.weight.shape
+    return isinstance(gradient, Tensor) or len(gradient.hidden) * vocabulary <= KEPT
+
+
 def _dense(problem: _Problem, scratch: Scratch) -> Callable[[slice], Tensor]:
     """G of a block of rows: a slice of what there is or can be kept, else made when it is asked for."""
     gradient, tables = problem.gradient, problem.tables
     if isinstance(gradient, Tensor):
         return lambda block: gradient[block]
-    count, vocabulary = len(gradient.hidden), scratch.vocabulary
-    if count * vocabulary > KEPT:
+    if not _kept(problem):
         return lambda block: write_gradient(
             scratch.take("gradient", block.stop - block.start), gradient.rows(block), tables
         )
+    count, vocabulary = len(gradient.hidden), scratch.vocabulary
     whole = torch.empty(count, vocabulary, dtype=torch.float32, device=scratch.device)
     for block in row_blocks(count, vocabulary):
         write_gradient(whole[block], gradient.rows(block), tables)
