@@ -255,6 +255,12 @@ def test_an_engine_nobody_holds_ends_its_processes(monkeypatch):
     assert llm.ended == 1
 
 
+def test_closing_an_engine_ends_its_processes_once(engine):
+    for _ in range(2):
+        engine.close()
+        assert engine._llm.ended == 1
+
+
 def test_without_vllm_the_engine_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match="pip install vllm, or give the vllm_url of a running server"):

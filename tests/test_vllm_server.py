@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -192,15 +192,22 @@ def test_an_engine_in_process_gives_the_same_greedy_tokens(backend, prompts, tmp
     given.write_text(json.dumps([list(prompt) for prompt in prompts]))
     python, model = os.environ["NABLA_FAST_VLLM_PYTHON"], os.environ["NABLA_FAST_VLLM_MODEL"]
     path = os.pathsep.join([str(script.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [python, str(script), model, str(given), str(results)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        # Not into a pipe, which would stay open for as long as any process of vLLM's does.
+        process = subprocess.Popen(
+            [python, str(script), model, str(given), str(results)],
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            assert process.wait(timeout=600) == 0, log.read_text()[-6000:]
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     result = json.loads(results.read_text())
     assert result["latents"] < 1e-4
     assert result["refused"], "a model that is another one was taken"

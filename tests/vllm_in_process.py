@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,11 +23,15 @@ from nabla_fast.rollout.vllm_engine import VLLMEngine
 from nabla_fast.sampling import Context
 
 
-@torch.no_grad()
 def main() -> None:
     folder, given, results = sys.argv[1:]
-    prompts = json.loads(Path(given).read_text())
-    engine = VLLMEngine(folder, dtype="float32", max_model_len=512, max_num_seqs=4, enforce_eager=True)
+    with closing(VLLMEngine(folder, dtype="float32", max_model_len=512, max_num_seqs=4, enforce_eager=True)) as engine:
+        outcome = ask(engine, folder, json.loads(Path(given).read_text()))
+    Path(results).write_text(json.dumps(outcome))
+
+
+@torch.no_grad()
+def ask(engine: VLLMEngine, folder: str, prompts: list[list[int]]) -> dict[str, Any]:
     model = LanguageModel(*load_language_model(folder, dtype="float32"))
     backend = VLLMRollout(model, engine)
     starts = [Start(Context(tuple(prompt), (), 0, 16)) for prompt in prompts]
@@ -42,13 +48,11 @@ def main() -> None:
         refused = False
     except RolloutError:
         refused = True
-    outcome = {"tokens": [r.tokens.tolist() for r in drawn], "latents": furthest, "refused": refused}
-    Path(results).write_text(json.dumps(outcome))
+    return {"tokens": [r.tokens.tolist() for r in drawn], "latents": furthest, "refused": refused}
 
 
 # vLLM starts processes that import this file again.
 if __name__ == "__main__":
     main()
-    # Now and then, a thread that vLLM's build for CPUs does not join aborts an interpreter that ends; its other
-    # processes end with this one.
+    # Now and then, a thread that vLLM's build for CPUs does not join aborts an interpreter that ends.
     os._exit(0)

@@ -41,13 +41,17 @@ class VLLMEngine:
         self._params = vllm.SamplingParams
         self._llm: Any = vllm.LLM(self.model, gpu_memory_utilization=gpu_memory_utilization, **options)
         # vLLM's own threads would notice the end of their processes while the interpreter ends, and abort it.
-        weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
+        self._end = weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
         self.context_length = int(self._llm.model_config.max_model_len)
         self._ids = itertools.count()
         self._answers: dict[str, Completion] = {}
 
     def open(self) -> EngineRequests:
         return EngineRequests(self)
+
+    def close(self) -> None:
+        """Ends vLLM's processes and frees their memory, as the end of the interpreter would; nothing runs after that."""
+        self._end()
 
     def log_probabilities(self, token_ids: Sequence[int]) -> list[float]:
         """See `nabla_fast.rollout.engine.Engine`."""
