@@ -38,10 +38,12 @@ class Setting:
     Attributes:
         device: where.
         quick: small sizes, few repeats, no compilation; to see that everything works, and roughly how.
+        known_ceilings: dtype → what `ceilings` has measured, here or in the run that this one goes on with.
     """
 
     device: torch.device
     quick: bool = False
+    known_ceilings: dict[torch.dtype, dict[str, float]] = field(default_factory=dict, compare=False)
 
     @property
     def budget(self) -> Budget:
@@ -49,10 +51,11 @@ class Setting:
             return Budget(0.5, 3, 10)
         return Budget(0.7, 8, 50) if self.device.type == "cuda" else Budget()
 
-    @functools.cache  # noqa: B019 - a run has one setting
     def ceilings(self, dtype: torch.dtype) -> dict[str, float]:
         """See `measure.ceilings`; measured when first asked for, which `run.py` does before anything else."""
-        return ceilings(self.device, dtype)
+        if dtype not in self.known_ceilings:
+            self.known_ceilings[dtype] = ceilings(self.device, dtype)
+        return self.known_ceilings[dtype]
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:

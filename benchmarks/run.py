@@ -3,8 +3,9 @@
     python benchmarks/run.py                         # everything, to benchmarks/results/<machine>/<date>.json
     python benchmarks/run.py --suite operators --only dto_step --output FILE
 
-The file is written anew after each case, so that a run that is cut leaves what it has measured. A case that fails is
-recorded with its error; the others go on, and the exit status is 1.
+The file is written anew after each case, so that a run that is cut leaves what it has measured; given that file, a run
+goes on with the cases that it lacks. A case that fails is recorded with its error; the others go on, and the exit status
+is 1.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import json
 import os
 import sys
 import time
@@ -28,6 +30,8 @@ from rich.console import Console
 from tables import FORMAT, summary
 
 RESULTS = Path(__file__).parent / "results"
+# What two parts of one run have in common.
+_SAME = ("format", "commit", "quick", "device", "machine", "versions", "threads")
 SUITES = {
     "operators": (
         "relaxed_stats",
@@ -53,7 +57,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small sizes, few repeats, no compilation")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=positive, help="CPU threads; default: as many as torch takes")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: benchmarks/results/<machine>/<date>.json")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: benchmarks/results/<machine>/<date>.json; that of a run that was cut: go on with it")
     return parser.parse_args(arguments)
 
 
@@ -93,8 +97,41 @@ def chosen_cases(setting: Setting, suites: Sequence[str], only: str | None) -> I
                     yield case
 
 
+def begin(setting: Setting, threads: int, output: Path) -> dict[str, Any]:
+    """What is run, and on what; and what was measured before, if ``output`` is the file of the same run.
+
+    Raises:
+        ValueError: if it is another file.
+    """
+    result = description(setting, threads)
+    if output.exists():
+        before = read(output)
+        other = [name for name in _SAME if before.get(name) != json.loads(json.dumps(result[name]))]
+        if other:
+            raise ValueError(
+                f"{output} is of another run: its {other[0]} is {before.get(other[0])!r}, here it is "
+                f"{result[other[0]]!r}; give a file that does not exist, or none"
+            )
+        setting.known_ceilings.update((getattr(torch, name), found) for name, found in before["ceilings"].items())
+        result["started"], result["load_average"] = before["started"], before["load_average"]
+        result["records"] = [record for record in before["records"] if "error" not in record]
+    result["ceilings"] = {str(t).removeprefix("torch."): setting.ceilings(t) for t in rated_dtypes(setting)}
+    return result
+
+
+def read(file: Path) -> dict[str, Any]:
+    """What a run has written; ValueError if it is something else."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is no file of a run ({error}); give one that does not exist, or none") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is no file of a run; give one that does not exist, or none")
+    return found
+
+
 def description(setting: Setting, threads: int) -> dict[str, Any]:
-    """What is run, and on what."""
+    """What is run, and on what; nothing is measured yet."""
     return {
         "format": FORMAT,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -105,7 +142,7 @@ def description(setting: Setting, threads: int) -> dict[str, Any]:
         "versions": versions(),
         "threads": threads,
         "load_average": {"before": os.getloadavg(), "after": None},
-        "ceilings": {str(t).removeprefix("torch."): setting.ceilings(t) for t in rated_dtypes(setting)},
+        "ceilings": {},
         "records": [],
     }
 
@@ -150,8 +187,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steady_allocator()
     setting = Setting(device, options.quick)
     output = options.output or default_output(device, options.quick)
-    result = description(setting, torch.get_num_threads())
+    try:
+        result = begin(setting, torch.get_num_threads(), output)
+    except ValueError as error:
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        return 2
+    known = {record["case"] for record in result["records"]}
     for case in chosen_cases(setting, options.suite or list(SUITES), options.only):
+        if case.name in known:
+            console.print(f"{case.name} … measured before")
+            continue
         console.print(f"{case.name} …", end=" ")
         record = run_case(case)
         console.print(record.get("error") or f"{record['wall_seconds']:.0f} s", markup=False, soft_wrap=True)

@@ -28,6 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
+def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -> None:
+    """Where a run may be cut before it ends, NABLA_FAST_SHOW_FAILURES=1 has each failure written as it happens."""
+    if report.failed and os.environ.get("NABLA_FAST_SHOW_FAILURES") == "1":
+        config.get_terminal_writer().line(f"\n{report.nodeid}\n{report.longreprtext}")
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Tiny models gain nothing from threads, and lose much where other processes want the cores."""

@@ -296,6 +296,45 @@ def test_a_run_writes_its_records_and_goes_on_after_a_failure(setting, monkeypat
     assert "time/floor" in capsys.readouterr().out
 
 
+def test_a_run_goes_on_with_what_its_file_lacks(setting, monkeypatch, tmp_path, capsys):
+    ran, broken = [], True
+
+    def case(name):
+        def measured():
+            ran.append(name)
+            if name == "second" and broken:
+                raise RuntimeError("no memory")
+            return contest(setting).case(setting).run()
+
+        return cases.Case(name, measured)
+
+    monkeypatch.setattr(run, "chosen_cases", lambda *_: iter([case("first"), case("second")]))
+    output = tmp_path / "out.json"
+    arguments = ["--device", "cpu", "--threads", "1", "--output", str(output)]
+    assert run.main([*arguments, "--quick"]) == 1
+    before, broken = json.loads(output.read_text()), False
+    slower = {"bytes_per_second": 1e8, "flops_per_second": 1e9}
+    monkeypatch.setattr(cases.Setting, "ceilings", lambda self, dtype: self.known_ceilings.get(dtype, slower))
+    assert run.main([*arguments, "--quick"]) == 0
+    after = json.loads(output.read_text())
+    assert ran == ["first", "second", "second"]
+    assert [record["case"] for record in after["records"]] == ["first", "second"]
+    assert after["records"][0] == before["records"][0]
+    assert after["ceilings"] == before["ceilings"]
+    assert after["started"] == before["started"]
+    assert run.main(arguments) == 2
+    assert "its quick is True, here it is False; give a file that does not exist" in capsys.readouterr().out
+    assert json.loads(output.read_text()) == after
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_a_file_that_is_no_runs_is_left_alone(setting, tmp_path, text, capsys):
+    (tmp_path / "out.json").write_text(text)
+    assert run.main(["--quick", "--device", "cpu", "--output", str(tmp_path / "out.json")]) == 2
+    assert "is no file of a run" in capsys.readouterr().out
+    assert (tmp_path / "out.json").read_text() == text
+
+
 def test_a_device_that_is_not_here_is_refused(capsys):
     assert run.main(["--device", "tpu"]) == 2
     assert "use auto, cpu, cuda or cuda:N" in capsys.readouterr().out
@@ -368,3 +407,36 @@ def test_gpu_script_needs_a_gpu(tmp_path):
     )
     assert done.returncode == 2
     assert "torch sees no GPU" in done.stderr
+
+
+def test_gpu_script_goes_on_with_what_was_not_done(tmp_path):
+    """With a stand-in for Python that measures at once, and never the decodes."""
+    stand_in, log, out = tmp_path / "python", tmp_path / "log", tmp_path / "out"
+    stand_in.write_text(
+        f"""#!/usr/bin/env bash
+echo "$*" >> {log}
+[[ "$*" == *run.py* ]] && echo "{{}}" > "${{@: -1}}"
+[[ "$*" != *"--suite generate"* ]]
+"""
+    )
+    stand_in.chmod(0o755)
+
+    def run_parts(*only):
+        log.write_text("")
+        environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(stand_in)}
+        done = subprocess.run([BENCHMARKS / "gpu.sh", out, *only], env=environment, capture_output=True, text=True)
+        suites = [line.split("--suite ")[1].split()[0] for line in log.read_text().splitlines() if "--suite" in line]
+        return done.returncode, suites
+
+    assert run_parts() == (1, ["operators", "dto", "rollouts", "generate"])
+    lines = [line.split("\t")[:2] for line in (out / "status.tsv").read_text().splitlines()]
+    failed = "failed, exit status 1"
+    assert dict(lines) == dict.fromkeys(["build", "test", "ops", "dto", "rollouts"], "ok") | dict.fromkeys(
+        ["sanitize", "generate"], failed
+    )
+    measured = out / "operators.json"
+    measured.write_text("kept")
+    assert run_parts() == (1, ["generate"])
+    assert measured.read_text() == "kept"
+    assert run_parts("--only", "ops") == (0, ["operators"])
+    assert measured.read_text() == "{}\n", "asked for although it was done: from the beginning"
