@@ -191,7 +191,10 @@ def assert_likelihood(h: Tensor, head: Head, tokens: Tensor, factor: float = 1.0
     log_pi, gradient = native.log_likelihood_gradient(h, head, tokens, True)
     meant, meant_gradient = reference.log_likelihood_gradient(h.double(), wide(head), tokens, True)
     assert_near(log_pi, meant, factor * tolerance(h, head.weight))
-    assert_near(gradient, meant_gradient, factor * tolerance(h, head.weight))
+    # Beside a bfloat16 head, softmax weights of bfloat16 states have 8 bits.
+    rounds = h.dtype == head.weight.dtype == torch.bfloat16 and len(h)
+    rounding = 2**-8 * head.scale * float(head.weight.abs().max()) if rounds else 0.0
+    assert_near(gradient, meant_gradient, factor * tolerance(h, head.weight) + rounding)
     alone, nothing = native.log_likelihood_gradient(h, head, tokens, False)
     assert torch.equal(alone, log_pi) or log_pi.isnan().any()
     assert nothing.shape == (0, h.shape[1])
@@ -259,6 +262,20 @@ def test_linear_operators_property(
     rows: int, vocabulary: int, width: int, dtype: torch.dtype, softcap: float, seed: int
 ) -> None:
     assert_all_linear(rows, vocabulary, width, (dtype, dtype), seed, softcap=softcap)
+
+
+@pytest.mark.parametrize(("rows", "vocabulary", "width"), [(1, 1, 8), (17, 1001, 64), (70, 513, 33), (600, 31, 6)])
+def test_likelihood_weights_that_bfloat16_holds_are_not_rounded(rows: int, vocabulary: int, width: int) -> None:
+    """Whole logits to the base 2."""
+    generator = torch.Generator().manual_seed(8)
+    h, weight = (
+        torch.randint(-1, 2, (count, width), generator=generator).to(torch.bfloat16) for count in (rows, vocabulary)
+    )
+    head = Head(weight, scale=math.log(2))
+    tokens = torch.randint(0, vocabulary, (rows,), generator=generator)
+    gradient = native.log_likelihood_gradient(h, head, tokens, True)[1]
+    meant = reference.log_likelihood_gradient(h.double(), wide(head), tokens, True)[1]
+    assert_near(gradient, meant, tolerance(h))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -63,7 +63,7 @@ Tensor linear_relaxed_backward(const Tensor& h, const Tensor& weight, double sca
                     vectors[i].size(0) == h.size(0) && vectors[i].size(1) == tables[i].size(1),
                 "linear_relaxed_backward: vectors and tables must be (N, d_k) and (V, d_k), got ", vectors[i].sizes(),
                 " and ", tables[i].sizes());
-    terms.push_back({vectors[i], tables[i]});
+    terms.push_back({rounded_beside(tables[i], vectors[i], h.scalar_type()), tables[i]});
   }
   PassInput input;
   input.vocabulary = weight.size(0);

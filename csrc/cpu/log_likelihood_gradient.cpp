@@ -22,6 +22,7 @@ class Pass {
         tokens_(tokens),
         need_grad_(need_grad),
         rows_(h, table),
+        rounds_(std::is_same_v<acc_t, float> && rounds_factors(h.scalar_type(), table)),
         split_(table.entries, table.width),
         parts_(split_.parts),
         target_logits_(rows_.rows()) {
@@ -51,10 +52,12 @@ class Pass {
     std::vector<acc_t> transposed(need_grad_ ? logits.size() : 0);
     std::vector<double> factors(kPanel);
     TableTile<acc_t> tile;
+    PairedTile pairs;
     for (int64_t index = first; index < last; ++index) {
       const int64_t begin = split_.begin(index);
       const int64_t size = split_.size(index);
-      if (need_grad_ || !rows_.bfloat16()) tile.load(table_, begin, size);
+      if ((need_grad_ && !rounds_) || !rows_.bfloat16()) tile.load(table_, begin, size);
+      if (need_grad_ && rounds_) pairs.load(table_, begin, size);
       for (int64_t panel = 0; panel < rows_.panels(); ++panel) {
         const int64_t columns = rows_.columns(panel);
         State* states = part.states.data() + panel * kPanel;
@@ -71,6 +74,12 @@ class Pass {
         transpose_tile(logits.data(), size, columns, transposed.data(), size);
         acc_t* mixture = part.mixture.data() + panel * kPanel * table_.width;
         rescale(mixture, factors, columns);
+        if constexpr (std::is_same_v<acc_t, float>) {
+          if (rounds_) {
+            pairs.add_product(columns, transposed.data(), size, mixture);
+            continue;
+          }
+        }
         matmul<acc_t>(columns, table_.width, size, transposed.data(), size, tile.data(), tile.stride(), mixture,
                       table_.width, true);
       }
@@ -119,6 +128,7 @@ class Pass {
   const int64_t* tokens_;
   bool need_grad_;
   Rows<acc_t> rows_;
+  bool rounds_;  // the weights of the mixture
   Split split_;
   std::vector<Part<acc_t>> parts_;
   std::vector<acc_t> target_logits_;

@@ -1,6 +1,7 @@
 #include "online_softmax.h"
 #include "operators.h"
 #include "strided_rows.h"
+#include "tile_matmul.h"
 #include "vocabulary_pass.h"
 
 #include <ATen/Parallel.h>
@@ -83,7 +84,7 @@ Tensor backward(const Tensor& z, const Tensor& lse, at::TensorList vectors, at::
   const auto dtype = c10::CppTypeToScalarType<acc_t>::value;
   Tensor dz = at::empty({rows, vocabulary}, z.options().dtype(dtype));
   std::vector<GradientTerm> terms;
-  for (size_t i = 0; i < tables.size(); ++i) terms.push_back({vectors[i], tables[i]});
+  for (size_t i = 0; i < tables.size(); ++i) terms.push_back({rounded_beside(tables[i], vectors[i], z.scalar_type()), tables[i]});
   write_gradient<acc_t>(vocabulary, terms, dz);
   const Tensor log_sums = lse.to(at::kDouble).contiguous();
   const StridedRows logits(z);

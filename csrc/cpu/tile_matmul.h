@@ -193,6 +193,59 @@ class TableTile {
   int64_t stride_ = 0;
 };
 
+// Whether factors of a table's products are rounded to bfloat16 where the logits were made from `source`: beside a
+// bfloat16 table and logits that were bfloat16 already, their further bits are noise that costs half of the speed.
+inline bool rounds_factors(at::ScalarType source, const Table& table) {
+  return source == at::kBFloat16 && table.dtype == at::kBFloat16 && table.dense() && has_bfloat16_matmul();
+}
+
+// Vectors (N, d) as they are multiplied with a table (V, d).
+inline at::Tensor rounded_beside(const at::Tensor& table, const at::Tensor& vectors, at::ScalarType source) {
+  return rounds_factors(source, Table(table)) ? vectors.to(at::kBFloat16) : vectors;
+}
+
+// A tile of a bfloat16 table for which `rounds_factors` holds. Two entries lie together, element by element, as the
+// hardware multiplies them with two weights.
+class PairedTile {
+ public:
+  void load(const Table& table, int64_t begin, int64_t size) {
+    size_ = size;
+    width_ = table.width;
+    pairs_.resize((size + 1) / 2 * width_);
+    for (int64_t i = 0; i < size; i += 2) {
+      const auto* first = table.entry<uint16_t>(begin + i);
+      uint32_t* pairs = pairs_.data() + i / 2 * width_;
+      if (i + 1 == size) {
+        std::copy_n(first, width_, pairs);  // beside an entry of zeros
+        continue;
+      }
+      const auto* second = table.entry<uint16_t>(begin + i + 1);
+      for (int64_t j = 0; j < width_; ++j) pairs[j] = first[j] | static_cast<uint32_t>(second[j]) << 16;
+    }
+  }
+
+  // sums (rows, width) += weights (rows, size) times the tile. The weights lie `stride` apart and are rounded once.
+  void add_product(int64_t rows, const float* weights, int64_t stride, float* sums) {
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+    const int64_t even = (size_ + 1) / 2 * 2;
+    rounded_.resize(rows * even);
+    for (int64_t row = 0; row < rows; ++row) {
+      at::BFloat16* line = rounded_.data() + row * even;
+      at::vec::convert(weights + row * stride, line, size_);
+      if (size_ < even) line[size_] = 0;
+    }
+    at::native::cpublas::brgemm(rows, width_, even, even, width_, width_, true, rounded_.data(),
+                                reinterpret_cast<const at::BFloat16*>(pairs_.data()), sums);
+#endif
+  }
+
+ private:
+  int64_t size_ = 0;
+  int64_t width_ = 0;
+  std::vector<uint32_t> pairs_;
+  std::vector<at::BFloat16> rounded_;
+};
+
 // Rows (N, d), transposed panel by panel, ready to be multiplied with tiles of one table.
 template <typename acc_t>
 class Rows {

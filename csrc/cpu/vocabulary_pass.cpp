@@ -55,11 +55,8 @@ class PartPass {
       const int64_t rows = std::min(kPanel, n_ - first);
       products_.compute(start, count, first / kPanel, tile_, workspace_);
       for (int64_t row = 0; row < rows; ++row) add_row(first + row, row, start, count);
-      // A part is (panel, tile) times (tile, width).
       for (int64_t block = 0; block < blocks_; ++block) {
-        const TableTile<acc_t>& values = products_.values(workspace_);
-        matmul<acc_t>(rows, width_, count, weights(block, 0), tile_, values.data(), values.stride(), sum(block, first),
-                      width_, true);
+        products_.add_values(rows, count, weights(block, 0), tile_, workspace_, sum(block, first));
       }
     }
   }
@@ -266,8 +263,9 @@ at::Tensor likeliest_values(const PassInput& input, const std::vector<RowState>&
 template <typename acc_t>
 PassOutput vocabulary_pass(const PassInput& input) {
   const auto n = static_cast<int64_t>(input.rows.size());
+  const auto source = (input.z.defined() ? input.z : input.hidden).scalar_type();
   const VocabularyProducts<acc_t> products(input.hidden, input.weight, {input.scale, input.softcap}, input.terms,
-                                           input.values);
+                                           input.values, source);
   const Split split(input.vocabulary, products.width());
   std::vector<std::unique_ptr<PartPass<acc_t>>> passes(split.parts);
   split.run([&](int64_t part, int64_t first, int64_t last) {
@@ -321,7 +319,7 @@ template <typename acc_t>
 void write_gradient(int64_t vocabulary, const std::vector<GradientTerm>& terms, const at::Tensor& out) {
   const int64_t n = out.size(0);
   if (n == 0) return;
-  const VocabularyProducts<acc_t> products({}, {}, {}, terms, {});
+  const VocabularyProducts<acc_t> products({}, {}, {}, terms, {}, at::kFloat);
   const Split split(vocabulary, products.width());
   acc_t* data = out.mutable_data_ptr<acc_t>();
   split.run([&](int64_t, int64_t first, int64_t last) {

@@ -19,10 +19,10 @@ namespace {
 template <typename acc_t>
 class VocabularyProducts {
  public:
-  // Tensors that are not needed are undefined: `hidden` and `weight` where the logits are given, and `values`, of which
-  // nothing is computed here, but which are read.
+  // Tensors that are not needed are undefined: `hidden` and `weight` where the logits are given, and `values`, with
+  // which weights are multiplied. `source` is the dtype that those are made from.
   VocabularyProducts(const at::Tensor& hidden, const at::Tensor& weight, const HeadTransform& transform,
-                     const std::vector<GradientTerm>& terms, const at::Tensor& values)
+                     const std::vector<GradientTerm>& terms, const at::Tensor& values, at::ScalarType source)
       : transform_(transform) {
     if (hidden.defined()) logits_ = add_operand(hidden, weight);
     for (const GradientTerm& term : added_up(terms)) {
@@ -34,13 +34,15 @@ class VocabularyProducts {
     }
     if (values.defined()) {
       values_ = find_or_add(values);
-      converted_[values_] = true;
+      rounds_ = std::is_same_v<acc_t, float> && rounds_factors(source, tables_[values_]);
+      if (!rounds_) converted_[values_] = true;
     }
   }
 
   // Buffers of one thread, and what is in them.
   struct Workspace {
     std::vector<TableTile<acc_t>> tables;
+    PairedTile values;
     std::vector<acc_t> products;  // (tile, columns of the panel)
     std::vector<acc_t> sum;
     std::vector<acc_t> logits;  // (kPanel, tile)
@@ -61,6 +63,7 @@ class VocabularyProducts {
     for (size_t i = 0; i < tables_.size(); ++i) {
       if (converted_[i]) workspace.tables[i].load(tables_[i], begin, size);
     }
+    if (rounds_) workspace.values.load(tables_[values_], begin, size);
   }
 
   // Logits and gradient of a panel of rows, `tile` apart from row to row.
@@ -91,8 +94,16 @@ class VocabularyProducts {
     transpose_tile(workspace.sum.data(), size, columns, workspace.gradient.data(), tile);
   }
 
-  // The tile of `values`.
-  const TableTile<acc_t>& values(const Workspace& workspace) const { return workspace.tables[values_]; }
+  // sums (rows, k) += weights (rows, size), `stride` apart, times the tile (size, k) of `values`.
+  void add_values(int64_t rows, int64_t size, const acc_t* weights, int64_t stride, Workspace& workspace,
+                  acc_t* sums) const {
+    if constexpr (std::is_same_v<acc_t, float>) {
+      if (rounds_) return workspace.values.add_product(rows, weights, stride, sums);
+    }
+    const TableTile<acc_t>& values = workspace.tables[values_];
+    const int64_t width = tables_[values_].width;
+    matmul<acc_t>(rows, width, size, weights, stride, values.data(), values.stride(), sums, width, true);
+  }
 
   bool has_gradient() const { return !plain_.empty() || !capped_.empty(); }
 
@@ -160,6 +171,7 @@ class VocabularyProducts {
   std::vector<Operand> plain_;
   std::vector<Capped> capped_;
   size_t values_ = 0;
+  bool rounds_ = false;  // weights, beside `values`
 };
 
 }  // namespace
