@@ -219,7 +219,7 @@ class Objective:
         scale = -self.config.nll_coeff * model.embedding.scale
         factors = []
         for x in embeds:
-            rows = ops.upcast(next(grads)) * scale if len(x) else ops.upcast(x.detach())
+            rows = _factor(next(grads) if len(x) else x.detach(), scale)
             factors.append(torch.cat([rows, rows.new_zeros(1, rows.shape[1])]))
         return _Part(factors, log_pi.detach(), [h.detach() for h in hidden])
 
@@ -272,7 +272,7 @@ class Objective:
         factors = []
         for request, track, state, grad, skip in zip(requests, tracks, after, grads, skipped, strict=True):
             track.keep(request.response, state)
-            factors.append(ops.upcast(grad[request.start - skip : len(request.response) - skip]) * scale)
+            factors.append(_factor(grad[request.start - skip : len(request.response) - skip], scale))
         return _Part(factors, rewards.detach())
 
     def _score(self, conversations: Sequence[Conversation], responses: Sequence[Tensor]) -> list[float]:
@@ -327,6 +327,15 @@ class Objective:
     def _require_finite(tensors: Sequence[Tensor], name: str) -> None:
         if not bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all()):
             raise FloatingPointError(f"{name} gave a value or gradient that is NaN or infinite")
+
+
+def _factor(gradient: Tensor, scale: float) -> Tensor:
+    """``scale`` times a gradient (m, d) of a model, in bfloat16 where the model is.
+
+    A backward pass in bfloat16 has no more bits than that, and float32 beside a bfloat16 table costs twice as much.
+    Whether float16 can hold it depends on ``scale``, so that becomes float32.
+    """
+    return (gradient if gradient.dtype == torch.bfloat16 else ops.upcast(gradient)) * scale
 
 
 def _first_equal(requests: Sequence[Request]) -> list[int]:

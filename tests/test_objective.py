@@ -14,6 +14,7 @@ from tiny_models import (
     shared_language_model,
     shared_reward_model,
     tiny_language_model,
+    tiny_reward_model,
     tiny_tokenizer,
 )
 from torch import Tensor, nn
@@ -114,6 +115,26 @@ def same(ours: Evaluation, expected: Evaluation) -> None:
         close(mine, theirs)
     assert ours.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-9)
     assert ours.reward == pytest.approx(expected.reward, abs=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)], ids=str)
+def test_factors_of_models_in_half_precision(dtype: torch.dtype, kept: torch.dtype) -> None:
+    """What float16 can hold ends at 6e-8, so coefficients that small must not be lost there."""
+    tiny = 1e-8
+    exact = setting()
+    language_model = LanguageModel(tiny_language_model("llama", dtype=dtype), TOKENIZER)
+    reward_model = RewardModel(tiny_reward_model("qwen3", dtype=dtype), REWARD_TOKENIZER, language_model, TOKENIZER)
+    for scale in (1.0, tiny):
+        config = CONFIG.replace(nll_coeff=CONFIG.nll_coeff * scale, reward_coeff=CONFIG.reward_coeff * scale)
+        rounded = Setting(None, None, Objective(language_model, reward_model, config))
+        for ours, meant in zip(
+            rounded.objective.evaluate(rounded.requests()), exact.objective.evaluate(exact.requests()), strict=True
+        ):
+            assert ours.factors.hidden.dtype == dtype
+            for mine, theirs in zip(ours.factors[1:], meant.factors[1:], strict=True):
+                assert mine.dtype == kept
+                error = (mine.double() / scale - theirs).norm() / theirs.norm().clamp(min=1e-9)
+                assert error < 0.1
 
 
 @pytest.mark.parametrize("tied", [True, False])
