@@ -45,12 +45,14 @@ def tokens(output: nf.NablaOutput) -> list[list[int]]:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_all_back_ends_decode_the_same_tokens(variant: dict[str, Any]) -> None:
-    pair = models()
-    outputs = {
-        backend: nf.generate(*pair, PROMPTS, test_decoder.BASE.replace(**variant, backend=backend))
-        for backend in BACKENDS
-    }
-    expected = outputs["reference"]
+    require_same_decodes(BACKENDS, DEVICE, test_decoder.BASE.replace(**variant))
+
+
+def require_same_decodes(back_ends: tuple[str, ...], device: torch.device, config: nf.NablaConfig) -> None:
+    """Tokens, rewards and rollouts; the first of ``back_ends`` is what the others are held against."""
+    pair = models(device=device)
+    outputs = {backend: nf.generate(*pair, PROMPTS, config.replace(backend=backend)) for backend in back_ends}
+    expected = outputs[back_ends[0]]
     assert expected.stats.totals.revisions
     for backend, output in outputs.items():
         assert tokens(output) == tokens(expected), backend
