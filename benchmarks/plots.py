@@ -5,12 +5,14 @@
 
 A table stands between ``<!-- results: WHICH -->`` and ``<!-- end -->``. WHICH is a kind of machine (cpu or gpu) and a
 suite, as in "cpu operators", with "in brief" behind it for a table of few rows and columns; or "improvements". A
-machine's directory may hold several runs; of every case the newest one counts, and quick runs never do.
+machine's directory may hold several runs; of every case the newest one counts, and quick runs never do. Cases that were
+never measured there are named below the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -19,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import pictures
+import torch
+from cases import Setting
+from run import chosen_cases
 from tables import FORMAT, Record, brief, columns_and_rows, improvement_rows
 
 HERE = Path(__file__).parent
@@ -66,9 +71,24 @@ def section(kind: str, suite: str, in_brief: bool = False, results: str = "resul
         in_full = suite == "operators" and not in_brief
         columns, rows = brief(records) if suite == "operators" and in_brief else columns_and_rows(records, suite)
         parts.append(f"{described(name, some, suite, results)}\n\n{markdown(columns, rows)}")
+        if not in_brief and (missing := lacking(kind, suite, records)):
+            parts.append(f"Not measured there: {', '.join(f'`{case}`' for case in missing)}.")
         titles = pictures.PICTURES if in_full else (pictures.DECODE_PICTURE,) if suite == "generate" else ()
         parts += [f"![{title} on {name}]({results}/{name}/{title}.png)" for title in titles]
     return "\n\n".join(parts) or NOT_MEASURED
+
+
+def lacking(kind: str, suite: str, records: Iterable[Record]) -> list[str]:
+    """Cases of a suite of which there is no record."""
+    measured = {record["case"] for record in records}
+    return [name for name in case_names(kind, suite) if name not in measured]
+
+
+@functools.cache
+def case_names(kind: str, suite: str) -> list[str]:
+    """The cases that `run.py` has for a kind of machine, whether it is this one or not."""
+    setting = Setting(torch.device("cuda" if kind == "gpu" else "cpu"))
+    return [case.name for case in chosen_cases(setting, [suite], None)]
 
 
 def improvements() -> str:

@@ -3,9 +3,9 @@
     python benchmarks/run.py                         # everything, to benchmarks/results/<machine>/<date>.json
     python benchmarks/run.py --suite operators --only dto_step --output FILE
 
-The file is written anew after each case, so that a run that is cut leaves what it has measured; given that file, a run
-goes on with the cases that it lacks. A case that fails is recorded with its error; the others go on, and the exit status
-is 1.
+The file is written anew after each case, so that a run that is cut leaves what it has measured; given that file again,
+it goes on with the cases that are missing. A case that fails is recorded with its error; the others go on, and the exit
+status is 1.
 """
 
 from __future__ import annotations
@@ -57,7 +57,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small sizes, few repeats, no compilation")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=positive, help="CPU threads; default: as many as torch takes")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: benchmarks/results/<machine>/<date>.json; that of a run that was cut: go on with it")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="default: benchmarks/results/<machine>/<date>.json; the file of a run that was cut goes on with it",
+    )
     return parser.parse_args(arguments)
 
 

@@ -57,6 +57,7 @@ def result(started: str, *records, quick: bool = False, **gpu):
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    monkeypatch.setattr(plots, "case_names", lambda kind, suite: [])
     (tmp_path / "p").mkdir()
     for name, one in {
         "2026-01-02.json": result("2026-01-02", operator(0.002)),
@@ -113,6 +114,18 @@ def test_a_table_of_whole_runs_has_the_variants_that_were_measured(results):
     assert "| generate · M float32 · m 64 | 2 s | 500 ms | 18 s | 9 | 0.12 | 3, 7 | 0 |" in generate
     assert "way/there/p/phases.png" in generate
     assert "`way/there/p/more.json`" in generate
+
+
+def test_cases_that_were_not_measured_are_named(results, monkeypatch):
+    monkeypatch.setattr(plots, "case_names", lambda kind, suite: [f"{kind} {suite}", "a", "b"])
+    missing = "Not measured there: `cpu operators`, `b`."  # b failed
+    assert plots.section("cpu", "operators").split("\n\n")[2] == missing
+    assert missing not in plots.section("cpu", "operators", in_brief=True)
+    assert plots.section("gpu", "operators") == plots.NOT_MEASURED
+
+
+def test_the_cases_of_a_gpu_are_known_without_one():
+    assert plots.case_names("gpu", "generate") == ["generate-batch-1", "generate-batch-4", "generate-batch-16"]
 
 
 def test_a_gpu_has_tables_of_its_own(results):

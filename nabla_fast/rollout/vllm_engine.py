@@ -50,7 +50,7 @@ class VLLMEngine:
         return EngineRequests(self)
 
     def close(self) -> None:
-        """Ends vLLM's processes and frees their memory, as the end of the interpreter would; nothing runs after that."""
+        """Ends vLLM's processes, as the end of the interpreter would, and frees their memory; nothing runs after it."""
         self._end()
 
     def log_probabilities(self, token_ids: Sequence[int]) -> list[float]:
