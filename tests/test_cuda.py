@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 import torch
 from cuda_cases import Place, emulation, make_case
+from test_decoder import BASE
+from test_gpu import require_same_decodes
 from torch import Tensor
 
 from nabla_fast.config import Sampling
-from nabla_fast.ops import cuda, reference
+from nabla_fast.ops import cuda, native, reference
 from nabla_fast.ops.operands import Head, TokenGradient
 from nabla_fast.sampling import anchor_noise, gumbel
 
@@ -346,6 +348,29 @@ def test_token_diff(place: Place, shape: tuple[int, int]) -> None:
         expected = reference.token_diff(old.cpu(), new.cpu())
         assert torch.equal(first.cpu(), expected[0])
         assert torch.equal(count.cpu(), expected[1])
+
+
+@pytest.mark.parametrize(
+    "variant", [{}, {"parameterization": "logits", "anchor": "rollout"}, {"gumbel_noise": 0.5}], ids=str
+)
+def test_a_decode(place: Place, variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens of the reference; on the emulated device, in place of the back end for a CPU."""
+    if not place.emulated:
+        require_same_decodes(("reference", "cuda"), place.device, BASE.replace(**variant))
+        return
+    calls = dict.fromkeys(("dto_step", "token_diff"), 0)
+
+    def counted(name: str) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return getattr(cuda, name)(*arguments, **options)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(native, name, counted(name))
+    require_same_decodes(("reference", "native"), place.device, BASE.replace(**variant))
+    assert min(calls.values()) > 10
 
 
 def test_token_diff_refuses() -> None:
