@@ -102,12 +102,12 @@ def improvements() -> str:
 
 
 def described(name: str, some: Sequence[dict[str, Any]], suite: str, results: str) -> str:
-    """The machine, and the files and versions behind a table."""
+    """The machine, and the files behind a table with the commits that they measured."""
     behind = [run for run in some if any(record.get("suite") == suite for record in run["records"])]
     last = behind[-1]
     machine = last["machine"].get("gpu", {}).get("name") or f"{last['machine']['processor']}, {last['threads']} threads"
-    files = ", ".join(f"`{results}/{name}/{run['file']}`" for run in behind)
-    return f"{machine}, torch {last['versions']['torch']}, commit {last['commit']} ({files}):"
+    files = ", ".join(f"`{results}/{name}/{run['file']}` at {run['commit']}" for run in behind)
+    return f"{machine}, torch {last['versions']['torch']} ({files}):"
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
