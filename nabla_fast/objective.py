@@ -209,44 +209,48 @@ class Objective:
         """Per request h^pi (m, d) and a = dL/d(embedding weight row) (m, d); log pi at all their positions."""
         model = self.language_model
         tracks = [self.language_track(r.conversation) for r in requests]
-        # The last token is predicted, but predicts nothing that is asked for.
-        suffixes = [r.response[r.start : -1] for r in requests]
-        hidden, embeds = self._language_states(requests, tracks, suffixes)
+        hidden, embeds = self._language_states(requests, tracks)
         targets = torch.cat([r.response[r.start :] for r in requests])
         log_pi = ops.linear_log_likelihood(torch.cat(hidden), model.head, targets, backend=self.config.backend)
         asked = [x for x in embeds if len(x)]
         grads = iter(torch.autograd.grad(log_pi.sum(), asked) if asked else ())
         scale = -self.config.nll_coeff * model.embedding.scale
         factors = []
-        for x in embeds:
-            rows = _factor(next(grads) if len(x) else x.detach(), scale)
+        for request, x in zip(requests, embeds, strict=True):
+            ahead = len(request.response) - 1 - request.start
+            rows = _factor((next(grads) if len(x) else x.detach())[len(x) - ahead :], scale)
             factors.append(torch.cat([rows, rows.new_zeros(1, rows.shape[1])]))
         return _Part(factors, log_pi.detach(), [h.detach() for h in hidden])
 
     def _language_states(
-        self, requests: Sequence[Request], tracks: Sequence[Track], suffixes: Sequence[Tensor]
+        self, requests: Sequence[Request], tracks: Sequence[Track]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The hidden states (m, d) that predict each token ahead, and the embeddings (m - 1, d) they depend on."""
+        """The hidden states (m, d) that predict each token ahead, and embeddings they depend on: the last m - 1 of them
+        are those of the tokens ahead."""
         model = self.language_model
-        embeds = [model.embedding(suffix).requires_grad_() for suffix in suffixes]
+        responses, starts = [r.response for r in requests], [r.start for r in requests]
+        # The last token is predicted, but predicts nothing that is asked for.
         if not model.body.incremental:
+            embeds = [model.embedding(y[n:-1]).requires_grad_() for y, n in zip(responses, starts, strict=True)]
             whole = [
-                torch.cat([t.opening, model.embedding(r.response[: r.start]), x])
-                for t, r, x in zip(tracks, requests, embeds, strict=True)
+                torch.cat([t.opening, model.embedding(y[:n]), x])
+                for t, y, n, x in zip(tracks, responses, starts, embeds, strict=True)
             ]
             outputs, _ = model.body([None] * len(whole), whole)
             return [out[-1 - len(x) :] for out, x in zip(outputs, embeds, strict=True)], embeds
-        catch_up(model.body, model.embedding, tracks, [r.response for r in requests], [r.start for r in requests])
+        covered = catch_up(model.body, model.embedding, tracks, responses, starts)
+        embeds = [model.embedding(y[n:-1]).requires_grad_() for y, n in zip(responses, covered, strict=True)]
         states = [track.state for track in tracks]
-        hidden = [state.hidden[-1:] for state in states if state is not None]
+        # Copies where there is no cat: the cache keeps them, and a view would keep the prefix alive.
+        hidden = [state.hidden[-1:].clone() for state in states if state is not None]
         longer = [i for i, x in enumerate(embeds) if len(x)]
         if longer:
             outputs, after = model.body([states[i] for i in longer], [embeds[i] for i in longer])
             for i, out, state in zip(longer, outputs, after, strict=True):
-                hidden[i] = torch.cat([hidden[i], out])
-                tracks[i].keep(requests[i].response[:-1], state)
-        # Copies where there is no cat: the cache keeps them, and a view would keep the prefix alive.
-        return [h if len(h) > 1 else h.clone() for h in hidden], embeds
+                more = starts[i] - covered[i]
+                hidden[i] = out[more - 1 :].clone() if more else torch.cat([hidden[i], out])
+                tracks[i].keep(responses[i][:-1], state)
+        return hidden, embeds
 
     def _reward_gradient(self, requests: Sequence[Request]) -> _Part:
         """Per request b = dL/d(reward embedding weight row) (m, d_r); the rewards."""
@@ -254,9 +258,11 @@ class Objective:
         tracks = [self._reward_track(r.conversation) for r in requests]
         if model.incremental:
             assert model.body is not None
-            catch_up(model.body, model.table, tracks, [r.response for r in requests], [r.start for r in requests])
-            skipped = [r.start for r in requests]
-            embeds = [model.conversation(r.conversation.frame, r.response, r.start) for r in requests]
+            responses, starts = [r.response for r in requests], [r.start for r in requests]
+            skipped = catch_up(model.body, model.table, tracks, responses, starts)
+            embeds = [
+                model.conversation(r.conversation.frame, r.response, n) for r, n in zip(requests, skipped, strict=True)
+            ]
         else:
             skipped = [-len(r.conversation.frame.opening) for r in requests]
             embeds = [model.conversation(r.conversation.frame, r.response) for r in requests]

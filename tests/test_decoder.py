@@ -237,7 +237,7 @@ def test_selection_takes_the_first_position_that_passes():
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_drafts_and_the_size_of_the_batch_change_nothing(variant, monkeypatch):
-    monkeypatch.setitem(hf._TOKENS_PER_PASS, "cpu", 64)
+    monkeypatch.setitem(hf.TOKENS_PER_PASS, "cpu", 64)
     config = BASE.replace(max_new_tokens=16, draft_tokens=0, **variant)
     plain = generate(PROMPTS, config)
     for changes in ({"draft_tokens": 4}, {"max_batch_size": 2}, {"draft_tokens": 4, "max_batch_size": 3}):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import nabla_fast as nf
 from nabla_fast.gradient_cache import Evaluation
+from nabla_fast.models import prefix
 from nabla_fast.models.activations import checkpointed, frozen
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.prefix import Body, PrefixState, Track, cache_argument, common_lengths
@@ -117,17 +118,23 @@ def test_factors_in_float32_agree_to_rounding(family: str) -> None:
         min_size=2,
         max_size=4,
     ),
+    st.sampled_from([0, 2, 8]),
 )
 def test_what_a_conversation_keeps_never_changes_a_gradient(
-    family: str, rounds: list[list[tuple[int, int, int]]]
+    family: str, rounds: list[list[tuple[int, int, int]]], together: int
 ) -> None:
-    """Whatever was asked before: longer, shorter, other tokens from some position on, earlier and later starts."""
+    """Whatever was asked before: longer, shorter, other tokens from some position on, earlier and later starts.
+
+    So many tokens ``together`` with the next pass, where the prefix lacks them.
+    """
     ours, full = objective(family), whole(family)
     kept = [conversation(ours, prompt) for prompt in PROMPTS]
     for asked in rounds:
         # Responses with few seeds, so that the first tokens are often the same and sometimes not.
         cases = [(response(n, seed % 2), min(start, n - 1)) for n, start, seed in asked]
-        mine = ours.evaluate([Request(c, y, start) for c, (y, start) in zip(kept, cases, strict=True)])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(prefix.TOKENS_PER_PASS, "cpu", together)
+            mine = ours.evaluate([Request(c, y, start) for c, (y, start) in zip(kept, cases, strict=True)])
         fresh = [Request(conversation(full, p), y, start) for p, (y, start) in zip(PROMPTS, cases, strict=True)]
         for one, other in zip(mine, full.evaluate(fresh), strict=True):
             same(one, other)
@@ -193,10 +200,20 @@ def test_a_prefix_is_run_once_and_extended_by_what_is_new() -> None:
         assert lengths == [[2]]
         lengths.clear()
         ours.evaluate([Request(talk, y, 7)])  # back to the old token: from position 5 on
-        assert lengths == [[2], [2]]
+        assert lengths == [[4]]  # the two that the prefix lacks, and two ahead
         lengths.clear()
         ours.evaluate([Request(talk, y, 9)])  # the last token alone: the state that predicts it is there
         assert lengths == []
+        other = y.clone()
+        other[8] = (other[8] + 1) % V
+        ours.evaluate([Request(talk, other, 9)])  # and here it is not
+        assert lengths == [[1]]
+        lengths.clear()
+        patch.setitem(prefix.TOKENS_PER_PASS, "cpu", 1)
+        other = y.clone()
+        other[5] = (other[5] + 1) % V
+        ours.evaluate([Request(talk, other, 7)])  # more than may join it
+        assert lengths == [[2], [2]]
 
 
 def test_a_row_keeps_no_memory_of_its_batch() -> None:

@@ -95,7 +95,7 @@ def earlier_responses(drawn):
 @pytest.fixture
 def room(monkeypatch):
     """For drafts, in batches too."""
-    monkeypatch.setitem(hf._TOKENS_PER_PASS, "cpu", 64)
+    monkeypatch.setitem(hf.TOKENS_PER_PASS, "cpu", 64)
 
 
 @pytest.mark.parametrize("sampling", [SAMPLING, Sampling(temperature=0.0)], ids=["sampled", "greedy"])

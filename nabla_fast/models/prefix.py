@@ -18,9 +18,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from nabla_fast import ops
 
+# Tokens up to which a forward pass takes about as long as of one: reading the weights, and on a GPU launching kernels,
+# is what takes the time. On a CPU that ends soon (`benchmarks/test_bench_rollouts.py`).
+TOKENS_PER_PASS = {"cpu": 8, "cuda": 256}
 _CAUSAL_LAYERS = {"full_attention", "sliding_attention"}
 # Their frequencies depend on the longest position of a call, so a token's keys do too.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -188,11 +192,27 @@ def resume(body: Body, table: Any, tracks: Sequence[Track], responses: Sequence[
 
 def catch_up(
     body: Body, table: Any, tracks: Sequence[Track], responses: Sequence[Tensor], starts: Sequence[int]
-) -> None:
-    """Brings each track to the first ``starts[b]`` tokens of its response; see `resume`."""
+) -> list[int]:
+    """Brings each track to the first ``starts[b]`` tokens of its response, or almost; see `resume`.
+
+    Returns:
+        How many tokens of its response each track covers: ``starts[b]``, or fewer where the rest costs less as a part
+        of the pass that follows than as a pass of its own.
+    """
     known = [response[:start] for response, start in zip(responses, starts, strict=True)]
-    for track, response, state in zip(tracks, known, resume(body, table, tracks, known), strict=True):
-        track.keep(response, state)
+    covered = common_lengths(tracks, known)
+    most = TOKENS_PER_PASS.get(known[0].device.type, 0)
+    far = [
+        i for i, (t, y) in enumerate(zip(tracks, known, strict=True)) if t.state is None or len(y) - covered[i] > most
+    ]
+    for i in set(range(len(tracks))) - set(far):
+        tracks[i].crop(covered[i])
+    if far:
+        states = resume(body, table, [tracks[i] for i in far], [known[i] for i in far])
+        for i, state in zip(far, states, strict=True):
+            tracks[i].keep(known[i], state)
+            covered[i] = len(known[i])
+    return covered
 
 
 def common_lengths(tracks: Sequence[Track], responses: Sequence[Tensor]) -> list[int]:
@@ -222,10 +242,11 @@ class _Continuation(DynamicCache):
             assert first is not None
             keys = _left_padded([s.keys[layer] if s else None for s in states], first.keys[layer], past)
             values = _left_padded([s.values[layer] if s else None for s in states], first.values[layer], past)
-            # An update with nothing makes the layer, then it gets its tensors, which an update would copy.
-            super().update(keys[:, :, :0], values[:, :, :0], layer)
-            made: Any = self.layers[layer]
-            made.keys, made.values = keys, values
+            # What an update makes, without its copies.
+            made: Any = DynamicLayer()
+            made.keys, made.values, made.is_initialized = keys, values, True
+            made.dtype, made.device = keys.dtype, keys.device
+            self.layers.append(made)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         keys, values = key_states, value_states

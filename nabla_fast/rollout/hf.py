@@ -12,16 +12,13 @@ from nabla_fast.config import Sampling
 from nabla_fast.models.decoding import DecodeBatch
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.layers import fast_layers
-from nabla_fast.models.prefix import PrefixState, resume
+from nabla_fast.models.prefix import TOKENS_PER_PASS, PrefixState, resume
 from nabla_fast.rollout.base import Rollout, RolloutStream, Start, StopRule
 from nabla_fast.rollout.drafts import Drafter
 from nabla_fast.sampling import Context, Sampler
 
 # Columns in use per token of the longest sequence, from which on the batch is made anew without the unused ones.
 _SPREAD = 1.5
-# Tokens of one forward pass up to which drafts may fill it. While reading the weights is what takes the time, more
-# tokens cost little; on a CPU that ends soon (`benchmarks/test_bench_rollouts.py`).
-_TOKENS_PER_PASS = {"cpu": 8, "cuda": 256}
 
 
 class HFRollout:
@@ -158,7 +155,8 @@ class _Stream:
     def _step(self) -> None:
         assert self.batch is not None
         model = self.backend.language_model
-        most = max(1, _TOKENS_PER_PASS.get(model.device.type, 1) // len(self.rows))
+        # Up to this, drafts cost little.
+        most = max(1, TOKENS_PER_PASS.get(model.device.type, 1) // len(self.rows))
         hidden = self.batch.step([row.feed(most) for row in self.rows])
         contexts = [context for row in self.rows for context in row.contexts()]
         logits = model.logits(torch.cat(hidden))
