@@ -110,6 +110,8 @@ class Objective:
         self.cache = GradientCache(config.gradient_cache_bytes) if config.gradient_cache else None
         bodies = (language_model.body, reward_model.body)
         self._models = [body.model for body in bodies if body is not None]
+        # Walking through a large model takes milliseconds.
+        self._parameters = [parameter for model in self._models for parameter in model.parameters()]
         if config.checkpoint_activations:
             for model, name in zip(self._models, (language_model.name, reward_model.name), strict=False):
                 require_layers(model, name)
@@ -180,7 +182,7 @@ class Objective:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(frozen(*self._models))
+            stack.enter_context(frozen(self._parameters))
             stack.enter_context(fast_layers(self.language_model.device))
             if self.config.checkpoint_activations:
                 stack.enter_context(checkpointed(*self._models))
@@ -283,7 +285,7 @@ class Objective:
 
     def _score(self, conversations: Sequence[Conversation], responses: Sequence[Tensor]) -> list[float]:
         model = self.reward_model
-        with self._reward_side(), frozen(*self._models), fast_layers(self.language_model.device):
+        with self._reward_side(), frozen(self._parameters), fast_layers(self.language_model.device):
             tracks = [self._reward_track(c) for c in conversations]
             states, embeds = [], []
             common = common_lengths(tracks, responses) if model.incremental else [0] * len(tracks)

@@ -377,7 +377,7 @@ def test_frozen_and_checkpointed_leave_a_model_as_it_was() -> None:
         return [p.requires_grad for p in model.parameters()], [vars(m).get("forward") for m in model.modules()]
 
     def interrupted() -> None:
-        with frozen(model), checkpointed(model):
+        with frozen(model.parameters()), checkpointed(model):
             assert not any(look()[0])
             assert look()[1] != before[1]
             raise KeyboardInterrupt

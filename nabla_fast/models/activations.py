@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,15 +15,15 @@ from nabla_fast.models.layers import fast_layers
 
 
 @contextmanager
-def frozen(*models: Any) -> Iterator[None]:
-    """No parameter of the models asks for a gradient, or activations would be kept for gradients nobody wants."""
-    parameters = [p for model in models for p in model.parameters() if p.requires_grad]
-    for parameter in parameters:
+def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """No parameter of a model asks for a gradient, or activations would be kept for gradients nobody wants."""
+    asking = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in asking:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in parameters:
+        for parameter in asking:
             parameter.requires_grad_(True)
 
 
