@@ -1,8 +1,8 @@
 #include "online_softmax.h"
 #include "operators.h"
 #include "strided_rows.h"
-#include "tile_matmul.h"
 #include "vocabulary_pass.h"
+#include "vocabulary_table.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
