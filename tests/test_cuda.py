@@ -350,13 +350,12 @@ def test_token_diff(place: Place, shape: tuple[int, int]) -> None:
         assert torch.equal(count.cpu(), expected[1])
 
 
-@pytest.mark.parametrize(
-    "variant", [{}, {"parameterization": "logits", "anchor": "rollout"}, {"gumbel_noise": 0.5}], ids=str
-)
+@pytest.mark.parametrize("variant", [{}, {"parameterization": "logits", "anchor": "rollout"}], ids=str)
 def test_a_decode(place: Place, variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens of the reference; on the emulated device, in place of the back end for a CPU."""
+    config = BASE.replace(max_rollouts=3, **variant)
     if not place.emulated:
-        require_same_decodes(("reference", "cuda"), place.device, BASE.replace(**variant))
+        require_same_decodes(("reference", "cuda"), place.device, config)
         return
     calls = dict.fromkeys(("dto_step", "token_diff"), 0)
 
@@ -369,7 +368,7 @@ def test_a_decode(place: Place, variant: dict[str, Any], monkeypatch: pytest.Mon
 
     for name in calls:
         monkeypatch.setattr(native, name, counted(name))
-    require_same_decodes(("reference", "native"), place.device, BASE.replace(**variant))
+    require_same_decodes(("reference", "native"), place.device, config)
     assert min(calls.values()) > 10
 
 
