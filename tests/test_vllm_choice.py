@@ -213,9 +213,13 @@ class FakeLLM:
 
 
 @pytest.fixture
-def engine(monkeypatch):
+def fake_vllm(monkeypatch):
     module = types.SimpleNamespace(LLM=FakeLLM, SamplingParams=types.SimpleNamespace)
     monkeypatch.setitem(sys.modules, "vllm", module)
+
+
+@pytest.fixture
+def engine(fake_vllm):
     return VLLMEngine("folder", max_model_len=CONTEXT)
 
 
@@ -243,9 +247,7 @@ def test_an_engine_that_dies_is_an_error(engine, model):
         draw(backend)
 
 
-def test_an_engine_nobody_holds_ends_its_processes(monkeypatch):
-    module = types.SimpleNamespace(LLM=FakeLLM, SamplingParams=types.SimpleNamespace)
-    monkeypatch.setitem(sys.modules, "vllm", module)
+def test_an_engine_nobody_holds_ends_its_processes(fake_vllm):
     engine = VLLMEngine("folder")
     llm = engine._llm
     gc.collect()

@@ -8,9 +8,8 @@ A row that may not move is marked on the device, and the launches that follow fi
 
 Products of the matrix library know no marks, so blocks of latents ask before the second half of a step whether any of
 their rows still moves, and wait for the answer, as rows of logits do whose G is not kept; nothing else waits for the
-GPU. Work of a step for many rows of
-latents, in units of 2 N V d: 4 with a bfloat16 head, 2 with a float32 one, and what G takes where it comes from factors
-that are too many to keep its rows.
+GPU. Work of a step for many rows of latents, in units of 2 N V d: 4 with a bfloat16 head, 2 with a float32 one, and
+what G takes where it comes from factors that are too many to keep its rows.
 """
 
 from __future__ import annotations
