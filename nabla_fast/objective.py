@@ -19,10 +19,11 @@ from nabla_fast import ops
 from nabla_fast.config import NablaConfig
 from nabla_fast.gradient_cache import Evaluation, GradientCache
 from nabla_fast.models.activations import checkpointed, frozen, require_layers
+from nabla_fast.models.body import Inputs, joined
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.layers import fast_layers
-from nabla_fast.models.prefix import Track, catch_up, common_lengths
 from nabla_fast.models.reward_model import RewardFrame, RewardModel
+from nabla_fast.models.tracks import Track, catch_up, common_lengths
 from nabla_fast.stats import Clock, SequenceStats
 
 _SEPARATOR = -1  # never a token id
@@ -211,48 +212,49 @@ class Objective:
         """Per request h^pi (m, d) and a = dL/d(embedding weight row) (m, d); log pi at all their positions."""
         model = self.language_model
         tracks = [self.language_track(r.conversation) for r in requests]
-        hidden, embeds = self._language_states(requests, tracks)
+        hidden, inputs = self._language_states(requests, tracks)
         targets = torch.cat([r.response[r.start :] for r in requests])
         log_pi = ops.linear_log_likelihood(torch.cat(hidden), model.head, targets, backend=self.config.backend)
-        asked = [x for x in embeds if len(x)]
+        asked = [x.embeds for x in inputs if len(x)]
         grads = iter(torch.autograd.grad(log_pi.sum(), asked) if asked else ())
         scale = -self.config.nll_coeff * model.embedding.scale
         factors = []
-        for request, x in zip(requests, embeds, strict=True):
+        for request, x in zip(requests, inputs, strict=True):
             ahead = len(request.response) - 1 - request.start
-            rows = _factor((next(grads) if len(x) else x.detach())[len(x) - ahead :], scale)
+            rows = _factor((next(grads) if len(x) else x.embeds.detach())[len(x) - ahead :], scale)
             factors.append(torch.cat([rows, rows.new_zeros(1, rows.shape[1])]))
         return _Part(factors, log_pi.detach(), [h.detach() for h in hidden])
 
     def _language_states(
         self, requests: Sequence[Request], tracks: Sequence[Track]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The hidden states (m, d) that predict each token ahead, and embeddings they depend on: the last m - 1 of them
-        are those of the tokens ahead."""
+    ) -> tuple[list[Tensor], list[Inputs]]:
+        """The hidden states (m, d) that predict each token ahead, and inputs they depend on: the last m - 1 of them
+        are the tokens ahead."""
         model = self.language_model
+        body, table = model.body, model.embedding
         responses, starts = [r.response for r in requests], [r.start for r in requests]
         # The last token is predicted, but predicts nothing that is asked for.
-        if not model.body.incremental:
-            embeds = [model.embedding(y[n:-1]).requires_grad_() for y, n in zip(responses, starts, strict=True)]
+        if not body.incremental:
+            inputs = [table.inputs(y[n:-1]).differentiable() for y, n in zip(responses, starts, strict=True)]
             whole = [
-                torch.cat([t.opening, model.embedding(y[:n]), x])
-                for t, y, n, x in zip(tracks, responses, starts, embeds, strict=True)
+                joined([t.opening, table.inputs(y[:n]), x])
+                for t, y, n, x in zip(tracks, responses, starts, inputs, strict=True)
             ]
-            outputs, _ = model.body([None] * len(whole), whole)
-            return [out[-1 - len(x) :] for out, x in zip(outputs, embeds, strict=True)], embeds
-        covered = catch_up(model.body, model.embedding, tracks, responses, starts)
-        embeds = [model.embedding(y[n:-1]).requires_grad_() for y, n in zip(responses, covered, strict=True)]
+            outputs, _ = body([None] * len(whole), whole)
+            return [out[-1 - len(x) :] for out, x in zip(outputs, inputs, strict=True)], inputs
+        covered = catch_up(body, table, tracks, responses, starts)
+        inputs = [table.inputs(y[n:-1]).differentiable() for y, n in zip(responses, covered, strict=True)]
         states = [track.state for track in tracks]
         # Copies where there is no cat: the cache keeps them, and a view would keep the prefix alive.
         hidden = [state.hidden[-1:].clone() for state in states if state is not None]
-        longer = [i for i, x in enumerate(embeds) if len(x)]
+        longer = [i for i, x in enumerate(inputs) if len(x)]
         if longer:
-            outputs, after = model.body([states[i] for i in longer], [embeds[i] for i in longer])
+            outputs, after = body([states[i] for i in longer], [inputs[i] for i in longer])
             for i, out, state in zip(longer, outputs, after, strict=True):
                 more = starts[i] - covered[i]
                 hidden[i] = out[more - 1 :].clone() if more else torch.cat([hidden[i], out])
                 tracks[i].keep(responses[i][:-1], state)
-        return hidden, embeds
+        return hidden, inputs
 
     def _reward_gradient(self, requests: Sequence[Request]) -> _Part:
         """Per request b = dL/d(reward embedding weight row) (m, d_r); the rewards."""
@@ -262,20 +264,20 @@ class Objective:
             assert model.body is not None
             responses, starts = [r.response for r in requests], [r.start for r in requests]
             skipped = catch_up(model.body, model.table, tracks, responses, starts)
-            embeds = [
+            inputs = [
                 model.conversation(r.conversation.frame, r.response, n) for r, n in zip(requests, skipped, strict=True)
             ]
         else:
             skipped = [-len(r.conversation.frame.opening) for r in requests]
-            embeds = [model.conversation(r.conversation.frame, r.response) for r in requests]
-        embeds = [x.detach().requires_grad_() for x in embeds]
-        rewards, after = model.rewards(embeds, [track.state for track in tracks])
+            inputs = [model.conversation(r.conversation.frame, r.response) for r in requests]
+        inputs = [x.differentiable() for x in inputs]
+        rewards, after = model.rewards(inputs, [track.state for track in tracks])
         if not rewards.requires_grad:
             raise ValueError(
                 f"{model.name} returned rewards without a gradient; it must be differentiable with respect to "
                 "inputs_embeds"
             )
-        grads = torch.autograd.grad(rewards.sum(), embeds)
+        grads = torch.autograd.grad(rewards.sum(), [x.embeds for x in inputs])
         scale = -self.config.reward_coeff * model.table.scale
         factors = []
         for request, track, state, grad, skip in zip(requests, tracks, after, grads, skipped, strict=True):
@@ -287,14 +289,14 @@ class Objective:
         model = self.reward_model
         with self._reward_side(), frozen(self._parameters), fast_layers(self.language_model.device):
             tracks = [self._reward_track(c) for c in conversations]
-            states, embeds = [], []
+            states, inputs = [], []
             common = common_lengths(tracks, responses) if model.incremental else [0] * len(tracks)
             for c, track, response, shared in zip(conversations, tracks, responses, common, strict=True):
                 start = min(shared, len(response) - 1)
-                behind = track.state is not None and start >= 0
-                states.append(track.state.crop(len(track.opening) + start) if behind and track.state else None)
-                embeds.append(model.conversation(c.frame, response, start if behind else None))
-            rewards, after = model.rewards(embeds, states)
+                state = track.before(start) if start >= 0 else None
+                states.append(state)
+                inputs.append(model.conversation(c.frame, response, None if state is None else start))
+            rewards, after = model.rewards(inputs, states)
             # A proposal is mostly rejected, and what it shares with the trajectory stays; so only the first is kept.
             for track, response, state in zip(tracks, responses, after, strict=True):
                 if track.state is None:
@@ -305,8 +307,9 @@ class Objective:
 
     def _reward_track(self, conversation: Conversation) -> Track:
         if conversation.reward is None:
+            opening = conversation.frame.opening
             # A copy where the caller is in inference mode, whose tensors autograd cannot use.
-            conversation.reward = Track(conversation.frame.opening.clone())
+            conversation.reward = Track(Inputs(opening.ids.clone(), opening.embeds.clone()))
         return conversation.reward
 
     @contextmanager

@@ -14,7 +14,7 @@ from tiny_models import FAMILIES, shared_language_model, shared_reward_model, ti
 import nabla_fast as nf
 from nabla_fast.decoder import Decoder, Sequence
 from nabla_fast.generate import NablaOutput
-from nabla_fast.models.prefix import Body
+from nabla_fast.models.body import Body
 from nabla_fast.objective import Objective, Request
 
 pytestmark = pytest.mark.usefixtures("one_thread")

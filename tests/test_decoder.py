@@ -13,7 +13,7 @@ from tiny_models import DEVICE, tiny_language_model, tiny_reward_model, tiny_tok
 import nabla_fast as nf
 from nabla_fast.decoder import Decoder, Sequence
 from nabla_fast.generate import make_pair, stop_rule
-from nabla_fast.models.prefix import Body
+from nabla_fast.models.body import Body
 from nabla_fast.objective import Conversation, Objective
 from nabla_fast.rollout import HFRollout, Rollout, StopRule, hf
 from nabla_fast.sampling import Sampler

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nabla_fast.models.decoding import DecodeBatch
 from nabla_fast.models.language_model import LanguageModel
-from nabla_fast.models.prefix import PrefixState, resume
+from nabla_fast.models.prefix import PrefixState
+from nabla_fast.models.tracks import resume
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,12 +45,12 @@ def test_steps_equal_the_full_forward_and_rows_come_and_go(family: str) -> None:
     model = tiny_language_model(family)
     ours = LanguageModel(model, tiny_tokenizer())
     sequences = [list(p) for p in PROMPTS]
-    batch = DecodeBatch(model, prefilled(ours, sequences))
+    batch = DecodeBatch(ours.body, prefilled(ours, sequences))
     for step in range(6):
         if step == 3:
             # Out of order, a row left out and a new one in its place.
             joined = [30, 31, 32, 33]
-            batch = DecodeBatch(model, [batch.state(2), batch.state(0), *prefilled(ours, [joined])])
+            batch = DecodeBatch(ours.body, [batch.state(2), batch.state(0), *prefilled(ours, [joined])])
             sequences = [sequences[2], sequences[0], joined]
         tokens = [[(7 * step + 11 * row) % 50] for row in range(3)]
         sequences = [[*s, *t] for s, t in zip(sequences, tokens, strict=True)]
@@ -65,7 +66,7 @@ def test_tokens_that_do_not_stay_leave_no_trace(family: str) -> None:
     model = tiny_language_model(family)
     ours = LanguageModel(model, tiny_tokenizer())
     sequences = [list(p) for p in PROMPTS]
-    batch = DecodeBatch(model, prefilled(ours, sequences))
+    batch = DecodeBatch(ours.body, prefilled(ours, sequences))
     assert not batch.gaps
     for step in range(4):
         tokens = [[(5 * step + 3 * row + i) % 50 for i in range(1 + (row + step) % 3)] for row in range(3)]
@@ -83,7 +84,7 @@ def test_tokens_that_do_not_stay_leave_no_trace(family: str) -> None:
 def test_what_all_rows_undo_costs_no_columns() -> None:
     model = tiny_language_model("llama")
     ours = LanguageModel(model, tiny_tokenizer())
-    batch = DecodeBatch(model, prefilled(ours, [[5, 6, 7]]))
+    batch = DecodeBatch(ours.body, prefilled(ours, [[5, 6, 7]]))
     batch.step([[8, 9, 10, 11]])
     batch.keep([2])
     assert (batch.width, batch.spread, batch.gaps) == (5, 1.0, False)
@@ -94,7 +95,7 @@ def test_what_all_rows_undo_costs_no_columns() -> None:
 def test_buffers_grow() -> None:
     model = tiny_language_model("llama")
     ours = LanguageModel(model, tiny_tokenizer())
-    batch = DecodeBatch(model, prefilled(ours, [[5, 6], [7]]))
+    batch = DecodeBatch(ours.body, prefilled(ours, [[5, 6], [7]]))
     more = [i % 50 for i in range(90)]
     for i in range(0, 90, 10):
         batch.step([more[i : i + 10]] * 2)
@@ -107,12 +108,14 @@ def test_padding_is_harmless_with_eager_attention(family: str) -> None:
     """In float32: transformers' own eager attention gives NaN for left padding in float64."""
     model = tiny_language_model(family, dtype=torch.float32)
     model.set_attn_implementation("eager")
-    batch = DecodeBatch(model, prefilled(LanguageModel(model, tiny_tokenizer()), PROMPTS))
+    ours = LanguageModel(model, tiny_tokenizer())
+    batch = DecodeBatch(ours.body, prefilled(ours, PROMPTS))
     for hidden, tokens in zip(batch.step([[1], [2], [3]]), ([*p, i + 1] for i, p in enumerate(PROMPTS)), strict=True):
         torch.testing.assert_close(hidden, whole(model, tokens)[-1:], rtol=0, atol=1e-4)
 
 
 def test_decoding_needs_no_gradient() -> None:
     model = tiny_language_model("llama")
-    batch = DecodeBatch(model, prefilled(LanguageModel(model, tiny_tokenizer()), PROMPTS))
+    ours = LanguageModel(model, tiny_tokenizer())
+    batch = DecodeBatch(ours.body, prefilled(ours, PROMPTS))
     assert not batch.step([[1], [2], [3]])[0].requires_grad

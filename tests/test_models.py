@@ -23,6 +23,7 @@ from tiny_models import (
 from torch import Tensor, nn
 from transformers import LlamaModel
 
+from nabla_fast.models.body import Inputs
 from nabla_fast.models.language_model import LanguageModel, embedding_table
 from nabla_fast.models.reward_model import RewardModel
 
@@ -236,11 +237,11 @@ def reward_of(family: str, tokenizer: Any = None, **options: Any) -> tuple[Any, 
     return model, RewardModel(model, tokenizer, language_model, TOKENIZER, **options)
 
 
-def embedded(ours: RewardModel, frame: Any, tokens: list[int]) -> Tensor:
+def embedded(ours: RewardModel, frame: Any, tokens: list[int]) -> Inputs:
     return ours.conversation(frame, torch.tensor(tokens, dtype=torch.long))
 
 
-def scores(ours: RewardModel, conversations: list[Tensor]) -> Tensor:
+def scores(ours: RewardModel, conversations: list[Inputs]) -> Tensor:
     rewards, _ = ours.rewards(conversations)
     return rewards
 
@@ -278,10 +279,10 @@ def test_padding_gets_no_gradient_and_changes_none(family: str) -> None:
     _, ours = reward_of(family)
     frame = ours.chat_frame(MESSAGES)
     texts = ("the ans is 12", "3", "it is 36 or 48.")
-    conversations = [embedded(ours, frame, response_ids(t)).requires_grad_() for t in texts]
-    together = torch.autograd.grad(scores(ours, conversations).sum(), conversations)
+    conversations = [embedded(ours, frame, response_ids(t)).differentiable() for t in texts]
+    together = torch.autograd.grad(scores(ours, conversations).sum(), [x.embeds for x in conversations])
     for conversation, gradient in zip(conversations, together, strict=True):
-        (alone,) = torch.autograd.grad(scores(ours, [conversation]).sum(), conversation)
+        (alone,) = torch.autograd.grad(scores(ours, [conversation]).sum(), conversation.embeds)
         torch.testing.assert_close(gradient, alone, rtol=0, atol=1e-10)
         assert float(alone.abs().max()) > 1e-3
 
@@ -293,11 +294,12 @@ def test_response_that_ends_its_turn_is_not_closed_twice() -> None:
         response = response_ids("the ans is 12")
         open_end = embedded(ours, frame, response)
         ended = embedded(ours, frame, [*response, TOKENIZER.eos_token_id])
-        assert torch.equal(open_end, ended)
+        assert torch.equal(open_end.embeds, ended.embeds)
         # Only the end-of-turn token itself is one of the two.
         newline = embedded(ours, frame, [*response, *response_ids("\n")])
         assert len(newline) == len(open_end) + 1
-        assert torch.equal(embedded(ours, frame, []), torch.cat([frame.opening, frame.closing]))
+        empty = embedded(ours, frame, [])
+        assert torch.equal(empty.embeds, torch.cat([frame.opening.embeds, frame.closing.embeds]))
 
 
 def test_frame_of_prompt_ids_is_the_aligned_prompt_closed_by_the_template() -> None:
@@ -305,9 +307,10 @@ def test_frame_of_prompt_ids_is_the_aligned_prompt_closed_by_the_template() -> N
     model, ours = reward_of("qwen3", other)
     frame = ours.prompt_frame(prompt_ids(TOKENIZER))
     embed = model.get_input_embeddings()
-    assert torch.equal(frame.opening, embed(torch.tensor(prompt_ids(other))))
-    assert torch.equal(frame.closing, embed(torch.tensor(other(CLOSING)["input_ids"])))
-    assert torch.equal(frame.opening, ours.chat_frame(MESSAGES).opening)
+    for part, ids in ((frame.opening, prompt_ids(other)), (frame.closing, other(CLOSING)["input_ids"])):
+        assert part.ids.tolist() == ids
+        assert torch.equal(part.embeds, embed(torch.tensor(ids)))
+    assert torch.equal(frame.opening.ids, ours.chat_frame(MESSAGES).opening.ids)
 
 
 def test_tokenizer_without_a_template_closes_prompts_with_nothing() -> None:
@@ -326,7 +329,7 @@ def test_end_tokens_without_a_partner_are_shown_as_the_templates_end_of_turn() -
     assert torch.equal(ours.table(torch.tensor(missing)), end)
     frame = ours.chat_frame(MESSAGES)
     twelve = response_ids("12")
-    assert torch.equal(embedded(ours, frame, [*twelve, missing]), embedded(ours, frame, twelve))
+    assert torch.equal(embedded(ours, frame, [*twelve, missing]).embeds, embedded(ours, frame, twelve).embeds)
 
 
 def test_callable_sees_the_language_models_embeddings_or_its_own() -> None:
@@ -365,7 +368,7 @@ def test_callable_sees_the_language_models_embeddings_or_its_own() -> None:
     theirs = RewardModel(own, shuffled, language_model, TOKENIZER)
     ids = [*prompt_ids(shuffled), *shuffled("12")["input_ids"], *shuffled(CLOSING)["input_ids"]]
     conversation = embedded(theirs, theirs.chat_frame(MESSAGES), response_ids("12"))
-    torch.testing.assert_close(conversation, own.table(torch.tensor(ids)).detach(), rtol=0, atol=0)
+    torch.testing.assert_close(conversation.embeds, own.table(torch.tensor(ids)).detach(), rtol=0, atol=0)
 
 
 def test_callable_without_embeddings_cannot_have_another_tokenizer() -> None:
@@ -410,7 +413,7 @@ def test_reward_models_of_another_kind_are_refused_by_name() -> None:
         RewardModel(tiny_reward_model("llama", labels=3), None, language_model, TOKENIZER)
     with pytest.raises(ValueError, match=r"^reward_model .* is in training mode"):
         RewardModel(tiny_reward_model("llama").train(), None, language_model, TOKENIZER)
-    with pytest.raises(TypeError, match=r"^reward_model .* has no `score` head"):
+    with pytest.raises(ValueError, match=r"^reward_model .* gives a score for every token of a conversation"):
         RewardModel(language, None, language_model, TOKENIZER)
     for wrong in (None, "a/path", 3.0):
         with pytest.raises(TypeError, match=r"^reward_model must be a sequence classifier .* or a callable"):

@@ -377,7 +377,7 @@ def test_reward_without_a_gradient_is_an_error_that_names_the_model() -> None:
 
 
 def embedded(reward_model: RewardModel, request: Request) -> Tensor:
-    return reward_model.conversation(request.conversation.frame, request.response)
+    return reward_model.conversation(request.conversation.frame, request.response).embeds
 
 
 def test_time_is_charged_to_the_phases_that_ran() -> None:

@@ -24,11 +24,13 @@ from torch import Tensor, nn
 
 import nabla_fast as nf
 from nabla_fast.gradient_cache import Evaluation
-from nabla_fast.models import prefix
+from nabla_fast.models import tracks as model_tracks
 from nabla_fast.models.activations import checkpointed, frozen
+from nabla_fast.models.body import Body, Inputs, cache_argument
 from nabla_fast.models.language_model import LanguageModel
-from nabla_fast.models.prefix import Body, PrefixState, Track, cache_argument, common_lengths
+from nabla_fast.models.prefix import PrefixState
 from nabla_fast.models.reward_model import RewardModel
+from nabla_fast.models.tracks import Track, common_lengths
 from nabla_fast.objective import Conversation, Objective, Request
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -133,7 +135,7 @@ def test_what_a_conversation_keeps_never_changes_a_gradient(
         # Responses with few seeds, so that the first tokens are often the same and sometimes not.
         cases = [(response(n, seed % 2), min(start, n - 1)) for n, start, seed in asked]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(prefix.TOKENS_PER_PASS, "cpu", together)
+            patch.setitem(model_tracks.TOKENS_PER_PASS, "cpu", together)
             mine = ours.evaluate([Request(c, y, start) for c, (y, start) in zip(kept, cases, strict=True)])
         fresh = [Request(conversation(full, p), y, start) for p, (y, start) in zip(PROMPTS, cases, strict=True)]
         for one, other in zip(mine, full.evaluate(fresh), strict=True):
@@ -171,7 +173,7 @@ def test_a_prefix_is_run_once_and_extended_by_what_is_new() -> None:
     ours = objective("llama")
     lengths: list[list[int]] = []
     body = ours.language_model.body
-    run = Body.extend
+    run = Body._extend_batch
 
     def counted(self: Body, states: Any, embeds: Any) -> Any:
         if self is body:
@@ -179,7 +181,7 @@ def test_a_prefix_is_run_once_and_extended_by_what_is_new() -> None:
         return run(self, states, embeds)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Body, "extend", counted)
+        patch.setattr(Body, "_extend_batch", counted)
         talk = conversation(ours, PROMPTS[1])
         y = response(10, seed=1)
         ours.evaluate([Request(talk, y, 2)])
@@ -209,7 +211,7 @@ def test_a_prefix_is_run_once_and_extended_by_what_is_new() -> None:
         ours.evaluate([Request(talk, other, 9)])  # and here it is not
         assert lengths == [[1]]
         lengths.clear()
-        patch.setitem(prefix.TOKENS_PER_PASS, "cpu", 1)
+        patch.setitem(model_tracks.TOKENS_PER_PASS, "cpu", 1)
         other = y.clone()
         other[5] = (other[5] + 1) % V
         ours.evaluate([Request(talk, other, 7)])  # more than may join it
@@ -244,13 +246,13 @@ def test_nothing_outlives_its_conversation() -> None:
 def test_common_lengths_and_crops() -> None:
     tracks = []
     for tokens in ([1, 2, 3, 4], [1, 2], [], [9]):
-        track = Track(torch.zeros(3, 2))
+        track = Track(Inputs(torch.zeros(3, dtype=torch.long), torch.zeros(3, 2)))
         size = 3 + len(tokens)
         track.keep(torch.tensor(tokens, dtype=torch.long), PrefixState((), (), torch.arange(size * 2.0).view(size, 2)))
         tracks.append(track)
     responses = [torch.tensor(r, dtype=torch.long) for r in ([1, 2, 7, 4], [1, 2, 3], [5], [])]
     assert common_lengths(tracks, responses) == [2, 2, 0, 0]
-    tracks[0].crop(1)
+    tracks[0].keep(tracks[0].tokens[:1], tracks[0].before(1))
     assert tracks[0].tokens.tolist() == [1]
     assert tracks[0].state is not None
     assert len(tracks[0].state) == 4
@@ -308,7 +310,10 @@ class _Looking(nn.Module):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.table
 
-    def forward(self, inputs_embeds: Tensor, past_key_values: Any = None, **_: Any) -> Any:
+    def forward(
+        self, input_ids: Tensor | None = None, inputs_embeds: Any = None, past_key_values: Any = None, **_: Any
+    ) -> Any:
+        inputs_embeds = self.table(input_ids) if inputs_embeds is None else inputs_embeds
         if self.breaks and past_key_values is not None:
             raise ValueError("no cache here")
         if past_key_values is not None:
@@ -322,7 +327,7 @@ def test_the_cache_is_passed_under_the_name_that_the_model_has_for_it() -> None:
     assert cache_argument(_Looking(breaks=False)) == "past_key_values"
 
 
-@pytest.mark.parametrize(("breaks", "reason"), [(False, "different hidden states"), (True, "no cache here")])
+@pytest.mark.parametrize(("breaks", "reason"), [(False, "apart from whole sequences"), (True, "no cache here")])
 def test_unknown_kinds_are_found_by_trying(breaks: bool, reason: str) -> None:
     with pytest.warns(UserWarning, match=reason):
         body = Body(_Looking(breaks), "model")

@@ -20,7 +20,7 @@ from vllm_cases import CONTEXTS, GREEDY, NEVER, SAMPLING, STARTS, draw, make
 
 from nabla_fast.config import Sampling
 from nabla_fast.models.language_model import LanguageModel
-from nabla_fast.models.prefix import Track, catch_up
+from nabla_fast.models.tracks import Track, catch_up
 from nabla_fast.rollout import RolloutError, Start, StopRule, rollout
 from nabla_fast.rollout.engine import TokenRequest
 from nabla_fast.sampling import Context

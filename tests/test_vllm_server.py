@@ -20,7 +20,7 @@ import nabla_fast as nf
 from nabla_fast.demo import example
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.loading import load_language_model
-from nabla_fast.models.prefix import Track, catch_up
+from nabla_fast.models.tracks import Track, catch_up
 from nabla_fast.rollout import HFRollout, RolloutError, Start, StopRule, VLLMRollout, rollout
 from nabla_fast.rollout.vllm_server import VLLMServer
 from nabla_fast.sampling import Context

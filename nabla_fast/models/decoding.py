@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from nabla_fast.models.prefix import PrefixState, cache_argument
+from nabla_fast.models.body import Body, Inputs, cache_argument, joined
+from nabla_fast.models.prefix import OwnState, PrefixState
 
 # Columns that buffers grow by at the least.
 _ROOM = 64
@@ -22,12 +23,12 @@ class DecodeBatch:
     Rows end in the same column. Columns before a shorter row, and of tokens that did not stay, are masked.
 
     Args:
-        model: a transformers causal language model in ``eval()``.
+        body: of a model that runs in batches behind prefixes.
         states: one per sequence, of one token or more; copied.
     """
 
-    def __init__(self, model: Any, states: Sequence[PrefixState]) -> None:
-        self.model = model
+    def __init__(self, body: Body, states: Sequence[PrefixState]) -> None:
+        self.body = body
         self.lengths = [len(state) for state in states]
         self.width = max(self.lengths)
         # On the CPU, where it says which columns are a row's without waiting for the device.
@@ -65,13 +66,14 @@ class DecodeBatch:
             # Padding repeats the last position, which every model has.
             positions[row] = length + torch.arange(size).clamp(max=len(new) - 1)
         device = self.hidden[0][0].device
-        base = self.model.base_model
-        out = base(
-            input_ids=ids.to(device),
+        out = self.body.run(
+            ids.to(device),
+            None,
+            self.width,
             attention_mask=self.mask[:, : self.width + size].to(device).long(),
             position_ids=positions.to(device),
             use_cache=True,
-            **{cache_argument(base): self._cache},
+            **{cache_argument(self.body.backbone): self._cache},
         )
         self._last = [out.last_hidden_state[row, :k] for row, k in enumerate(sizes)]
         return self._last
@@ -94,6 +96,44 @@ class DecodeBatch:
         chosen = slice(begin, self.width) if whole else columns.to(self.hidden[row][0].device)
         keys, values = self._cache.row(row, chosen)
         return PrefixState(keys, values, torch.cat(self.hidden[row]))
+
+
+class DecodeAlone:
+    """One sequence of a model that does not run in batches behind prefixes, decoded token by token.
+
+    Args:
+        body: goes on from the cache that it makes itself, or else takes the whole sequence for every token.
+        inputs: what precedes the first new token.
+        state: of the first tokens of ``inputs``, or all; it stays as it is. None for nothing.
+
+    Attributes:
+        start: the state of all ``inputs``, for a later sequence that begins with them; None without a cache.
+    """
+
+    def __init__(self, body: Body, table: Any, inputs: Inputs, state: OwnState | None = None) -> None:
+        self.body, self.table = body, table
+        self.start: OwnState | None = None
+        self._inputs = inputs
+        self._state: OwnState | None = None
+        if body.way == "state":
+            if state is None or len(state) < len(inputs):
+                (_,), (state,) = body.extend([state], [inputs[0 if state is None else len(state) :]])  # type: ignore[assignment]
+            self.start = state
+
+    @torch.no_grad()
+    def first(self) -> Tensor:
+        """The hidden state (1, d) that predicts the first new token."""
+        return self.body.whole(self._inputs)[-1:] if self.start is None else self.start.hidden
+
+    @torch.no_grad()
+    def step(self, token: int) -> Tensor:
+        """The hidden state (1, d) behind one more token."""
+        ids = torch.tensor([token], device=self._inputs.device)
+        if self.start is None:
+            self._inputs = joined([self._inputs, self.table.inputs(ids)])
+            return self.body.whole(self._inputs)[-1:]
+        self._state = self.body.step(ids, self._state or self.start.copy())
+        return self._state.hidden
 
 
 class _Buffers(DynamicCache):

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from nabla_fast.models.prefix import Body, Track
+from nabla_fast.models import checks
+from nabla_fast.models.body import Body, Inputs
+from nabla_fast.models.tracks import Track
 from nabla_fast.ops import Head, linear_logits, scaled_and_capped
 
 # Names under which families keep a constant factor on the logits; the first one found is used.
@@ -24,13 +26,19 @@ class EmbeddingTable:
     Attributes:
         weight: (V, d).
         scale: 1 for most models, sqrt(d) for Gemma.
+        own_ids: (V,) int64, the ids that the model itself has for the rows, -1 for none; None if they are the same.
     """
 
     weight: Tensor
     scale: float
+    own_ids: Tensor | None = None
 
     def __call__(self, ids: Tensor) -> Tensor:
         return torch.nn.functional.embedding(ids, self.weight) * self.scale
+
+    def inputs(self, ids: Tensor) -> Inputs:
+        """What the model reads of tokens (n,)."""
+        return Inputs(ids if self.own_ids is None else self.own_ids[ids], self(ids))
 
 
 class LanguageModel:
@@ -55,7 +63,7 @@ class LanguageModel:
     """
 
     def __init__(self, model: Any, tokenizer: Any, argument: str = "model") -> None:
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        own, model = checks.looked_through(model)
         self.name = _describe(model, argument)
         get_head = getattr(model, "get_output_embeddings", None)
         lm_head = get_head() if get_head is not None else None
@@ -64,14 +72,17 @@ class LanguageModel:
         if getattr(lm_head, "bias", None) is not None:
             raise ValueError(f"{self.name} has a bias in its output head, which is not supported")
         require_eval(model, self.name)
+        checks.require_usable_weight(lm_head, self.name, "output head")
+        checks.leave_inference_mode(model)
         self.model = model
         self.vocab_size = min(tokenizer_size(tokenizer), lm_head.weight.shape[0])
         self.head = Head(lm_head.weight.detach()[: self.vocab_size], _logit_factor(model), _softcap(model))
         self.embedding = embedding_table(model, self.name, self.vocab_size)
         self.context_length: int | None = context_length(model)
         self.eos_token_ids = _eos_token_ids(model, tokenizer, self.vocab_size)
-        self._check_head(lm_head)
-        self.body = Body(model, self.name)
+        ids = checks.probe_ids(model, tokenizer)
+        self.body = Body(model, self.name, ids)
+        checks.remembered(own, "head", lambda: self._check_head(own, ids))
 
     @property
     def device(self) -> torch.device:
@@ -88,21 +99,24 @@ class LanguageModel:
     def track(self, prompt_ids: Sequence[int]) -> Track:
         """A track of a response to a prompt, of which nothing is computed yet."""
         prompt = torch.tensor(prompt_ids, dtype=torch.long, device=self.device)
-        return Track(self.embedding(prompt))
+        return Track(self.embedding.inputs(prompt))
 
     @torch.no_grad()
-    def _check_head(self, lm_head: Any) -> None:
-        """Refuses a model whose logits are not those of ``self.head`` (a kind of head we do not know)."""
-        ids = torch.arange(min(4, self.vocab_size), device=self.device).unsqueeze(0)
-        theirs = self.model(input_ids=ids, use_cache=False).logits[0, :, : self.vocab_size].float()
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        ours = self.logits(hidden).float()
-        tolerance = 0.05 if self.head.weight.dtype in (torch.bfloat16, torch.float16) else 1e-3
-        if not torch.allclose(ours, theirs, atol=tolerance * float(theirs.abs().nan_to_num(0).max()), equal_nan=True):
-            raise ValueError(
-                f"{self.name} computes its logits in a way that nabla_fast does not know (its head is a "
-                f"{type(lm_head).__name__}), so gradients would be wrong; it cannot be used"
-            )
+    def _check_head(self, own: Any, ids: Tensor) -> None:
+        """Refuses a model whose own logits (``own`` may be an adapter around it) are not ours."""
+        theirs = own(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :, : self.vocab_size]
+        ours = self.logits(self.body.whole(self.embedding.inputs(ids))).to(theirs.dtype)
+        if theirs.shape == ours.shape and checks.is_close(ours, theirs):
+            return
+        if theirs.shape != ours.shape:
+            differs = f"for {len(ids)} tokens they have shape {tuple(theirs.shape)}, expected {tuple(ours.shape)}"
+        else:
+            differs = f"they are {checks.relative_error(ours, theirs):.2g} apart, relatively, from what its head gives"
+        adapter = "" if own is self.model else f", and {type(own).__name__} around it changes its input"
+        raise ValueError(
+            f"{self.name} computes its logits in a way that nabla_fast does not know{adapter}: {differs}; gradients "
+            "would be wrong, so it cannot be used"
+        )
 
 
 @torch.no_grad()
@@ -113,6 +127,7 @@ def embedding_table(model: Any, name: str, vocab_size: int | None = None) -> Emb
         ValueError: if the embedding module is not a scaled table look-up.
     """
     module = model.get_input_embeddings()
+    checks.require_usable_weight(module, name, "input embedding")
     weight = module.weight.detach()
     # The longest rows, because some (a padding token's) are zero and tell nothing.
     ids = weight.float().norm(dim=1).topk(min(8, weight.shape[0])).indices

@@ -83,10 +83,11 @@ def aligned_table(alignment: Alignment, table: EmbeddingTable, tokenizer: Any, r
     size = len(alignment.partner)
     if alignment.identical:
         return EmbeddingTable(table.weight[:size], table.scale)
-    weight = table.weight[alignment.partner.clamp(min=0).to(table.weight.device)].clone()
+    partner = alignment.partner.to(table.weight.device)
+    weight = table.weight[partner.clamp(min=0)].clone()
     for token_id in (alignment.partner < 0).nonzero().flatten().tolist():
         pieces = encode(reward_tokenizer, tokenizer.decode([token_id]))
         pieces = [piece for piece in pieces if piece < table.weight.shape[0]]
         rows = table.weight[torch.tensor(pieces, dtype=torch.long, device=table.weight.device)]
         weight[token_id] = upcast(rows).mean(0).to(weight.dtype) if pieces else 0
-    return EmbeddingTable(weight, table.scale)
+    return EmbeddingTable(weight, table.scale, partner)

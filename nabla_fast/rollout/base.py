@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from nabla_fast.config import Sampling
-from nabla_fast.models.prefix import PrefixState, Track
+from nabla_fast.models.body import State
+from nabla_fast.models.tracks import Track
 from nabla_fast.sampling import Context
 
 
@@ -53,14 +54,15 @@ class Rollout:
     Attributes:
         tokens: (k,) int64 new tokens, none if the sequence had already ended.
         latents: (k, d) the hidden state that predicted each.
-        state: the language model's state of prompt and response without the last token, where the back end has it.
+        state: the language model's state of prompt and response without the last token, or of less of it, where the
+            back end has one.
         calls: forward passes of the language model in which the sequence took part.
         drafted, accepted: draft tokens that those passes verified, and how many proved right.
     """
 
     tokens: Tensor
     latents: Tensor
-    state: PrefixState | None = None
+    state: State | None = None
     calls: int = 0
     drafted: int = 0
     accepted: int = 0

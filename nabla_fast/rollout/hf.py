@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from nabla_fast.config import Sampling
-from nabla_fast.models.decoding import DecodeBatch
+from nabla_fast.models.body import joined
+from nabla_fast.models.decoding import DecodeAlone, DecodeBatch
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.layers import fast_layers
-from nabla_fast.models.prefix import TOKENS_PER_PASS, PrefixState, resume
+from nabla_fast.models.prefix import OwnState, PrefixState
+from nabla_fast.models.tracks import TOKENS_PER_PASS, common_lengths, resume
 from nabla_fast.rollout.base import Rollout, RolloutStream, Start, StopRule
 from nabla_fast.rollout.drafts import Drafter
 from nabla_fast.sampling import Context, Sampler
@@ -37,7 +40,8 @@ class HFRollout:
 
     def open(self, sampling: Sampling, stop: StopRule) -> RolloutStream:
         """See `RolloutBackend.open`."""
-        return _Stream(self, sampling, stop)
+        together = self.language_model.body.way == "prefix"
+        return _Stream(self, sampling, stop) if together else _AloneStream(self, sampling, stop)
 
 
 @dataclass
@@ -112,9 +116,7 @@ class _Stream:
 
     def submit(self, key: int, start: Start) -> None:
         if self.stop.ended(start.context):
-            weight = self.backend.language_model.head.weight
-            tokens = torch.empty(0, dtype=torch.long, device=weight.device)
-            self.ended.append((key, Rollout(tokens, weight.new_zeros(0, weight.shape[1]))))
+            self.ended.append((key, _nothing(self.backend.language_model)))
             return
         context = start.context
         drafter = Drafter(context.prompt_ids, context.response, start.earlier, self.backend.draft_tokens)
@@ -150,7 +152,7 @@ class _Stream:
         """A batch of some of the rows and more behind them."""
         states = [self.batch.state(row) for row in kept] if self.batch is not None else []
         both = [*states, *joined]
-        self.batch = DecodeBatch(self.backend.language_model.model, both) if both else None
+        self.batch = DecodeBatch(self.backend.language_model.body, both) if both else None
 
     def _step(self) -> None:
         assert self.batch is not None
@@ -160,7 +162,7 @@ class _Stream:
         hidden = self.batch.step([row.feed(most) for row in self.rows])
         contexts = [context for row in self.rows for context in row.contexts()]
         logits = model.logits(torch.cat(hidden))
-        self._require_readable(logits, contexts)
+        _require_readable(model, logits, contexts)
         drawn = iter(self.backend.sampler(logits, self.sampling, contexts).tolist())
         self.batch.keep(
             [row.take([next(drawn) for _ in h], self.stop) for row, h in zip(self.rows, hidden, strict=True)]
@@ -175,11 +177,65 @@ class _Stream:
         elif self.batch.spread > _SPREAD or (model.body.windowed and self.batch.gaps):
             self._rebuild(running)
 
-    def _require_readable(self, logits: Tensor, contexts: Sequence[Context]) -> None:
-        readable = logits.amax(-1).isfinite()  # amax carries NaN; a finite maximum leaves -inf entries, which are fine
-        if not bool(readable.all()):
-            position = len(contexts[int((~readable).nonzero()[0])].response)
-            raise FloatingPointError(
-                f"{self.backend.language_model.name} returned NaN or infinite logits at response position {position}; "
-                "nothing of this rollout was committed"
-            )
+
+@dataclass
+class _AloneStream:
+    """See `RolloutStream`: each sequence from its beginning to its end, one after the other."""
+
+    backend: HFRollout
+    sampling: Sampling
+    stop: StopRule
+    waiting: deque[tuple[int, Start]] = field(default_factory=deque)
+
+    def submit(self, key: int, start: Start) -> None:
+        self.waiting.append((key, start))
+
+    @torch.no_grad()
+    def collect(self) -> list[tuple[int, Rollout]]:
+        if not self.waiting:
+            return []
+        key, start = self.waiting.popleft()
+        with fast_layers(self.backend.language_model.device):
+            return [(key, self._roll_out(start))]
+
+    def close(self) -> None:
+        self.waiting.clear()
+
+    def _roll_out(self, start: Start) -> Rollout:
+        model, context = self.backend.language_model, start.context
+        if self.stop.ended(context):
+            return _nothing(model)
+        track = start.track or model.track(context.prompt_ids)
+        response = torch.tensor(context.response, dtype=torch.long, device=model.device)
+        (common,) = common_lengths([track], [response])
+        inputs = joined([track.opening, model.embedding.inputs(response)])
+        known = track.before(common)
+        row = DecodeAlone(model.body, model.embedding, inputs, known if isinstance(known, OwnState) else None)
+        latents = [row.first()]
+        while True:
+            logits = model.logits(latents[-1])
+            _require_readable(model, logits, [context])
+            token = int(self.backend.sampler(logits, self.sampling, [context]))
+            context = replace(context, response=(*context.response, token))
+            if self.stop.ended(context):
+                break
+            latents.append(row.step(token))
+        new = context.response[len(start.context.response) :]
+        tokens = torch.tensor(new, dtype=torch.long, device=model.device)
+        return Rollout(tokens, torch.cat(latents), row.start, calls=len(new))
+
+
+def _nothing(model: LanguageModel) -> Rollout:
+    """The rollout of a sequence that had ended."""
+    weight = model.head.weight
+    return Rollout(torch.empty(0, dtype=torch.long, device=weight.device), weight.new_zeros(0, weight.shape[1]))
+
+
+def _require_readable(model: LanguageModel, logits: Tensor, contexts: Sequence[Context]) -> None:
+    readable = logits.amax(-1).isfinite()  # amax carries NaN; a finite maximum leaves -inf entries, which are fine
+    if not bool(readable.all()):
+        position = len(contexts[int((~readable).nonzero()[0])].response)
+        raise FloatingPointError(
+            f"{model.name} returned NaN or infinite logits at response position {position}; "
+            "nothing of this rollout was committed"
+        )

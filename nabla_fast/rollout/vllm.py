@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from nabla_fast.config import NablaConfig, Sampling
+from nabla_fast.models.body import State, joined
 from nabla_fast.models.language_model import LanguageModel
-from nabla_fast.models.prefix import PrefixState, Track, resume
+from nabla_fast.models.tracks import Track, resume
 from nabla_fast.rollout.base import Rollout, RolloutError, Start, StopRule
 from nabla_fast.rollout.engine import Completion, Engine, TokenRequest
 from nabla_fast.rollout.vllm_engine import VLLMEngine
@@ -92,7 +93,7 @@ def require_same_model(engine: Engine, language_model: LanguageModel, tolerance:
     # Steps of the golden ratio fall evenly whatever the size.
     ids = [int(size * (0.61803398875 * n % 1)) for n in range(_PROBE_TOKENS - 1)] + [size - 1]
     tokens = torch.tensor(ids, device=language_model.device)
-    (hidden,), _ = language_model.body([None], [language_model.embedding(tokens)])
+    (hidden,), _ = language_model.body([None], [language_model.embedding.inputs(tokens)])
     own = language_model.logits(hidden[:-1]).float().log_softmax(-1).gather(-1, tokens[1:, None])[:, 0].cpu()
     served = f"{engine.name} serves {engine.model!r}, which is not {language_model.name}"
     try:
@@ -223,14 +224,14 @@ class VLLMStream:
 
     def _prefill(
         self, tracks: Sequence[Track], responses: Sequence[Tensor]
-    ) -> tuple[list[Tensor], Sequence[PrefixState | None]]:
+    ) -> tuple[list[Tensor], Sequence[State | None]]:
         """Hidden states (P_b + n_b, d) of each sequence, and what the model has computed of it where that is of use."""
         body, table = self._model.body, self._model.embedding
-        if body.incremental:
+        if body.way == "prefix":
             states = resume(body, table, tracks, responses)
             return [state.hidden for state in states], states
         return body(
-            [None] * len(tracks), [torch.cat([t.opening, table(y)]) for t, y in zip(tracks, responses, strict=True)]
+            [None] * len(tracks), [joined([t.opening, table.inputs(y)]) for t, y in zip(tracks, responses, strict=True)]
         )
 
     def _require_finite(self, latents: Tensor, progress: _Progress) -> None:

@@ -1,0 +1,438 @@
+"""What is verified of a model when it is loaded, by trying it on a few tokens.
+
+Families of models differ in ways that their configurations do not say: what happens between token ids and the first
+layer, whether padding, drafts and prefixes change a number, whether a layer passes gradients on. A wrong guess would
+give wrong answers without a word. So each model is tried once, on eight tokens, in about ten forward passes: what it
+computes from ids is compared with what we compute, and its gradient with a finite difference. It is tried again when
+its configuration, modules or weights have changed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from nabla_fast.models.body import Body, Inputs
+
+T = TypeVar("T")
+
+PROBE_TOKENS = 8
+# Of two numbers that mean the same: the largest accepted |a - b| / |b| of a row, by the bits of the dtype.
+_CLOSE = {64: 1e-4, 32: 1e-3, 16: 0.1}
+# Finite differences: steps tried, in units of the embeddings' norms, until the curvature no longer matters, and the
+# accepted relative error.
+_STEPS = {64: (1e-3, 1e-4, 1e-5, 1e-6), 32: (1e-2, 2e-3, 5e-4, 1e-4), 16: (0.2, 0.05, 0.02)}
+_SLOPE_ERROR = {64: 1e-2, 32: 0.05, 16: 0.5}
+_CAUSAL_LAYERS = {"full_attention", "sliding_attention"}
+# Their frequencies depend on the longest position of a call, so a token's keys do too.
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+_REACHES = ("window", "local", "chunk")
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a `Body` runs, and why not as fast as others; see its attributes."""
+
+    way: str
+    incremental: bool
+    windowed: bool
+    needs_ids: bool
+    reason: str | None
+
+
+_WARNED: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+
+
+def warn_once(model: Any, message: str) -> None:
+    """Warns of ``model`` with this message, but not twice."""
+    told = _WARNED.setdefault(model, set())
+    if message not in told:
+        told.add(message)
+        warnings.warn(message, stacklevel=5)
+
+
+_FOUND: WeakKeyDictionary[Any, dict[str, tuple[int, Any]]] = WeakKeyDictionary()
+
+
+def remembered(model: Any, what: str, find: Callable[[], T]) -> T:
+    """``find()``, or what it gave for this model before, if the model is as it was then."""
+    state = _fingerprint(model)
+    found = _FOUND.setdefault(model, {})
+    if what not in found or found[what][0] != state:
+        with torch.inference_mode(False):
+            found[what] = state, find()
+    value: T = found[what][1]
+    return value
+
+
+def probe_ids(model: Any, tokenizer: Any = None) -> Tensor:
+    """Token ids (8,) from all over a model's vocabulary, none of them special."""
+    weight = model.get_input_embeddings().weight
+    size = len(weight) if tokenizer is None else min(len(weight), len(tokenizer))
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        for name, value in vars(config).items():
+            if name.endswith(("_token_id", "_token_index")):
+                special.update(value if isinstance(value, (list, tuple)) else [value])
+    usual = [i for i in range(min(size, 4096)) if i not in special] or [0]
+    # Steps of the golden ratio fall evenly whatever the size.
+    chosen: list[int] = []
+    for n in range(1, 64):
+        candidate = int(size * (0.61803398875 * n % 1))
+        if candidate not in special and candidate not in chosen and len(chosen) < PROBE_TOKENS:
+            chosen.append(candidate)
+    while len(chosen) < PROBE_TOKENS:
+        chosen.append(usual[len(chosen) % len(usual)])
+    return torch.tensor(chosen, dtype=torch.long, device=weight.device)
+
+
+def looked_through(model: Any) -> tuple[Any, Any]:
+    """A model as it is called, and the transformers model in it, where it is an adapter of peft's around one."""
+    if not hasattr(model, "get_base_model"):
+        return model, model
+    base = model.get_base_model()
+    return (model if isinstance(model, torch.nn.Module) else base), base
+
+
+def require_usable_weight(module: Any, name: str, what: str) -> None:
+    """Refuses a model whose ``what`` is no table in memory.
+
+    Raises:
+        ValueError: if the weight of ``module`` is missing, quantised or off-loaded.
+    """
+    weight = getattr(module, "weight", None)
+    if weight is None or type(weight) not in (Tensor, torch.nn.Parameter) or not weight.is_floating_point():
+        kind = f"is a {type(module).__name__}" + ("" if weight is None else f" of {type(weight).__name__}")
+        raise ValueError(
+            f"{name}: its {what} {kind}, which is no table of floating-point numbers; leave it out of the quantisation"
+        )
+    if weight.is_meta:
+        raise ValueError(
+            f"{name}: its {what} is off-loaded, and it is read in every step; keep it on a device (device_map)"
+        )
+
+
+def leave_inference_mode(model: Any) -> None:
+    """Replaces weights that were made in inference mode, which autograd cannot use, by copies."""
+    copies: dict[int, Tensor] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None or not tensor.is_inference():
+                        continue
+                    # Tied weights stay one.
+                    if id(tensor) not in copies:
+                        data = tensor.clone()
+                        is_parameter = isinstance(tensor, torch.nn.Parameter)
+                        copies[id(tensor)] = torch.nn.Parameter(data, requires_grad=False) if is_parameter else data
+                    tensors[name] = copies[id(tensor)]
+
+
+def examine_body(body: Body, ids: Tensor | None = None) -> Manner:
+    """How ``body`` may run.
+
+    Raises:
+        ValueError: if not even whole sequences of embeddings give what the model makes of token ids, or the gradient
+            is not that of the forward pass.
+    """
+    ids = probe_ids(body.model) if ids is None else ids
+    with torch.no_grad():
+        embeds = body.embedding(ids.unsqueeze(0))[0].detach()
+        expected = body.whole(_inputs(ids, embeds), by_ids=True)
+        # Inputs that NaN comes from are found when it happens, with the position.
+        body.needs_ids = _reads_more(body, ids, embeds, expected)
+    probe = _Probe(body, ids, embeds, expected)
+    reason = known_reason(body.model.config.get_text_config())
+    windowed = has_windows(body.model.config.get_text_config())
+    if reason is None:
+        body.way, body.incremental = "prefix", True
+        reason = _attempt(probe.prefix)
+        if reason is None:
+            return Manner("prefix", True, windowed or _attempt(probe.gaps) is not None, body.needs_ids, None)
+    bidirectional = "bidirectional" in reason
+    body.way = "state"
+    steps = "its attention is bidirectional" if bidirectional else _attempt(probe.steps)
+    if steps is not None:
+        return Manner("whole", False, windowed, body.needs_ids, f"{reason}; {steps}" if steps != reason else reason)
+    # Such a model's gradients are those of the longest position, which no prefix has.
+    incremental = "rotary" not in reason and _attempt(probe.proceeds) is None
+    return Manner("state", incremental, windowed, body.needs_ids, reason)
+
+
+def known_reason(config: Any) -> str | None:
+    """Why suffixes behind a prefix would not give what whole sequences give, where a few tokens would not show it."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+            return f"its rotary embeddings ({parameters['rope_type']}) depend on the length of the sequence"
+    other = set(getattr(config, "layer_types", None) or ()) - _CAUSAL_LAYERS
+    if other:
+        return f"it has layers of type {', '.join(sorted(other))}"
+    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
+        return "its attention is bidirectional"
+    return None
+
+
+def has_windows(config: Any) -> bool:
+    """Whether attention may reach back a fixed number of columns only."""
+    layers = getattr(config, "layer_types", None)
+    if layers:
+        return "sliding_attention" in layers
+    names = [name for name, value in vars(config).items() if value and any(word in name for word in _REACHES)]
+    return bool(names) or "local" in str(getattr(config, "attention_types", ""))
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """The largest |a - b| / |b| of the rows, the median in half precision, where a few rows may be routed otherwise."""
+    a, b = ours.detach().double(), theirs.detach().double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    errors = torch.where(same, 0.0, a - b).norm(dim=-1) / b.nan_to_num(0).norm(dim=-1).clamp(min=1e-300)
+    errors = errors.nan_to_num(torch.inf)
+    return float(errors.median() if _bits(ours, theirs) == 16 else errors.max())
+
+
+def is_close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two results (n, k) of the same meaning differ by no more than rounding."""
+    return relative_error(ours, theirs) <= _CLOSE[_bits(ours, theirs)]
+
+
+def gradient_fault(function: Callable[[Tensor], Tensor], x: Tensor, model: Any = None) -> str | None:
+    """Compares the gradient of ``function``, from x (n, d) to one number, with a finite difference.
+
+    The direction is half the gradient's and half a random one: along the first, a finite difference stands out from
+    rounding; along the second, what the gradient has left out shows.
+
+    Args:
+        model: whose layers are searched for one that passes no gradient on.
+
+    Returns:
+        What is wrong, None if nothing is.
+    """
+    bits = _bits(x)
+    with torch.enable_grad(), _cuts(model) as cut:
+        at = x.detach().requires_grad_()
+        value = function(at)
+        if not value.requires_grad:
+            return "it gives no gradient" + _at_layer(cut)
+        (gradient,) = torch.autograd.grad(value, at, allow_unused=True)
+    if gradient is None:
+        return "it gives no gradient" + _at_layer(cut)
+    if not bool(value.isfinite()) or not bool(gradient.isfinite().all()):
+        return None
+    if bits == 16 and cut:
+        return "it gives only a part of its gradient" + _at_layer(cut)
+    # Each row moves in proportion to its own size: a row of zeros is followed by the steepest of functions.
+    sizes = x.double().norm(dim=-1, keepdim=True)
+    gradient = gradient.double()
+    random = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x.device)
+    uphill = sizes * gradient
+    direction = sizes * (random / random.norm() + uphill / uphill.norm().clamp(min=1e-300))
+    # Rounding of the two values.
+    noise = 100 * torch.finfo(_narrowest(x)).eps * (abs(value.item()) + 0.01 * float(uphill.norm()))
+    tried = []
+    for step in _STEPS[bits]:
+        with torch.no_grad():
+            ends = [(x.double() + sign * step * direction).to(x.dtype) for sign in (1, -1)]
+            measured = float(function(ends[0]).double() - function(ends[1]).double())
+        # The step as rounding has left it.
+        predicted = float((gradient * (ends[0].double() - ends[1].double())).sum())
+        if abs(measured - predicted) <= _SLOPE_ERROR[bits] * abs(predicted) + noise:
+            return None
+        tried.append(f"{measured:.3g} by a finite difference, {predicted:.3g} by the gradient")
+    return f"its gradient is not that of its forward pass (a change of {tried[-1]})" + _at_layer(cut)
+
+
+class _Probe:
+    """Ways to run a body on eight tokens that all have to give the same hidden states and gradients."""
+
+    def __init__(self, body: Body, ids: Tensor, embeds: Tensor, expected: Tensor) -> None:
+        self.body, self.inputs, self.expected = body, _inputs(ids, embeds), expected
+        self.weights = _weights(expected)
+        with torch.enable_grad():
+            whole = self.inputs.differentiable()
+            weighted = body.whole(whole).to(self.weights.dtype) * self.weights
+            # Of a suffix of each of two sequences: the last four of eight tokens, and three after two.
+            self.gradients = [
+                torch.autograd.grad(weighted[part].sum(), whole.embeds, retain_graph=True)[0][part]
+                for part in (slice(4, 8), slice(2, 5))
+            ]
+        fault = gradient_fault(self._loss, embeds, body.model)
+        if fault is not None:
+            raise ValueError(f"{body.name} cannot be used: {fault}")
+
+    def _loss(self, embeds: Tensor) -> Tensor:
+        hidden = self.body.whole(_inputs(self.inputs.ids, embeds))
+        return (hidden.to(self.weights.dtype) * self.weights).sum()
+
+    def prefix(self) -> str | None:
+        """Two prefixes of different lengths, and behind them suffixes of different lengths."""
+        x = self.inputs
+        _, states = self.body.extend([None, None], [x[:4], x[:2]])
+        return self._compare("a batch of two behind their prefixes", states, [slice(4, 8), slice(2, 5)])
+
+    def gaps(self) -> str | None:
+        """A batch that has tried drafts that were wrong, so that columns within a sequence are masked."""
+        from nabla_fast.models.decoding import DecodeBatch
+
+        ids: list[int] = self.inputs.ids.tolist()
+        _, states = self.body.extend([None, None], [self.inputs[:4], self.inputs[:2]])
+        batch = DecodeBatch(self.body, states)  # type: ignore[arg-type]
+        for _ in range(2):
+            batch.step([[ids[batch.lengths[0]], ids[0], ids[1]], ids[batch.lengths[1] :][:3]])
+            batch.keep([1, 1])
+        batch.step([[ids[batch.lengths[0]]], [ids[batch.lengths[1]], ids[0]]])
+        batch.keep([1, 1])
+        batch.step([[ids[batch.lengths[0]]], [ids[batch.lengths[1]]]])
+        batch.keep([1, 1])
+        pairs = [(batch.state(0).hidden, self.expected[:8]), (batch.state(1).hidden, self.expected[:6])]
+        return _difference("a batch with wrong drafts", pairs)
+
+    def steps(self) -> str | None:
+        """One token at a time behind the cache that the model makes itself."""
+        x = self.inputs
+        (hidden,), (state,) = self.body.extend([None], [x[:4]])
+        (next_hidden,), (behind,) = self.body.extend([state], [x[4:5]])
+        (last,), _ = self.body.extend([behind], [x[5:6]])
+        return _difference("its own cache", [(torch.cat([hidden, next_hidden, last]), self.expected[:6])])
+
+    def proceeds(self) -> str | None:
+        """Several tokens and their gradient behind that cache, which has to stay as it is."""
+        x = self.inputs
+        self.body.incremental = True
+        _, states = self.body.extend([None, None], [x[:4], x[:2]])
+        for _ in range(2):
+            fault = self._compare("tokens behind its own cache", states, [slice(4, 8), slice(2, 5)])
+            if fault is not None:
+                return fault
+        return None
+
+    def _compare(self, what: str, states: Any, parts: list[slice]) -> str | None:
+        with torch.enable_grad():
+            inputs = [self.inputs[part].differentiable() for part in parts]
+            hidden, _ = self.body(states, inputs)
+            losses = [
+                (h.to(self.weights.dtype) * self.weights[part]).sum() for h, part in zip(hidden, parts, strict=True)
+            ]
+            gradients = torch.autograd.grad(losses, [x.embeds for x in inputs])
+        hidden_pairs = [(h, self.expected[part]) for h, part in zip(hidden, parts, strict=True)]
+        return _difference(what, hidden_pairs) or _difference(
+            f"the gradient of {what}", list(zip(gradients, self.gradients, strict=True))
+        )
+
+
+def _reads_more(body: Body, ids: Tensor, embeds: Tensor, expected: Tensor) -> bool:
+    """Whether the model makes something else of embeddings alone than of token ids; body.needs_ids is set on the way.
+
+    Raises:
+        ValueError: if that is so also where the embeddings come with their ids.
+    """
+    errors = []
+    for needs_ids in (False, True):
+        body.needs_ids = needs_ids
+        try:
+            ours = body.whole(_inputs(ids, embeds))
+        except (
+            ValueError,
+            TypeError,
+            RuntimeError,
+            NotImplementedError,
+            AttributeError,
+            IndexError,
+            KeyError,
+        ) as error:
+            errors.append(f"{type(error).__name__}: {error}")
+            continue
+        if is_close(ours, expected):
+            return needs_ids
+        errors.append(f"hidden states are {relative_error(ours, expected):.2g} apart, relatively")
+    raise ValueError(
+        f"{body.name} makes something else of its input embeddings than of its token ids, so gradients would be wrong; "
+        f"it cannot be used ({errors[-1]})"
+    )
+
+
+def _attempt(try_it: Callable[[], str | None]) -> str | None:
+    try:
+        return try_it()
+    except Exception as error:  # whatever a model raises that cannot run so
+        first = str(error).strip().splitlines()
+        return f"it does not run so ({type(error).__name__}: {first[0] if first else ''})"
+
+
+def _difference(what: str, pairs: list[tuple[Tensor, Tensor]]) -> str | None:
+    for ours, theirs in pairs:
+        if not is_close(ours, theirs):
+            return f"{what} gives numbers that are {relative_error(ours, theirs):.2g} apart from whole sequences'"
+    return None
+
+
+@contextmanager
+def _cuts(model: Any) -> Iterator[list[str]]:
+    """Names of layers with weights that are called in this block with a gradient and answer without one."""
+    found: list[str] = []
+    handles = []
+    for name, module in model.named_modules() if model is not None else ():
+        weights = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        # What an indexer computes chooses keys; it has no gradient in training either.
+        if not any(w.ndim > 1 for w in weights) or "indexer" in name.lower():
+            continue
+
+        def look(_module: Any, arguments: Any, output: Any, name: str = name) -> None:
+            asks = any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+            answers = [x for x in (output if isinstance(output, tuple) else (output,)) if isinstance(x, Tensor)]
+            floats = [x for x in answers if x.is_floating_point()]
+            if asks and floats and not any(x.requires_grad for x in floats):
+                found.append(name)
+
+        handles.append(module.register_forward_hook(look))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _at_layer(cut: list[str]) -> str:
+    return f"; its layer {cut[0]} passes none on" if cut else ""
+
+
+def _inputs(ids: Tensor, embeds: Tensor) -> Inputs:
+    from nabla_fast.models.body import Inputs
+
+    return Inputs(ids, embeds)
+
+
+def _weights(like: Tensor) -> Tensor:
+    """What a loss weighs hidden states by: random, float32 or wider."""
+    drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(1))
+    return drawn.to(like.device, torch.promote_types(like.dtype, torch.float32))
+
+
+def _narrowest(*tensors: Tensor) -> torch.dtype:
+    return min((x.dtype for x in tensors), key=lambda dtype: torch.finfo(dtype).bits)
+
+
+def _bits(*tensors: Tensor) -> int:
+    return max(torch.finfo(_narrowest(*tensors)).bits, 16)
+
+
+def _fingerprint(model: Any) -> int:
+    """What changes when the model's configuration, modules or weights do."""
+    config = model.config
+    parts: list[Any] = [config.to_json_string() if hasattr(config, "to_json_string") else repr(config)]
+    for name, module in model.named_modules():
+        parts.append((name, type(module), id(vars(module).get("forward")), len(module._forward_hooks)))
+    for tensor in model.parameters():
+        version = -1 if tensor.is_inference() else tensor._version
+        # Where weights are off-loaded, each pass leaves other placeholders.
+        parts.append((0 if tensor.is_meta else id(tensor), tensor.dtype, tensor.device, version))
+    return hash(tuple(parts))
