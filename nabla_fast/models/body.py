@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 
 from nabla_fast.models import checks
 from nabla_fast.models.prefix import Continuation, OwnState, PrefixState, layout
@@ -72,6 +73,7 @@ class Body:
             alone, behind the cache that the model makes itself; "whole" if a call takes nothing but whole sequences.
         incremental: whether a gradient may begin behind a prefix. If not, every gradient takes whole sequences.
         windowed: whether a layer's attention reaches back a fixed number of columns, gaps among them.
+        plain_cache: whether the cache of its own is one of keys and values that has to be given to it.
         needs_ids: whether embeddings alone do not say what the model reads, as with embeddings per layer.
 
     Raises:
@@ -92,10 +94,11 @@ class Body:
         self._arguments = None if takes_any else frozenset(parameters)
         self._wants_cache_position = "cache_position" in parameters
         # Until the checks have found out.
-        self.way, self.incremental, self.windowed, self.needs_ids = "prefix", True, False, False
+        self.way, self.incremental, self.windowed = "prefix", True, False
+        self.needs_ids = self.plain_cache = False
         found = checks.remembered(model, "body", lambda: checks.examine_body(self, ids))
         self.way, self.incremental, self.windowed = found.way, found.incremental, found.windowed
-        self.needs_ids = found.needs_ids
+        self.needs_ids, self.plain_cache = found.needs_ids, found.plain_cache
         if found.reason is not None:
             checks.warn_once(model, f"{name} {_MANNERS[found.way, found.incremental]}: {found.reason}")
 
@@ -130,7 +133,7 @@ class Body:
         if self.way == "prefix":
             hidden, after = self._extend_batch(states, inputs)
             return hidden, list(after)
-        rows = [self._proceed(s, x) for s, x in zip(states, inputs, strict=True)]
+        rows = [self._extend_alone(s, x) for s, x in zip(states, inputs, strict=True)]
         return [hidden for hidden, _ in rows], [state for _, state in rows]
 
     def whole(self, inputs: Inputs, *, by_ids: bool = False) -> Tensor:
@@ -147,9 +150,12 @@ class Body:
         return self._own(state, ids.unsqueeze(0), None)[1]
 
     def run(self, ids: Tensor, embeds: Tensor | None, past: int, **options: Any) -> Any:
-        """A forward pass of the backbone over tokens (B, S) behind ``past`` others, without padding by default."""
+        """A forward pass of the backbone over tokens (B, S) behind ``past`` others.
+
+        Without padding there is no mask: recurrent layers take one for the new tokens alone, where others want it for
+        all.
+        """
         size = ids.shape[1]
-        options.setdefault("attention_mask", torch.ones(len(ids), past + size, dtype=torch.long, device=ids.device))
         options.setdefault("position_ids", torch.arange(past, past + size, device=ids.device).expand(len(ids), size))
         if self._wants_cache_position:
             options["cache_position"] = torch.arange(past, past + size, device=ids.device)
@@ -193,14 +199,32 @@ class Body:
         ]
         return hidden, after
 
+    def _extend_alone(self, state: Any, inputs: Inputs) -> tuple[Tensor, OwnState]:
+        if state is None or self.incremental or len(inputs) == 1:
+            return self._proceed(state, inputs)
+        # Behind its own cache, such a model is right about one token at a time.
+        hidden = []
+        for i in range(len(inputs)):
+            rows, state = self._proceed(state, inputs[i : i + 1])
+            hidden.append(rows)
+        return torch.cat(hidden), state
+
     def _proceed(self, state: Any, inputs: Inputs) -> tuple[Tensor, OwnState]:
         """One sequence behind its prefix, which stays as it is."""
-        own = None if state is None else state.copy()
-        return self._own(own, inputs.ids.unsqueeze(0), inputs.embeds.unsqueeze(0))
+        ids, embeds = inputs.ids.unsqueeze(0), inputs.embeds.unsqueeze(0)
+        if state is None:
+            return self._own(None, ids, embeds)
+        if not torch.is_grad_enabled():
+            return self._own(state.copy(), ids, embeds)
+        with state.differentiable() as own:
+            return self._own(own, ids, embeds)
 
     def _own(self, state: OwnState | None, ids: Tensor, embeds: Tensor | None) -> tuple[Tensor, OwnState]:
         past = 0 if state is None else len(state)
-        given = {} if state is None else {state.argument: state.cache}
+        if state is not None:
+            given = {state.argument: state.cache}
+        else:
+            given = {cache_argument(self.backbone): DynamicCache()} if self.plain_cache else {}
         out = self.run(ids, embeds, past, use_cache=True, **given)
         argument = next((name for name in _CACHES if getattr(out, name, None) is not None), None)
         if argument is None:
@@ -248,7 +272,9 @@ def find_backbone(model: Any) -> Any:
 
 def cache_argument(backbone: Any) -> str:
     """What a forward pass calls its cache of keys and values; transformers 5.24 gave it a new name."""
-    return "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
+    # Some backbones are wrappers that pass on whatever they are given.
+    forwards = [backbone.forward, *(part.forward for part in getattr(backbone, "children", tuple)())]
+    return "cache" if any("cache" in inspect.signature(f).parameters for f in forwards) else "past_key_values"
 
 
 _MANNERS = {

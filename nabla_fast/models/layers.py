@@ -105,4 +105,6 @@ class _Linear(torch.autograd.Function):
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     flat = rows.reshape(-1, rows.shape[-1])
     out: Tensor = torch.ops.mkldnn._linear_pointwise(flat, weight, bias, "none", [], "")
-    return out.view(*rows.shape[:-1], weight.shape[0])
+    # Not a view, as far as autograd knows: a model may go on in place.
+    shaped: Tensor = torch.ops.aten._unsafe_view(out, [*rows.shape[:-1], weight.shape[0]])
+    return shaped

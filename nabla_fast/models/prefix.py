@@ -6,7 +6,8 @@ backward then run over the tokens behind them, and give what the whole sequence 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,6 +65,22 @@ class OwnState:
     def copy(self) -> OwnState:
         """One that a pass may change."""
         return replace(self, cache=deepcopy(self.cache))
+
+    @contextmanager
+    def differentiable(self) -> Iterator[OwnState]:
+        """A copy that passes in this block may change although they keep tensors of it for the backward pass.
+
+        Recurrent layers read their state, and then write the next one into its place.
+        """
+        copies: dict[int, Any] = {}
+        own = replace(self, cache=deepcopy(self.cache, copies))
+        places = {x.untyped_storage().data_ptr() for x in copies.values() if isinstance(x, Tensor)}
+
+        def kept(x: Tensor) -> Tensor:
+            return x.clone() if x.untyped_storage().data_ptr() in places else x
+
+        with torch.autograd.graph.saved_tensors_hooks(kept, lambda x: x):
+            yield own
 
     def crop(self, length: int) -> OwnState | None:
         """The same where all of it is asked for; what came before a recurrent state cannot be had from it."""
