@@ -13,6 +13,8 @@ kept for the rows that move alone, and the reward of the present answer is not c
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,13 +142,11 @@ class PublishedSchedule:
     Args:
         models: the pair.
         rollouts: where trajectories come from.
-        config: settings; the schedule must be the published one, cosine without warm-up.
+        config: settings.
         stop: when a response has ended.
     """
 
     def __init__(self, models: Models, rollouts: RolloutBackend, config: NablaConfig, stop: StopRule) -> None:
-        if config.lr_schedule != "cosine" or config.warmup_iters:
-            raise ValueError("config must have the published schedule, cosine without warm-up")
         self.models, self.rollouts, self.config, self.stop = models, rollouts, config, stop
         self.sampler = Sampler()
         self.clock = Clock()
@@ -239,8 +239,7 @@ class PublishedSchedule:
     def _optimised(self, state: State) -> Tensor:
         config, rows = self.config, self._rows(state)
         optimizer = torch.optim.Adam([rows.moving], config.learning_rate, weight_decay=config.weight_decay)
-        floor = config.min_lr_ratio * config.learning_rate
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.max_iters), floor)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(_rate, config))
         cached: Tensor | None = None
         z = rows.logits()
         tokens = rows.hard_tokens(z)
@@ -341,3 +340,12 @@ class PublishedSchedule:
         """What the template writes after a response, without the end token that the response itself has."""
         ends_turn = len(response) > 0 and state.closing[:1] == (int(response[-1]),)
         return state.closing[1:] if ends_turn else state.closing
+
+
+def _rate(config: NablaConfig, step: int) -> float:
+    """The share of the learning rate that ``step`` takes."""
+    if step < config.warmup_iters:
+        return step / config.warmup_iters
+    done = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
+    decay = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[config.lr_schedule]
+    return max(config.min_lr_ratio, decay)

@@ -1,7 +1,8 @@
 """A whole optimisation of 20 steps against the published schedule, with one row that moves and with all of them.
 
-All start from the same latents, those of random tokens, with nothing in a cache: what a decode does at its first
-position. nabla_fast runs with ``checkpoint_activations`` as well, which takes less memory and more time.
+Settings are the published ones for MATH-500, but with latents. All start from the same latents, those of random tokens,
+with nothing in a cache: what a decode does at its first position. nabla_fast runs with ``checkpoint_activations`` as
+well, which takes less memory and more time.
 """
 
 from __future__ import annotations
@@ -71,8 +72,14 @@ def published(loaded: Loaded, chat: Any, config: nf.NablaConfig, tokens: Tensor,
 
 def measure_dto(setting: Setting, ahead: int, rows: str, steps: int = STEPS) -> Record:
     loaded, chat = load(setting.device)
-    config = nf.NablaConfig(
-        max_iters=steps, max_new_tokens=ahead, update_postfix=rows == "all", eos_token_ids=(), gradient_threshold=None
+    config = nf.NablaConfig.published(
+        "math500",
+        parameterization="latents",
+        max_iters=steps,
+        max_new_tokens=ahead,
+        update_postfix=rows == "all",
+        eos_token_ids=(),
+        gradient_threshold=None,
     )
     tokens, latents = start(loaded, chat, ahead)
     settings = {OURS: config, CHECKPOINTED: config.replace(checkpoint_activations=True), "published": config}

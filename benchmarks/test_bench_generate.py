@@ -1,9 +1,9 @@
 """A whole decode against the published schedule, everything but rollouts, which both sides replay.
 
-On a CPU SmolLM2 and its reward model answer a question in float32, where both sides give the same tokens; nabla_fast
-runs without its gradient cache as well. The published code knows the anchor "argmax" alone; under "rollout" its
-schedule is run with our anchor. On a GPU models of real sizes have random weights, and rollouts are random too; the
-published schedule decodes one sequence after the other.
+Settings are the published ones for MATH-500, but with latents. On a CPU SmolLM2 and its reward model answer a question
+in float32, where both sides give the same tokens; nabla_fast runs without its gradient cache as well. The published
+code knows the anchor "argmax" alone; under "rollout" its schedule is run with our anchor. On a GPU models of real sizes
+have random weights, and rollouts are random too; the published schedule decodes one sequence after the other.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def cases(setting: Setting) -> list[Case]:
 
     if setting.device.type == "cpu":
         tokens, rollouts = (24, 2) if setting.quick else (256, 8)
-        config = nf.NablaConfig(max_new_tokens=tokens, max_rollouts=rollouts)
+        config = nf.NablaConfig.published(
+            "math500", parameterization="latents", max_new_tokens=tokens, max_rollouts=rollouts
+        )
         chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
         both = [
             case(f"question-{i + 1}-{anchor}", [chat], config.replace(anchor=anchor), {"question": i + 1})
@@ -110,7 +112,14 @@ def cases(setting: Setting) -> list[Case]:
         return both[:1] if setting.quick else both
     tokens = 128 if setting.quick else 1024
     # The gradient criterion is taken and always passes, so that the work does not depend on what the weights say.
-    config = nf.NablaConfig(max_new_tokens=tokens, confidence_threshold=None, gradient_threshold=0.0, eos_token_ids=())
+    config = nf.NablaConfig.published(
+        "math500",
+        parameterization="latents",
+        max_new_tokens=tokens,
+        confidence_threshold=None,
+        gradient_threshold=0.0,
+        eos_token_ids=(),
+    )
     return [
         case(
             f"batch-{batch}",

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from nabla_fast.config import NablaConfig, Sampling
+from nabla_fast.config import PRESETS, NablaConfig, Sampling
 
 _SAMPLING_FIELDS = ("rollout", "resample")
+_PANEL = "∇-Reasoner settings"
 _KINDS: dict[str, Any] = {"int": int, "float": float, "str": str}
 
 
@@ -21,7 +22,10 @@ class _Off:
 
 
 def with_config_options(command: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
-    """Replaces the ``**settings`` of a typer command by an option for each field of `NablaConfig`, some left out."""
+    """Replaces the ``**settings`` of a typer command by ``--preset`` and an option for each field of `NablaConfig`.
+
+    Fields in ``without`` get none.
+    """
     signature = inspect.signature(command, eval_str=True)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     own += [parameter for parameter in _parameters() if parameter.name not in without]
@@ -31,8 +35,15 @@ def with_config_options(command: Callable[..., None], *, without: Collection[str
 
 
 def configured(base: NablaConfig | None, settings: dict[str, Any]) -> NablaConfig:
-    """``base`` (None: the defaults) with the options that were given on the command line."""
-    config = base or NablaConfig()
+    """What ``--preset`` names, else ``base`` (None: the defaults), with the options that were given.
+
+    Raises:
+        ValueError: for an unknown preset, or a value out of range.
+    """
+    preset = settings.get("preset")
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"--preset is {preset!r}; use one of {', '.join(PRESETS)}")
+    config = (base or NablaConfig()) if preset is None else NablaConfig.published(preset)
     given = {name: None if isinstance(v, _Off) else v for name, v in settings.items() if v is not None and v != []}
     changes = {name: value for name, value in given.items() if name in {f.name for f in fields(NablaConfig)}}
     for name in _SAMPLING_FIELDS:
@@ -44,7 +55,7 @@ def configured(base: NablaConfig | None, settings: dict[str, Any]) -> NablaConfi
 
 def _parameters() -> list[inspect.Parameter]:
     described = _descriptions(NablaConfig)
-    parameters = []
+    parameters = [_preset()]
     for field in fields(NablaConfig):
         default = getattr(NablaConfig(), field.name)
         if field.name in _SAMPLING_FIELDS:
@@ -58,13 +69,24 @@ def _parameters() -> list[inspect.Parameter]:
     return parameters
 
 
+def _preset() -> inspect.Parameter:
+    text = (
+        f"The published settings for a benchmark, {', '.join(PRESETS[:-1])} or {PRESETS[-1]}, instead of the defaults "
+        "below and those of --demo and --bundled; options that are given override it."
+    )
+    option = typer.Option("--preset", metavar="NAME", help=text, rich_help_panel=_PANEL)
+    return inspect.Parameter(
+        "preset", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
+    )
+
+
 def _option(name: str, kind: str, default: Any, text: str) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-")
     shown = "none" if default is None or default == () else str(default)
     extra: dict[str, Any] = {
         "help": f"{text} Default: {shown}.",
         "show_default": False,
-        "rich_help_panel": "∇-Reasoner settings",
+        "rich_help_panel": _PANEL,
     }
     annotation: Any
     if kind == "bool":

@@ -92,22 +92,24 @@ class Problem:
 
 
 def learning_rates(config: NablaConfig) -> list[float]:
-    """The learning rate of each of the ``max_iters`` steps.
+    """The learning rate of each of the ``max_iters`` steps, as shares of ``config.learning_rate``.
 
-    A linear warm-up over ``warmup_iters`` steps, then `CosineAnnealingLR`, `LinearLR` or `ConstantLR` of torch over
-    the rest, from ``learning_rate`` towards ``min_lr_ratio * learning_rate``.
+    Step t of the w = ``warmup_iters`` warm-up steps takes t / w, so the first of them moves nothing. Step t of the T
+    steps after them takes max(min_lr_ratio, (1 + cos(pi t / T)) / 2) ("cosine"), max(min_lr_ratio, 1 - t / T)
+    ("linear") or 1 ("constant").
+
+    Source: the published code's schedulers, which clip the decay at ``min_lr_ratio`` and do not rescale it.
     """
-    peak, low, rest = config.learning_rate, config.min_lr_ratio, config.max_iters - config.warmup_iters
-    rates = [peak * (step + 1) / (config.warmup_iters + 1) for step in range(config.warmup_iters)]
+    low, rest = config.min_lr_ratio, config.max_iters - config.warmup_iters
+    factors = [step / config.warmup_iters for step in range(config.warmup_iters)]
     for step in range(rest):
         if config.lr_schedule == "cosine":
-            factor = low + (1 - low) * (1 + math.cos(math.pi * step / rest)) / 2
+            factors.append(max(low, (1 + math.cos(math.pi * step / rest)) / 2))
         elif config.lr_schedule == "linear":
-            factor = 1 - (1 - low) * step / rest
+            factors.append(max(low, 1 - step / rest))
         else:
-            factor = 1.0
-        rates.append(peak * factor)
-    return rates
+            factors.append(1.0)
+    return [config.learning_rate * factor for factor in factors]
 
 
 def optimize(

@@ -5,13 +5,14 @@ Nothing here comes from nabla_fast.ops, nabla_fast.objective or nabla_fast.dto.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from nabla_fast.config import NablaConfig, Sampling
@@ -97,7 +98,7 @@ def dense_dto(pair: DensePair, prefix: Sequence[int], start: Tensor, config: Nab
     resting = start[len(moving) :]
     soft, hard = _noise(pair, prefix, start, config)
     optimizer = torch.optim.Adam([moving], config.learning_rate, (0.9, 0.999), 1e-8, config.weight_decay)
-    scheduler = torch_schedule(optimizer, config)
+    scheduler = published_schedule(optimizer, config)
     result = DenseResult(moving, moving, [])
 
     def relaxed() -> Tensor:
@@ -127,19 +128,21 @@ def dense_dto(pair: DensePair, prefix: Sequence[int], start: Tensor, config: Nab
     return result
 
 
-def torch_schedule(optimizer: torch.optim.Optimizer, config: NablaConfig) -> LRScheduler:
-    """Warm-up and decay, put together from torch's own schedulers."""
-    warmup, rest = config.warmup_iters, max(1, config.max_iters - config.warmup_iters)
-    if config.lr_schedule == "cosine":
-        decay: LRScheduler = CosineAnnealingLR(optimizer, rest, config.min_lr_ratio * config.learning_rate)
-    elif config.lr_schedule == "linear":
-        decay = LinearLR(optimizer, 1.0, config.min_lr_ratio, rest)
-    else:
-        decay = ConstantLR(optimizer, 1.0, rest)
-    if warmup == 0:
-        return decay
-    rise = LinearLR(optimizer, 1 / (warmup + 1), 1.0, warmup)
-    return SequentialLR(optimizer, [rise, decay], [warmup])
+def published_schedule(optimizer: torch.optim.Optimizer, config: NablaConfig) -> LambdaLR:
+    """The learning rate as the published code sets it: a factor of the number of steps made, for torch's LambdaLR."""
+    warmup, total = config.warmup_iters, config.max_iters
+
+    def factor(made: int) -> float:
+        if made < warmup:
+            return float(made) / float(warmup)
+        left = float(total - made) / float(max(1, total - warmup))
+        if config.lr_schedule == "linear":
+            return max(config.min_lr_ratio, left)
+        if config.lr_schedule == "cosine":
+            return max(config.min_lr_ratio, 0.5 - 0.5 * math.cos(math.pi * left))
+        return 1.0
+
+    return LambdaLR(optimizer, factor)
 
 
 def _noise(pair: DensePair, prefix: Sequence[int], start: Tensor, config: NablaConfig) -> tuple[Tensor, Tensor]:

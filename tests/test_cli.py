@@ -135,6 +135,7 @@ def test_every_config_field_is_an_option_with_a_description():
         else:
             assert "--" + field.name.replace("_", "-") in help_text
     assert "Default: 0.97" in help_text
+    assert "--preset" in help_text
 
 
 def test_options_become_the_config():
@@ -144,6 +145,24 @@ def test_options_become_the_config():
     config = cli_config.configured(base, settings)
     assert (config.max_rollouts, config.stop_strings, config.update_postfix) == (5, ("a", "b"), True)
     assert config.resample == nf.Sampling(0.0, 0.2, 3)
+
+
+def test_a_preset_takes_the_place_of_the_defaults_and_options_override_it():
+    base = nf.NablaConfig(max_rollouts=3, max_new_tokens=9)
+    assert cli_config.configured(base, {"preset": None, "max_rollouts": None}) == base
+    assert cli_config.configured(base, {"preset": "aime"}) == nf.NablaConfig.published("aime")
+    config = cli_config.configured(None, {"preset": "amc", "anchor": "rollout", "resample_top_p": 0.7})
+    expected = nf.NablaConfig.published("amc", anchor="rollout", resample=nf.Sampling(0.5, 0.7, 20))
+    assert config == expected
+
+
+@pytest.mark.parametrize("command", [["generate", "--bundled"], ["eval", "--bundled", "--out", "{out}"]])
+def test_an_unknown_preset_is_refused_with_the_choices(command, tmp_path):
+    arguments = [part.format(out=tmp_path / "run") for part in command]
+    done = run(*arguments, "--preset", "gsm8k")
+    assert done.returncode == 2
+    assert "--preset is 'gsm8k'; use one of math500, aime, amc" in " ".join(done.stderr.split())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,67 @@ import pytest
 
 import nabla_fast as nf
 
+# What the scripts for MATH-500 set, and the published code's own defaults for the rest.
+MATH500 = {
+    "max_iters": 20,
+    "learning_rate": 0.01,
+    "min_lr_ratio": 0.1,
+    "lr_schedule": "cosine",
+    "warmup_iters": 0,
+    "weight_decay": 0.0,
+    "tau": 1.0,
+    "gumbel_noise": 0.0,
+    "reward_coeff": 1.0,
+    "nll_coeff": 1e-3,
+    "parameterization": "logits",
+    "anchor": "argmax",
+    "update_postfix": False,
+    "confidence_threshold": 0.97,
+    "entropy_threshold": None,
+    "gradient_threshold": 4.0,
+    "max_rollouts": 8,
+    "rejection_sampling": True,
+    "max_new_tokens": 1024,
+    "rollout": nf.Sampling(temperature=0.6, top_p=0.95, top_k=None),
+    "resample": nf.Sampling(temperature=0.5, top_p=0.95, top_k=None),
+}
+PUBLISHED = {
+    "math500": MATH500,
+    "aime": MATH500 | {"gradient_threshold": 8.0, "max_new_tokens": 3072},
+    "amc": MATH500
+    | {
+        "parameterization": "latents",
+        "rollout": nf.Sampling(temperature=0.7, top_p=0.8, top_k=20),
+        "resample": nf.Sampling(temperature=0.5, top_p=0.8, top_k=20),
+    },
+}
 
-def test_defaults_are_the_published_settings():
-    config = nf.NablaConfig()
-    assert (config.max_iters, config.learning_rate, config.min_lr_ratio) == (20, 0.01, 0.1)
-    assert (config.reward_coeff, config.nll_coeff, config.max_rollouts) == (1.0, 1e-3, 8)
-    assert config.rollout == nf.Sampling(temperature=0.6, top_p=0.95, top_k=None)
-    assert config.resample == nf.Sampling(temperature=0.5, top_p=0.95)
-    assert (config.confidence_threshold, config.gradient_threshold, config.entropy_threshold) == (0.97, 4.0, None)
-    assert (config.parameterization, config.anchor, config.update_postfix) == ("latents", "argmax", False)
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_are_the_published_settings(preset):
+    config = nf.NablaConfig.published(preset)
+    assert {name: getattr(config, name) for name in MATH500} == PUBLISHED[preset]
+
+
+def test_defaults_are_the_published_settings_but_for_anchor_and_parameterization():
+    changed = {"anchor": "rollout", "parameterization": "latents"}
+    assert nf.NablaConfig() == nf.NablaConfig.published("math500", **changed)
+
+
+def test_a_preset_can_be_changed_by_keyword():
+    config = nf.NablaConfig.published("aime", seed=3, gradient_threshold=None)
+    assert (config.seed, config.gradient_threshold, config.max_new_tokens) == (3, None, 3072)
+    with pytest.raises(TypeError, match=r"max_iterations.*max_iters"):
+        nf.NablaConfig.published("aime", max_iterations=3)
+    with pytest.raises(ValueError, match="tau"):
+        nf.NablaConfig.published("aime", tau=-1.0)
+
+
+@pytest.mark.parametrize("preset", ["gsm8k", "MATH500", None])
+def test_an_unknown_preset_is_refused_with_the_choices(preset):
+    with pytest.raises(ValueError, match="preset must be one of math500, aime, amc") as raised:
+        nf.NablaConfig.published(preset)
+    assert repr(preset) in str(raised.value)
 
 
 def test_is_immutable():

@@ -1,4 +1,4 @@
-"""`nabla_fast.dto.optimize` against dense autograd with torch's own Adam and schedulers."""
+"""`nabla_fast.dto.optimize` against dense autograd with torch's own Adam and the published schedules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_dto import DensePair, DenseResult, dense_dto, partners, torch_schedule
+from dense_dto import DensePair, DenseResult, dense_dto, partners, published_schedule
 from tiny_models import (
     CLOSING,
     CONTEXT,
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENIZER = tiny_tokenizer()
 PREFIX = TOKENIZER("the ans is", add_special_tokens=False)["input_ids"]
-CONFIG = nf.NablaConfig(max_iters=12, learning_rate=0.25, nll_coeff=0.4, reward_coeff=1.0)
+CONFIG = nf.NablaConfig(anchor="argmax", max_iters=12, learning_rate=0.25, nll_coeff=0.4, reward_coeff=1.0)
 AHEAD = 5
 
 
@@ -140,6 +140,7 @@ def test_ties_and_temperatures_equal_dense_autograd(parameterization: str, tau: 
         {"warmup_iters": 4},
         {"warmup_iters": 12},
         {"lr_schedule": "linear", "warmup_iters": 3},
+        {"lr_schedule": "linear", "min_lr_ratio": 0.3},
         {"lr_schedule": "constant"},
         {"min_lr_ratio": 0.0},
         {"nll_coeff": 0.0},
@@ -295,20 +296,28 @@ def test_no_iterations_change_nothing_and_call_no_model(anchor: str, postfix: bo
     ("iterations", "warmup"), [(1, 0), (1, 1), (20, 0), (20, 1), (20, 5), (20, 19), (20, 20), (0, 0)]
 )
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 1.0])
-def test_learning_rates_are_those_of_torchs_schedulers(
+def test_learning_rates_are_those_of_the_published_schedules(
     schedule: str, iterations: int, warmup: int, ratio: float
 ) -> None:
     config = nf.NablaConfig(
         max_iters=iterations, warmup_iters=warmup, lr_schedule=schedule, min_lr_ratio=ratio, learning_rate=0.03
     )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], config.learning_rate)
-    scheduler = torch_schedule(optimizer, config)
+    scheduler = published_schedule(optimizer, config)
     expected = []
     for _ in range(iterations):
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
     assert learning_rates(config) == pytest.approx(expected, rel=1e-12, abs=1e-16)
+
+
+def test_decay_is_cut_off_at_its_floor_and_warm_up_starts_at_nothing() -> None:
+    config = nf.NablaConfig(max_iters=8, warmup_iters=4, learning_rate=1.0, min_lr_ratio=0.4)
+    half_way = (1 + 0.5**0.5) / 2
+    assert learning_rates(config) == pytest.approx([0, 0.25, 0.5, 0.75, 1, half_way, 0.5, 0.4], rel=1e-12)
+    linear = learning_rates(config.replace(lr_schedule="linear"))
+    assert linear == pytest.approx([0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.4], rel=1e-12)
 
 
 @pytest.mark.parametrize("postfix", [False, True])
