@@ -68,7 +68,7 @@ def test_a_layer_that_passes_no_gradient_is_found_and_named(model: Any, dtype: t
     layer = broken.model.layers[1].mlp
     layer.down_proj = _Wrapped(layer.down_proj, without_grad)
     with pytest.raises(
-        ValueError, match=r"cannot be used: its gradient .*; its layer model\.layers\.1\.mlp\.down_proj"
+        ValueError, match=r"cannot be used: .*gradient.*; its layer model\.layers\.1\.mlp\.down_proj"
     ) as caught:
         LanguageModel(broken, TOKENIZER) if model is tiny_language_model else reward(broken)
     assert str(caught.value).startswith("model (" if model is tiny_language_model else "reward_model (")
@@ -106,7 +106,7 @@ def test_a_model_is_tried_once_and_again_when_it_has_changed() -> None:
         return len(passes)
 
     first = count()
-    assert 0 < first < 16
+    assert 0 < first < 20
     assert count() == 0
     model.lm_head.weight.data.mul_(1.5)  # as an optimiser's step or another checkpoint would
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_soft_prompts_are_not_dropped(task: str) -> None:
     nn.init.normal_(tuned.prompt_encoder.default.embedding.weight)
     if task == "CAUSAL_LM":
         with pytest.raises(
-            ValueError, match=r"and PeftModelForCausalLM around it changes its input: for 8 tokens .* 12"
+            ValueError, match=r"and PeftModelForCausalLM around it changes its input: .*shape \(12, "
         ):
             LanguageModel(tuned, TOKENIZER)
     else:
