@@ -58,8 +58,6 @@ void check_values(const std::vector<at::Tensor>& values, int64_t start, int64_t 
     TORCH_CHECK_VALUE(values[i].size(0) == values[0].size(0), "GradientCache.insert: ", names[i], " must have ",
                       values[0].size(0), " rows as hidden does, got ", values[i].size(0));
   }
-  TORCH_CHECK_VALUE(values[1].size(1) == values[0].size(1), "GradientCache.insert: embedding must have rows of ",
-                    values[0].size(1), " as hidden does, got ", values[1].size(1));
   TORCH_CHECK_TYPE(values[3].scalar_type() == at::kDouble,
                    "GradientCache.insert: log_likelihoods must be torch.float64, got ", dtype_name(values[3]));
   TORCH_CHECK_VALUE(values[3].device().is_cpu(), "GradientCache.insert: log_likelihoods must be on cpu, got ",

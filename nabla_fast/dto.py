@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -151,9 +151,12 @@ def optimize(
     _check_length(len(prompt) + len(prefix) + len(start), language_model)
     conversation = Conversation(prompt, rewards.chat_frame(messages), limit=len(prefix) + len(start))
     (seed,) = sequence_seeds(config.seed, [prompt])
-    problem = Problem(conversation, prefix, start.to(language_model.device), seed)
+    start = start.to(language_model.device)
+    latents = config.parameterization == "latents"
+    problem = Problem(conversation, prefix, language_model.widened(start) if latents else start, seed)
     with torch.no_grad():
-        return optimize_batch([problem], Objective(language_model, rewards, config))[0]
+        (result,) = optimize_batch([problem], Objective(language_model, rewards, config))
+    return replace(result, parameters=result.parameters[:, : language_model.width]) if latents else result
 
 
 def optimize_batch(problems: Sequence[Problem], objective: Objective) -> list[DTOResult]:
@@ -335,7 +338,7 @@ def start_tokens(start: Tensor, latents: bool, seed: int, position: int, head: o
 
 
 def _check_start(start: Tensor, model: LanguageModel, config: NablaConfig) -> None:
-    width = model.head.weight.shape[1] if config.parameterization == "latents" else model.vocab_size
+    width = model.width if config.parameterization == "latents" else model.vocab_size
     wanted = f"start must be a float tensor (m, {width}) of {config.parameterization} with m >= 1"
     if not isinstance(start, Tensor):
         raise TypeError(f"{wanted}, got {type(start).__name__}")

@@ -163,14 +163,11 @@ def _check_values(values: Sequence[Tensor], start: int, length: int) -> None:
         f"{method} values must be {', '.join(list(_SHAPES)[:-1])} and log_likelihoods",
         f"{len(values)} tensors",
     )
-    hidden, embedding, _, log_likelihoods = values
+    hidden, log_likelihoods = values[0], values[-1]
     for (name, shape), value in zip(_SHAPES.items(), values, strict=True):
         is_right = value.ndim == (1 if name == "log_likelihoods" else 2)
         _require(is_right, f"{method} {name} must have shape {shape}", list(value.shape))
         _require(len(value) == len(hidden), f"{method} {name} must have {len(hidden)} rows as hidden does", len(value))
-    width = hidden.shape[1]
-    is_right = embedding.shape[1] == width
-    _require(is_right, f"{method} embedding must have rows of {width} as hidden does", embedding.shape[1])
     dtype, device = log_likelihoods.dtype, log_likelihoods.device
     _require(dtype == torch.float64, f"{method} log_likelihoods must be torch.float64", dtype, TypeError)
     _require(device.type == "cpu", f"{method} log_likelihoods must be on cpu", device)

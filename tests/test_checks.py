@@ -156,13 +156,58 @@ def test_soft_prompts_are_not_dropped(task: str) -> None:
     tuned = peft.get_peft_model(base, peft.PromptTuningConfig(task_type=task, num_virtual_tokens=4)).double().eval()
     nn.init.normal_(tuned.prompt_encoder.default.embedding.weight)
     if task == "CAUSAL_LM":
-        with pytest.raises(
-            ValueError, match=r"and PeftModelForCausalLM around it changes its input: .*shape \(12, "
-        ):
+        with pytest.raises(ValueError, match=r"and PeftModelForCausalLM around it changes its input: .*shape \(12, "):
             LanguageModel(tuned, TOKENIZER)
     else:
         with pytest.warns(UserWarning, match="is run as it is"):
             assert_own_reward(tuned)
+
+
+# Heads with a bias
+
+
+def biased(dtype: torch.dtype = torch.float64) -> Any:
+    model = tiny_language_model("llama", tied=False, dtype=dtype)
+    head = nn.Linear(WIDTH, len(TOKENIZER), bias=True, dtype=dtype).requires_grad_(False)
+    head.weight.copy_(model.lm_head.weight)
+    nn.init.normal_(head.bias, std=2.0, generator=torch.Generator().manual_seed(0))
+    model.lm_head = head
+    return model
+
+
+def test_a_bias_of_the_output_head_is_part_of_the_logits() -> None:
+    model = biased()
+    ours = LanguageModel(model, TOKENIZER)
+    ids = torch.tensor(prompt_ids(TOKENIZER))
+    own = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
+    torch.testing.assert_close(ours.logits(ours.body.whole(ours.embedding.inputs(ids))), own, rtol=0, atol=1e-12)
+    config = ONE_ROLLOUT.replace(rollout=nf.Sampling(temperature=0.0), max_new_tokens=12)
+    out = nf.generate(model, TOKENIZER, tiny_reward_model("qwen3"), None, [list(MESSAGES)], config)
+    with torch.no_grad():
+        greedy = model.generate(ids.unsqueeze(0), do_sample=False, max_new_tokens=12)[0, len(ids) :]
+    assert out.sequences[0].tolist() == greedy.tolist()
+    with pytest.raises(ValueError, match=r"^model .* has a bias in its output head, which float16 has no room for"):
+        LanguageModel(biased(torch.float16), TOKENIZER)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_optimisation_leaves_the_bias_of_the_output_head_as_it_is(backend: str) -> None:
+    model = biased(torch.float32)
+    config = nf.NablaConfig(
+        backend=backend, max_iters=6, nll_coeff=0.3, learning_rate=0.05, lr_schedule="constant", anchor="argmax"
+    )
+    start = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1))
+    chat = list(MESSAGES)
+    pair = (model, TOKENIZER, tiny_reward_model("qwen3", dtype=torch.float32), None)
+    result = nf.dto.optimize(*pair, chat, [7, 9], start, config)
+    assert result.parameters.shape == start.shape
+    logits = result.parameters[:1] @ model.lm_head.weight.T + model.lm_head.bias
+    torch.testing.assert_close(result.logits, logits, rtol=0, atol=2e-4)
+    assert not torch.equal(result.parameters[0], start[0])
+    # The same model with the bias taken in by a constant hidden unit that nothing optimises.
+    one_step = nf.dto.optimize(*pair, chat, [7, 9], start, config.replace(max_iters=1))
+    moved = one_step.parameters[0] - start[0]
+    torch.testing.assert_close(moved.abs(), torch.full((WIDTH,), 0.05), rtol=1e-2, atol=0)  # Adam's first step
 
 
 # Reward models

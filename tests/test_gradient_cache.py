@@ -452,11 +452,6 @@ def test_wrong_tokens_are_refused(kind: Kind, method: str, tokens: Any, error: t
             "log_likelihoods must have 2 rows as hidden does, got 1",
         ),
         (
-            Evaluation(0, FACTORS._replace(embedding=torch.zeros(2, 5)), LIKELIHOODS, 0.0),
-            ValueError,
-            "embedding must have rows of 4 as hidden does, got 5",
-        ),
-        (
             Evaluation(0, FACTORS, LIKELIHOODS.float(), 0.0),
             TypeError,
             "log_likelihoods must be torch.float64, got torch.float32",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import get_ident
@@ -74,6 +74,7 @@ class Body:
         incremental: whether a gradient may begin behind a prefix. If not, every gradient takes whole sequences.
         windowed: whether a layer's attention reaches back a fixed number of columns, gaps among them.
         plain_cache: whether the cache of its own is one of keys and values that has to be given to it.
+        output: what is made of the last hidden states (B, S, d) of every pass.
         needs_ids: whether embeddings alone do not say what the model reads, as with embeddings per layer.
 
     Raises:
@@ -93,6 +94,7 @@ class Body:
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         self._arguments = None if takes_any else frozenset(parameters)
         self._wants_cache_position = "cache_position" in parameters
+        self.output: Callable[[Tensor], Tensor] = lambda hidden: hidden
         # Until the checks have found out.
         self.way, self.incremental, self.windowed = "prefix", True, False
         self.needs_ids = self.plain_cache = False
@@ -143,14 +145,14 @@ class Body:
             by_ids: lets the model look up its embeddings itself.
         """
         embeds = None if by_ids else inputs.embeds.unsqueeze(0)
-        return self.run(inputs.ids.unsqueeze(0), embeds, 0, use_cache=False).last_hidden_state[0]
+        return self.run(inputs.ids.unsqueeze(0), embeds, 0, use_cache=False)[0][0]
 
     def step(self, ids: Tensor, state: OwnState) -> OwnState:
         """Reads more tokens (k,) behind ``state``, which is used up."""
         return self._own(state, ids.unsqueeze(0), None)[1]
 
-    def run(self, ids: Tensor, embeds: Tensor | None, past: int, **options: Any) -> Any:
-        """A forward pass of the backbone over tokens (B, S) behind ``past`` others.
+    def run(self, ids: Tensor, embeds: Tensor | None, past: int, **options: Any) -> tuple[Tensor, Any]:
+        """A forward pass of the backbone over tokens (B, S) behind ``past`` others: hidden states, and all it returns.
 
         Without padding there is no mask: recurrent layers take one for the new tokens alone, where others want it for
         all.
@@ -162,11 +164,13 @@ class Body:
         accepted = self._arguments
         options = {name: value for name, value in options.items() if accepted is None or name in accepted}
         if embeds is None:
-            return self.backbone(input_ids=ids, **options)
-        if not self.needs_ids:
-            return self.backbone(inputs_embeds=embeds, **options)
-        with embeddings_replaced(self.embedding, embeds, self.name):
-            return self.backbone(input_ids=ids, **options)
+            out = self.backbone(input_ids=ids, **options)
+        elif not self.needs_ids:
+            out = self.backbone(inputs_embeds=embeds, **options)
+        else:
+            with embeddings_replaced(self.embedding, embeds, self.name):
+                out = self.backbone(input_ids=ids, **options)
+        return self.output(out.last_hidden_state), out
 
     def _inputs(self, x: Inputs | Tensor) -> Inputs:
         if not isinstance(x, Inputs):
@@ -183,7 +187,7 @@ class Body:
         sizes = [len(x) for x in inputs]
         cache = Continuation(states, max(past))
         mask, positions = layout(past, sizes, inputs[0].device)
-        out = self.run(
+        last_hidden, _ = self.run(
             pad_sequence([x.ids for x in inputs], batch_first=True),
             pad_sequence([x.embeds for x in inputs], batch_first=True),
             max(past),
@@ -192,7 +196,7 @@ class Body:
             use_cache=True,
             **{cache_argument(self.backbone): cache},
         )
-        hidden = [out.last_hidden_state[row, :size] for row, size in enumerate(sizes)]
+        hidden = [last_hidden[row, :size] for row, size in enumerate(sizes)]
         after = [
             cache.row(row, max(past) - past[row], max(past) + size, state, hidden[row].detach())
             for row, (size, state) in enumerate(zip(sizes, states, strict=True))
@@ -225,11 +229,10 @@ class Body:
             given = {state.argument: state.cache}
         else:
             given = {cache_argument(self.backbone): DynamicCache()} if self.plain_cache else {}
-        out = self.run(ids, embeds, past, use_cache=True, **given)
+        (hidden,), out = self.run(ids, embeds, past, use_cache=True, **given)
         argument = next((name for name in _CACHES if getattr(out, name, None) is not None), None)
         if argument is None:
             raise TypeError("it returns no cache")
-        hidden = out.last_hidden_state[0]
         kept = getattr(out, argument)
         return hidden, OwnState(kept, argument, past + ids.shape[1], hidden[-1:].detach())
 

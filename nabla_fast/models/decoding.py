@@ -66,7 +66,7 @@ class DecodeBatch:
             # Padding repeats the last position, which every model has.
             positions[row] = length + torch.arange(size).clamp(max=len(new) - 1)
         device = self.hidden[0][0].device
-        out = self.body.run(
+        hidden, _ = self.body.run(
             ids.to(device),
             None,
             self.width,
@@ -75,7 +75,7 @@ class DecodeBatch:
             use_cache=True,
             **{cache_argument(self.body.backbone): self._cache},
         )
-        self._last = [out.last_hidden_state[row, :k] for row, k in enumerate(sizes)]
+        self._last = [hidden[row, :k] for row, k in enumerate(sizes)]
         return self._last
 
     def keep(self, counts: Sequence[int]) -> None:

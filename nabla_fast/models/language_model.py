@@ -19,6 +19,11 @@ from nabla_fast.ops import Head, linear_logits, scaled_and_capped
 _LOGIT_FACTORS = (("logits_scaling", True), ("logit_scale", False), ("lm_head_multiplier", False))
 
 
+# What stands behind the hidden states for a bias to be a factor of. So large that steps of an optimiser, which are
+# absolute, are lost in the rounding of float32; a power of two, so that nothing else is.
+_BIAS_UNIT = 2.0**20
+
+
 @dataclass(frozen=True)
 class EmbeddingTable:
     """Input embeddings: the module returns ``scale * weight[ids]``.
@@ -45,12 +50,14 @@ class LanguageModel:
     """Wraps a causal language model in ``eval()``.
 
     Args:
-        model: a transformers causal language model without bias in its output head.
+        model: a transformers causal language model.
         tokenizer: its tokenizer; ids past its vocabulary (padded head rows) can never be produced.
 
     Attributes:
         vocab_size: V, the ids that both the tokenizer and the model know.
-        head: output head over V tokens.
+        head: output head over V tokens. The bias of a head that has one is a column of its weight, which then has eight
+            columns more than the model's.
+        width: d, the size of the model's hidden states.
         embedding: input embedding table over V tokens.
         name: what errors call the model.
         eos_token_ids: the end tokens of the model's generation config, else the tokenizer's.
@@ -69,19 +76,19 @@ class LanguageModel:
         lm_head = get_head() if get_head is not None else None
         if lm_head is None:
             raise TypeError(f"{self.name} has no output head; {argument} must be a causal language model")
-        if getattr(lm_head, "bias", None) is not None:
-            raise ValueError(f"{self.name} has a bias in its output head, which is not supported")
         require_eval(model, self.name)
         checks.require_usable_weight(lm_head, self.name, "output head")
         checks.leave_inference_mode(model)
         self.model = model
         self.vocab_size = min(tokenizer_size(tokenizer), lm_head.weight.shape[0])
-        self.head = Head(lm_head.weight.detach()[: self.vocab_size], _logit_factor(model), _softcap(model))
+        self.width: int = lm_head.weight.shape[1]
+        self.head = Head(_head_weight(lm_head, self.vocab_size, self.name), _logit_factor(model), _softcap(model))
         self.embedding = embedding_table(model, self.name, self.vocab_size)
         self.context_length: int | None = context_length(model)
         self.eos_token_ids = _eos_token_ids(model, tokenizer, self.vocab_size)
         ids = checks.probe_ids(model, tokenizer)
         self.body = Body(model, self.name, ids)
+        self.body.output = self.widened
         checks.remembered(own, "head", lambda: self._check_head(own, ids))
 
     @property
@@ -95,6 +102,15 @@ class LanguageModel:
             # The same product in the form that `fast_layers` knows.
             return scaled_and_capped(linear(hidden, weight), self.head)
         return linear_logits(hidden, self.head)
+
+    def widened(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., width) as the rows of `head` take them: with what its bias is a factor of behind them."""
+        more = self.head.weight.shape[1] - self.width
+        if not more:
+            return hidden
+        bias = hidden.new_zeros(*hidden.shape[:-1], more)
+        bias[..., 0] = _BIAS_UNIT
+        return torch.cat([hidden, bias], dim=-1)
 
     def track(self, prompt_ids: Sequence[int]) -> Track:
         """A track of a response to a prompt, of which nothing is computed yet."""
@@ -137,6 +153,22 @@ def embedding_table(model: Any, name: str, vocab_size: int | None = None) -> Emb
     if not torch.allclose(embedded, rows * scale, rtol=1e-2, atol=1e-6):
         raise ValueError(f"{name} has input embeddings that are not a scaled table, which is not supported")
     return EmbeddingTable(weight[:vocab_size], scale)
+
+
+def _head_weight(lm_head: Any, vocab_size: int, name: str) -> Tensor:
+    """The weight of an output head, with its bias, where it has one, as a column of it."""
+    weight: Tensor = lm_head.weight.detach()[:vocab_size]
+    bias = getattr(lm_head, "bias", None)
+    if bias is None:
+        return weight
+    if weight.dtype == torch.float16:
+        raise ValueError(
+            f"{name} has a bias in its output head, which float16 has no room for; use bfloat16 or float32"
+        )
+    # Eight columns, so that rows stay aligned.
+    columns = weight.new_zeros(vocab_size, 8)
+    columns[:, 0] = bias.detach()[:vocab_size] / _BIAS_UNIT
+    return torch.cat([weight, columns], dim=1)
 
 
 def tokenizer_size(tokenizer: Any) -> int:
