@@ -64,6 +64,7 @@ _MLA = {"num_key_value_heads": 2, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "axk1": _MLA,
     "axk2": _MLA,
+    "bamba": {"attn_layer_indices": [1], "attn_rotary_emb": 8},
     "bailing_hybrid": {"num_key_value_heads": 2},
     "codegen": {"rotary_dim": 8},
     "deepseek_v2": {"num_key_value_heads": 2, "num_experts_per_tok": 2},

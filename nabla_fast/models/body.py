@@ -98,7 +98,7 @@ class Body:
         # Until the checks have found out.
         self.way, self.incremental, self.windowed = "prefix", True, False
         self.needs_ids = self.plain_cache = False
-        found = checks.remembered(model, "body", lambda: checks.examine_body(self, ids))
+        found = checks.remembered(model, name, "body", lambda: checks.examine_body(self, ids))
         self.way, self.incremental, self.windowed = found.way, found.incremental, found.windowed
         self.needs_ids, self.plain_cache = found.needs_ids, found.plain_cache
         if found.reason is not None:

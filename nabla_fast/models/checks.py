@@ -63,15 +63,31 @@ def warn_once(model: Any, message: str) -> None:
 _FOUND: WeakKeyDictionary[Any, dict[str, tuple[int, Any]]] = WeakKeyDictionary()
 
 
-def remembered(model: Any, what: str, find: Callable[[], T]) -> T:
-    """``find()``, or what it gave for this model before, if the model is as it was then."""
+def remembered(model: Any, name: str, what: str, find: Callable[[], T]) -> T:
+    """``find()``, or what it gave for this model before, if the model is as it was then.
+
+    Raises:
+        ValueError: if the model raises whatever it is when it is tried; the message begins with ``name``.
+    """
     state = _fingerprint(model)
     found = _FOUND.setdefault(model, {})
     if what not in found or found[what][0] != state:
-        with torch.inference_mode(False):
-            found[what] = state, find()
+        try:
+            with torch.inference_mode(False):
+                found[what] = state, find()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if str(error).startswith(name):
+                raise
+            raise ValueError(f"{name} cannot be used: a few token ids raise {_brief(error)}") from error
     value: T = found[what][1]
     return value
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def probe_ids(model: Any, tokenizer: Any = None) -> Tensor:
@@ -354,7 +370,7 @@ def _reads_more(body: Body, ids: Tensor, embeds: Tensor, expected: Tensor) -> bo
             IndexError,
             KeyError,
         ) as error:
-            errors.append(f"{type(error).__name__}: {error}")
+            errors.append(_brief(error))
             continue
         if is_close(ours, expected):
             return needs_ids
@@ -369,8 +385,7 @@ def _attempt(try_it: Callable[[], str | None]) -> str | None:
     try:
         return try_it()
     except Exception as error:  # whatever a model raises that cannot run so
-        first = str(error).strip().splitlines()
-        return f"it does not run so ({type(error).__name__}: {first[0] if first else ''})"
+        return f"it does not run so ({_brief(error)})"
 
 
 def _difference(what: str, pairs: list[tuple[Tensor, Tensor]]) -> str | None:

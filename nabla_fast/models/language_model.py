@@ -89,7 +89,7 @@ class LanguageModel:
         ids = checks.probe_ids(model, tokenizer)
         self.body = Body(model, self.name, ids)
         self.body.output = self.widened
-        checks.remembered(own, "head", lambda: self._check_head(own, ids))
+        checks.remembered(own, self.name, "head", lambda: self._check_head(own, ids))
 
     @property
     def device(self) -> torch.device:

@@ -124,7 +124,7 @@ def reward_head(model: Any, own: Any, name: str, tokenizer: Any) -> tuple[Reward
     checks.leave_inference_mode(model)
     ids = checks.probe_ids(model, tokenizer)
     pad = model.config.get_text_config().pad_token_id
-    rule = checks.remembered(own, "reward", lambda: _examine(model, own, name, ids, pad))
+    rule = checks.remembered(own, name, "reward", lambda: _examine(model, own, name, ids, pad))
     if rule.reason is None:
         return RewardHead(Body(model, name, ids), model.score, pad if rule.skips_padding else None), None
     checks.warn_once(own, f"{name} is run as it is, on whole conversations, slower: {rule.reason}")
