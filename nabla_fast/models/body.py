@@ -75,6 +75,7 @@ class Body:
         windowed: whether a layer's attention reaches back a fixed number of columns, gaps among them.
         plain_cache: whether the cache of its own is one of keys and values that has to be given to it.
         output: what is made of the last hidden states (B, S, d) of every pass.
+        tried: (n, d) the last hidden states of ``ids``.
         needs_ids: whether embeddings alone do not say what the model reads, as with embeddings per layer.
 
     Raises:
@@ -100,7 +101,7 @@ class Body:
         self.needs_ids = self.plain_cache = False
         found = checks.remembered(model, name, "body", lambda: checks.examine_body(self, ids))
         self.way, self.incremental, self.windowed = found.way, found.incremental, found.windowed
-        self.needs_ids, self.plain_cache = found.needs_ids, found.plain_cache
+        self.needs_ids, self.plain_cache, self.tried = found.needs_ids, found.plain_cache, found.expected
         if found.reason is not None:
             checks.warn_once(model, f"{name} {_MANNERS[found.way, found.incremental]}: {found.reason}")
 

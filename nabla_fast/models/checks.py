@@ -9,6 +9,7 @@ its configuration, modules or weights have changed.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ PROBE_TOKENS = 8
 _CLOSE = {64: 1e-4, 32: 1e-3, 16: 0.1}
 # Finite differences: steps tried, in units of the embeddings' norms, until the curvature no longer matters, and the
 # accepted relative error.
-_STEPS = {64: (1e-3, 1e-4, 1e-5, 1e-6), 32: (1e-2, 2e-3, 5e-4, 1e-4), 16: (0.2, 0.05, 0.02)}
+_STEPS = {64: (1e-3, 1e-4, 1e-5, 1e-6), 32: (2e-3, 5e-4, 1e-4, 1e-2), 16: (0.2, 0.05, 0.02)}
 _SLOPE_ERROR = {64: 1e-2, 32: 0.05, 16: 0.5}
 _CAUSAL_LAYERS = {"full_attention", "sliding_attention"}
 # Their frequencies depend on the longest position of a call, so a token's keys do too.
@@ -47,6 +48,7 @@ class Manner:
     needs_ids: bool
     plain_cache: bool
     reason: str | None
+    expected: Tensor
 
 
 _WARNED: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
@@ -165,9 +167,7 @@ def examine_body(body: Body, ids: Tensor | None = None) -> Manner:
     with torch.no_grad():
         embeds = body.embedding(ids.unsqueeze(0))[0].detach()
         expected = body.whole(_inputs(ids, embeds), by_ids=True)
-        # Inputs that NaN comes from are found when it happens, with the position.
-        body.needs_ids = _reads_more(body, ids, embeds, expected)
-    probe = _Probe(body, ids, embeds, expected)
+    probe = _read_as_ids(body, ids, embeds, expected)
     config = body.model.config.get_text_config()
     reason, windowed = known_reason(config), has_windows(config)
     if reason is None:
@@ -175,7 +175,7 @@ def examine_body(body: Body, ids: Tensor | None = None) -> Manner:
         reason = _attempt(probe.prefix)
         if reason is None:
             windowed = windowed or _attempt(probe.gaps) is not None
-            return Manner("prefix", True, windowed, body.needs_ids, False, None)
+            return Manner("prefix", True, windowed, body.needs_ids, False, None, expected)
     body.way = "state"
     if "bidirectional" not in reason:
         for plain_cache in (False, True):
@@ -184,9 +184,9 @@ def examine_body(body: Body, ids: Tensor | None = None) -> Manner:
             if steps is None:
                 # Beyond some length, no prefix has the keys that the whole sequence has.
                 incremental = "rotary" not in reason and _attempt(probe.proceeds) is None
-                return Manner("state", incremental, windowed, body.needs_ids, plain_cache, reason)
+                return Manner("state", incremental, windowed, body.needs_ids, plain_cache, reason, expected)
         reason = f"{reason}; {steps}"
-    return Manner("whole", False, windowed, body.needs_ids, False, reason)
+    return Manner("whole", False, windowed, body.needs_ids, False, reason, expected)
 
 
 def known_reason(config: Any) -> str | None:
@@ -226,40 +226,55 @@ def is_close(ours: Tensor, theirs: Tensor) -> bool:
     return relative_error(ours, theirs) <= _CLOSE[_bits(ours, theirs)]
 
 
-def gradient_fault(function: Callable[[Tensor], Tensor], x: Tensor, model: Any = None) -> str | None:
+@dataclass(frozen=True)
+class Slope:
+    """The gradient (n, d) of a function of x (n, d), None if it has none; and layers that pass none on."""
+
+    value: float
+    gradient: Tensor | None
+    cut: tuple[str, ...]
+
+
+def slope(function: Callable[[Tensor], Tensor], x: Tensor, model: Any = None) -> Slope:
+    """The gradient of ``function``, from x (n, d) to one number; ``model`` is searched for layers that cut it off."""
+    with torch.enable_grad(), _cuts(model) as cut:
+        at = x.detach().requires_grad_()
+        value = function(at)
+        gradient = torch.autograd.grad(value, at, allow_unused=True)[0] if value.requires_grad else None
+    return Slope(float(value.detach()), gradient, tuple(cut))
+
+
+def gradient_fault(
+    function: Callable[[Tensor], Tensor], x: Tensor, model: Any = None, found: Slope | None = None
+) -> str | None:
     """Compares the gradient of ``function``, from x (n, d) to one number, with a finite difference.
 
     The direction is half the gradient's and half a random one: along the first, a finite difference stands out from
     rounding; along the second, what the gradient has left out shows.
 
     Args:
-        model: whose layers are searched for one that passes no gradient on.
+        found: the gradient, where it is known already.
 
     Returns:
         What is wrong, None if nothing is.
     """
     bits = _bits(x)
-    with torch.enable_grad(), _cuts(model) as cut:
-        at = x.detach().requires_grad_()
-        value = function(at)
-        if not value.requires_grad:
-            return "it gives no gradient" + _at_layer(cut)
-        (gradient,) = torch.autograd.grad(value, at, allow_unused=True)
-    if gradient is None:
-        return "it gives no gradient" + _at_layer(cut)
-    if not bool(value.isfinite()) or not bool(gradient.isfinite().all()):
+    found = found or slope(function, x, model)
+    if found.gradient is None:
+        return "it gives no gradient" + _at_layer(found.cut)
+    if not math.isfinite(found.value) or not bool(found.gradient.isfinite().all()):
         return None
-    if bits == 16 and cut:
-        return "it gives only a part of its gradient" + _at_layer(cut)
+    if bits == 16 and found.cut:
+        return "it gives only a part of its gradient" + _at_layer(found.cut)
     # Each row moves in proportion to its own size: a row of zeros is followed by the steepest of functions.
     sizes = x.double().norm(dim=-1, keepdim=True)
-    gradient = gradient.double()
+    gradient = found.gradient.double()
     random = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x.device)
     uphill = sizes * gradient
     direction = sizes * (random / random.norm() + uphill / uphill.norm().clamp(min=1e-300))
     # Rounding of the two values.
-    noise = 100 * torch.finfo(_narrowest(x)).eps * (abs(value.item()) + 0.01 * float(uphill.norm()))
-    tried = []
+    noise = 100 * torch.finfo(_narrowest(x)).eps * (abs(found.value) + 0.01 * float(uphill.norm()))
+    tried = ""
     for step in _STEPS[bits]:
         with torch.no_grad():
             ends = [(x.double() + sign * step * direction).to(x.dtype) for sign in (1, -1)]
@@ -268,53 +283,51 @@ def gradient_fault(function: Callable[[Tensor], Tensor], x: Tensor, model: Any =
         predicted = float((gradient * (ends[0].double() - ends[1].double())).sum())
         if abs(measured - predicted) <= _SLOPE_ERROR[bits] * abs(predicted) + noise:
             return None
-        tried.append(f"{measured:.3g} by a finite difference, {predicted:.3g} by the gradient")
-    return f"its gradient is not that of its forward pass (a change of {tried[-1]})" + _at_layer(cut)
+        tried = f"{measured:.3g} by a finite difference, {predicted:.3g} by the gradient"
+    return f"its gradient is not that of its forward pass (a change of {tried})" + _at_layer(found.cut)
 
 
 class _Probe:
-    """Ways to run a body on eight tokens that all have to give the same hidden states and gradients."""
+    """Ways to run a body on eight tokens that all have to give the same hidden states and gradients.
+
+    The gradients are of one loss over the last four hidden states. Tokens depend on earlier ones alone, so its gradient
+    over whole sequences is that of any suffix as well.
+    """
 
     def __init__(self, body: Body, ids: Tensor, embeds: Tensor, expected: Tensor) -> None:
         self.body, self.inputs, self.expected = body, _inputs(ids, embeds), expected
         self.weights = _weights(expected)
-        with torch.enable_grad():
-            whole = self.inputs.differentiable()
-            weighted = body.whole(whole).to(self.weights.dtype) * self.weights
-            # Of a suffix of each of three sequences: the last four of eight tokens, three after two, the last one.
-            self.gradients = [
-                torch.autograd.grad(weighted[part].sum(), whole.embeds, retain_graph=True)[0][part]
-                for part in (slice(4, 8), slice(2, 5), slice(7, 8))
-            ]
-        fault = gradient_fault(self._loss, embeds, body.model)
-        if fault is not None:
-            raise ValueError(f"{body.name} cannot be used: {fault}")
+        self.weights[:4] = 0
+        self.hidden = expected
+        found = slope(self._loss, embeds, body.model)
+        self.apart = relative_error(self.hidden, expected)
+        self.sound = is_close(self.hidden, expected)
+        self.fault = gradient_fault(self._loss, embeds, found=found) if self.sound else None
+        self.gradient = found.gradient
 
     def _loss(self, embeds: Tensor) -> Tensor:
         hidden = self.body.whole(_inputs(self.inputs.ids, embeds))
+        if embeds.requires_grad:
+            self.hidden = hidden.detach()
         return (hidden.to(self.weights.dtype) * self.weights).sum()
 
     def prefix(self) -> str | None:
         """Two prefixes of different lengths, and behind them suffixes of different lengths."""
         x = self.inputs
-        _, states = self.body.extend([None, None], [x[:4], x[:2]])
-        return self._compare("a batch of two behind their prefixes", states, [slice(4, 8), slice(2, 5)])
+        _, self.states = self.body.extend([None, None], [x[:4], x[:2]])
+        return self._compare("a batch of two behind their prefixes", self.states, [4, 2])
 
     def gaps(self) -> str | None:
-        """A batch that has tried drafts that were wrong, so that columns within a sequence are masked."""
+        """A batch that has tried a draft that was wrong, so that columns within a sequence are masked."""
         from nabla_fast.models.decoding import DecodeBatch
 
         ids: list[int] = self.inputs.ids.tolist()
-        _, states = self.body.extend([None, None], [self.inputs[:4], self.inputs[:2]])
-        batch = DecodeBatch(self.body, states)  # type: ignore[arg-type]
-        for _ in range(2):
-            batch.step([[ids[batch.lengths[0]], ids[0], ids[1]], ids[batch.lengths[1] :][:3]])
-            batch.keep([1, 1])
-        batch.step([[ids[batch.lengths[0]]], [ids[batch.lengths[1]], ids[0]]])
+        batch = DecodeBatch(self.body, self.states)  # type: ignore[arg-type]
+        batch.step([[ids[4], ids[0], ids[1]], ids[2:5]])
+        batch.keep([1, 3])
+        batch.step([[ids[5]], [ids[5]]])
         batch.keep([1, 1])
-        batch.step([[ids[batch.lengths[0]]], [ids[batch.lengths[1]]]])
-        batch.keep([1, 1])
-        pairs = [(batch.state(0).hidden, self.expected[:8]), (batch.state(1).hidden, self.expected[:6])]
+        pairs = [(batch.state(row).hidden, self.expected[:6]) for row in (0, 1)]
         return _difference("a batch with wrong drafts", pairs)
 
     def steps(self) -> str | None:
@@ -330,54 +343,46 @@ class _Probe:
         x = self.inputs
         self.body.incremental = True
         _, states = self.body.extend([None, None, None], [x[:4], x[:2], x[:7]])
-        parts = [slice(4, 8), slice(2, 5), slice(7, 8)]
-        first = self._compare("tokens behind its own cache", states, parts)
-        return first or self._compare("tokens behind its own cache, once more,", states, parts)
+        first = self._compare("tokens behind its own cache", states, [4, 2, 7])
+        return first or self._compare("tokens behind its own cache, once more,", states, [4, 2, 7])
 
-    def _compare(self, what: str, states: Any, parts: list[slice]) -> str | None:
+    def _compare(self, what: str, states: Any, starts: list[int]) -> str | None:
         with torch.enable_grad():
-            inputs = [self.inputs[part].differentiable() for part in parts]
+            inputs = [self.inputs[start:].differentiable() for start in starts]
             hidden, _ = self.body(states, inputs)
-            losses = [
-                (h.to(self.weights.dtype) * self.weights[part]).sum() for h, part in zip(hidden, parts, strict=True)
-            ]
+            losses = [(h.to(self.weights.dtype) * self.weights[n:]).sum() for h, n in zip(hidden, starts, strict=True)]
             gradients = torch.autograd.grad(losses, [x.embeds for x in inputs])
-        hidden_pairs = [(h, self.expected[part]) for h, part in zip(hidden, parts, strict=True)]
-        return _difference(what, hidden_pairs) or _difference(
-            f"the gradient of {what}", list(zip(gradients, self.gradients, strict=False))
+        assert self.gradient is not None
+        wanted = [self.gradient[start:] for start in starts]
+        return _difference(what, [(h, self.expected[n:]) for h, n in zip(hidden, starts, strict=True)]) or _difference(
+            f"the gradient of {what}", list(zip(gradients, wanted, strict=True))
         )
 
 
-def _reads_more(body: Body, ids: Tensor, embeds: Tensor, expected: Tensor) -> bool:
-    """Whether the model makes something else of embeddings alone than of token ids; body.needs_ids is set on the way.
+def _read_as_ids(body: Body, ids: Tensor, embeds: Tensor, expected: Tensor) -> _Probe:
+    """A probe of embeddings that the model reads as it does token ids; says in body.needs_ids what that takes.
 
     Raises:
-        ValueError: if that is so also where the embeddings come with their ids.
+        ValueError: if it does not, or its gradient is not that of its forward pass.
     """
-    errors = []
+    found = ""
     for needs_ids in (False, True):
         body.needs_ids = needs_ids
         try:
-            ours = body.whole(_inputs(ids, embeds))
-            # Some models look for the embeddings in their table to find the ids.
-            body.whole(_inputs(ids, 0.9 * embeds + 0.1 * embeds.roll(1, 0)))
-        except (
-            ValueError,
-            TypeError,
-            RuntimeError,
-            NotImplementedError,
-            AttributeError,
-            IndexError,
-            KeyError,
-        ) as error:
-            errors.append(_brief(error))
+            probe = _Probe(body, ids, embeds, expected)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model raises that cannot run so
+            found = _brief(error)
             continue
-        if is_close(ours, expected):
-            return needs_ids
-        errors.append(f"hidden states are {relative_error(ours, expected):.2g} apart, relatively")
+        if probe.fault is not None:
+            raise ValueError(f"{body.name} cannot be used: {probe.fault}")
+        if probe.sound:
+            return probe
+        found = f"hidden states are {probe.apart:.2g} apart, relatively"
     raise ValueError(
         f"{body.name} makes something else of its input embeddings than of its token ids, so gradients would be wrong; "
-        f"it cannot be used ({errors[-1]})"
+        f"it cannot be used ({found})"
     )
 
 
@@ -421,7 +426,7 @@ def _cuts(model: Any) -> Iterator[list[str]]:
             handle.remove()
 
 
-def _at_layer(cut: list[str]) -> str:
+def _at_layer(cut: tuple[str, ...]) -> str:
     return f"; its layer {cut[0]} passes none on" if cut else ""
 
 

@@ -121,7 +121,7 @@ class LanguageModel:
     def _check_head(self, own: Any, ids: Tensor) -> None:
         """Refuses a model whose own logits (``own`` may be an adapter around it) are not ours."""
         theirs = own(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :, : self.vocab_size]
-        ours = self.logits(self.body.whole(self.embedding.inputs(ids))).to(theirs.dtype)
+        ours = self.logits(self.widened(self.body.tried)).to(theirs.dtype)
         if theirs.shape == ours.shape and checks.is_close(ours, theirs):
             return
         if theirs.shape != ours.shape:
