@@ -354,14 +354,25 @@ def test_removed_tokens_stay_removed_and_infinite_gradients_there_do_no_harm() -
     assert torch.equal(tokens, meant[3])
 
 
-def test_rows_with_nan_do_not_reach_other_rows() -> None:
+def test_rows_with_nan_make_no_step_and_do_not_reach_other_rows() -> None:
     where = tables()
     dense, _ = random_gradient(3, where)
     start = randn(3, D, seed=22)
-    meant = run_steps(start, dense, where, latents=True)
-    start[1, 0] = math.nan
-    ours = run_steps(start, dense, where, latents=True)
-    assert bool(ours[0][1].isnan().all())
+    tokens = reference.hard_tokens(start, where.head, True)
+    results = []
+    for bad in (False, True):
+        parameters, m, v, step = start.clone(), torch.zeros(3, D), torch.zeros(3, D), torch.zeros(3, dtype=torch.long)
+        if bad:
+            parameters[1, 0] = math.nan
+        state = (parameters, m.double(), v.double(), step)
+        rates = torch.full((2,), 0.01, dtype=torch.float64)
+        now, changed = reference.dto_step(*state, tokens, rates, dense, where, latents=True, max_steps=2)
+        results.append((*state, now, changed))
+    meant, ours = results
+    assert ours[3].tolist() == [2, 0, 2]
+    assert int(ours[4][1]) == -1
+    assert bool(ours[5][1])
+    assert torch.equal(ours[0][1, 1:], start[1, 1:])
     for mine, expected in zip(ours, meant, strict=True):
         assert torch.equal(mine[[0, 2]], expected[[0, 2]])
 

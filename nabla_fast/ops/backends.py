@@ -57,15 +57,18 @@ def setting(backend: str) -> str:
     return os.environ.get("NABLA_FAST_BACKEND") or "auto" if backend == "auto" else backend
 
 
-def resolve(operator: str, backend: str, device_type: str, dtype: torch.dtype | None = None) -> str:
+def resolve(operator: str, backend: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str:
     """The back end that runs ``operator``: one of "reference", "native", "triton", "cuda".
 
-    Kernels for a GPU compute in float32, so there "auto" leaves tensors whose ``dtype`` is float64 to the reference.
+    Kernels for a GPU compute in float32, so there "auto" leaves what is computed in float64 (``dtype``) to the reference.
+
+    Args:
+        device: where the tensors are, or a type of device; "cuda" is the current GPU.
 
     Raises:
         ValueError: if ``backend`` (or NABLA_FAST_BACKEND) is unknown, or names one that cannot run here; it says why.
     """
-    wanted = setting(backend)
+    wanted, device_type = setting(backend), torch.device(device).type
     candidates = _PREFERENCES.get((wanted, device_type))
     if candidates is None and wanted == "auto":
         candidates = ("reference",)
@@ -74,14 +77,14 @@ def resolve(operator: str, backend: str, device_type: str, dtype: torch.dtype | 
     if wanted == "auto" and device_type == "cuda" and dtype == torch.float64:
         candidates = ("reference",)
     for name in candidates:
-        reason = why_not(operator, name, device_type)
+        reason = why_not(operator, name, device)
         if reason is None:
             return name
         if name == "native":
             native.available()  # warns once if the library is missing, or raises where it is required
         elif wanted == "auto" and not reason.startswith(_LACKS):
             _warn(name, reason)
-    raise ValueError(_refusal(wanted, device_type, why_not(operator, candidates[0], device_type) or ""))
+    raise ValueError(_refusal(wanted, device_type, why_not(operator, candidates[0], device) or ""))
 
 
 # torch.compile calls it while it traces and keeps the answer as a constant; see the same in native.py.
@@ -93,8 +96,9 @@ def implementation(operator: str, backend: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(_MODULES[backend]), operator)
 
 
-def why_not(operator: str, backend: str, device_type: str) -> str | None:
+def why_not(operator: str, backend: str, device: torch.device | str) -> str | None:
     """Why ``backend`` cannot run ``operator`` on such a device, in one clause; None if it can."""
+    device_type = torch.device(device).type
     if backend == "native" and device_type != "cpu":
         return "it runs on the CPU only"
     if backend == "cuda" and device_type != "cuda":
@@ -104,7 +108,8 @@ def why_not(operator: str, backend: str, device_type: str) -> str | None:
     module = _import(backend)
     if isinstance(module, str):
         return module
-    if backend in ("native", "cuda") and (reason := module.why_missing()) is not None:
+    reason = module.why_missing() if backend == "native" else module.why_missing(device) if backend == "cuda" else None
+    if reason is not None:
         return str(reason)
     return None if hasattr(module, operator) else f"{_LACKS} {operator}"
 

@@ -74,9 +74,13 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def why_missing() -> str | None:
-    """Why these operators cannot run here, in one clause; None if they can."""
-    return _why_missing()
+def why_missing(device: torch.device | str = "cuda") -> str | None:
+    """Why these operators cannot run on that GPU, in one clause; None if they can. "cuda" is the current one."""
+    reason = _why_not_built()
+    if reason is not None:
+        return reason
+    index = torch.device(device).index
+    return _why_not_on(torch.cuda.current_device() if index is None else index)
 
 
 # As in nabla_fast.ops.native: a constant for torch.compile.
@@ -84,23 +88,25 @@ why_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _why_missing() -> str | None:
+def _why_not_built() -> str | None:
     reason = native.why_missing()
     if reason is not None:
         return reason
-    architectures = native.build_info()["cuda_architectures"]
-    if not architectures:
+    if not native.build_info()["cuda_architectures"]:
         return "the native library was built without CUDA kernels; install nabla_fast again with nvcc on the PATH"
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    device = torch.cuda.current_device()
-    error = _library().nabla_fast_cuda_check(device)
-    if error:
-        return (
-            f"the CUDA kernels, built for compute capability {architectures}, do not run on "
-            f"{torch.cuda.get_device_name(device)}: {_message(error)}"
-        )
-    return None
+    return None if torch.cuda.is_available() else "torch sees no GPU"
+
+
+@functools.cache
+def _why_not_on(index: int) -> str | None:
+    error = _library().nabla_fast_cuda_check(index)
+    if not error:
+        return None
+    architectures = native.build_info()["cuda_architectures"]
+    return (
+        f"the CUDA kernels, built for compute capability {architectures}, do not run on "
+        f"{torch.cuda.get_device_name(index)}: {_message(error)}"
+    )
 
 
 def token_diff(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:

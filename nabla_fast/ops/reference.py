@@ -1,12 +1,16 @@
 """What every operator means, in plain PyTorch. Other back ends are tested against this file.
 
 Rows are flattened sequences: N rows, V vocabulary entries, d hidden size, d_r reward-model hidden size.
-Half-precision inputs are upcast, so sums and logits are float32 (float64 for float64 inputs) and never rounded.
+Half-precision inputs are upcast, so sums and logits are float32 (float64 where any float input of the operator is) and
+never rounded.
+
+A row that holds NaN or +inf, or nothing but -inf, has no meaning: its floats and gradients are NaN, its token is -1,
+its mask False, and it makes no step. Nothing is indexed with an id outside the vocabulary; see `checks` for what raises.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -51,16 +55,29 @@ def relaxed_stats(
 
     Source: selection criteria of ∇-Reasoner (Alg. 3): entropy >= entropy_threshold, max_prob <= confidence_threshold.
     """
-    x = upcast(z) / tau
-    lse = torch.logsumexp(x, dim=-1)
-    log_p = x - lse.unsqueeze(-1)
+    x, top = _relative(z, tau)
+    log_p = torch.log_softmax(x, dim=-1)
     p = log_p.exp()
     entropy = -torch.where(p > 0, p * log_p, torch.where(p.isnan(), p, 0.0)).sum(-1)
-    bad = ~lse.isfinite()
-    nan = torch.full_like(lse, math.nan)
-    max_prob, lse, entropy = (torch.where(bad, nan, value) for value in (p.amax(-1), lse, entropy))
-    token = torch.where(bad, -1, x.argmax(-1))
-    return with_mask(max_prob, lse, entropy, token, entropy_threshold, confidence_threshold)
+    token = hard_token(z)
+    return with_mask(p.amax(-1), _log_sum_exp(x, top, tau), entropy, token, entropy_threshold, confidence_threshold)
+
+
+def _relative(z: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """``(z - max z) / tau`` (N, V), float32 or float64, and max z (N,). All NaN for a row without meaning."""
+    z = upcast(z)
+    top = z.amax(-1)
+    return (z - torch.where(top.isfinite(), top, torch.nan).unsqueeze(-1)) / tau, top
+
+
+def _log_sum_exp(x: Tensor, top: Tensor, tau: float) -> Tensor:
+    """Of ``z / tau``, from what `_relative` gives."""
+    return torch.logsumexp(x, dim=-1) + top / tau
+
+
+def hard_token(z: Tensor) -> Tensor:
+    """argmax (N,) int64 of logits (N, V), the lowest index on a tie; -1 for a row without meaning."""
+    return torch.where(z.amax(-1).isfinite(), z.argmax(-1), -1)
 
 
 def with_mask(
@@ -117,12 +134,14 @@ def straight_through_embedding(
         tables: one or two embedding tables (V, d_k).
 
     Returns:
-        ``table[argmax z]``, (N, d_k) float32 (float64 for float64 z) per table; log-sum-exp of ``z / tau`` (N,); the
-        tokens (N,) int64.
+        ``table[argmax z]``, (N, d_k) float32 or float64 per table; log-sum-exp of ``z / tau`` (N,); the tokens (N,)
+        int64.
     """
-    token = z.argmax(-1)
-    dtype = torch.promote_types(z.dtype, torch.float32)
-    return [table[token].to(dtype) for table in tables], torch.logsumexp(z.to(dtype) / tau, dim=-1), token
+    dtype = functools.reduce(torch.promote_types, (table.dtype for table in tables), upcast(z).dtype)
+    token = hard_token(z)
+    bad, rows = (token < 0).unsqueeze(-1), token.clamp(min=0)
+    embeddings = [torch.where(bad, torch.nan, table[rows].to(dtype)) for table in tables]
+    return embeddings, _log_sum_exp(*_relative(z.to(dtype), tau), tau), token
 
 
 def linear_straight_through_embedding(
@@ -136,10 +155,12 @@ def soft_embedding(z: Tensor, table: Tensor, tau: float = 1.0) -> tuple[Tensor, 
     """The embedding mixture ``softmax(z / tau) @ table``; `relaxed_backward` is its gradient.
 
     Returns:
-        (N, d_k) float32 (float64 for float64 z), and the log-sum-exp of ``z / tau`` (N,).
+        (N, d_k) float32 or float64, and the log-sum-exp of ``z / tau`` (N,).
     """
-    x = upcast(z) / tau
-    return torch.softmax(x, dim=-1) @ upcast(table).to(x.dtype), torch.logsumexp(x, dim=-1)
+    z = z.to(torch.promote_types(upcast(z).dtype, table.dtype))
+    x, top = _relative(z, tau)
+    p = torch.softmax(x, dim=-1)
+    return p @ table.to(p.dtype), _log_sum_exp(x, top, tau)
 
 
 def linear_soft_embedding(h: Tensor, head: Head, table: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -152,18 +173,22 @@ def relaxed_backward(
 ) -> Tensor:
     """The gradient that reaches logits z (N, V) through the relaxation p = softmax(z / tau).
 
-        dL/dz = p * (G - <p, G>) / tau      with G(v) = sum_k <vectors_k, tables_k[v]>
+        dL/dz = p * (D - <p, D>) / tau      with D = G - G(argmax p), G(v) = sum_k <vectors_k, tables_k[v]>
+
+    A constant makes no difference to p * (G - <p, G>), but where one token is nearly certain, G - <p, G> is what is
+    left of two numbers that are nearly equal. Relative to that token's G every digit of its gradient counts.
 
     Args:
         z: (N, V) logits.
-        lse: (N,) log-sum-exp of ``z / tau``.
+        lse: (N,) log-sum-exp of ``z / tau`` as the forward pass had it; it may save work, never change the result.
         vectors: (N, d_k) per table, the gradients with respect to the embeddings.
         tables: (V, d_k) each.
     """
-    p = (upcast(z) / tau - lse.unsqueeze(-1)).exp()
-    gradient = sum(upcast(v).to(p.dtype) @ upcast(t).T.to(p.dtype) for v, t in zip(vectors, tables, strict=True))
-    pg = p * gradient
-    return (pg - p * pg.sum(-1, keepdim=True)) / tau
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (*vectors, *tables, lse)), upcast(z).dtype)
+    gradient = torch.zeros(z.shape, dtype=dtype, device=z.device)
+    for vector, table in zip(vectors, tables, strict=True):
+        gradient += vector.to(dtype) @ table.T.to(dtype)
+    return _softmax_backward(z.to(dtype), gradient, tau)
 
 
 def linear_relaxed_backward(
@@ -192,12 +217,16 @@ def log_likelihood_gradient(h: Tensor, head: Head, tokens: Tensor, need_grad: bo
         log pi (N,); d(log pi)/dh (N, d), or (0, d) without ``need_grad``.
     """
     logits = linear_logits(h, head)
-    lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-    log_pi = (logits.gather(-1, tokens.unsqueeze(-1)) - lse).squeeze(-1)
+    log_p = torch.log_softmax(_relative(logits, 1.0)[0], dim=-1)
+    entry = tokens.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)
+    known = entry.squeeze(-1) == tokens
+    log_pi = torch.where(known, log_p.gather(-1, entry).squeeze(-1), torch.nan)
     if not need_grad:
         return log_pi, log_pi.new_empty(0, h.shape[-1])
-    one_hot = torch.zeros_like(logits).scatter_(-1, tokens.unsqueeze(-1), 1.0)
-    return log_pi, _head_backward(one_hot - (logits - lse).exp(), logits, head)
+    # [v = token] - p. For a nearly certain token 1 - p keeps no digits, and the sum of the others' p does.
+    others = log_p.exp().scatter(-1, entry, 0.0)
+    weight = (-others).scatter(-1, entry, others.sum(-1, keepdim=True))
+    return log_pi, _head_backward(torch.where(known.unsqueeze(-1), weight, torch.nan), logits, head)
 
 
 def token_gradient(factors: TokenGradient, tables: Tables) -> Tensor:
@@ -247,9 +276,9 @@ def dto_step(
     Up to ``max_steps`` times, for every row that still moves: take its hard token at the parameters as they are; if it
     is not ``tokens`` any more, the gradient is stale and the row stops there; else make one step,
 
-        p = softmax((z + soft_noise) / tau)      dL/dz = p * (G - <p, G>) / tau      dL/dh = d(logits)/dh^T dL/dz
+        p = softmax((z + soft_noise) / tau)      dL/dz = p * (D - <p, D>) / tau      dL/dh = d(logits)/dh^T dL/dz
 
-    and Adam (betas 0.9 and 0.999, eps 1e-8). After the last step the token is taken once more. Rows of one group stop
+    with D = G - G(hard token), and Adam (betas 0.9 and 0.999, eps 1e-8). After the last step the token is taken once more. Rows of one group stop
     together, before the step that one of them cannot make.
 
     Args:
@@ -269,8 +298,8 @@ def dto_step(
         max_steps: most steps of this call.
 
     Returns:
-        (N,) int64, each row's hard token at its parameters as they are now; (N,) bool, whether it differs from
-        ``tokens``.
+        (N,) int64, each row's hard token at its parameters as they are now, -1 where it has none or its step is
+        negative; (N,) bool, whether it differs from ``tokens``.
     """
     rows, vocabulary = parameters.shape[0], tables.head.weight.shape[0]
     group = torch.arange(rows, device=parameters.device) if group is None else group
@@ -280,9 +309,10 @@ def dto_step(
             for r in row_chunks(rows, vocabulary)
         ]
     )
+    current = torch.where(step < 0, -1, current)
     for _ in range(max_steps):
         # A row moves if no token of its group has changed and it has steps left.
-        held = (current != tokens) | (step >= len(learning_rates))
+        held = (current != tokens) | (current < 0) | (step >= len(learning_rates))
         held_groups = torch.unique(group[held])
         moving = (~torch.isin(group, held_groups)).nonzero().squeeze(-1)
         if len(moving) == 0:
@@ -294,8 +324,10 @@ def dto_step(
                 token_gradient(gradient.rows(index), tables) if isinstance(gradient, TokenGradient) else gradient[index]
             )
             z = linear_logits(row, tables.head) if latents else row
-            dz = _straight_through_backward(z, dense, tau, None if soft_noise is None else soft_noise[index])
-            grad = _head_backward(dz, z, tables.head).to(row.dtype) if latents else dz
+            dtype = torch.promote_types(z.dtype, dense.dtype)
+            x = z if soft_noise is None else z + soft_noise[index]
+            dz = _softmax_backward(x.to(dtype), dense.to(dtype), tau)
+            grad = (_head_backward(dz, z, tables.head) if latents else dz).to(row.dtype)
             m, v = exp_avg[index], exp_avg_sq[index]
             step[index] += 1
             _adam(row, m, v, grad, step[index], learning_rates, weight_decay)
@@ -306,9 +338,9 @@ def dto_step(
 
 
 def hard_tokens(parameters: Tensor, head: Head, latents: bool, hard_noise: Tensor | None = None) -> Tensor:
-    """argmax of the rows' logits plus ``hard_noise``: (N,) int64."""
+    """argmax of the rows' logits plus ``hard_noise``: (N,) int64; -1 for a row without meaning."""
     z = linear_logits(parameters, head) if latents else parameters
-    return (z if hard_noise is None else z + hard_noise).argmax(-1)
+    return hard_token(z if hard_noise is None else z + hard_noise)
 
 
 def token_diff(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
@@ -334,17 +366,20 @@ def row_chunks(rows: int, vocabulary: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]
 
 
-def _straight_through_backward(z: Tensor, gradient: Tensor, tau: float, noise: Tensor | None) -> Tensor:
-    p = torch.softmax((z if noise is None else z + noise) / tau, dim=-1)
+def _softmax_backward(x: Tensor, gradient: Tensor, tau: float) -> Tensor:
+    """p * (D - <p, D>) / tau with p = softmax(x / tau) and D = G - G(argmax p)."""
+    p = torch.softmax(_relative(x, tau)[0], dim=-1)
+    origin = gradient.gather(-1, x.argmax(-1, keepdim=True)).nan_to_num(0.0, 0.0, 0.0)
     # 0 * inf would be NaN where a -inf logit meets an infinite gradient; such entries cannot move.
-    pg = torch.where(p > 0, p * gradient, 0.0)
-    return (pg - p * pg.sum(-1, keepdim=True)) / tau
+    weighted = torch.where(p > 0, p * (gradient - origin), 0.0)
+    return (weighted - p * weighted.sum(-1, keepdim=True)) / tau
 
 
 def _head_backward(dz: Tensor, z: Tensor, head: Head) -> Tensor:
     if head.softcap:
         dz = dz * (1 - (z / head.softcap) ** 2)
-    return head.scale * (dz @ upcast(head.weight).to(dz.dtype))
+    dtype = torch.promote_types(dz.dtype, head.weight.dtype)
+    return head.scale * (dz.to(dtype) @ head.weight.to(dtype))
 
 
 def _adam(

@@ -7,8 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nabla_fast.ops import checks
 from nabla_fast.ops.backends import implementation, resolve
-from nabla_fast.ops.library import HEAD, register, statistic_dtype
+from nabla_fast.ops.library import (
+    HEAD,
+    differentiable,
+    register,
+    second_refused,
+    statistic_dtype,
+    widened,
+)
 from nabla_fast.ops.operands import Head, RelaxedStats
 
 _STATS = "(Tensor max_prob, Tensor lse, Tensor entropy, Tensor token, Tensor mask)"
@@ -30,29 +38,68 @@ def _linear_stats_kernel(
     backend: str,
 ) -> Any:
     head = Head(weight, scale, softcap)
-    return tuple(implementation("linear_relaxed_stats", backend)(h, head, tau, entropy, confidence))
+    return tuple(implementation("linear_relaxed_stats", backend)(widened(h, weight), head, tau, entropy, confidence))
 
 
-def _stats_fake(x: Tensor, *_: Any) -> Any:
-    rows, dtype = x.shape[0], statistic_dtype(x)
+def _stats_check(z: Tensor, tau: float, entropy: float | None, confidence: float | None, backend: str) -> None:
+    checks.logits(z)
+    checks.temperature(tau)
+    checks.thresholds(entropy, confidence)
+
+
+def _linear_stats_check(
+    h: Tensor,
+    weight: Tensor,
+    scale: float,
+    softcap: float,
+    tau: float,
+    entropy: float | None,
+    confidence: float | None,
+    backend: str,
+) -> None:
+    checks.head(h, weight, scale, softcap)
+    checks.one_device(**{"h": h, "head.weight": weight})
+    checks.temperature(tau)
+    checks.thresholds(entropy, confidence)
+
+
+def _stats_fake(x: Tensor, *others: Any) -> Any:
+    weight = others[0] if isinstance(others[0], Tensor) else None
+    rows, dtype = x.shape[0], statistic_dtype(x, weight)
     floats = [x.new_empty(rows, dtype=dtype) for _ in range(3)]
     return (*floats, x.new_empty(rows, dtype=torch.long), x.new_empty(rows, dtype=torch.bool))
 
 
 def _straight_through_kernel(z: Tensor, first: Tensor, second: Tensor | None, tau: float, backend: str) -> Any:
     tables = [first] if second is None else [first, second]
-    embeddings, lse, token = implementation("straight_through_embedding", backend)(z, tables, tau)
+    embeddings, lse, token = implementation("straight_through_embedding", backend)(widened(z, *tables), tables, tau)
     return (*_pair(embeddings), lse, token)
 
 
+def _straight_through_check(z: Tensor, first: Tensor, second: Tensor | None, tau: float, backend: str) -> None:
+    checks.logits(z)
+    _check_tables(z.shape[1], first, second)
+    checks.one_device(z=z, table=first, second=second)
+    checks.temperature(tau)
+
+
 def _straight_through_fake(z: Tensor, first: Tensor, second: Tensor | None, tau: float, backend: str) -> Any:
-    rows, dtype = z.shape[0], statistic_dtype(z)
+    return _hard_embeddings(z, first, second, statistic_dtype(z, first, second))
+
+
+def _hard_embeddings(x: Tensor, first: Tensor, second: Tensor | None, dtype: torch.dtype) -> Any:
+    rows = x.shape[0]
     return (
-        z.new_empty(rows, first.shape[1], dtype=dtype),
-        z.new_empty((0,) if second is None else (rows, second.shape[1]), dtype=dtype),
-        z.new_empty(rows, dtype=dtype),
-        z.new_empty(rows, dtype=torch.long),
+        x.new_empty(rows, first.shape[1], dtype=dtype),
+        x.new_empty((0,) if second is None else (rows, second.shape[1]), dtype=dtype),
+        x.new_empty(rows, dtype=dtype),
+        x.new_empty(rows, dtype=torch.long),
     )
+
+
+def _check_tables(vocabulary: int, first: Tensor, second: Tensor | None) -> None:
+    checks.table(first, vocabulary, "table")
+    checks.table(second, vocabulary, "second")
 
 
 def _linear_straight_through_kernel(
@@ -67,27 +114,83 @@ def _linear_straight_through_kernel(
 ) -> Any:
     tables = [first] if second is None else [first, second]
     kernel = implementation("linear_straight_through_embedding", backend)
-    embeddings, lse, token = kernel(h, Head(weight, scale, softcap), tables, tau)
+    embeddings, lse, token = kernel(widened(h, weight, *tables), Head(weight, scale, softcap), tables, tau)
     return (*_pair(embeddings), lse, token)
 
 
+def _linear_straight_through_check(
+    h: Tensor,
+    weight: Tensor,
+    scale: float,
+    softcap: float,
+    first: Tensor,
+    second: Tensor | None,
+    tau: float,
+    backend: str,
+) -> None:
+    checks.head(h, weight, scale, softcap)
+    _check_tables(weight.shape[0], first, second)
+    checks.one_device(**{"h": h, "head.weight": weight, "table": first, "second": second})
+    checks.temperature(tau)
+
+
+def _linear_straight_through_fake(
+    h: Tensor,
+    weight: Tensor,
+    scale: float,
+    softcap: float,
+    first: Tensor,
+    second: Tensor | None,
+    tau: float,
+    backend: str,
+) -> Any:
+    return _hard_embeddings(h, first, second, statistic_dtype(h, weight, first, second))
+
+
 def _pair(embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
-    return embeddings[0], embeddings[1] if len(embeddings) > 1 else embeddings[0].new_empty(0)
+    first, *rest = (x.contiguous() for x in embeddings)
+    return first, rest[0] if rest else first.new_empty(0)
 
 
 def _soft_kernel(z: Tensor, table: Tensor, tau: float, backend: str) -> Any:
-    return tuple(implementation("soft_embedding", backend)(z, table, tau))
+    mixture, lse = implementation("soft_embedding", backend)(widened(z, table), table, tau)
+    return mixture.contiguous(), lse
+
+
+def _soft_check(z: Tensor, table: Tensor, tau: float, backend: str) -> None:
+    checks.logits(z)
+    checks.table(table, z.shape[1], "table")
+    checks.one_device(z=z, table=table)
+    checks.temperature(tau)
 
 
 def _soft_fake(z: Tensor, table: Tensor, tau: float, backend: str) -> Any:
-    rows, dtype = z.shape[0], statistic_dtype(z)
+    rows, dtype = z.shape[0], statistic_dtype(z, table)
     return z.new_empty(rows, table.shape[1], dtype=dtype), z.new_empty(rows, dtype=dtype)
 
 
 def _linear_soft_kernel(
     h: Tensor, weight: Tensor, scale: float, softcap: float, table: Tensor, tau: float, backend: str
 ) -> Any:
-    return tuple(implementation("linear_soft_embedding", backend)(h, Head(weight, scale, softcap), table, tau))
+    head = Head(weight, scale, softcap)
+    mixture, lse = implementation("linear_soft_embedding", backend)(widened(h, weight, table), head, table, tau)
+    return mixture.contiguous(), lse
+
+
+def _linear_soft_check(
+    h: Tensor, weight: Tensor, scale: float, softcap: float, table: Tensor, tau: float, backend: str
+) -> None:
+    checks.head(h, weight, scale, softcap)
+    checks.table(table, weight.shape[0], "table")
+    checks.one_device(**{"h": h, "head.weight": weight, "table": table})
+    checks.temperature(tau)
+
+
+def _linear_soft_fake(
+    h: Tensor, weight: Tensor, scale: float, softcap: float, table: Tensor, tau: float, backend: str
+) -> Any:
+    rows, dtype = h.shape[0], statistic_dtype(h, weight, table)
+    return h.new_empty(rows, table.shape[1], dtype=dtype), h.new_empty(rows, dtype=dtype)
 
 
 def _backward_kernel(
@@ -101,7 +204,23 @@ def _backward_kernel(
     backend: str,
 ) -> Any:
     vectors, tables = _pairs(first_grad, first, second_grad, second)
-    return implementation("relaxed_backward", backend)(z, lse, vectors, tables, tau)
+    z = widened(z, lse, *vectors, *tables)
+    return implementation("relaxed_backward", backend)(z, lse, vectors, tables, tau).contiguous()
+
+
+def _backward_check(
+    z: Tensor,
+    lse: Tensor,
+    first_grad: Tensor,
+    first: Tensor,
+    second_grad: Tensor | None,
+    second: Tensor | None,
+    tau: float,
+    backend: str,
+) -> None:
+    checks.logits(z)
+    _check_gradients(z, z.shape[1], lse, first_grad, first, second_grad, second)
+    checks.temperature(tau)
 
 
 def _linear_backward_kernel(
@@ -120,7 +239,49 @@ def _linear_backward_kernel(
 ) -> Any:
     vectors, tables = _pairs(first_grad, first, second_grad, second)
     kernel = implementation("linear_relaxed_backward", backend)
-    return kernel(h, Head(weight, scale, softcap), lse, vectors, tables, tau, mean)
+    h = widened(h, weight, lse, mean, *vectors, *tables)
+    return kernel(h, Head(weight, scale, softcap), lse, vectors, tables, tau, mean).contiguous()
+
+
+def _linear_backward_check(
+    h: Tensor,
+    weight: Tensor,
+    scale: float,
+    softcap: float,
+    lse: Tensor,
+    first_grad: Tensor,
+    first: Tensor,
+    second_grad: Tensor | None,
+    second: Tensor | None,
+    mean: Tensor | None,
+    tau: float,
+    backend: str,
+) -> None:
+    checks.head(h, weight, scale, softcap)
+    _check_gradients(h, weight.shape[0], lse, first_grad, first, second_grad, second)
+    checks.floats(mean=mean)
+    checks.shape(mean, (h.shape[0],), "mean")
+    checks.one_device(**{"h": h, "head.weight": weight, "mean": mean})
+    checks.temperature(tau)
+
+
+def _check_gradients(
+    x: Tensor,
+    vocabulary: int,
+    lse: Tensor,
+    first_grad: Tensor,
+    first: Tensor,
+    second_grad: Tensor | None,
+    second: Tensor | None,
+) -> None:
+    if (second is None) is not (second_grad is None):
+        raise ValueError("second and second_grad must be given together, or neither")
+    _check_tables(vocabulary, first, second)
+    checks.floats(lse=lse)
+    checks.shape(lse, (x.shape[0],), "lse")
+    checks.rows(first_grad, x.shape[0], first.shape[1], "first_grad")
+    checks.rows(second_grad, x.shape[0], 0 if second is None else second.shape[1], "second_grad")
+    checks.one_device(x=x, lse=lse, first_grad=first_grad, table=first, second_grad=second_grad, second=second)
 
 
 def _pairs(
@@ -131,8 +292,9 @@ def _pairs(
     return [first_grad, second_grad], [first, second]
 
 
-def _like_input_fake(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape, dtype=statistic_dtype(x))
+def _like_input_fake(x: Tensor, *others: Any) -> Tensor:
+    tensors = (other for other in others if isinstance(other, Tensor))
+    return x.new_empty(x.shape, dtype=statistic_dtype(x, *tensors))
 
 
 _relaxed_backward = register(
@@ -140,17 +302,22 @@ _relaxed_backward = register(
     "float tau, str backend) -> Tensor",
     _backward_kernel,
     _like_input_fake,
+    check=_backward_check,
+    backward=second_refused("the softmax relaxation"),
 )
 _linear_relaxed_backward = register(
     f"linear_relaxed_backward(Tensor h, {HEAD}, Tensor lse, Tensor first_grad, Tensor first, Tensor? second_grad, "
     "Tensor? second, Tensor? mean, float tau, str backend) -> Tensor",
     _linear_backward_kernel,
     _like_input_fake,
+    check=_linear_backward_check,
+    backward=second_refused("the softmax relaxation"),
 )
 
 
 def _straight_through_setup(ctx: Any, inputs: Any, output: Any) -> None:
     z, first, second, ctx.tau, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(z, output[2], first, second)
 
 
@@ -163,6 +330,7 @@ def _straight_through_backward(ctx: Any, first_grad: Tensor, second_grad: Tensor
 
 def _linear_straight_through_setup(ctx: Any, inputs: Any, output: Any) -> None:
     h, weight, ctx.scale, ctx.softcap, first, second, ctx.tau, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(h, weight, output[2], first, second)
 
 
@@ -176,6 +344,7 @@ def _linear_straight_through_backward(ctx: Any, first_grad: Tensor, second_grad:
 
 def _soft_setup(ctx: Any, inputs: Any, output: Any) -> None:
     z, table, ctx.tau, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(z, output[1], table)
 
 
@@ -187,31 +356,36 @@ def _soft_backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
 
 def _linear_soft_setup(ctx: Any, inputs: Any, output: Any) -> None:
     h, weight, ctx.scale, ctx.softcap, table, ctx.tau, ctx.backend = inputs
-    ctx.save_for_backward(h, weight, *output, table)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(h, weight, output[1], table)
 
 
 def _linear_soft_backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-    h, weight, mixture, lse, table = ctx.saved_tensors
+    h, weight, lse, table = ctx.saved_tensors
     head = (weight, ctx.scale, ctx.softcap)
-    # <p, G> = <p, table grad> = <p table, grad>, and the mixture p table is known.
-    mean = (mixture * grad).sum(-1)
-    dh = _linear_relaxed_backward(h, *head, lse, grad, table, None, None, mean, ctx.tau, ctx.backend)
+    # <p, G> is <mixture, grad>, but as a sum rounded at the size of G it would cost a nearly certain token its digits.
+    dh = _linear_relaxed_backward(h, *head, lse, grad, table, None, None, None, ctx.tau, ctx.backend)
     return dh.to(h.dtype), None, None, None, None, None, None
 
 
 _relaxed_stats = register(
-    f"relaxed_stats(Tensor z, float tau, {_THRESHOLDS}, str backend) -> {_STATS}", _stats_kernel, _stats_fake
+    f"relaxed_stats(Tensor z, float tau, {_THRESHOLDS}, str backend) -> {_STATS}",
+    _stats_kernel,
+    _stats_fake,
+    check=_stats_check,
 )
 _linear_relaxed_stats = register(
     f"linear_relaxed_stats(Tensor h, {HEAD}, float tau, {_THRESHOLDS}, str backend) -> {_STATS}",
     _linear_stats_kernel,
     _stats_fake,
+    check=_linear_stats_check,
 )
 _straight_through = register(
     "straight_through_embedding(Tensor z, Tensor first, Tensor? second, float tau, str backend) "
     "-> (Tensor first_embedding, Tensor second_embedding, Tensor lse, Tensor token)",
     _straight_through_kernel,
     _straight_through_fake,
+    check=_straight_through_check,
     backward=_straight_through_backward,
     setup_context=_straight_through_setup,
 )
@@ -219,7 +393,8 @@ _linear_straight_through = register(
     f"linear_straight_through_embedding(Tensor h, {HEAD}, Tensor first, Tensor? second, float tau, str backend) "
     "-> (Tensor first_embedding, Tensor second_embedding, Tensor lse, Tensor token)",
     _linear_straight_through_kernel,
-    lambda h, weight, scale, softcap, *rest: _straight_through_fake(h, *rest),
+    _linear_straight_through_fake,
+    check=_linear_straight_through_check,
     backward=_linear_straight_through_backward,
     setup_context=_linear_straight_through_setup,
 )
@@ -227,13 +402,15 @@ _soft = register(
     "soft_embedding(Tensor z, Tensor table, float tau, str backend) -> (Tensor embedding, Tensor lse)",
     _soft_kernel,
     _soft_fake,
+    check=_soft_check,
     backward=_soft_backward,
     setup_context=_soft_setup,
 )
 _linear_soft = register(
     f"linear_soft_embedding(Tensor h, {HEAD}, Tensor table, float tau, str backend) -> (Tensor embedding, Tensor lse)",
     _linear_soft_kernel,
-    lambda h, weight, scale, softcap, *rest: _soft_fake(h, *rest),
+    _linear_soft_fake,
+    check=_linear_soft_check,
     backward=_linear_soft_backward,
     setup_context=_linear_soft_setup,
 )
@@ -257,7 +434,7 @@ def relaxed_stats(
 
     Source: selection criteria of ∇-Reasoner (Alg. 3).
     """
-    chosen = resolve("relaxed_stats", backend, z.device.type, z.dtype)
+    chosen = resolve("relaxed_stats", backend, z.device, statistic_dtype(z))
     return RelaxedStats(*_relaxed_stats(z.detach(), tau, entropy_threshold, confidence_threshold, chosen))
 
 
@@ -270,7 +447,7 @@ def linear_relaxed_stats(
     backend: str = "auto",
 ) -> RelaxedStats:
     """`relaxed_stats` of the logits of hidden states h (N, d), without an (N, V) tensor."""
-    chosen = resolve("linear_relaxed_stats", backend, h.device.type, h.dtype)
+    chosen = resolve("linear_relaxed_stats", backend, h.device, statistic_dtype(h, head.weight))
     thresholds = (entropy_threshold, confidence_threshold)
     return RelaxedStats(*_linear_relaxed_stats(h.detach(), *head, tau, *thresholds, chosen))
 
@@ -292,7 +469,8 @@ def straight_through_embedding(
 
     Source: Alg. 2 of ∇-Reasoner.
     """
-    chosen = resolve("straight_through_embedding", backend, z.device.type, z.dtype)
+    differentiable("straight_through_embedding", z, table, second)
+    chosen = resolve("straight_through_embedding", backend, z.device, statistic_dtype(z, table, second))
     embedding, other, _, token = _straight_through(z, table, second, tau, chosen)
     return embedding, None if second is None else other, token
 
@@ -301,7 +479,9 @@ def linear_straight_through_embedding(
     h: Tensor, head: Head, table: Tensor, second: Tensor | None = None, *, tau: float = 1.0, backend: str = "auto"
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """`straight_through_embedding` of the logits of hidden states h (N, d); the gradient reaches h by identity (b)."""
-    chosen = resolve("linear_straight_through_embedding", backend, h.device.type, h.dtype)
+    differentiable("linear_straight_through_embedding", h, head.weight, table, second)
+    dtype = statistic_dtype(h, head.weight, table, second)
+    chosen = resolve("linear_straight_through_embedding", backend, h.device, dtype)
     embedding, other, _, token = _linear_straight_through(h, *head, table, second, tau, chosen)
     return embedding, None if second is None else other, token
 
@@ -315,13 +495,15 @@ def soft_embedding(z: Tensor, table: Tensor, *, tau: float = 1.0, backend: str =
         tau: relaxation temperature.
         backend: "auto" or a back end's name.
     """
-    chosen = resolve("soft_embedding", backend, z.device.type, z.dtype)
+    differentiable("soft_embedding", z, table)
+    chosen = resolve("soft_embedding", backend, z.device, statistic_dtype(z, table))
     embedding: Tensor = _soft(z, table, tau, chosen)[0]
     return embedding
 
 
 def linear_soft_embedding(h: Tensor, head: Head, table: Tensor, *, tau: float = 1.0, backend: str = "auto") -> Tensor:
     """`soft_embedding` of the logits of hidden states h (N, d): attention over the vocabulary."""
-    chosen = resolve("linear_soft_embedding", backend, h.device.type, h.dtype)
+    differentiable("linear_soft_embedding", h, head.weight, table)
+    chosen = resolve("linear_soft_embedding", backend, h.device, statistic_dtype(h, head.weight, table))
     embedding: Tensor = _linear_soft(h, *head, table, tau, chosen)[0]
     return embedding
