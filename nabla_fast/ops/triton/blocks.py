@@ -77,6 +77,11 @@ def write_terms(out: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tensor]
     return out if add else out.zero_()
 
 
+def at_argmax(gradient: Tensor, z: Tensor) -> Tensor:
+    """G (R, V) at the largest logit of each row of z: (R,) float32; 0 where it is not finite."""
+    return gradient.gather(1, z.argmax(1, keepdim=True)).squeeze(1).nan_to_num(0.0, 0.0, 0.0)
+
+
 def write_gradient(out: Tensor, factors: TokenGradient, tables: Tables) -> Tensor:
     """G (R, V) of `TokenGradient` factors, up to a constant per row."""
     if tables.nll_coeff:

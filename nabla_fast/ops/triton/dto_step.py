@@ -3,9 +3,10 @@
 A row that may not move is marked on the device, and the launches that follow find the mark and do nothing. Per step:
 
     few rows of latents   one pass over W (read once, from registers used twice), a merge of its parts, Adam
-    rows of latents       by blocks of rows: logits, statistics with <p, G>, weights, their product with W; then Adam
-    rows of logits        statistics with <p, G>, then dL/dz and Adam in one launch
+    rows of latents       by blocks of rows: logits, statistics with <p, D>, weights, their product with W; then Adam
+    rows of logits        statistics with <p, D>, then dL/dz and Adam in one launch
 
+with D = G - G(expected token): relative to it the gradient of a nearly certain token keeps its digits.
 Products of the matrix library know no marks, so blocks of latents ask before the second half of a step whether any of
 their rows still moves, and wait for the answer, as rows of logits do whose G is not kept; nothing else waits for the
 GPU. Work of a step for many rows of latents, in units of 2 N V d: 4 with a bfloat16 head, 2 with a float32 one, and
@@ -27,7 +28,7 @@ from nabla_fast.ops.triton.dto_update import Rows
 from nabla_fast.ops.triton.launch import check
 from nabla_fast.ops.triton.one_row import OneRowPass, fits
 from nabla_fast.ops.triton.rows import row_state
-from nabla_fast.ops.triton.sources import from_factors
+from nabla_fast.ops.triton.sources import at_tokens, from_factors
 from nabla_fast.ops.triton.weights import weight_dtypes, write_weights
 
 # Entries of G that are kept from step to step: 1 GiB.
@@ -65,7 +66,8 @@ def dto_step(
     max_steps: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """`reference.dto_step` on float32 parameters; a row without a hard token has token -1 and stops."""
-    check(parameters, exp_avg, exp_avg_sq, tables.head.weight)
+    factors = [gradient] if isinstance(gradient, Tensor) else [*gradient, tables.embedding, tables.reward_embedding]
+    check(parameters, exp_avg, exp_avg_sq, *factors, *([tables.head.weight] if latents else []))
     if parameters.dtype != torch.float32:
         raise ValueError(f"parameters must be float32 for backend 'triton', got {parameters.dtype}")
     if not len(parameters):
@@ -108,6 +110,7 @@ def _latents_blocks(problem: _Problem) -> tuple[Step, Step]:
     scratch = Scratch(len(parameters), head.weight.shape[0], parameters.device)
     dense = _dense(problem, scratch)
     dtypes = weight_dtypes(parameters.dtype, head.weight.dtype)
+    origin = _origin(problem)
     sums = torch.empty(1, *parameters.shape, dtype=torch.float32, device=parameters.device)
 
     def move(made: int) -> bool:
@@ -115,7 +118,8 @@ def _latents_blocks(problem: _Problem) -> tuple[Step, Step]:
         for block, z in logits_in_blocks(parameters, head, scratch):
             g, soft, held = dense(block), _rows(problem.soft, block), rows.held[block]
             state = row_state(
-                z, problem.inv_tau, soft=soft, hard=_rows(problem.hard, block), gradient=g, held=held
+                z, problem.inv_tau, soft=soft, hard=_rows(problem.hard, block), gradient=g, origin=origin[block],
+                held=held,
             )  # fmt: skip
             rows.decide(state, made, block)
             if not rows.moving(block):
@@ -123,7 +127,7 @@ def _latents_blocks(problem: _Problem) -> tuple[Step, Step]:
             moving = True
             weights = write_weights(
                 scratch.weights(len(z), dtypes), z, problem.inv_tau, "relaxed", rows.top[block], rows.inverse[block],
-                gradient=g, q=rows.q[block], soft=soft, held=held, softcap=head.softcap,
+                gradient=g, origin=origin[block], q=rows.q[block], soft=soft, held=held, softcap=head.softcap,
             )  # fmt: skip
             times_rows(weights, head.weight, sums[0, block])
         if moving:
@@ -144,6 +148,7 @@ def _logits_rows(problem: _Problem) -> tuple[Step, Step]:
     z = rows.parameters
     count, vocabulary = z.shape
     dense = _dense(problem, Scratch(count, vocabulary, z.device))
+    origin = _origin(problem)
     blocks = list(row_blocks(count, vocabulary))
     costly = not _kept(problem)
 
@@ -151,7 +156,7 @@ def _logits_rows(problem: _Problem) -> tuple[Step, Step]:
         for block in blocks:
             state = row_state(
                 z[block], inv_tau, soft=_rows(problem.soft, block), hard=_rows(problem.hard, block),
-                gradient=dense(block) if with_gradient else None, held=rows.held[block],
+                gradient=dense(block) if with_gradient else None, origin=origin[block], held=rows.held[block],
             )  # fmt: skip
             rows.decide(state, made, block)
         return True
@@ -161,10 +166,16 @@ def _logits_rows(problem: _Problem) -> tuple[Step, Step]:
         if costly and not rows.moving(slice(None)):
             return False
         for block in blocks:
-            rows.update_logits(made, block, dense(block), _rows(problem.soft, block))
+            rows.update_logits(made, block, dense(block), origin, _rows(problem.soft, block))
         return True
 
     return move, look
+
+
+def _origin(problem: _Problem) -> Tensor:
+    """G at the expected tokens (N,): rows that move have them, and all of G is taken relative to it."""
+    gradient = from_factors(problem.gradient, problem.tables)
+    return at_tokens(gradient, problem.tables.head, problem.rows.expected)
 
 
 def _rows(x: Tensor | None, block: slice) -> Tensor | None:

@@ -37,9 +37,9 @@ def _decide_kernel(
     # A row that was held before has no new state.
     inside = inside & (tl.load(HELD + row, mask=inside, other=1) == 0)
     top, total, _, q, token = merge(STATE, TOKENS, row, rows, splits, inv_tau, SPLITS)
-    token = token.to(tl.int64)
     expected = tl.load(EXPECTED + row, mask=inside, other=0)
     step = tl.load(STEP + row, mask=inside, other=0) + made
+    token = tl.where(step < 0, -1, token.to(tl.int64))  # there is no such learning rate
     held = (token != expected) | (token < 0) | (step >= limit)
     tl.store(CURRENT + row, token, mask=inside)
     tl.store(HELD + row, held.to(tl.int32), mask=inside)
@@ -139,6 +139,7 @@ def _logits_update_kernel(
     G,
     G_n,
     G_v,
+    ORIGIN,
     SOFT,
     SOFT_n,
     SOFT_v,
@@ -180,7 +181,7 @@ def _logits_update_kernel(
     if SOFT is not None:
         x += tl.load(SOFT + local * SOFT_n + column * SOFT_v, mask=inside, other=0.0).to(tl.float32)
     p = tl.exp((x - tl.load(TOP + row)) * inv_tau) * tl.load(INVERSE + row)
-    g = tl.load(G + local * G_n + column * G_v, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(G + local * G_n + column * G_v, mask=inside, other=0.0).to(tl.float32) - tl.load(ORIGIN + row)
     grad = tl.where(p == 0, 0.0, p * (g - tl.load(Q + row)) * inv_tau)
     step = tl.load(STEP + row) + made
     _adam(
@@ -197,7 +198,7 @@ class Rows:
     Attributes:
         current: (N,) int64 hard token at the last check.
         held: (N,) int32, 1 for a row that makes no further step in this call.
-        top, inverse, q: (N,) of the last check, for rows not held: p = exp((x - top) / tau) * inverse; <p, G>.
+        top, inverse, q: (N,) of the last check, for rows not held: p = exp((x - top) / tau) * inverse; <p, D>.
     """
 
     def __init__(
@@ -227,7 +228,9 @@ class Rows:
         self.first = last = None
         if group is not None:
             group = group.contiguous()
-            self.first, last = torch.searchsorted(group, group), torch.searchsorted(group, group, right=True)
+            # Of groups out of order the bounds mean nothing, but stay within the rows.
+            self.first = torch.searchsorted(group, group).clamp(max=rows - 1)
+            last = torch.searchsorted(group, group, right=True)
         self._common = {
             "P": parameters, **strides("P", parameters, "nd"), "M": exp_avg, **strides("M", exp_avg, "nd"),
             "S": exp_avg_sq, **strides("S", exp_avg_sq, "nd"), "HELD": self.held, "FIRST": self.first, "LAST": last,
@@ -265,11 +268,11 @@ class Rows:
             D=depth, parts=sums.shape[0], made=made, factor=float(factor), BD=block, num_warps=4,
         )  # fmt: skip
 
-    def update_logits(self, made: int, block: slice, dense: Tensor, soft: Tensor | None) -> None:
-        """Adam on the logits of a block of rows, from its G and noise."""
+    def update_logits(self, made: int, block: slice, dense: Tensor, origin: Tensor, soft: Tensor | None) -> None:
+        """Adam on the logits of a block of rows, from its G and noise, and what G of every row is relative to."""
         vocabulary, size = self.parameters.shape[1], 1024
         run(
             _logits_update_kernel, (len(dense), triton.cdiv(vocabulary, size)), self.held.device,
-            G=dense, **strides("G", dense, "nv"), SOFT=soft, **strides("SOFT", soft, "nv"), **self._common,
+            G=dense, **strides("G", dense, "nv"), ORIGIN=origin, SOFT=soft, **strides("SOFT", soft, "nv"), **self._common,
             V=vocabulary, begin=block.start, made=made, BV=size, num_warps=4,
         )  # fmt: skip

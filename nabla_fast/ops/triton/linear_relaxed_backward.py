@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nabla_fast.ops.operands import Head
 from nabla_fast.ops.products import times_rows
-from nabla_fast.ops.triton.blocks import Scratch, logits_in_blocks, rounded, write_terms
+from nabla_fast.ops.triton.blocks import Scratch, at_argmax, logits_in_blocks, rounded, write_terms
 from nabla_fast.ops.triton.combine import combine
 from nabla_fast.ops.triton.launch import check
 from nabla_fast.ops.triton.rows import row_state
@@ -36,11 +36,12 @@ def linear_relaxed_backward(
     vectors = rounded(vectors, tables, h.dtype)
     for rows, z in logits_in_blocks(h, head, scratch):
         gradient = write_terms(scratch.take("gradient", len(z)), [vector[rows] for vector in vectors], tables)
-        row = combine(row_state(z, 1.0 / tau, gradient=gradient), 1.0 / tau)
+        origin = at_argmax(gradient, z)
+        row = combine(row_state(z, 1.0 / tau, gradient=gradient, origin=origin), 1.0 / tau)
         weights = scratch.weights(len(z), weight_dtypes(h.dtype, head.weight.dtype))
         write_weights(
-            weights, z, 1.0 / tau, "relaxed", row.top, row.stats.max_prob, gradient=gradient, q=row.q,
-            softcap=head.softcap,
+            weights, z, 1.0 / tau, "relaxed", row.top, row.stats.max_prob, gradient=gradient,
+            origin=origin, q=row.q, softcap=head.softcap,
         )  # fmt: skip
         times_rows(weights, head.weight, out[rows], alpha=head.scale)
     return out

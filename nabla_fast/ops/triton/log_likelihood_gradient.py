@@ -1,6 +1,7 @@
 """`log_likelihood_gradient`: log pi of the tokens and its gradient with respect to hidden states, by blocks of rows.
 
-Work: 2 N V d operations for the logits, as much for the gradient; twice the latter if h is float32 and W bfloat16.
+Work: 2 N V d operations for the logits, as much for the gradient; twice the latter if h is float32 and W bfloat16. With
+the gradient the logits are read once more, without the target: 1 - p is the sum of the other entries' p.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor
 from nabla_fast.ops.operands import Head
 from nabla_fast.ops.products import times_rows
 from nabla_fast.ops.triton.blocks import Scratch, logits_in_blocks
-from nabla_fast.ops.triton.combine import combine
+from nabla_fast.ops.triton.combine import Row, combine
 from nabla_fast.ops.triton.launch import check
 from nabla_fast.ops.triton.rows import row_state
 from nabla_fast.ops.triton.weights import weight_dtypes, write_weights
@@ -30,10 +31,22 @@ def log_likelihood_gradient(h: Tensor, head: Head, tokens: Tensor, need_grad: bo
         value = z.gather(1, entry.unsqueeze(1)).squeeze(1) - row.top + row.stats.max_prob.log()
         log_pi[rows] = torch.where(entry == wanted, value, torch.nan)
         if need_grad:
+            others = torch.where(entry == wanted, _others(z, entry.unsqueeze(1), row), torch.nan)
             weights = scratch.weights(len(z), weight_dtypes(h.dtype, head.weight.dtype))
             write_weights(
-                weights, z, 1.0, "likelihood", row.top, row.stats.max_prob, target=wanted.contiguous(),
+                weights, z, 1.0, "likelihood", row.top, row.stats.max_prob, target=entry, q=others,
                 softcap=head.softcap,
             )  # fmt: skip
             times_rows(weights, head.weight, gradient[rows], alpha=head.scale)
     return log_pi, gradient
+
+
+def _others(z: Tensor, entry: Tensor, row: Row) -> Tensor:
+    """1 - p of the entries (R, 1) of logits z (R, V), which are put back: (R,)."""
+    value = z.gather(1, entry)
+    z.scatter_(1, entry, -torch.inf)
+    rest = combine(row_state(z, 1.0), 1.0)
+    z.scatter_(1, entry, value)
+    # A vocabulary of one entry has no others.
+    total = torch.where(rest.top == -torch.inf, 0.0, (rest.top - row.top).exp() / rest.stats.max_prob)
+    return total * row.stats.max_prob

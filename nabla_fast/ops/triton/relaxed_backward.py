@@ -1,6 +1,6 @@
-"""`relaxed_backward`: dL/dz of the relaxation, by blocks of rows: G, statistics with <p, G>, dL/dz.
+"""`relaxed_backward`: dL/dz of the relaxation, by blocks of rows: G, its value at the likeliest token, statistics with <p, D>, dL/dz.
 
-Traffic besides the products': z read twice, G written once and read twice, dz written once.
+Traffic besides the products': z read three times, G written once and read twice, dz written once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.triton.blocks import Scratch, rounded, row_blocks, write_terms
+from nabla_fast.ops.triton.blocks import Scratch, at_argmax, rounded, row_blocks, write_terms
 from nabla_fast.ops.triton.combine import combine
 from nabla_fast.ops.triton.launch import check
 from nabla_fast.ops.triton.rows import row_state
@@ -29,9 +29,11 @@ def relaxed_backward(
     for rows in row_blocks(count, vocabulary):
         part = z[rows]
         gradient = write_terms(scratch.take("gradient", len(part)), [vector[rows] for vector in vectors], tables)
-        # <p, G> comes with the same pass that finds the maximum again, more exactly than lse has it at small tau.
-        row = combine(row_state(part, 1.0 / tau, gradient=gradient), 1.0 / tau)
+        # <p, D> comes with the same pass that finds the maximum again, more exactly than lse has it at small tau.
+        origin = at_argmax(gradient, part)
+        row = combine(row_state(part, 1.0 / tau, gradient=gradient, origin=origin), 1.0 / tau)
         write_weights(
-            (dz[rows],), part, 1.0 / tau, "relaxed", row.top, row.stats.max_prob, gradient=gradient, q=row.q
+            (dz[rows],), part, 1.0 / tau, "relaxed", row.top, row.stats.max_prob, gradient=gradient, origin=origin,
+            q=row.q,
         )  # fmt: skip
     return dz

@@ -46,6 +46,7 @@ def _tile(
     G,
     G_n,
     G_v,
+    origin,
     row,
     first,
     within,
@@ -78,7 +79,7 @@ def _tile(
         # Where e is 0 the difference may be -inf; any other number does as well there.
         t += 0.6931471805599453 * tl.sum(e * tl.maximum(difference, -1e4), axis=0)
     if G is not None:
-        gradient = _load(G, row * G_n, columns, G_v, V, 0.0, MASKED)
+        gradient = _load(G, row * G_n, columns, G_v, V, 0.0, MASKED) - origin
         q += tl.sum(tl.where(e > 0, e * gradient, 0.0), axis=0)
     high = top
     if HARD is not None:
@@ -103,6 +104,7 @@ def _row_state_kernel(
     G,
     G_n,
     G_v,
+    ORIGIN,
     HELD,
     STATE,
     TOKENS,
@@ -126,17 +128,20 @@ def _row_state_kernel(
     q = tl.zeros([LANES], tl.float32)
     y_max = tl.full([LANES], float("-inf"), tl.float32)
     won = tl.zeros([LANES], tl.int32)
+    origin = 0.0
+    if G is not None:
+        origin = tl.load(ORIGIN + row)
     start = split * size
     end = tl.minimum(start + size, V)
     whole = start + (end - start) // (TILE * LANES) * (TILE * LANES)
     for first in range(start, whole, TILE * LANES):
         m, s, t, q, y_max, won = _tile(
-            Z, Z_n, Z_v, SOFT, SOFT_n, SOFT_v, HARD, HARD_n, HARD_v, G, G_n, G_v, row, first, within, V, inv_tau,
+            Z, Z_n, Z_v, SOFT, SOFT_n, SOFT_v, HARD, HARD_n, HARD_v, G, G_n, G_v, origin, row, first, within, V, inv_tau,
             m, s, t, q, y_max, won, ENTROPY, False,
         )  # fmt: skip
     if whole < end:
         m, s, t, q, y_max, won = _tile(
-            Z, Z_n, Z_v, SOFT, SOFT_n, SOFT_v, HARD, HARD_n, HARD_v, G, G_n, G_v, row, whole, within, V, inv_tau,
+            Z, Z_n, Z_v, SOFT, SOFT_n, SOFT_v, HARD, HARD_n, HARD_v, G, G_n, G_v, origin, row, whole, within, V, inv_tau,
             m, s, t, q, y_max, won, ENTROPY, True,
         )  # fmt: skip
 
@@ -164,12 +169,14 @@ def row_state(
     soft: Tensor | None = None,
     hard: Tensor | None = None,
     gradient: Tensor | None = None,
+    origin: Tensor | None = None,
     held: Tensor | None = None,
     state: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Partial states of ``softmax((z + soft) / tau)``, hard tokens of z + hard, sums with a dense gradient.
 
-    Rows with ``held`` set keep what ``state`` has. One program per row where rows are many, else several per row.
+    The gradient is taken relative to ``origin`` (N,), its value at the row's likeliest token: only differences matter,
+    and G - <p, G> would cancel where that token is nearly certain. Rows with ``held`` set keep what ``state`` has. One program per row where rows are many, else several per row.
     """
     rows, vocabulary = z.shape
     # 16 bytes per thread and row of the tile, so that a lane's values stay within one thread.
@@ -182,7 +189,7 @@ def row_state(
         run(
             _row_state_kernel, (rows, splits), z.device,
             Z=z, **strides("Z", z, "nv"), SOFT=soft, **strides("SOFT", soft, "nv"),
-            HARD=hard, **strides("HARD", hard, "nv"), G=gradient, **strides("G", gradient, "nv"),
+            HARD=hard, **strides("HARD", hard, "nv"), G=gradient, **strides("G", gradient, "nv"), ORIGIN=origin,
             HELD=held, STATE=state[0], TOKENS=state[1], rows=rows, V=vocabulary, size=size, inv_tau=inv_tau,
             ENTROPY=entropy, TILE=tile, LANES=lanes, num_warps=4,
         )  # fmt: skip

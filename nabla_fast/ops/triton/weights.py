@@ -3,9 +3,9 @@
 
     SOFTMAX      p                                        (embedding mixture)
     LIKELIHOOD   ([v = target] - p) * slope               (gradient of log pi)
-    RELAXED      p (G - <p, G>) / tau * slope             (straight-through gradient)
+    RELAXED      p (D - <p, D>) / tau * slope             (straight-through gradient), D = G - G(likeliest token)
 
-slope is the softcap's, 1 without one. The weights come in float32, or in half precision for a product with a table: as
+For a nearly certain target 1 - p keeps no digits, so it is given as the sum of the other entries' p. slope is the softcap's, 1 without one. The weights come in float32, or in half precision for a product with a table: as
 one tensor where what they are made from was in half precision too, else as two whose sum keeps 16 bits.
 """
 
@@ -29,6 +29,7 @@ def _weights_kernel(
     G,
     G_n,
     G_v,
+    ORIGIN,
     SOFT,
     SOFT_n,
     SOFT_v,
@@ -60,9 +61,9 @@ def _weights_kernel(
         x = z + load_row(SOFT, row * SOFT_n, columns, SOFT_v, inside, 0.0)
     weight = tl.exp((x - tl.load(TOP + row)) * inv_tau) * tl.load(INVERSE + row)
     if KIND == "likelihood":
-        weight = tl.where(columns == tl.load(TARGET + row), 1.0, 0.0) - weight
+        weight = tl.where(columns == tl.load(TARGET + row), tl.load(Q + row), -weight)
     if KIND == "relaxed":
-        g = load_row(G, row * G_n, columns, G_v, inside, 0.0)
+        g = load_row(G, row * G_n, columns, G_v, inside, 0.0) - tl.load(ORIGIN + row)
         # Where p is 0 an infinite G moves nothing; NaN stays.
         weight = tl.where(weight == 0, 0.0, weight * (g - tl.load(Q + row)) * inv_tau)
     if CAP:
@@ -83,6 +84,7 @@ def write_weights(
     inverse: Tensor,
     *,
     gradient: Tensor | None = None,
+    origin: Tensor | None = None,
     q: Tensor | None = None,
     target: Tensor | None = None,
     soft: Tensor | None = None,
@@ -91,7 +93,8 @@ def write_weights(
 ) -> tuple[Tensor, ...]:
     """Writes the weights of rows z (R, V) into ``out``, one or two (R, V) tensors, and returns it.
 
-    ``top`` and ``inverse`` (R,) make p = exp((x - top) / tau) * inverse. Rows with ``held`` set are left alone.
+    ``top`` and ``inverse`` (R,) make p = exp((x - top) / tau) * inverse; ``q`` (R,) is <p, D>, or of a likelihood 1 - p
+    of the target. Rows with ``held`` set are left alone.
     """
     rows, vocabulary = z.shape
     block = 2048
@@ -99,7 +102,7 @@ def write_weights(
     if rows:
         run(
             _weights_kernel, (rows, triton.cdiv(vocabulary, block)), z.device,
-            Z=z, **strides("Z", z, "nv"), G=gradient, **strides("G", gradient, "nv"),
+            Z=z, **strides("Z", z, "nv"), G=gradient, **strides("G", gradient, "nv"), ORIGIN=origin,
             SOFT=soft, **strides("SOFT", soft, "nv"), HELD=held, TOP=top, INVERSE=inverse, Q=q, TARGET=target,
             HIGH=high, HIGH_n=high.stride(0), LOW=low, LOW_n=0 if low is None else low.stride(0), V=vocabulary,
             softcap=float(softcap), inv_tau=inv_tau, KIND=kind, CAP=softcap != 0 and kind != "softmax",
