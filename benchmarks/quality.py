@@ -81,7 +81,8 @@ def run(
     start = time.perf_counter()
     methods.METHODS.update(PLAIN if anew else thrifty())
     plan = Plan(tuple(Arm(*arm) for arm in arms), tuple(seeds), config, batch_size)
-    with open_run(folder, describe(plan, task, {"model": "demo", "threads": torch.get_num_threads()})) as journal:
+    source = {"model": "demo", "threads": torch.get_num_threads()}
+    with open_run(folder, describe(plan, task, source), plan.keys(task.problems)) as journal:
         records = evaluate(models, task, plan, journal)
     failed = [record["error"] for record in records if record["error"] is not None]
     if failed:

@@ -195,7 +195,7 @@ def evaluate(
     problems = _problems(task, task_option or [], pair, max_problems, prompt_column, answer_column, split)
     run = partial(console.evaluate, cluster=cluster, retry_failed=retry_failed, as_json=as_json, profile=profile)
     # The directory first: a mistake there should not have to wait for the models.
-    with open_run(out, describe(plan, problems, source)) as journal:
+    with open_run(out, describe(plan, problems, source), plan.keys(problems.problems)) as journal:
         named = (_absolute(model), _absolute(reward_model), pair, device, dtype, attn_implementation)
         load = partial(_load, *named, config)
         try:

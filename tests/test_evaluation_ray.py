@@ -14,7 +14,8 @@ import nabla_fast as nf
 from nabla_fast.evaluation import ray_engine
 from nabla_fast.evaluation.journal import read_records
 from nabla_fast.evaluation.ray_engine import Cluster, WorkerLostError, evaluate
-from nabla_fast.evaluation.runner import RESULTS, describe, key, make_plan, open_run
+from nabla_fast.evaluation.records import key
+from nabla_fast.evaluation.runner import RESULTS, describe, make_plan, open_run
 from nabla_fast.evaluation.tasks import Problem, Task
 from nabla_fast.sampling import sequence_seeds
 
@@ -92,7 +93,7 @@ def made_up(count):
 
 def run(out, task, how, seeds=(0,), methods=("best-of-n", "nabla"), **options):
     plan = make_plan(methods, [2], seeds, nf.NablaConfig(), batch_size=4)
-    with open_run(out, describe(plan, task, {"model": "a"})) as journal:
+    with open_run(out, describe(plan, task, {"model": "a"}), plan.keys(task.problems)) as journal:
         return evaluate(how, task, plan, journal, TWO, **options)
 
 
@@ -163,7 +164,8 @@ def test_models_that_do_not_load_are_an_error_with_its_reason(tmp_path):
 )
 def test_a_cluster_without_room_is_an_error(cluster, message, tmp_path):
     task, plan = made_up(1), make_plan(["greedy"], [1], [0], nf.NablaConfig())
-    with open_run(tmp_path, describe(plan, task, {})) as journal, pytest.raises(ValueError, match=message):
+    journal = open_run(tmp_path, describe(plan, task, {}), plan.keys(task.problems))
+    with journal, pytest.raises(ValueError, match=message):
         evaluate(load, task, plan, journal, cluster)
 
 

@@ -24,7 +24,8 @@ from nabla_fast.evaluation import runner, worker
 from nabla_fast.evaluation.grading import GradingError
 from nabla_fast.evaluation.journal import Journal, read_records
 from nabla_fast.evaluation.methods import Answer
-from nabla_fast.evaluation.runner import Arm, describe, evaluate, key, latest, make_plan, open_run, pieces
+from nabla_fast.evaluation.records import key, latest
+from nabla_fast.evaluation.runner import Arm, describe, evaluate, make_plan, open_run, pieces
 from nabla_fast.evaluation.tasks import Problem, Task
 from nabla_fast.rollout import ServerLostError
 from nabla_fast.stats import SequenceStats
@@ -98,7 +99,7 @@ def plan_of(methods=("greedy", "best-of-n", "nabla"), n=(2, 3), seeds=(0, 1), ba
 
 
 def run(out, task, plan, **options):
-    with open_run(out, describe(plan, task, SOURCE)) as journal:
+    with open_run(out, describe(plan, task, SOURCE), plan.keys(task.problems)) as journal:
         return evaluate(FakeModels(), task, plan, journal, **options)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from nabla_fast.evaluation.journal import write_file
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, and a marker for print.
 _STYLES = {
@@ -21,13 +24,14 @@ _COSTS = {
     "seconds": "seconds per problem",
     "flops": "estimated FLOPs per problem",
 }
+FILES = (*(f"accuracy_over_{cost}.png" for cost in _COSTS), "reward.png", "cache_hit_rate.png")
+"""Names of the files that `draw` may write."""
 
 
 def draw(summary: Mapping[str, Any], directory: Path) -> list[Path]:
     """Draws what the summary has figures for; returns the PNG files.
 
-    ``accuracy_over_model_calls``, ``accuracy_over_seconds``, ``accuracy_over_flops``, ``reward`` (before and after) and
-    ``cache_hit_rate``.
+    They are among `FILES`: accuracy over each cost, the reward before and after, and the cache's hit rate.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -38,18 +42,16 @@ def draw(summary: Mapping[str, Any], directory: Path) -> list[Path]:
         raise ImportError('the plots need matplotlib; run pip install "nabla_fast[eval]"') from error
     arms = {label: arm for label, arm in summary["arms"].items() if arm["accuracy"] is not None}
     files = []
-    for name, drawing in (
-        *((f"accuracy_over_{cost}", _accuracy_over(cost)) for cost in _COSTS),
-        ("reward", _rewards),
-        ("cache_hit_rate", _hit_rates),
-    ):
+    for name, drawing in zip(FILES, (*map(_accuracy_over, _COSTS), _rewards, _hit_rates), strict=True):
         # A figure of its own, without pyplot: no window, no state that belongs to the caller.
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.add_subplot()
         if drawing(axes, arms):
             axes.set_title(f"{summary['task']['name']}, {summary['task']['problems']} problems", loc="left")
-            files.append(directory / f"{name}.png")
-            figure.savefig(files[-1], dpi=150)
+            files.append(directory / name)
+            drawn = BytesIO()
+            figure.savefig(drawn, format="png", dpi=150)
+            write_file(files[-1], drawn.getvalue())
     return files
 
 

@@ -18,7 +18,8 @@ from rich.progress import (
 from rich.text import Text
 
 from nabla_fast.evaluation.journal import Record
-from nabla_fast.evaluation.runner import Plan, latest
+from nabla_fast.evaluation.records import latest
+from nabla_fast.evaluation.runner import Plan
 from nabla_fast.evaluation.tasks import Problem
 
 _ALL = "all"

@@ -11,7 +11,8 @@ from typing import Any
 
 from nabla_fast.evaluation.journal import Journal, Record
 from nabla_fast.evaluation.methods import Models
-from nabla_fast.evaluation.runner import Plan, latest, left_to_do
+from nabla_fast.evaluation.records import latest
+from nabla_fast.evaluation.runner import Plan, left_to_do
 from nabla_fast.evaluation.tasks import Task
 from nabla_fast.evaluation.worker import Piece, Worker
 

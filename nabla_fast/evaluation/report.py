@@ -13,8 +13,8 @@ from rich.text import Text
 from nabla_fast.evaluation import equal_cost, plots
 from nabla_fast.evaluation.bootstrap import LEVEL, RESAMPLES, interval, paired_difference
 from nabla_fast.evaluation.journal import Record, read_records, write_json
-from nabla_fast.evaluation.runner import CONFIG, RESULTS, SUMMARY, latest, read_json
-from nabla_fast.stats import SequenceStats
+from nabla_fast.evaluation.records import COUNTERS, latest, require_records
+from nabla_fast.evaluation.runner import CONFIG, RESULTS, SUMMARY, read_json
 
 # Name in the summary → name in a record. Each gets an interval over problems.
 _MEASURES = {
@@ -25,7 +25,6 @@ _MEASURES = {
     "seconds": "seconds",
     "flops": "flops",
 }
-_COUNTERS = (*SequenceStats().counters(), "tokens")
 _COSTS = ("model_calls", "flops", "seconds")
 _DIFFERENCES = ("accuracy", "reward", "model_calls", "seconds", "flops")
 
@@ -42,14 +41,21 @@ def read_run(directory: Path) -> tuple[dict[str, Any], Arms]:
     """
     config = read_json(directory / CONFIG)
     file = directory / RESULTS
-    records = latest(read_records(file)) if file.exists() else []
+    records = read_records(file) if file.exists() else []
+    require_records(file, records)
     try:
         labels = {(arm["method"], arm["n"]): label for label, arm in config["arms"].items()}
         arms: Arms = {label: [] for label in config["arms"]}
-        for record in records:
-            arms[labels[record["method"], record["n"]]].append(record)
+        _ = config["models"], config["seeds"], [config["task"][name] for name in ("name", "problems", "fingerprint")]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{directory} holds a {CONFIG} that nabla-fast eval did not write: {error!r}") from error
+    for number, record in enumerate(records, start=1):
+        if (record["method"], record["n"]) not in labels:
+            raise ValueError(
+                f"line {number} of {file} is of {record['method']} {record['n']}, which its {CONFIG} does not name"
+            )
+    for record in latest(records):
+        arms[labels[record["method"], record["n"]]].append(record)
     return config, arms
 
 
@@ -177,7 +183,7 @@ def _arm(arm: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
     for name, field in _MEASURES.items():
         values = list(_by_problem(good, field).values())
         figures[name] = asdict(interval(values)) if values else None
-    figures["counters"] = {name: _ratio(_total(good, name), len(good)) for name in _COUNTERS}
+    figures["counters"] = {name: _ratio(_total(good, name), len(good)) for name in COUNTERS}
     looked_up = _total(good, "cache_hits") + _total(good, "cache_misses")
     positions = _total(good, "skipped_positions") + _total(good, "optimised_positions")
     figures["cache_hit_rate"] = _ratio(_total(good, "cache_hits"), looked_up)

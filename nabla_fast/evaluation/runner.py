@@ -12,8 +12,10 @@ from torch.profiler import record_function
 
 from nabla_fast import profiling
 from nabla_fast.config import NablaConfig
-from nabla_fast.evaluation.journal import Journal, Record, write_json
+from nabla_fast.evaluation.journal import Journal, Record, part_of, require_own_files, write_json
 from nabla_fast.evaluation.methods import MAX_ROLLOUTS, METHODS, Models
+from nabla_fast.evaluation.plots import FILES as PLOTS
+from nabla_fast.evaluation.records import Key, key, latest, require_records
 from nabla_fast.evaluation.tasks import Problem, Task
 from nabla_fast.evaluation.worker import Arm, Piece, Worker
 from nabla_fast.stats import PHASES
@@ -23,9 +25,6 @@ RESULTS = "results.jsonl"
 SUMMARY = "summary.json"
 # What is traced: a trace of a whole evaluation would have gigabytes.
 PROFILED_PROBLEMS, PROFILED_TOKENS = 2, 64
-
-Key = tuple[str, int, int, str]
-"""(method, n, seed, problem id)."""
 
 
 @dataclass(frozen=True)
@@ -120,17 +119,27 @@ def describe(plan: Plan, task: Task, source: Mapping[str, Any]) -> dict[str, Any
     return plain
 
 
-def open_run(out: Path, description: Mapping[str, Any]) -> Journal:
+def open_run(out: Path, description: Mapping[str, Any], keys: Collection[Key]) -> Journal:
     """The journal of the run that ``description`` is of, begun or continued in the directory ``out``.
 
+    Args:
+        keys: all that there is to do, `Plan.keys`.
+
     Raises:
-        ValueError: if ``out`` holds another run, or results without a configuration; nothing is overwritten.
-        NotADirectoryError: if ``out`` is a file.
+        ValueError: if ``out`` holds another run, results without a configuration, results that are not this run's, or
+            a link where a file of this run is to be; nothing is overwritten.
+        NotADirectoryError: if ``out`` is a file, or within one.
         BlockingIOError: if another process is writing to it.
     """
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"--out is {out}, a file; give a directory")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(
+            f"--out is {out}, {'' if out.is_file() else 'within '}a file; give a directory"
+        ) from None
     file = out / CONFIG
+    whole = [out / name for name in (CONFIG, SUMMARY, *PLOTS)]
+    require_own_files([*whole, *map(part_of, whole), out / RESULTS])
     if file.exists():
         differences = _differences(read_json(file), description)
         if differences:
@@ -142,9 +151,8 @@ def open_run(out: Path, description: Mapping[str, Any]) -> Journal:
         found = [name for name in (RESULTS, SUMMARY) if (out / name).exists()]
         if found:
             raise ValueError(f"--out is {out}, which holds {found[0]} but no {CONFIG}; give another directory")
-        out.mkdir(parents=True, exist_ok=True)
         write_json(file, description)
-    return Journal(out / RESULTS)
+    return Journal(out / RESULTS, lambda records: require_records(out / RESULTS, records, keys))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -158,21 +166,11 @@ def read_json(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no {file.name} in {file.parent}, so it holds no run of nabla-fast eval")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} is not the {file.name} of a run")
     return value
-
-
-def key(record: Record) -> Key:
-    """Which piece of work a record is of."""
-    return record["method"], record["n"], record["seed"], record["problem"]
-
-
-def latest(records: Sequence[Record]) -> list[Record]:
-    """One record for each piece of work, the last one where a failed problem was tried again."""
-    return list({key(record): record for record in records}.values())
 
 
 def evaluate(

@@ -1,0 +1,104 @@
+"""What a line of the results must hold to be read: whoever wrote it may have been another program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nabla_fast.evaluation.journal import Record
+from nabla_fast.stats import PHASES, SequenceStats
+
+Key = tuple[str, int, int, str]
+"""(method, n, seed, problem id)."""
+
+COUNTERS = (*SequenceStats().counters(), "tokens")
+"""Names of the counters of an answer."""
+
+
+def key(record: Record) -> Key:
+    """Which piece of work a record is of."""
+    return record["method"], record["n"], record["seed"], record["problem"]
+
+
+def latest(records: Sequence[Record]) -> list[Record]:
+    """One record for each piece of work, the last one where a failed problem was tried again."""
+    return list({key(record): record for record in records}.values())
+
+
+def require_records(file: Path, records: Sequence[Record], keys: Collection[Key] | None = None) -> None:
+    """Checks that records, one a line of ``file``, are what an evaluation writes.
+
+    Args:
+        keys: all that there is to do; None where this is not known.
+
+    Raises:
+        ValueError: for the first that is not; the message gives its line.
+    """
+    known = None if keys is None else set(keys)
+    for number, record in enumerate(records, start=1):
+        why = _fault(record)
+        if why is None and known is not None and key(record) not in known:
+            method, n, seed, problem = key(record)
+            why = f"is of {method} {n}, seed {seed}, problem {problem!r}, which is no part of this run"
+        if why is not None:
+            raise ValueError(
+                f"line {number} of {file} {why}, so it is not a file of this run's results; nothing was changed"
+            )
+
+
+def _fault(record: Record) -> str | None:
+    """What is wrong with a record by itself."""
+    expected = dict(_ALWAYS)
+    if "text" in record or record.get("error") is None:
+        expected |= _ANSWERED
+    for name, (accepts, meant) in expected.items():
+        if name not in record:
+            return f'has no "{name}"'
+        if not accepts(record[name]):
+            return f'has the "{name}" {str(record[name])[:80]!r}, which is not {meant}'
+    if record["error"] is None and record["right"] is None:
+        return 'has neither an "error" nor a grade in "right"'
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_phases(value: Any) -> bool:
+    return isinstance(value, Mapping) and set(value) <= set(PHASES) and all(map(_is_amount, value.values()))
+
+
+def _or_null(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or accepts(value)
+
+
+_Field = tuple[Callable[[Any], bool], str]
+_TEXT: _Field = (_is_text, "text")
+_COUNT: _Field = (_is_count, "a whole number")
+_AMOUNT: _Field = (_is_amount, "a number")
+
+_ALWAYS: dict[str, _Field] = {
+    "method": _TEXT,
+    "n": _COUNT,
+    "seed": _COUNT,
+    "problem": _TEXT,
+    "error": (_or_null(_is_text), "text or null"),
+    "right": (_or_null(lambda value: isinstance(value, bool)), "true, false or null"),
+}
+_ANSWERED: dict[str, _Field] = {
+    "text": _TEXT,
+    **dict.fromkeys((*COUNTERS, "flops", "seconds"), _AMOUNT),
+    **dict.fromkeys(("reward", "reward_before"), (_or_null(_is_amount), "a number or null")),
+    "phases": (_are_phases, f"seconds of {', '.join(PHASES)}"),
+}
