@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 PARAMETERIZATIONS = ("latents", "logits")
 ANCHORS = ("argmax", "rollout")
@@ -69,6 +70,9 @@ class NablaConfig:
         rollout_backend: who draws rollouts: the model itself ("hf"), or "vllm" (at ``vllm_url``, else in this process);
             "auto" takes a server where ``vllm_url`` names one, and the model otherwise.
         vllm_url: of a vLLM server that serves the language model, such as ``http://127.0.0.1:8000``.
+        vllm_model: the name under which that server serves it; None takes the first that it lists.
+        vllm_api_key: of that server; None takes the environment variable ``VLLM_API_KEY``. It is in no result.
+        vllm_timeout: seconds in which the next tokens of that server's answer must come.
         draft_tokens: most tokens of earlier trajectories that a rollout verifies in one forward pass, instead of
             drawing them one by one; the tokens drawn are the same. Fewer where a batch fills the pass; 0 for none.
         stop_strings: a response ends where one of these is complete (the string is kept, as in transformers).
@@ -105,6 +109,9 @@ class NablaConfig:
     max_batch_size: int = 32
     rollout_backend: str = "auto"
     vllm_url: str | None = None
+    vllm_model: str | None = None
+    vllm_api_key: str | None = field(default=None, repr=False)
+    vllm_timeout: float = 120.0
     draft_tokens: int = 8
     stop_strings: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] | None = None
@@ -147,15 +154,29 @@ class NablaConfig:
         _require_int("gradient_cache_bytes", self.gradient_cache_bytes, minimum=0)
         _require_choice("backend", self.backend, BACKENDS)
         _require_choice("rollout_backend", self.rollout_backend, ROLLOUT_BACKENDS)
-        if self.vllm_url is not None and not isinstance(self.vllm_url, str):
-            raise TypeError(f"vllm_url must be a string or None, got {self.vllm_url!r}")
-        if self.vllm_url is not None and self.rollout_backend == "hf":
-            raise ValueError(f"vllm_url is {self.vllm_url!r}, but rollout_backend is 'hf'; use 'vllm' or 'auto'")
+        self._check_server()
         _require_int("seed", self.seed)
         for name in ("rollout", "resample"):
             if not isinstance(getattr(self, name), Sampling):
                 raise TypeError(f"{name} must be a Sampling, got {getattr(self, name)!r}")
         self._freeze_stops()
+
+    def _check_server(self) -> None:
+        _require_number("vllm_timeout", self.vllm_timeout, minimum=0.0, open_minimum=True)
+        if self.vllm_model is not None and not (isinstance(self.vllm_model, str) and self.vllm_model):
+            raise TypeError(f"vllm_model must be a name or None, got {self.vllm_model!r}")
+        if self.vllm_api_key is not None:
+            require_api_key("vllm_api_key", self.vllm_api_key)
+        if self.vllm_url is None:
+            for name in ("vllm_model", "vllm_api_key"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is given, but vllm_url is not; it is of the server at vllm_url")
+            return
+        if not isinstance(self.vllm_url, str):
+            raise TypeError(f"vllm_url must be a string or None, got {self.vllm_url!r}")
+        require_server_url("vllm_url", self.vllm_url)
+        if self.rollout_backend == "hf":
+            raise ValueError(f"vllm_url is {self.vllm_url!r}, but rollout_backend is 'hf'; use 'vllm' or 'auto'")
 
     def _freeze_stops(self) -> None:
         if isinstance(self.stop_strings, str):
@@ -199,6 +220,12 @@ class NablaConfig:
             )
         return config.replace(**changes)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain data, ``vllm_api_key`` left out: what may be printed and stored."""
+        told = asdict(self)
+        del told["vllm_api_key"]
+        return told
+
     def replace(self, **changes: Any) -> NablaConfig:
         """A copy with ``changes`` applied, validated again; TypeError for an unknown name, with the known ones."""
         known = {f.name for f in fields(self)}
@@ -206,6 +233,31 @@ class NablaConfig:
         if unknown:
             raise TypeError(f"NablaConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
         return replace(self, **changes)
+
+
+def require_server_url(name: str, url: str) -> None:
+    """Raises ValueError unless ``url`` is the plain address of a server; a password in it is in no message."""
+    meant = "it must be like http://127.0.0.1:8000"
+    if any(mark in url for mark in "@?#"):
+        raise ValueError(
+            f"{name} has more than an address, such as a password, which would stand wherever settings do; {meant}, "
+            "and a key is given as vllm_api_key or in the environment variable VLLM_API_KEY"
+        )
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        good = False
+    if not good or not url.isprintable() or any(map(str.isspace, url)):
+        raise ValueError(f"{name} {url!r} is not a URL; {meant}")
+
+
+def require_api_key(name: str, key: object) -> None:
+    """Raises an error that does not hold ``key`` unless a header can: one word of printable ASCII."""
+    if not isinstance(key, str):
+        raise TypeError(f"{name} must be a string or None, got {type(key).__name__}")
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(f"{name} cannot be a key; it must be printable ASCII characters without spaces")
 
 
 def _is_int(value: object) -> bool:

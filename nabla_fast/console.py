@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,7 +108,7 @@ class Outcome:
                 entry["greedy"] = {**_answer(self.greedy, i), "stats": self.greedy.stats.sequences[i].to_dict()}
             answers.append(entry)
         told = self.refined.stats.to_dict()
-        return {"config": asdict(self.config), "answers": answers, "totals": told["totals"], "cache": told["cache"]}
+        return {"config": self.config.to_dict(), "answers": answers, "totals": told["totals"], "cache": told["cache"]}
 
     def show(self) -> None:
         """Prints answers and tables."""

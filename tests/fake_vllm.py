@@ -37,6 +37,8 @@ class Answerer:
     def tokens(self, prompt: Sequence[int], asked: dict[str, Any]) -> Iterator[tuple[int, str | None]]:
         """Each token, and why it is the last."""
         sampling = Sampling(asked["temperature"], asked["top_p"], asked["top_k"] or None)
+        penalties = asked["repetition_penalty"] - 1, asked["presence_penalty"], asked["frequency_penalty"]
+        assert not any((*penalties, asked["min_p"], asked["min_tokens"])), "this server does not know penalties"
         ends = {*asked["stop_token_ids"], *(() if asked["ignore_eos"] else self.eos_token_ids)}
         longest = min(asked["max_tokens"], self.cap)
         answer: list[int] = []
@@ -71,8 +73,12 @@ class FakeVLLM:
     Attributes:
         answerer: makes the answers.
         faults: what happens to the next completions instead, one each: an HTTP status; "silent", "cut" (the connection
-            breaks after two tokens), "error" (an error within the stream), "no ids"; None for no fault. The last one
-            stays where ``faulty_forever``.
+            breaks after two tokens), "error" (an error within the stream), "no ids", "no json", or what never ends:
+            "tokens", "pings", "line"; None for no fault. The last one stays where ``faulty_forever``.
+        listing: what happens to requests for the list of models: "silent", "endless", or None.
+        api_key: what requests must bring; None asks for nothing.
+        defaults: parameters of sampling that a request gets where it names none, as from the model's own
+            ``generation_config``.
         pause: seconds between two pieces of an answer.
         gate: completions wait for this before their first token.
         requests: the JSON of every completion asked for, attempts included.
@@ -87,6 +93,9 @@ class FakeVLLM:
         self.served = served
         self.faults: list[Any] = []
         self.faulty_forever = False
+        self.listing: str | None = None
+        self.api_key: str | None = None
+        self.defaults: dict[str, Any] = {}
         self.pause = 0.0
         self.gate: dict[tuple[int, ...], threading.Event] = {}
         self.requests: list[dict[str, Any]] = []
@@ -136,7 +145,22 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
+    def _admitted(self) -> bool:
+        """Whether the request has the key; as some servers do, the answer repeats the one that it has."""
+        wanted, sent = self.fake.api_key, self.headers.get("authorization", "")
+        if wanted is None or sent == f"Bearer {wanted}":
+            return True
+        self._json({"error": f"Unauthorized: {sent}"}, 401)
+        return False
+
     def do_GET(self) -> None:
+        if self.fake.listing is not None:
+            with contextlib.suppress(OSError):
+                self._never_ends(self.fake.listing)
+            self.close_connection = True
+            return
+        if not self._admitted():
+            return
         if self.path != "/v1/models":
             self._json({"detail": "Not Found"}, 404)
             return
@@ -148,6 +172,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fake.dead:
             self.close_connection = True
             return
+        if not self._admitted():
+            return
+        asked = {**self.fake.defaults, **asked}
         if asked.get("prompt_logprobs") is not None:
             self._score(asked["prompt"])
             return
@@ -185,7 +212,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        if fault == "error":
+        if fault in ("tokens", "pings", "line"):
+            self._never_ends(fault)
+        elif fault == "error":
             self._event({"error": {"message": "EngineCore encountered an issue", "code": 500}})
         else:
             self._answer(asked, fault)
@@ -193,6 +222,21 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         self._chunk(b"data: [DONE]\n\n")
         self._chunk(b"")
+
+    def _never_ends(self, kind: str) -> None:
+        """Sends pieces until the client has enough, or nothing at all."""
+        if kind == "endless":
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+        while not self.fake.closing.wait(0.001):
+            if kind == "tokens":
+                self._event({"choices": [{"index": 0, "text": "", "token_ids": [5], "finish_reason": None}]})
+            elif kind == "pings":
+                self._chunk(b": ping\n\n")
+            elif kind in ("line", "endless"):
+                self._chunk(b"x" * 2**16)
+        self.close_connection = True
 
     def _answer(self, asked: dict[str, Any], fault: Any) -> None:
         gate = self.fake.gate.get(tuple(asked["prompt"]))
@@ -205,6 +249,8 @@ class _Handler(BaseHTTPRequestHandler):
             choice = {"index": 0, "text": "", "token_ids": [token], "finish_reason": finish}
             if fault == "no ids":
                 del choice["token_ids"]
+            if fault == "no json":
+                self._chunk(b"data: [1]\n\n")
             self._event({"choices": [choice]})
             if fault == "cut" and count == 2:
                 self.close_connection = True

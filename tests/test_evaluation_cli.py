@@ -163,7 +163,10 @@ def test_a_lost_server_is_told_how_to_go_on(pair, problems, tmp_path, monkeypatc
         (("--task", "x", "--out", "o", "--demo", "--max-iters", "-1"), "max_iters must be at least 0"),
         (("--task", "x", "--out", "o", "--demo", "--device", "tpu9x"), "device is 'tpu9x'"),
         (("--task", "reasoning_gym:gcd", "--out", "o", "--demo", "--task-option", "a"), "give NAME=VALUE"),
-        (("--task", "x", "--out", "o", "--demo", "--vllm-url", "u", "--rollout-backend", "hf"), "vllm_url is 'u', but"),
+        (
+            ("--task", "x", "--out", "o", "--demo", "--vllm-url", "http://u", "--rollout-backend", "hf"),
+            "is 'http://u', but",
+        ),
         (("--compare", "a", "b", "--out", "o"), "--compare shows two finished runs"),
         (("--compare", "a", "b"), "there is no config.json in a"),
     ],

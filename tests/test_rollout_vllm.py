@@ -108,8 +108,15 @@ def test_the_request_leaves_nothing_to_the_servers_defaults(backend, server):
     expected = {"model": "tiny", "prompt": [9, 30, 31], "max_tokens": 6, "temperature": 0.7, "top_p": 0.9, "top_k": 5}
     expected |= {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
     expected |= {"stop": ["so"], "stop_token_ids": [3, 4], "include_stop_str_in_output": True, "ignore_eos": True}
-    expected |= {"skip_special_tokens": False, "return_token_ids": True, "stream": True}
+    expected |= {"skip_special_tokens": False, "return_token_ids": True, "stream": True, "min_tokens": 0}
     assert {name: asked[name] for name in expected} == expected
+
+
+def test_the_models_generation_config_on_the_server_changes_nothing(model, server):
+    expected = draw(make(model, server))
+    server.defaults = {"temperature": 5.0, "top_p": 0.1, "top_k": 1, "min_p": 0.5, "repetition_penalty": 1.3}
+    server.defaults |= {"presence_penalty": 1.0, "frequency_penalty": 1.0, "min_tokens": 5, "max_tokens": 2}
+    assert draw(make(model, server)) == expected
 
 
 # What ends a response
@@ -233,13 +240,32 @@ def test_a_bad_request_is_not_tried_again(backend, server):
 
 def test_a_slow_answer_is_waited_for_and_silence_is_not(model, server):
     server.pause = 0.02
-    backend = make(model, server, read_timeout=0.7, retries=1)
+    backend = make(model, server, timeout=0.7, retries=1)
     began = time.monotonic()
     draw(backend, [Start(Context((5,), (), 0, 40))])
     assert time.monotonic() - began > 0.7, "the whole answer takes longer than the silence that is borne"
     server.faults, server.faulty_forever = ["silent"], True
-    with pytest.raises(RolloutError, match=r"gave no sign of life for 0\.7 s, 2 attempts"):
+    with pytest.raises(RolloutError, match=r"gave no sign of life for 0\.7 s, 1 attempt;"):
         draw(backend, STARTS[:1])
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("tokens", r"gave 9 tokens and more where max_tokens is 8"),
+        ("pings", r"gave no token for 0\.3 s, 1 attempt"),
+        ("line", r"sends a line of more than 1048576 bytes; it must be that of a vLLM server"),
+        ("no json", r"broke off \(\[1\]\), 3 attempts"),
+    ],
+)
+def test_an_answer_that_never_ends_is_given_up(model, server, fault, message):
+    backend = make(model, server, timeout=0.3)
+    server.faults, server.faulty_forever = [fault], True
+    began = time.monotonic()
+    with pytest.raises(RolloutError, match=message):
+        draw(backend, STARTS[:1])
+    assert time.monotonic() - began < 5
+    wait_for(lambda: not threads())
 
 
 def test_a_server_that_dies_is_an_error_and_what_had_been_collected_stays(backend, server):

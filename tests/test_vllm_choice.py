@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 import types
 from contextlib import closing
 from dataclasses import replace
@@ -21,7 +22,7 @@ from nabla_fast.config import NablaConfig
 from nabla_fast.generate import make_pair, run, stop_rule
 from nabla_fast.models.chat import generation_prompt_ids
 from nabla_fast.models.language_model import LanguageModel
-from nabla_fast.rollout import RolloutError, VLLMRollout, vllm
+from nabla_fast.rollout import RolloutError, VLLMRollout, vllm, vllm_server
 from nabla_fast.rollout.vllm_engine import VLLMEngine
 from nabla_fast.rollout.vllm_server import VLLMServer
 from nabla_fast.sampling import Sampler
@@ -133,6 +134,87 @@ def test_the_url_may_have_v1_behind_it_and_the_model_a_name(server, model):
     with pytest.raises(RolloutError, match="does not serve model 'big'; it serves 'other', 'tiny'"):
         VLLMServer(server.url, model="big", **FAST)
     assert VLLMRollout(model, server.url).engine.context_length == CONTEXT
+
+
+@pytest.mark.parametrize("listing", ["silent", "endless"])
+def test_a_server_that_only_listens_or_never_stops_is_given_up(server, monkeypatch, listing):
+    server.listing = listing
+    monkeypatch.setattr(vllm_server, "_MAX_BODY", 2**20)
+    began = time.monotonic()
+    with pytest.raises(
+        RolloutError, match=r"gave no sign of life for 0\.2 s, 1 attempt|answers with more than 1048576"
+    ):
+        VLLMServer(server.url, **{**FAST, "timeout": 0.2 if listing == "silent" else 5.0})
+    assert time.monotonic() - began < 3
+
+
+SECRET = "sk-do-not-print-me"
+
+
+def test_the_key_is_sent_and_in_no_message(server, model, monkeypatch):
+    server.api_key = SECRET
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    wanted = (
+        r"answers HTTP 401 to /v1/models; give the server's key as vllm_api_key, or in the .* variable VLLM_API_KEY"
+    )
+    with pytest.raises(RolloutError, match=wanted):
+        VLLMServer(server.url, **FAST)
+    config = NablaConfig(vllm_url=server.url, vllm_api_key=SECRET, vllm_model="tiny", vllm_timeout=7.0)
+    assert draw(vllm.chosen(model, config)) == draw(make(model, server, api_key=SECRET))
+    assert SECRET not in repr(config)
+    assert SECRET not in str(config.to_dict())
+    monkeypatch.setenv("VLLM_API_KEY", SECRET)
+    assert VLLMServer(server.url, **FAST).model == "tiny"
+    with pytest.raises(RolloutError, match=r"401.* give another key") as caught:
+        VLLMServer(server.url, api_key=f"{SECRET}-wrong", **FAST)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_server_that_repeats_the_key_is_not_repeated(server):
+    engine = VLLMServer(server.url, api_key=SECRET, **FAST)
+    assert SECRET not in str(engine._refusal(500, "/v1/models", f'{{"error": "bad key {SECRET}"}}'.encode()))
+
+
+@pytest.mark.parametrize("key", ["", "two words", "line\n", "\u00e9", 7])
+def test_what_cannot_be_a_key_is_refused_unprinted(server, monkeypatch, key):
+    for make_ in (
+        lambda: NablaConfig(vllm_url=server.url, vllm_api_key=key),
+        lambda: VLLMServer(server.url, api_key=key),
+    ):
+        with pytest.raises((ValueError, TypeError), match=r"vllm_api_key (cannot be a key|must be a string)") as caught:
+            make_()
+        assert not key or repr(key) not in str(caught.value)
+    if key == "two words":
+        monkeypatch.setenv("VLLM_API_KEY", key)
+        with pytest.raises(ValueError, match="the environment variable VLLM_API_KEY cannot be a key"):
+            VLLMServer(server.url)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://user:secret@127.0.0.1:8000", "http://127.0.0.1:8000/?key=secret", "secret@[::", "http://h/#secret"]
+)
+def test_a_password_in_the_url_is_refused_unprinted(url):
+    for make_ in (lambda: NablaConfig(vllm_url=url), lambda: VLLMServer(url)):
+        with pytest.raises(ValueError, match="vllm_url has more than an address, such as a password") as caught:
+            make_()
+        assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vllm_model": "m"}, "vllm_model is given, but vllm_url is not"),
+        ({"vllm_api_key": "k"}, "vllm_api_key is given, but vllm_url is not"),
+        ({"vllm_timeout": 0}, "vllm_timeout must be above 0, got 0"),
+        ({"vllm_timeout": float("inf")}, "vllm_timeout must be above 0"),
+        ({"vllm_url": "http://a", "vllm_model": ""}, "vllm_model must be a name or None"),
+        ({"vllm_url": "http://a b"}, "is not a URL"),
+        ({"vllm_url": "http://a:99999"}, "is not a URL"),
+    ],
+)
+def test_settings_of_a_server_that_cannot_be_are_named(settings, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        NablaConfig(**settings)
 
 
 @pytest.mark.parametrize(

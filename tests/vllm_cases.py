@@ -22,7 +22,7 @@ CONTEXTS = [
     Context((20, 21), (8,), 3, 8),
 ]
 STARTS = [Start(context) for context in CONTEXTS]
-FAST = {"connect_timeout": 1.0, "read_timeout": 5.0, "retries": 2, "backoff": 0.001}
+FAST = {"connect_timeout": 1.0, "timeout": 5.0, "retries": 2, "backoff": 0.001}
 
 
 @pytest.fixture

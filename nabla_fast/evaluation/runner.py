@@ -101,9 +101,18 @@ def describe(plan: Plan, task: Task, source: Mapping[str, Any]) -> dict[str, Any
     Args:
         source: where the models come from and how they are run.
     """
-    settings = asdict(plan.config)
-    # The seed and the rollouts are the arms' own; how many are decoded together, and drafts, change no answer.
-    for name in ("seed", "max_rollouts", "max_batch_size", "draft_tokens", "rollout_backend"):
+    settings = plan.config.to_dict()
+    # The seed and the rollouts are the arms' own; how many are decoded together, drafts and how a server is asked
+    # change no answer.
+    for name in (
+        "seed",
+        "max_rollouts",
+        "max_batch_size",
+        "draft_tokens",
+        "rollout_backend",
+        "vllm_model",
+        "vllm_timeout",
+    ):
         del settings[name]
     if settings.pop("vllm_url") is not None or plan.config.rollout_backend == "vllm":
         settings["rollouts"] = "vllm"  # wherever it runs

@@ -57,6 +57,7 @@ class TokenRequest:
             "top_p": 1.0 if self.sampling.top_p is None else self.sampling.top_p,
             "top_k": self.sampling.top_k or 0,
             "min_p": 0.0,
+            "min_tokens": 0,
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,

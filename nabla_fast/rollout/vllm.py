@@ -59,7 +59,10 @@ def chosen(language_model: LanguageModel, config: NablaConfig) -> VLLMRollout | 
         ValueError, ImportError, RolloutError: if it cannot be had; see `VLLMRollout` and `VLLMEngine`.
     """
     if config.vllm_url is not None:
-        return VLLMRollout(language_model, config.vllm_url)
+        server = VLLMServer(
+            config.vllm_url, model=config.vllm_model, api_key=config.vllm_api_key, timeout=config.vllm_timeout
+        )
+        return VLLMRollout(language_model, server)
     if config.rollout_backend != "vllm":
         return None
     path = language_model.model.config.name_or_path

@@ -4,23 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
-from time import monotonic
-from typing import Any
+from time import monotonic, sleep
+from typing import Any, TypeVar
 
 import urllib3
-from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError, ProtocolError, TimeoutError
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    NewConnectionError,
+    ProtocolError,
+    ReadTimeoutError,
+    TimeoutError,
+)
 
+from nabla_fast.config import Sampling, require_api_key, require_server_url
 from nabla_fast.rollout.base import RolloutError, ServerLostError
 from nabla_fast.rollout.engine import Completion, TokenRequest
 
+API_KEY_VARIABLE = "VLLM_API_KEY"
+"""The environment variable that holds a server's key where none is given; vLLM's server takes its own from it, too."""
+
 _TRANSIENT = (429, 500, 502, 503, 504)
+# What is wrong with one request alone; anything else would meet every other one, too.
+_OF_ONE_REQUEST = (400, 413, 422)
+_KEY_WANTED = (401, 403)
 _COMPLETIONS = "/v1/completions"
 # Answers come in pieces so that silence is noticed and an answer can be given up; a piece per token would cost more.
 _STREAM_INTERVAL = 8
 _CLOSING_SECONDS = 1.0
+# A list of models is there at once, or the address is that of something else.
+_LISTING_SECONDS = 20.0
+_PIECE = 2**16
+# Longest line of a stream and longest answer in one piece, which is the log-probabilities of the probe.
+_MAX_LINE, _MAX_BODY = 2**20, 2**26
+
+T = TypeVar("T")
 
 
 class VLLMServer:
@@ -29,9 +51,11 @@ class VLLMServer:
     Args:
         url: such as ``http://127.0.0.1:8000``, with or without ``/v1`` behind it.
         model: which of the served models to ask; None asks the first that the server lists.
-        api_key: sent as a bearer token where the server wants one.
+        api_key: sent as a bearer token where the server wants one; None takes the environment variable
+            ``VLLM_API_KEY``. It is in no message.
         connect_timeout: seconds for a connection to be made.
-        read_timeout: seconds without a sign of life within an answer, time in the server's queue included.
+        timeout: seconds in which the next tokens of an answer must come, time in the server's queue included. What
+            takes longer is not asked for again.
         retries: further attempts at a request whose connection fails or that is answered with 429 or 5xx.
         backoff: seconds before the second further attempt (the first is made at once), doubled for each one after.
         concurrency: most requests on their way to the server; others wait here.
@@ -40,7 +64,7 @@ class VLLMServer:
         name, model, context_length: see `nabla_fast.rollout.engine.Engine`.
 
     Raises:
-        ValueError: if ``url`` is none.
+        ValueError: if ``url`` is none, or ``api_key`` cannot be one.
         RolloutError: if no vLLM answers there, or it does not serve ``model``.
     """
 
@@ -51,28 +75,23 @@ class VLLMServer:
         model: str | None = None,
         api_key: str | None = None,
         connect_timeout: float = 5.0,
-        read_timeout: float = 120.0,
+        timeout: float = 120.0,
         retries: int = 4,
         backoff: float = 0.5,
         concurrency: int = 256,
     ) -> None:
+        require_server_url("vllm_url", url)
         self.name = f"vllm_url {url!r}"
-        parsed = _parse(url, self.name)
-        self._path = (parsed.path or "").rstrip("/").removesuffix("/v1")
-        self._read_timeout = read_timeout
+        self._key = _key(api_key)
+        self._path = (urllib3.util.parse_url(url).path or "").rstrip("/").removesuffix("/v1")
+        self._timeout = timeout
+        self._connect_timeout = connect_timeout
+        self._attempts = 1 + retries
+        self._backoff = backoff
         self._pool = urllib3.connection_from_url(
-            parsed.url,
+            url,
             maxsize=concurrency,
-            timeout=urllib3.Timeout(connect=connect_timeout, read=read_timeout),
-            retries=urllib3.Retry(
-                total=retries,
-                backoff_factor=backoff,
-                status_forcelist=_TRANSIENT,
-                allowed_methods=None,  # a completion can be asked for twice: its seed is in the request
-                raise_on_status=False,
-                respect_retry_after_header=False,  # or the server would say how long we wait
-            ),
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
         )
         self._slots = threading.BoundedSemaphore(concurrency)
         self.model, self.context_length = self._served(model)
@@ -82,12 +101,12 @@ class VLLMServer:
 
     def log_probabilities(self, token_ids: Sequence[int]) -> list[float]:
         """See `nabla_fast.rollout.engine.Engine`."""
-        body = {"model": self.model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
-        answer = self._json("POST", _COMPLETIONS, json=body)
+        request = TokenRequest(tuple(token_ids), 1, 0, Sampling(temperature=0.0))
+        answer = self._json("POST", _COMPLETIONS, {**self._body(request), "prompt_logprobs": 1})
         try:
             rows = answer["choices"][0]["prompt_logprobs"]
-            return [rows[i][str(token)]["logprob"] for i, token in enumerate(token_ids) if i]
-        except (KeyError, IndexError, TypeError) as error:
+            return [float(rows[i][str(token)]["logprob"]) for i, token in enumerate(token_ids) if i]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise self._no_vllm("gave no prompt_logprobs") from error
 
     def complete(self, request: TokenRequest, requests: ServerRequests) -> Completion:
@@ -97,109 +116,180 @@ class VLLMServer:
             RolloutError: if there is none.
             _GivenUpError: if ``requests`` are closed meanwhile.
         """
-        body = {
-            "model": self.model,
-            "prompt": list(request.prompt_ids),
-            **request.parameters(),
-            "return_token_ids": True,
-            "stream": True,
-            "stream_interval": _STREAM_INTERVAL,
-        }
-        retries: Any = self._pool.retries
-        while True:
-            response = self._answer("POST", _COMPLETIONS, json=body, retries=retries, preload_content=False)
-            try:
-                with requests.reading(response):
-                    return self._read(response)
-            except HTTPError as error:
-                requests.require_open()
-                try:
-                    retries = (response.retries or retries).increment("POST", _COMPLETIONS, error=error)
-                except MaxRetryError as spent:
-                    raise self._lost(spent) from error
-                retries.sleep()
+        streaming = {"return_token_ids": True, "stream": True, "stream_interval": _STREAM_INTERVAL}
 
-    def _read(self, response: urllib3.BaseHTTPResponse) -> Completion:
-        """An answer, from its server-sent events.
+        def read(response: urllib3.BaseHTTPResponse) -> Completion:
+            with requests.reading(response):
+                return self._read(response, request.max_tokens)
+
+        return self._ask("POST", _COMPLETIONS, {**self._body(request), **streaming}, read, requests.require_open)
+
+    def _body(self, request: TokenRequest) -> dict[str, Any]:
+        return {"model": self.model, "prompt": list(request.prompt_ids), **request.parameters()}
+
+    def _read(self, response: urllib3.BaseHTTPResponse, most: int) -> Completion:
+        """An answer of up to ``most`` tokens, from its server-sent events.
 
         Raises:
             HTTPError: if it is broken off.
+            RolloutError: if it is none, or goes on where it must end.
         """
         tokens: list[int] = []
         finish = None
-        for line in response:
+        for line in self._lines(response, tokens):
             name, _, data = line.strip().partition(b":")
             if name != b"data" or data.strip() == b"[DONE]":
                 continue
             try:
                 event = json.loads(data)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ProtocolError(f"its answer is cut off: {line[:80]!r}") from error
-            if "error" in event:
-                raise ProtocolError(_message(event))
+            if not isinstance(event, dict) or "error" in event:
+                raise ProtocolError(self._said(event))
             for choice in event.get("choices", ()):
-                if choice.get("token_ids") is None:
-                    raise self._no_vllm("returns no token_ids")
-                tokens += choice["token_ids"]
-                finish = choice.get("finish_reason") or finish
+                try:
+                    tokens += [_token(token) for token in choice["token_ids"]]
+                    finish = choice.get("finish_reason") or finish
+                except (KeyError, TypeError, AttributeError) as error:
+                    raise self._no_vllm("returns no token_ids") from error
+            if len(tokens) > most:
+                raise RolloutError(f"{self.name} gave {len(tokens)} tokens and more where max_tokens is {most}")
         if finish not in ("stop", "length"):
             raise ProtocolError(f"its answer ends after {len(tokens)} tokens, finish_reason {finish}")
         return Completion(tuple(tokens), finish)
 
+    def _lines(self, response: urllib3.BaseHTTPResponse, tokens: Sequence[int]) -> Iterator[bytes]:
+        """Lines of a stream, as long as there are more and more ``tokens``."""
+        line, last, deadline = b"", len(tokens), monotonic() + self._timeout
+        for piece in response.stream(_PIECE):
+            *whole, line = (line + piece).split(b"\n")
+            yield from whole
+            if len(tokens) != last:
+                last, deadline = len(tokens), monotonic() + self._timeout
+            elif monotonic() > deadline:
+                raise TimeoutError(f"no token for {self._timeout:g} s")
+            if len(line) > _MAX_LINE:
+                raise self._no_vllm(f"sends a line of more than {_MAX_LINE} bytes")
+        yield line
+
     def _served(self, wanted: str | None) -> tuple[str, int]:
         """The model to ask, and its context length."""
-        answer = self._json("GET", "/v1/models")
+        answer = self._json("GET", "/v1/models", patience=min(self._timeout, _LISTING_SECONDS))
         try:
-            lengths = {card["id"]: card["max_model_len"] for card in answer["data"]}
+            lengths = {str(card["id"]): int(card["max_model_len"]) for card in answer["data"]}
             model = next(iter(lengths)) if wanted is None else wanted
-        except (KeyError, TypeError, StopIteration) as error:
+        except (KeyError, TypeError, ValueError, StopIteration) as error:
             raise self._no_vllm("lists no model with a max_model_len") from error
         if model not in lengths:
-            raise RolloutError(f"{self.name} does not serve model {model!r}; it serves {', '.join(map(repr, lengths))}")
-        return model, int(lengths[model])
+            raise RolloutError(
+                f"{self.name} does not serve model {model!r}; it serves {', '.join(map(repr, lengths))}: give one of "
+                "these as vllm_model"
+            )
+        return model, lengths[model]
 
-    def _json(self, method: str, path: str, **arguments: Any) -> Any:
-        response = self._answer(method, path, **arguments)
+    def _json(self, method: str, path: str, body: Any = None, patience: float | None = None) -> Any:
+        data = self._ask(method, path, body, self._whole, patience=patience)
         try:
-            return response.json()
-        except ValueError as error:
+            return json.loads(data)
+        except (ValueError, RecursionError) as error:
             raise self._no_vllm("answers with something other than JSON") from error
 
-    def _answer(self, method: str, path: str, **arguments: Any) -> urllib3.BaseHTTPResponse:
-        """An answer with status 200."""
+    def _whole(self, response: urllib3.BaseHTTPResponse) -> bytes:
+        """The body of an answer that comes in one piece."""
+        data, deadline = b"", monotonic() + self._timeout
         try:
-            response = self._pool.request(method, self._path + path, **arguments)
-        except HTTPError as error:
-            raise self._lost(error) from error
-        if response.status == 200:
-            return response
-        what = f"answers HTTP {response.status} to {path}"
-        try:
-            said = _message(response.json())
-        except ValueError as error:
-            raise self._no_vllm(what) from error
-        lost = response.status in _TRANSIENT
-        raise (ServerLostError if lost else RolloutError)(f"{self.name} {what}: {said}")
+            for piece in response.stream(_PIECE):
+                data += piece
+                if len(data) > _MAX_BODY:
+                    raise self._no_vllm(f"answers with more than {_MAX_BODY} bytes")
+                if monotonic() > deadline:
+                    raise TimeoutError(f"no whole answer in {self._timeout:g} s")
+        except BaseException:
+            response.close()
+            raise
+        finally:
+            response.release_conn()
+        return data
 
-    def _lost(self, error: HTTPError) -> ServerLostError:
-        reason: BaseException | None = error
-        attempts = 1
-        if isinstance(error, MaxRetryError):
-            reason = error.reason
-            total = self._pool.retries.total if isinstance(self._pool.retries, urllib3.Retry) else 0
-            attempts += int(total or 0)
-        if isinstance(reason, NewConnectionError):
-            what = f"cannot be reached ({reason.__cause__ or reason})"
-        elif isinstance(reason, TimeoutError):
-            what = f"gave no sign of life for {self._read_timeout:g} s"
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        read: Callable[[urllib3.BaseHTTPResponse], T],
+        require_open: Callable[[], None] = lambda: None,
+        patience: float | None = None,
+    ) -> T:
+        """What ``read`` makes of an answer with status 200; asks again where that may help."""
+        timeout = urllib3.Timeout(connect=self._connect_timeout, read=patience or self._timeout)
+        attempt = 0
+        while True:
+            attempt += 1
+            require_open()
+            try:
+                response = self._pool.request(
+                    method,
+                    self._path + path,
+                    json=body,
+                    timeout=timeout,
+                    preload_content=False,
+                    redirect=False,
+                    retries=False,
+                )
+                if response.status == 200:
+                    return read(response)
+                failed = self._refusal(response.status, path, self._whole(response))
+                again = response.status in _TRANSIENT
+            except HTTPError as error:
+                require_open()
+                failed = self._lost(error, attempt, patience or self._timeout)
+                again = not isinstance(error, TimeoutError) or isinstance(error, NewConnectionError)
+            if not again or attempt == self._attempts:
+                raise failed
+            if attempt > 1:
+                sleep(self._backoff * 2 ** (attempt - 2))
+
+    def _refusal(self, status: int, path: str, body: bytes) -> RolloutError:
+        """The error that an answer with another status is."""
+        what = f"answers HTTP {status} to {path}"
+        if status in _KEY_WANTED:
+            advice = "another key" if self._key else "the server's key"
+            what += f"; give {advice} as vllm_api_key, or in the environment variable {API_KEY_VARIABLE}"
+            return ServerLostError(f"{self.name} {what}")
+        try:
+            said = self._said(json.loads(body))
+        except (ValueError, RecursionError):
+            return self._no_vllm(what)
+        return (RolloutError if status in _OF_ONE_REQUEST else ServerLostError)(f"{self.name} {what}: {said}")
+
+    def _lost(self, error: HTTPError, attempts: int, patience: float) -> ServerLostError:
+        if isinstance(error, NewConnectionError):
+            what = f"cannot be reached ({error.__cause__ or error})"
+        elif isinstance(error, ConnectTimeoutError):
+            what = f"cannot be reached (no connection within {self._connect_timeout:g} s)"
+        elif isinstance(error, ReadTimeoutError):
+            what = f"gave no sign of life for {patience:g} s"
+        elif isinstance(error, TimeoutError):
+            what = f"gave {error}"
         else:
-            what = f"broke off ({reason})"
+            what = f"broke off ({self._without_key(str(error))})"
         return ServerLostError(
             f"{self.name} {what}, {attempts} attempt{'s' * (attempts > 1)}; it must be that of a running vLLM server"
         )
 
     def _no_vllm(self, what: str) -> RolloutError:
         return RolloutError(f"{self.name} {what}; it must be that of a vLLM server, 0.10.2 or later")
+
+    def _said(self, answer: Any) -> str:
+        """What an error in vLLM's or OpenAI's form says."""
+        if isinstance(answer, dict):
+            inner = answer.get("error", answer)
+            answer = inner.get("message", inner) if isinstance(inner, dict) else inner
+        return self._without_key(str(answer))[:1000]
+
+    def _without_key(self, text: str) -> str:
+        # Some servers repeat the key that they refuse.
+        return text.replace(self._key, "...") if self._key else text
 
 
 class ServerRequests:
@@ -278,26 +368,23 @@ class _GivenUpError(Exception):
     """The requests were closed."""
 
 
+def _key(given: str | None) -> str | None:
+    """The key to send; an empty environment variable is none."""
+    name, value = "vllm_api_key", given
+    if value is None:
+        name, value = f"the environment variable {API_KEY_VARIABLE}", os.environ.get(API_KEY_VARIABLE) or None
+    if value is not None:
+        require_api_key(name, value)
+    return value
+
+
+def _token(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r} is no token id")
+    return value
+
+
 def _interrupt(response: urllib3.BaseHTTPResponse) -> None:
     # It may have come to its end in this very moment.
     with contextlib.suppress(ValueError, RuntimeError, OSError):
         response.shutdown()
-
-
-def _message(answer: Any) -> str:
-    """What an error in vLLM's or OpenAI's form says."""
-    if isinstance(answer, dict):
-        inner = answer.get("error", answer)
-        answer = inner.get("message", inner) if isinstance(inner, dict) else inner
-    return str(answer)
-
-
-def _parse(url: str, name: str) -> Any:
-    accepted = f"{name} is not a URL; it must be like http://127.0.0.1:8000"
-    try:
-        parsed = urllib3.util.parse_url(url)
-    except HTTPError as error:
-        raise ValueError(accepted) from error
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError(accepted)
-    return parsed
