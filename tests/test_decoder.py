@@ -329,7 +329,7 @@ def test_no_sequence_waits_for_another():
 
     pair = make_pair(*models(), BASE)
     frame = pair.reward_model.chat_frame([{"role": "user", "content": "is"}])
-    sequences = [Sequence(i, Conversation((5, 6), frame, limit), seed=i) for i, limit in enumerate((4, 40))]
+    sequences = [Sequence(i, Conversation((5, 6), frame, limit), seed=1 + i) for i, limit in enumerate((4, 40))]
     never = StopRule(frozenset())
     objective = Objective(pair.language_model, pair.reward_model, BASE)
     Decoder(objective, HFRollout(pair.language_model), Sampler(), never, Listener()).decode(sequences)
