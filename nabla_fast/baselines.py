@@ -13,7 +13,7 @@ from torch import Tensor
 from nabla_fast.config import NablaConfig, Sampling
 from nabla_fast.decoder import Observer
 from nabla_fast.generate import NablaOutput, Pair, generate, make_pair, response_limit, stop_rule
-from nabla_fast.models.chat import as_chats, generation_prompt_ids
+from nabla_fast.models.chat import as_chats
 from nabla_fast.models.reward_model import RewardFrame
 from nabla_fast.objective import Conversation, Objective
 from nabla_fast.rollout import Start, StopRule, rollout
@@ -81,7 +81,7 @@ def best_of_n(
     """
     config = config or NablaConfig()
     pair = make_pair(model, tokenizer, reward_model, reward_tokenizer, config)
-    groups = sample(pair, *_prompts(pair, prompts), n, config, scored=True)
+    groups = sample(pair, *pair.prompts(as_chats(prompts), config), n, config, scored=True)
     return _chosen(groups, [best(group) for group in groups])
 
 
@@ -106,7 +106,7 @@ def self_consistency(
     """
     config = config or NablaConfig()
     pair = make_pair(model, tokenizer, reward_model, reward_tokenizer, config)
-    groups = sample(pair, *_prompts(pair, prompts), n, config, scored=False)
+    groups = sample(pair, *pair.prompts(as_chats(prompts), config), n, config, scored=False)
     return _chosen(groups, [vote([answer(text) for text in group.texts], same) for group in groups])
 
 
@@ -186,12 +186,6 @@ def sample(
         _samples(pair, sequences[i : i + n], rewards[i : i + n] or None, [c.stats for c, _ in rows[i : i + n]])
         for i in range(0, len(rows), n)
     ]
-
-
-def _prompts(pair: Pair, prompts: Any) -> tuple[list[tuple[int, ...]], list[RewardFrame]]:
-    chats = as_chats(prompts)
-    ids = [tuple(generation_prompt_ids(pair.tokenizer, chat)) for chat in chats]
-    return ids, [pair.reward_model.chat_frame(chat) for chat in chats]
 
 
 def _sample_seeds(first: int, prompt_ids: tuple[int, ...], n: int) -> list[int]:

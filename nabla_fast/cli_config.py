@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Collection
 from dataclasses import fields
@@ -93,6 +94,8 @@ def _option(name: str, kind: str, default: Any, text: str) -> inspect.Parameter:
         annotation = Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", **extra)]
     elif kind.startswith("tuple"):
         annotation = Annotated[(list[int] if "int" in kind else list[str]) | None, typer.Option(flag, **extra)]
+    elif kind.startswith("dict"):
+        annotation = Annotated[Any, typer.Option(flag, parser=_json_object, metavar="JSON", **extra)]
     elif kind.endswith("| None"):
         parse = _or_none(_KINDS[kind.split()[0]])
         annotation = Annotated[Any, typer.Option(flag, parser=parse, metavar=kind.split()[0].upper(), **extra)]
@@ -109,6 +112,18 @@ def _or_none(kind: type) -> Callable[[str], Any]:
             raise typer.BadParameter(f"must be a number or 'none', got {text!r}") from error
 
     return parse
+
+
+def _json_object(text: str) -> Any:
+    try:
+        value = _Off() if text.lower() == "none" else json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict | _Off):
+        raise typer.BadParameter(
+            f"must be a JSON object such as '{{\"enable_thinking\": false}}', or 'none', got {text!r}"
+        )
+    return value
 
 
 def _descriptions(cls: type) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,6 +12,11 @@ PARAMETERIZATIONS = ("latents", "logits")
 ANCHORS = ("argmax", "rollout")
 SCHEDULES = ("cosine", "linear", "constant")
 ROLLOUT_BACKENDS = ("auto", "hf", "vllm")
+# Arguments of `apply_chat_template` that are no matter of the template's.
+_OWN_TEMPLATE_ARGUMENTS = {
+    *("conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding"),
+    *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
 BACKENDS = ("auto", "reference", "native", "triton", "cuda")
 PRESETS = ("math500", "aime", "amc")
 
@@ -77,6 +82,7 @@ class NablaConfig:
             drawing them one by one; the tokens drawn are the same. Fewer where a batch fills the pass; 0 for none.
         stop_strings: a response ends where one of these is complete (the string is kept, as in transformers).
         eos_token_ids: a response ends with one of these; None takes the model's own.
+        chat_template_kwargs: further arguments of both tokenizers' chat templates, such as {"enable_thinking": false}.
         rollout: how rollouts are sampled.
         resample: how the optimised position is sampled anew.
         gradient_cache: keep gradients, keyed by the token ids, between DTO runs.
@@ -115,6 +121,7 @@ class NablaConfig:
     draft_tokens: int = 8
     stop_strings: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] | None = None
+    chat_template_kwargs: dict[str, Any] | None = field(default=None, hash=False)
     rollout: Sampling = field(default_factory=lambda: Sampling(temperature=0.6, top_p=0.95))
     resample: Sampling = field(default_factory=lambda: Sampling(temperature=0.5, top_p=0.95))
     gradient_cache: bool = True
@@ -160,6 +167,18 @@ class NablaConfig:
             if not isinstance(getattr(self, name), Sampling):
                 raise TypeError(f"{name} must be a Sampling, got {getattr(self, name)!r}")
         self._freeze_stops()
+        self._check_template_kwargs()
+
+    def _check_template_kwargs(self) -> None:
+        kwargs = self.chat_template_kwargs
+        if kwargs is None:
+            return
+        if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+            raise TypeError(f"chat_template_kwargs must be a mapping from names to values or None, got {kwargs!r}")
+        taken = sorted(set(kwargs) & _OWN_TEMPLATE_ARGUMENTS)
+        if taken:
+            raise ValueError(f"chat_template_kwargs cannot hold {', '.join(taken)}, which nabla_fast sets itself")
+        object.__setattr__(self, "chat_template_kwargs", dict(kwargs))
 
     def _check_server(self) -> None:
         _require_number("vllm_timeout", self.vllm_timeout, minimum=0.0, open_minimum=True)

@@ -147,9 +147,10 @@ def optimize(
     prefix = _check_prefix(prefix_ids, language_model)
     _check_start(start, language_model, config)
     _check_messages(messages)
-    prompt = tuple(generation_prompt_ids(tokenizer, messages))
+    prompt = tuple(generation_prompt_ids(tokenizer, messages, config.chat_template_kwargs))
     _check_length(len(prompt) + len(prefix) + len(start), language_model)
-    conversation = Conversation(prompt, rewards.chat_frame(messages), limit=len(prefix) + len(start))
+    frame = rewards.chat_frame(messages, config.chat_template_kwargs)
+    conversation = Conversation(prompt, frame, limit=len(prefix) + len(start))
     (seed,) = sequence_seeds(config.seed, [prompt])
     start = start.to(language_model.device)
     latents = config.parameterization == "latents"

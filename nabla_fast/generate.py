@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from torch import Tensor
 from nabla_fast import ops
 from nabla_fast.config import NablaConfig
 from nabla_fast.decoder import Decoder, Observer, Sequence
-from nabla_fast.models.chat import as_chats, generation_prompt_ids
+from nabla_fast.models.chat import Chat, ChatTemplateError, as_chats, generation_prompt_ids
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardFrame, RewardModel
 from nabla_fast.objective import Conversation, Objective
+from nabla_fast.processors import model_sampler
 from nabla_fast.rollout import HFRollout, RolloutBackend, StopRule, VLLMRollout, vllm
 from nabla_fast.sampling import Sampler, sequence_seeds
 from nabla_fast.stats import Stats
@@ -50,16 +52,40 @@ class Pair:
     vllm: VLLMRollout | None = None
 
     def rollouts(self, config: NablaConfig, sampler: Sampler | None = None) -> RolloutBackend:
-        """Where trajectories come from.
+        """Where trajectories come from; ``sampler`` None applies what the model's generation config asks for.
 
         Raises:
-            ValueError: if ``sampler`` has logits processors, which vLLM cannot run.
+            ValueError: if there are logits processors, which vLLM cannot run.
         """
+        sampler = self.sampler if sampler is None else sampler
         if self.vllm is None:
             return HFRollout(self.language_model, sampler, config.draft_tokens)
-        if sampler is not None and (sampler.before or sampler.after):
-            raise ValueError("logits_processor cannot be used with rollouts from vLLM; use rollout_backend='hf'")
+        if sampler.names:
+            raise ValueError(
+                "logits_processor cannot be used with rollouts from vLLM, and the call or model.generation_config asks "
+                f"for {', '.join(sampler.names)}; use rollout_backend='hf', or leave them out"
+            )
         return self.vllm
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        """Applies the logits processors of the model's generation config."""
+        return model_sampler(self.language_model.model, sorted(self.eos_token_ids), self.language_model.vocab_size)
+
+    def prompts(self, chats: Seq[Chat], config: NablaConfig) -> tuple[list[tuple[int, ...]], list[RewardFrame]]:
+        """What either model sees of B chats: prompt ids, and the frames around the responses.
+
+        Raises:
+            ValueError: if a template does not take a chat; the message names its index and the template's reason.
+        """
+        ids, frames = [], []
+        for index, chat in enumerate(chats):
+            try:
+                ids.append(tuple(generation_prompt_ids(self.tokenizer, chat, config.chat_template_kwargs)))
+                frames.append(self.reward_model.chat_frame(chat, config.chat_template_kwargs))
+            except ChatTemplateError as error:
+                raise ChatTemplateError(f"prompts[{index}] cannot be formatted: {error}") from error
+        return ids, frames
 
 
 def generate(
@@ -80,8 +106,11 @@ def generate(
         reward_model: a sequence classifier with one label in ``eval()``, on the same device; or a differentiable
             callable that maps (inputs_embeds (B, T, d_r), attention_mask (B, T)) to rewards (B,).
         reward_tokenizer: its tokenizer, with a chat template; None takes ``tokenizer``.
-        prompts: a string, a chat (list of ``{"role", "content"}``), or a list of either.
-        config: settings; None takes the defaults.
+        prompts: a string, a chat (list of ``{"role", "content"}``), or a list of either. A chat that ends with an
+            assistant's message has it continued: the answer holds what follows, the reward model sees both as one.
+        config: settings; None takes the defaults. Of the model's own generation config, temperature, top-k, top-p and
+            lengths do not count, since ``config`` has them; end tokens and stop strings do where ``config`` has none,
+            penalties and all other logits processors always.
         observer: hears of progress.
 
     Raises:
@@ -92,8 +121,7 @@ def generate(
     config = config or NablaConfig()
     chats = as_chats(prompts)
     pair = make_pair(model, tokenizer, reward_model, reward_tokenizer, config)
-    prompt_ids = [tuple(generation_prompt_ids(tokenizer, chat)) for chat in chats]
-    frames = [pair.reward_model.chat_frame(chat) for chat in chats]
+    prompt_ids, frames = pair.prompts(chats, config)
     return run(pair, prompt_ids, frames, config, stop_rule(pair, config), observer=observer)
 
 
@@ -106,8 +134,10 @@ def make_pair(model: Any, tokenizer: Any, reward_model: Any, reward_tokenizer: A
 
 
 def stop_rule(pair: Pair, config: NablaConfig) -> StopRule:
-    """When a response ends by ``config``."""
-    return StopRule(pair.eos_token_ids, config.stop_strings, pair.tokenizer)
+    """When a response ends by ``config``, whose stop strings, if any, take the place of the model's own."""
+    own = getattr(getattr(pair.language_model.model, "generation_config", None), "stop_strings", None) or ()
+    own = (own,) if isinstance(own, str) else tuple(own)
+    return StopRule(pair.eos_token_ids, config.stop_strings or own, pair.tokenizer)
 
 
 def run(
@@ -122,7 +152,7 @@ def run(
 ) -> NablaOutput:
     """Decodes token prompts (B), each with its reward frame, together; ``seeds`` (B) are theirs by `config.seed`."""
     ops.resolve("relaxed_stats", config.backend, pair.language_model.device.type)
-    sampler = sampler or Sampler()
+    sampler = pair.sampler if sampler is None else sampler
     seeds = sequence_seeds(config.seed, prompt_ids) if seeds is None else seeds
     sequences = [
         Sequence(i, Conversation(ids, frame, response_limit(pair, i, ids, frame, config)), seed)

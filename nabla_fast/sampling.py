@@ -45,20 +45,55 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Processors:
+    """Logits processors around temperature, top-k and top-p.
+
+    Attributes:
+        before: applied first.
+        warpers: applied after temperature, top-k and top-p; greedy decoding does without them.
+        after: applied last.
+    """
+
+    before: tuple[LogitsProcessor, ...] = ()
+    warpers: tuple[LogitsProcessor, ...] = ()
+    after: tuple[LogitsProcessor, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sampler:
     """Draws the next token of a batch of sequences.
 
     Attributes:
-        before, after: logits processors of the caller's, applied before and after temperature, top-k and top-p.
+        before, after: logits processors, see `Processors`.
     """
 
     before: tuple[LogitsProcessor, ...] = ()
     after: tuple[LogitsProcessor, ...] = ()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the logits processors are called."""
+        return tuple(getattr(p, "__name__", type(p).__name__) for p in (*self.before, *self.after))
+
+    @property
+    def width(self) -> int:
+        """Entries of the scores that processors see, where that is more than those of the logits."""
+        return 0
+
+    def processors(self, context: Context) -> Processors:
+        """The logits processors of one sequence."""
+        return Processors(self.before, (), self.after)
+
     def __call__(self, logits: Tensor, sampling: Sampling, contexts: Sequence[Context]) -> Tensor:
         """One token (B,) per row of logits (B, V)."""
-        scores = _process(self.before, logits, contexts)
-        scores = _process(self.after, warp(scores, sampling), contexts)
+        processors = [self.processors(context) for context in contexts]
+        scores = _process([p.before for p in processors], logits, contexts, self.width)
+        if sampling.temperature == 0:
+            # The argmax last: what is left of a row with one token cannot be changed any more.
+            scores = warp(_process([p.after for p in processors], scores, contexts, self.width), sampling)
+        else:
+            both = [(*p.warpers, *p.after) for p in processors]
+            scores = _process(both, warp(scores, sampling), contexts, self.width)
         return sample(scores, [(context.seed, len(context.response)) for context in contexts])
 
 
@@ -185,17 +220,24 @@ def _gumbel(low: Tensor, high: Tensor, token: Tensor) -> Tensor:
     return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2**-24)))
 
 
-def _process(processors: Sequence[LogitsProcessor], scores: Tensor, contexts: Sequence[Context]) -> Tensor:
-    if not processors:
+def _process(
+    processors: Sequence[Sequence[LogitsProcessor]], scores: Tensor, contexts: Sequence[Context], width: int
+) -> Tensor:
+    """Applies each row's own processors to scores (B, V), widened by -inf to ``width`` columns meanwhile."""
+    if not any(processors):
         return scores
+    size = scores.shape[-1]
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    wide = torch.nn.functional.pad(wide, (0, max(0, width - size)), value=-torch.inf)
     rows = []
     # Row by row, without padding: a processor that counts tokens must not see pad tokens.
-    for row, context in enumerate(contexts):
+    for row, (own, context) in enumerate(zip(processors, contexts, strict=True)):
         ids = torch.tensor([[*context.prompt_ids, *context.response]], device=scores.device)
-        row_scores = scores[row : row + 1]
-        for processor in processors:
+        # A copy, because many processors write into what they are given.
+        row_scores = wide[row : row + 1].clone()
+        for processor in own:
             row_scores = processor(ids, row_scores)
-        rows.append(row_scores)
+        rows.append(row_scores[:, :size])
     return torch.cat(rows)
 
 

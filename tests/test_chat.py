@@ -128,7 +128,7 @@ def test_every_kind_of_prompt_becomes_a_list_of_chats(prompts: Any, expected: An
         ([[USER], [{"content": "a"}]], r"^prompts\[1\] has a message without"),
         ([{"role": "user", "content": ""}], r"^prompts\[0\] is empty"),
         ([{"role": "user", "content": None}], r"^prompts\[0\] is empty"),
-        ([{"role": "user", "content": [{"type": "image"}]}], r"^prompts\[0\] is empty"),
+        ([{"role": "user", "content": [{"type": "image"}]}], r"^prompts\[0\] has a message whose content is a list"),
         (None, "^prompts must be a string, a chat or a list of either, got NoneType"),
         (3, "^prompts must be a string, a chat or a list of either, got int"),
         (USER, "^prompts must be a string, a chat or a list of either, got dict"),

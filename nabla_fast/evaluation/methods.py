@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +23,15 @@ MAX_ROLLOUTS = "nabla"
 
 @dataclass(frozen=True)
 class Models:
-    """A pair of models, and how large they are."""
+    """A pair of models, how large they are, and the further arguments of their chat templates."""
 
     pair: Pair
     sizes: Sizes
+    template_kwargs: Mapping[str, Any] | None = None
 
     def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
         """The language model's prompt."""
-        return tuple(generation_prompt_ids(self.pair.tokenizer, problem.chat))
+        return tuple(generation_prompt_ids(self.pair.tokenizer, problem.chat, self.template_kwargs))
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,9 @@ def load(
     model: Any, tokenizer: Any, reward_model: Any, reward_tokenizer: Any, config: NablaConfig | None = None
 ) -> Models:
     """Makes two models ready for an evaluation. Arguments and errors as in `nabla_fast.generate`."""
-    pair = make_pair(model, tokenizer, reward_model, reward_tokenizer, config or NablaConfig())
-    return Models(pair, sizes(pair))
+    config = config or NablaConfig()
+    pair = make_pair(model, tokenizer, reward_model, reward_tokenizer, config)
+    return Models(pair, sizes(pair), config.chat_template_kwargs)
 
 
 def make_batch(
@@ -112,8 +114,7 @@ def make_batch(
     size: int,
 ) -> Batch:
     """Prepares problems for a method."""
-    ids = [models.prompt_ids(problem) for problem in problems]
-    frames = [models.pair.reward_model.chat_frame(problem.chat) for problem in problems]
+    ids, frames = models.pair.prompts([problem.chat for problem in problems], config)
     return Batch(models, problems, ids, frames, seeds, grader, config, n, size)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,12 @@ Chat = Sequence[Message]
 
 # Stands in for the response while a template is rendered. Letters only, so that no template trims or escapes it.
 _RESPONSE_MARK = "NablaFastResponseMark"
+# The rest of an empty thought that is open already.
+_WHOLE_THOUGHT = "\n</think>\n\n"
+
+
+class ChatTemplateError(ValueError):
+    """A tokenizer's chat template does not take a chat."""
 
 
 @dataclass(frozen=True)
@@ -44,32 +52,139 @@ def as_chats(prompts: object) -> list[Chat]:
     return [_as_chat(prompt, index) for index, prompt in enumerate(prompts)]
 
 
-def generation_prompt_ids(tokenizer: Any, chat: Chat) -> list[int]:
-    """Token ids of ``chat`` with the template's generation prompt, ready for the language model to continue."""
-    require_chat_template(tokenizer, "tokenizer")
-    text = tokenizer.apply_chat_template([dict(m) for m in chat], tokenize=False, add_generation_prompt=True)
-    return encode(tokenizer, text)
+def generation_prompt_ids(tokenizer: Any, chat: Chat, template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+    """Token ids of ``chat`` with the template's generation prompt, ready for the language model to continue.
 
-
-def conversation_frame(tokenizer: Any, chat: Chat) -> ConversationFrame:
-    """What the template of ``tokenizer`` writes before and after a response to ``chat``.
-
-    The chat is rendered once with a mark in the response's place and cut there, so the result is the template's own
-    text also where a finished assistant turn is written differently from the generation prompt.
+    A chat that ends with an assistant's message is continued there, as with transformers' ``continue_final_message``.
 
     Raises:
-        ValueError: if the tokenizer has no chat template, or the template does not write the response verbatim.
+        ValueError: if the tokenizer has no chat template, or (`ChatTemplateError`) it does not take the chat.
+    """
+    return encode(tokenizer, _generation_prompt(tokenizer, chat, template_kwargs))
+
+
+def conversation_frame(
+    tokenizer: Any,
+    chat: Chat,
+    template_kwargs: Mapping[str, Any] | None = None,
+    language_tokenizer: Any = None,
+) -> ConversationFrame:
+    """What the template of ``tokenizer`` writes before and after a response to ``chat``.
+
+    The chat is rendered with a mark in the response's place and cut there, so the result is the template's own text
+    also where a finished assistant turn is written differently from the generation prompt. A template that moves
+    thoughts to a place of their own, and writes an empty thought where there is none, would write one before a response
+    that brings its own. So the mark stands behind an empty thought in the form in which the language model writes it,
+    where it is the language model that writes it, and the cut is made before both.
+
+    Args:
+        template_kwargs: further arguments of the templates.
+        language_tokenizer: its template says what the language model's response begins with; None is ``tokenizer``.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template, or (`ChatTemplateError`) it does not take the chat or does
+            not write the response verbatim.
+
+    Warns:
+        UserWarning: if the template would leave thoughts out; the response is shown with them.
     """
     require_chat_template(tokenizer, "reward_tokenizer")
-    messages = [*(dict(m) for m in chat), {"role": "assistant", "content": _RESPONSE_MARK}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    opening, mark, closing = text.rpartition(_RESPONSE_MARK)
-    if not mark:
-        raise ValueError(
+    writer = tokenizer if language_tokenizer is None else language_tokenizer
+    begun, thought = _response_start(writer, chat, template_kwargs)
+    name = "reward_tokenizer"
+    cut = _cut(_finished(tokenizer, chat, begun + thought + _RESPONSE_MARK, template_kwargs, name), thought)
+    if cut is None and thought:
+        warnings.warn(
+            "the chat template of reward_tokenizer leaves the thoughts of an assistant's message out or writes them "
+            "elsewhere; the reward model sees the response with its thoughts, as the language model wrote it",
+            stacklevel=2,
+        )
+        cut = _cut(_finished(tokenizer, chat, begun + _RESPONSE_MARK, template_kwargs, name), "")
+    if cut is None:
+        raise ChatTemplateError(
             "reward_tokenizer has a chat template that does not write the assistant's message as given, so the "
             "response has no place in it; give a tokenizer whose template does"
         )
+    opening, closing = cut
     return ConversationFrame(tuple(encode(tokenizer, opening)), tuple(encode(tokenizer, closing)))
+
+
+def _generation_prompt(tokenizer: Any, chat: Chat, template_kwargs: Mapping[str, Any] | None) -> str:
+    """What the language model continues."""
+    if chat[-1]["role"] != "assistant":
+        return _render(tokenizer, chat, template_kwargs, "tokenizer", add_generation_prompt=True)
+    # Behind a whole thought, so that one that is only begun is not taken for the answer.
+    thought = _WHOLE_THOUGHT if _open_thought(chat[-1]["content"]) else ""
+    cut = _cut(_finished(tokenizer, chat, thought + _RESPONSE_MARK, template_kwargs, "tokenizer"), thought)
+    if cut is None:
+        cut = _cut(_finished(tokenizer, chat, _RESPONSE_MARK, template_kwargs, "tokenizer"), "")
+    if cut is None:
+        raise ChatTemplateError(
+            "tokenizer has a chat template that does not write the assistant's last message as given, so it cannot be "
+            "continued; leave that message out"
+        )
+    return cut[0]
+
+
+def _response_start(tokenizer: Any, chat: Chat, template_kwargs: Mapping[str, Any] | None) -> tuple[str, str]:
+    """How the language model's message begins, by its template.
+
+    Returns:
+        What its prompt has written of the message, apart from ``chat``'s own words: a thought it has opened. And the
+        rest of an empty thought that the model is to write, "" where it is to write none.
+    """
+    if chat[-1]["role"] == "assistant":
+        return "", _WHOLE_THOUGHT if _open_thought(chat[-1]["content"]) else ""
+    if not getattr(tokenizer, "chat_template", None):
+        return "", ""
+    prompt = _render(tokenizer, chat, template_kwargs, "tokenizer", add_generation_prompt=True)
+    # At the very end: elsewhere it is the user's word.
+    begun = re.search(r"<think>\s*\Z", prompt)
+    if begun:
+        return begun.group(), _WHOLE_THOUGHT
+    cut = _cut(_finished(tokenizer, chat, _RESPONSE_MARK, template_kwargs, "tokenizer"), "")
+    if cut is None or not cut[0].startswith(prompt):
+        return "", ""
+    thought = cut[0][len(prompt) :]
+    # Only what the template takes for the response's own, once it is there, is for the model to write.
+    whole = _finished(tokenizer, chat, thought + _RESPONSE_MARK, template_kwargs, "tokenizer")
+    return "", thought if whole == "".join((cut[0], _RESPONSE_MARK, cut[1])) else ""
+
+
+def _open_thought(text: str) -> bool:
+    """Whether an assistant's ``text`` opens a thought that it does not close."""
+    return text.rfind("<think>") > text.rfind("</think>")
+
+
+def _cut(text: str, thought: str) -> tuple[str, str] | None:
+    """What stands before and after the response, which is ``thought`` and the mark; None if it is not there."""
+    before, mark, after = text.rpartition(thought + _RESPONSE_MARK)
+    return (before, after) if mark else None
+
+
+def _finished(
+    tokenizer: Any, chat: Chat, response: str, template_kwargs: Mapping[str, Any] | None, argument: str
+) -> str:
+    """``chat`` with a finished assistant's turn, which continues the last message if that is the assistant's."""
+    messages = [dict(message) for message in chat]
+    if messages[-1]["role"] == "assistant":
+        messages[-1]["content"] += response
+    else:
+        messages.append({"role": "assistant", "content": response})
+    return _render(tokenizer, messages, template_kwargs, argument)
+
+
+def _render(
+    tokenizer: Any, chat: Chat, template_kwargs: Mapping[str, Any] | None, argument: str, **options: bool
+) -> str:
+    require_chat_template(tokenizer, argument)
+    try:
+        messages = [dict(message) for message in chat]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options, **(template_kwargs or {})))
+    except Exception as error:  # A template is a program of its own, and may end in any error.
+        raise ChatTemplateError(
+            f"{argument}'s chat template refuses the chat ({error or type(error).__name__})"
+        ) from error
 
 
 def require_chat_template(tokenizer: Any, argument: str) -> None:
@@ -108,7 +223,12 @@ def _as_chat(prompt: object, index: int) -> Chat:
     for message in prompt:  # type: ignore[attr-defined]
         if "role" not in message or "content" not in message:
             raise ValueError(f"prompts[{index}] has a message without 'role' or 'content': {dict(message)!r}")
+        if not (message["content"] is None or isinstance(message["content"], str)):
+            raise ValueError(
+                f"prompts[{index}] has a message whose content is a {type(message['content']).__name__}; it must be "
+                "text, since images and other parts are not supported"
+            )
     last = prompt[-1]  # type: ignore[index]
-    if not (isinstance(last["content"], str) and last["content"].strip()):
+    if not (last["content"] or "").strip():
         raise ValueError(f"prompts[{index}] is empty; the last message must hold text, got {last['content']!r}")
     return prompt  # type: ignore[return-value]

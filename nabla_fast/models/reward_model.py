@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,7 @@ class RewardModel:
     ) -> None:
         own, model = checks.looked_through(model)
         self.tokenizer = language_tokenizer if tokenizer is None else tokenizer
+        self._language_tokenizer = language_tokenizer
         self.context_length: int | None = None
         self.head: RewardHead | None = None
         self._function: RewardFunction | OwnForward | None = None
@@ -115,9 +116,9 @@ class RewardModel:
     def body(self) -> Body | None:
         return None if self.head is None else self.head.body
 
-    def chat_frame(self, chat: Chat) -> RewardFrame:
+    def chat_frame(self, chat: Chat, template_kwargs: Mapping[str, Any] | None = None) -> RewardFrame:
         """The frame that the reward tokenizer's chat template puts around a response to ``chat``."""
-        frame = conversation_frame(self.tokenizer, chat)
+        frame = conversation_frame(self.tokenizer, chat, template_kwargs, self._language_tokenizer)
         return RewardFrame(self._read(frame.opening), self._read(frame.closing), self._ids(frame.opening))
 
     def prompt_frame(self, prompt_ids: Sequence[int]) -> RewardFrame:
