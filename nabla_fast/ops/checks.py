@@ -105,7 +105,9 @@ def thresholds(entropy_threshold: float | None, confidence_threshold: float | No
 def number(name: str, value: _Number, least: _Number | None = None) -> None:
     """Raises ValueError for a number that is not finite, or below ``least``."""
     if not math.isfinite(value) or (least is not None and value < least):
-        raise ValueError(f"{name} must be a finite number{'' if least is None else f' of at least {least}'}, got {value}")
+        raise ValueError(
+            f"{name} must be a finite number{'' if least is None else f' of at least {least}'}, got {value}"
+        )
 
 
 def ids(name: str, tokens: Tensor, vocabulary: int) -> None:
