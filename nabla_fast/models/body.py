@@ -164,12 +164,14 @@ class Body:
             options["cache_position"] = torch.arange(past, past + size, device=ids.device)
         accepted = self._arguments
         options = {name: value for name, value in options.items() if accepted is None or name in accepted}
+        # A copy: some models change their embeddings in place.
+        embeds = None if embeds is None else embeds.clone()
         if embeds is None:
             out = self.backbone(input_ids=ids, **options)
         elif not self.needs_ids:
             out = self.backbone(inputs_embeds=embeds, **options)
         else:
-            with embeddings_replaced(self.embedding, embeds, self.name):
+            with embeddings_replaced(self.embedding, ids, embeds, self.name):
                 out = self.backbone(input_ids=ids, **options)
         return self.output(out.last_hidden_state), out
 
@@ -239,22 +241,26 @@ class Body:
 
 
 @contextmanager
-def embeddings_replaced(module: Any, embeds: Tensor, name: str) -> Iterator[None]:
-    """In this block and thread, ``module``, input embeddings, gives ``embeds`` (B, S, d) for a table look-up of B x S.
+def embeddings_replaced(module: Any, ids: Tensor, embeds: Tensor, name: str) -> Iterator[None]:
+    """In this block and thread, ``module``, input embeddings, gives ``embeds`` (B, S, d) for token ids (B, S).
 
-    The model goes on from token ids, with whatever else it makes of them, and gradients flow to ``embeds``.
+    The model goes on from token ids, with whatever else it makes of them, and gradients flow to ``embeds``. A model may
+    put tokens of its own before them.
 
     Raises:
         ValueError: at the block's end, if nothing was looked up.
     """
     thread, looked_up = get_ident(), False
+    size = ids.shape[1]
 
-    def replace(_module: Any, _arguments: Any, output: Tensor) -> Tensor | None:
+    def replace(_module: Any, arguments: Any, output: Tensor) -> Tensor | None:
         nonlocal looked_up
-        if get_ident() != thread or output.shape != embeds.shape:
+        read = arguments[0] if arguments and isinstance(arguments[0], Tensor) else None
+        if get_ident() != thread or read is None or read.ndim != 2 or not torch.equal(read[:, -size:].long(), ids):
             return None
         looked_up = True
-        return embeds
+        more = output.shape[1] - size
+        return torch.cat([output[:, :more], embeds], dim=1) if more else embeds
 
     handle = module.register_forward_hook(replace)
     try:

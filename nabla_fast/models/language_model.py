@@ -15,7 +15,8 @@ from nabla_fast.models.body import Body, Inputs
 from nabla_fast.models.tracks import Track
 from nabla_fast.ops import Head, linear_logits, scaled_and_capped
 
-# Names under which families keep a constant factor on the logits; the first one found is used.
+# Names under which families keep a cap or a constant factor on the logits; the first one found is used.
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 _LOGIT_FACTORS = (("logits_scaling", True), ("logit_scale", False), ("lm_head_multiplier", False))
 
 
@@ -210,4 +211,5 @@ def _logit_factor(model: Any) -> float:
 
 
 def _softcap(model: Any) -> float:
-    return float(getattr(model.config.get_text_config(), "final_logit_softcapping", None) or 0.0)
+    config = model.config.get_text_config()
+    return float(next((value for name in _SOFTCAPS if (value := getattr(config, name, None))), 0.0))

@@ -69,7 +69,7 @@ class OwnForward:
     def __call__(self, inputs: Inputs) -> Tensor:
         """The reward (1,) of a conversation, differentiable with respect to its embeddings."""
         ids = torch.where(inputs.ids < 0, self.stand_in, inputs.ids).unsqueeze(0)
-        with embeddings_replaced(self.embedding, inputs.embeds.unsqueeze(0), self.name):
+        with embeddings_replaced(self.embedding, ids, inputs.embeds.unsqueeze(0), self.name):
             return own_score(self.model, ids, self.name)
 
 
