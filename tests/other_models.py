@@ -101,4 +101,6 @@ def other_language_model(name: str, dtype: torch.dtype = torch.float64, seed: in
                 nn.init.normal_(weight, std=1.0 / min(weight.shape) ** 0.5)
             elif name == "gemma3n" and weight.ndim == 1:
                 nn.init.ones_(weight)
+    # Bart's has tokens that it forces upon an answer.
+    model.generation_config = transformers.GenerationConfig(pad_token_id=0, eos_token_id=3)
     return model.to(dtype).eval().requires_grad_(False)
