@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+
 import operator_inputs
 import pytest
 import torch
@@ -115,6 +118,216 @@ def test_results_have_the_fake_kernels_shapes_and_dtypes(name, dtype, backend):
         for one, other in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (got, expected)), strict=True):
             assert one.shape == other.shape
             assert one.dtype == other.dtype
+
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MASTERS = FLOATS[:2]
+# Which operands of an operator may have a dtype of their own, by their positions, and what it may be.
+OPERANDS = {
+    "relaxed_stats": [((0,), FLOATS)],
+    "linear_relaxed_stats": [((0,), FLOATS), ((1,), FLOATS)],
+    "straight_through_embedding": [((0,), FLOATS), ((1,), FLOATS), ((2,), FLOATS)],
+    "straight_through_embedding_one_table": [((0,), FLOATS), ((1,), FLOATS)],
+    "linear_straight_through_embedding": [((0,), FLOATS), ((1,), FLOATS), ((4,), FLOATS), ((5,), FLOATS)],
+    "soft_embedding": [((0,), FLOATS), ((1,), FLOATS)],
+    "linear_soft_embedding": [((0,), FLOATS), ((1,), FLOATS), ((4,), FLOATS)],
+    "relaxed_backward": [((0,), FLOATS), ((1,), MASTERS), ((2, 4), FLOATS), ((3, 5), FLOATS)],
+    "linear_relaxed_backward": [((0,), FLOATS), ((1,), FLOATS), ((4, 5, 7), FLOATS), ((6, 8), FLOATS)],
+    "linear_relaxed_backward_with_mean": [((0,), FLOATS), ((1, 6, 8), FLOATS), ((4, 5, 7), FLOATS), ((9,), MASTERS)],
+    "linear_log_likelihood": [((0,), FLOATS), ((1,), FLOATS)],
+    "gradient_norm": [((0,), FLOATS), ((1, 2), FLOATS), ((3,), FLOATS), ((6, 7), FLOATS)],
+    "dto_step": [((0, 1, 2), MASTERS), ((5,), MASTERS), ((6,), FLOATS), ((7,), FLOATS)],
+    "dto_step_factors": [((0, 1, 2), MASTERS), ((6,), FLOATS), ((7,), FLOATS), ((10, 11), FLOATS)],
+    "token_diff": [],
+}
+
+
+def cast(argument, dtype):
+    return [x.to(dtype) for x in argument] if isinstance(argument, list) else argument.to(dtype)
+
+
+def with_dtypes(name, rows, chosen, backend):
+    """A call whose operands have the dtypes ``chosen``, and its copy in float64."""
+    operator, arguments = calls(rows, torch.float32, backend)[name]
+    mixed, wide = list(arguments), list(arguments)
+    for (positions, _), dtype in zip(OPERANDS[name], chosen, strict=True):
+        for i in positions:
+            mixed[i] = cast(arguments[i], dtype)
+            wide[i] = cast(mixed[i], torch.float64)
+    # A step writes into its arguments.
+    return operator, copy.deepcopy(mixed), copy.deepcopy(wide)
+
+
+def all_dtypes(name):
+    return itertools.product(*(dtypes for _, dtypes in OPERANDS[name]))
+
+
+def fake_results(operator, arguments):
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        fakes = [[mode.from_tensor(t) for t in a] if isinstance(a, list) else a for a in fakes]
+        results = operator(*fakes)
+    return (results,) if isinstance(results, torch.Tensor) else results
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_results_are_as_the_fake_kernel_says_for_all_dtypes_and_as_exact_as_their_dtype(name, backend):
+    for chosen in all_dtypes(name):
+        operator, mixed, wide = with_dtypes(name, 3, chosen, backend)
+        expected = fake_results(operator, mixed)
+        got, exact = operator(*mixed), operator(*wide)
+        got, exact = ((r,) if isinstance(r, torch.Tensor) else r for r in (got, exact))
+        for one, fake, truth in zip(got, expected, exact, strict=True):
+            assert (one.shape, one.dtype, one.device, one.stride()) == (
+                fake.shape,
+                fake.dtype,
+                fake.device,
+                fake.stride(),
+            ), chosen
+            if one.is_floating_point():
+                tolerance = 1e-9 if one.dtype == torch.float64 else 2e-4
+                torch.testing.assert_close(one.double(), truth.double(), rtol=tolerance, atol=tolerance)
+        if name.startswith("dto_step"):
+            tolerance = 1e-9 if chosen[0] == torch.float64 else 2e-3
+            for one, truth in zip(mixed[:3], wide[:3], strict=True):
+                torch.testing.assert_close(one.double(), truth, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_results_have_the_fake_kernels_strides_for_inputs_of_any_strides(name, backend):
+    operator, arguments = calls(3, torch.float32, backend)[name]
+
+    def transposed(x):
+        return x.t().contiguous().t() if isinstance(x, torch.Tensor) and x.ndim == 2 else x
+
+    arguments = [[transposed(x) for x in a] if isinstance(a, list) else transposed(a) for a in arguments]
+    expected, got = fake_results(operator, arguments), operator(*arguments)
+    for one, fake in zip((got,) if isinstance(got, torch.Tensor) else got, expected, strict=True):
+        assert one.stride() == fake.stride()
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_compiled_results_beside_a_float64_head_are_the_eager_ones(backend):
+    own, table, tokens = head(torch.float64), randn(V, DR, dtype=torch.float64, seed=3), torch.arange(3)
+
+    def run(h, z):
+        stats, soft = ops.linear_relaxed_stats(h, own, backend=backend), ops.soft_embedding(z, table, backend=backend)
+        return stats.lse * 2 + 1, ops.linear_log_likelihood(h, own, tokens, backend=backend) * 2 + 1, soft + 1
+
+    h, z = randn(3, D, seed=8), randn(3, V)
+    for one, other in zip(torch.compile(run, fullgraph=True)(h, z), run(h, z), strict=True):
+        assert one.dtype == torch.float64
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def first_derivatives(backend):
+    """The differentiable operators as functions of their first argument, which they are given in float64."""
+    own = head(torch.float64, 1.3, 4.0)
+    table, tokens = randn(V, D, dtype=torch.float64, seed=2), torch.arange(3)
+    z, h = randn(3, V, dtype=torch.float64), randn(3, D, dtype=torch.float64, seed=8)
+    options = {"backend": backend}
+    return {
+        "soft_embedding": (lambda x: ops.soft_embedding(x, table, **options), z),
+        "linear_soft_embedding": (lambda x: ops.linear_soft_embedding(x, own, table, **options), h),
+        "straight_through_embedding": (lambda x: ops.straight_through_embedding(x, table, **options)[0], z),
+        "linear_straight_through_embedding": (
+            lambda x: ops.linear_straight_through_embedding(x, own, table, **options)[0],
+            h,
+        ),
+        "linear_log_likelihood": (lambda x: ops.linear_log_likelihood(x, own, tokens, **options), h),
+    }
+
+
+ONCE = list(first_derivatives("reference"))
+
+
+@pytest.fixture
+def compiles():
+    """Each case compiles the same lines anew, which torch would call too often."""
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("compiles")
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("name", ONCE)
+def test_a_second_derivative_is_an_error_and_never_zero(name, backend):
+    function, x = first_derivatives(backend)[name]
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(x).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative of .*create_graph"):
+        torch.autograd.grad(gradient.sum(), x)
+    compiled = torch.compile(lambda x: function(x).sum(), fullgraph=True, backend="aot_eager")
+    (gradient,) = torch.autograd.grad(compiled(x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"double backward|no second derivative"):
+        torch.autograd.grad(gradient.sum(), x)
+
+
+@pytest.mark.usefixtures("compiles")
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("name", ONCE)
+def test_forward_mode_and_function_transforms_are_errors_and_never_zero(name, backend):
+    function, x = first_derivatives(backend)[name]
+
+    def loss(x):
+        return function(x).pow(2).sum()
+
+    def dual(x):
+        with torch.autograd.forward_ad.dual_level():
+            return loss(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+    def jvp(x):
+        return torch.func.jvp(loss, (x,), (torch.ones_like(x),))
+
+    def jvp_of_vmap(x):
+        return torch.func.jvp(torch.vmap(loss), (x[None],), (torch.ones_like(x[None]),))
+
+    transforms = (dual, jvp, jvp_of_vmap, torch.func.hessian(loss), torch.func.grad(loss), torch.func.jacfwd(loss))
+    for transform in transforms:
+        with pytest.raises(RuntimeError, match=r"differentiates .* once and in reverse mode"):
+            transform(x)
+    with pytest.raises(RuntimeError, match="once and in reverse mode"):
+        dual(x.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match="once and in reverse mode"):
+        torch.compile(jvp, backend="aot_eager")(x)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("name", ONCE)
+def test_vmap_is_a_loop(name, backend):
+    function, x = first_derivatives(backend)[name]
+    xs = torch.stack([x, 2 * x])
+    torch.testing.assert_close(torch.vmap(function)(xs), torch.stack([function(x), function(2 * x)]))
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_step_writes_is_known_to_autograd(compiled, backend):
+    def run(*arguments):
+        return ops.dto_step(*arguments, latents=True, backend=backend)
+
+    if compiled:
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    arguments = step_arguments(3)
+    factor = torch.ones(3, D, requires_grad=True)
+    losses = [(factor * written).sum() for written in arguments[:3]]
+    versions = [written._version for written in arguments[:4]]
+    run(*arguments)
+    assert all(written._version > before for written, before in zip(arguments[:4], versions, strict=True))
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_a_step_does_not_write_into_what_wants_a_gradient_or_shares_memory():
+    arguments = step_arguments(3)
+    with pytest.raises(RuntimeError, match=r"dto_step writes into parameters, .*: pass tensors"):
+        ops.dto_step(arguments[0].requires_grad_(), *arguments[1:], latents=True)
+    parameters = torch.zeros(1, D).expand(3, D)
+    with pytest.raises(ValueError, match="parameters is written to, so its entries must not share memory"):
+        ops.dto_step(parameters, *arguments[1:], latents=True)
 
 
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, 0.0), (1.7, 0.0), (0.8, 3.0)])

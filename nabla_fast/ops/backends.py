@@ -60,7 +60,7 @@ def setting(backend: str) -> str:
 def resolve(operator: str, backend: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str:
     """The back end that runs ``operator``: one of "reference", "native", "triton", "cuda".
 
-    Kernels for a GPU compute in float32, so there "auto" leaves what is computed in float64 (``dtype``) to the reference.
+    Kernels for a GPU compute in float32, so there "auto" leaves it to the reference to compute in float64 (``dtype``).
 
     Args:
         device: where the tensors are, or a type of device; "cuda" is the current GPU.

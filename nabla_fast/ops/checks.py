@@ -19,12 +19,11 @@ _TAUS = (2.0**-126, 2.0**126)
 _Number = TypeVar("_Number", int, float)
 
 
-def floats(dtypes: tuple[torch.dtype, ...] = FLOATS, **tensors: Tensor | None) -> None:
+def floats(x: Tensor | None, name: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
     """Raises TypeError for a tensor of another dtype."""
-    for name, x in tensors.items():
-        if x is not None and x.dtype not in dtypes:
-            wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise TypeError(f"{name} must be a tensor of dtype {wanted}, got {x.dtype}")
+    if x is not None and x.dtype not in dtypes:
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be a tensor of dtype {wanted}, got {x.dtype}")
 
 
 def one_device(**tensors: Tensor | None) -> None:
@@ -49,14 +48,15 @@ def shape(x: Tensor | None, wanted: tuple[int | str, ...], name: str) -> None:
 
 def logits(z: Tensor) -> None:
     """Checks logits z (N, V)."""
-    floats(z=z)
+    floats(z, "z")
     shape(z, ("N", "V"), "z")
     _entries(z.shape[1], "z", z)
 
 
 def head(h: Tensor, weight: Tensor, scale: float, softcap: float, name: str = "h") -> None:
     """Checks hidden states h (N, d) and the output head that they meet."""
-    floats(**{name: h, "head.weight": weight})
+    floats(h, name)
+    floats(weight, "head.weight")
     shape(h, ("N", "d"), name)
     shape(weight, ("V", h.shape[1]), "head.weight")
     _entries(weight.shape[0], "head.weight", weight)
@@ -66,13 +66,13 @@ def head(h: Tensor, weight: Tensor, scale: float, softcap: float, name: str = "h
 
 def table(x: Tensor | None, vocabulary: int, name: str) -> None:
     """Checks an embedding table (V, d_k)."""
-    floats(**{name: x})
+    floats(x, name)
     shape(x, (vocabulary, "d"), name)
 
 
 def rows(x: Tensor | None, count: int, width: int, name: str) -> None:
     """Checks a float tensor (N, d_k) that meets a table or stands beside logits."""
-    floats(**{name: x})
+    floats(x, name)
     shape(x, (count, width), name)
 
 

@@ -34,7 +34,8 @@ def register(
     is an error, for such operators have first derivatives in reverse mode alone.
 
     Args:
-        schema: name, arguments (``str backend`` last, where back ends have it) and results; float results before integer ones.
+        schema: name, arguments (``str backend`` last, where back ends have it) and results; float results before
+            integer ones.
         kernel: runs on tensors of any device.
         fake: gives empty results of the right shapes and dtypes.
         check: raises for arguments that no back end takes, by what is known of them without reading a tensor.
@@ -59,9 +60,13 @@ def register(
     if backward is not None:
         torch.library.register_autograd(f"nabla_fast::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     if written:
+        names = ", ".join(operator._schema.arguments[i].name for i in written)
 
         def announced(keyset: Any, *arguments: Any) -> Any:
-            torch.autograd.graph.increment_version([arguments[i] for i in written])
+            changed = [arguments[i] for i in written]
+            if torch.is_grad_enabled() and any(x.requires_grad for x in changed):
+                raise RuntimeError(f"{name} writes into {names}: pass tensors that require no gradient, or detach them")
+            torch.autograd.graph.increment_version(changed)
             return operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
 
         LIBRARY.impl(name, announced, "ADInplaceOrView", with_keyset=True)
@@ -103,26 +108,18 @@ def differentiable(name: str, *tensors: Tensor | None) -> None:
 
 
 _FORWARD_MODE = (
-    "nabla_fast differentiates {0} once and in reverse mode, by torch.autograd or backward(), not in forward mode or by "
-    "torch.func; compute with plain PyTorch (nabla_fast.ops.linear_logits and torch.softmax) there"
+    "nabla_fast differentiates {0} once and in reverse mode, by torch.autograd or backward(), not in forward mode or "
+    "by torch.func; compute with plain PyTorch (nabla_fast.ops.linear_logits and torch.softmax) there"
 )
 
 
 def forward_mode_refused(name: str, *tensors: Any) -> None:
     """Raises RuntimeError for a tensor with a tangent, which would be lost, or one that torch.func differentiates."""
-    dual = forward_ad._current_level >= 0
+    functorch = torch._C._functorch
     for x in tensors:
         if not isinstance(x, Tensor):
             continue
-        if (dual and forward_ad.unpack_dual(x).tangent is not None) or _differentiated(x):
+        while functorch.is_functorch_wrapped_tensor(x) and not functorch.is_gradtrackingtensor(x):
+            x = functorch.get_unwrapped(x)
+        if functorch.is_gradtrackingtensor(x) or forward_ad.unpack_dual(x).tangent is not None:
             raise RuntimeError(_FORWARD_MODE.format(name))
-
-
-def _differentiated(x: Tensor) -> bool:
-    """Whether torch.func differentiates x, at any level."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_gradtrackingtensor(x):
-            return True
-        x = functorch.get_unwrapped(x)
-    return False

@@ -39,7 +39,8 @@ def _likelihood_fake(
 
 
 def _likelihood_backward_check(grad: Tensor, gradient: Tensor, h: Tensor) -> None:
-    checks.floats(grad=grad, gradient=gradient, h=h)
+    for name, x in (("grad", grad), ("gradient", gradient), ("h", h)):
+        checks.floats(x, name)
     checks.shape(gradient, tuple(h.shape), "gradient (of the forward pass, with need_grad)")
     checks.shape(grad, (h.shape[0],), "grad")
 

@@ -13,6 +13,8 @@ from nabla_fast.ops.backends import implementation, resolve
 from nabla_fast.ops.library import HEAD, register, statistic_dtype
 from nabla_fast.ops.operands import Head, Tables, TokenGradient
 
+_MASTERS = (torch.float32, torch.float64)
+
 
 def _step_kernel(
     parameters: Tensor,
@@ -84,7 +86,8 @@ def _step_check(
     max_steps: int,
     backend: str,
 ) -> None:
-    checks.floats((torch.float32, torch.float64), parameters=parameters, learning_rates=learning_rates)
+    checks.floats(parameters, "parameters", _MASTERS)
+    checks.floats(learning_rates, "learning_rates", _MASTERS)
     checks.shape(parameters, ("N", "d" if latents else "V"), "parameters")
     rows, width = parameters.shape
     # Rows of logits meet the head only through its number of entries.
@@ -94,7 +97,7 @@ def _step_check(
         checks.shape(parameters, (rows, vocabulary), "parameters")
     state = {"parameters": parameters, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     for name, x in state.items():
-        checks.floats((parameters.dtype,), **{name: x})
+        checks.floats(x, name, (parameters.dtype,))
         checks.shape(x, (rows, width), name)
         checks.separate(name, x)
     for name, ids in {"step": step, "tokens": tokens, "group": group}.items():

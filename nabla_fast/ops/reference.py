@@ -5,7 +5,7 @@ Half-precision inputs are upcast, so sums and logits are float32 (float64 where 
 never rounded.
 
 A row that holds NaN or +inf, or nothing but -inf, has no meaning: its floats and gradients are NaN, its token is -1,
-its mask False, and it makes no step. Nothing is indexed with an id outside the vocabulary; see `checks` for what raises.
+its mask False, and it makes no step. Nothing is indexed with an id outside the vocabulary; `checks` says what raises.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def linear_logits(h: Tensor, head: Head) -> Tensor:
-    """Logits (N, V), float32 or float64, of hidden states h (N, d)."""
-    return scaled_and_capped(_product(h, head.weight), head)
+def linear_logits(h: Tensor, head: Head, least: torch.dtype = torch.float32) -> Tensor:
+    """Logits (N, V) of hidden states h (N, d): float32, or float64 where h, the head or ``least`` is."""
+    return scaled_and_capped(_product(h, head.weight, least), head)
 
 
 def _product(x: Tensor, table: Tensor, least: torch.dtype = torch.float32) -> Tensor:
@@ -229,14 +229,21 @@ def log_likelihood_gradient(h: Tensor, head: Head, tokens: Tensor, need_grad: bo
     return log_pi, _head_backward(torch.where(known.unsqueeze(-1), weight, torch.nan), logits, head)
 
 
-def token_gradient(factors: TokenGradient, tables: Tables) -> Tensor:
-    """The gradient over the vocabulary (N, V), up to a constant per row, which DTO does not see."""
-    gradient = -tables.nll_coeff * linear_logits(factors.hidden, tables.head)
+def token_gradient(factors: TokenGradient, tables: Tables, least: torch.dtype = torch.float32) -> Tensor:
+    """The gradient over the vocabulary (N, V), up to a constant per row, which DTO does not see.
+
+    float32, or float64 where a factor, a table or ``least`` is.
+    """
+    operands = (*factors, tables.head.weight, tables.embedding, tables.reward_embedding)
+    dtype = functools.reduce(
+        torch.promote_types, (x.dtype for x in operands), torch.promote_types(least, torch.float32)
+    )
+    gradient = -tables.nll_coeff * linear_logits(factors.hidden, tables.head, dtype)
     for vector, table in (
         (factors.embedding, tables.embedding),
         (factors.reward_embedding, tables.reward_embedding),
     ):
-        gradient += _product(vector, table, gradient.dtype)
+        gradient += _product(vector, table, dtype)
     return gradient
 
 
@@ -247,7 +254,7 @@ def gradient_norm(factors: TokenGradient, tables: Tables) -> Tensor:
         part = factors.rows(rows)
         gradient = token_gradient(part, tables)
         if tables.nll_coeff:
-            lse = torch.logsumexp(linear_logits(part.hidden, tables.head), dim=-1, keepdim=True)
+            lse = torch.logsumexp(linear_logits(part.hidden, tables.head, gradient.dtype), dim=-1, keepdim=True)
             gradient = gradient + tables.nll_coeff * lse
         norms.append(gradient.norm(dim=-1))
     return torch.cat(norms)
@@ -278,8 +285,8 @@ def dto_step(
 
         p = softmax((z + soft_noise) / tau)      dL/dz = p * (D - <p, D>) / tau      dL/dh = d(logits)/dh^T dL/dz
 
-    with D = G - G(hard token), and Adam (betas 0.9 and 0.999, eps 1e-8). After the last step the token is taken once more. Rows of one group stop
-    together, before the step that one of them cannot make.
+    with D = G - G(hard token), and Adam (betas 0.9 and 0.999, eps 1e-8). After the last step the token is taken once
+    more. Rows of one group stop together, before the step that one of them cannot make.
 
     Args:
         parameters: (N, d) latents or (N, V) logits, float32 or float64; updated in place.
@@ -320,9 +327,10 @@ def dto_step(
         for chunk in row_chunks(len(moving), vocabulary):
             index = moving[chunk]
             row = parameters[index]
-            dense = (
-                token_gradient(gradient.rows(index), tables) if isinstance(gradient, TokenGradient) else gradient[index]
-            )
+            if isinstance(gradient, TokenGradient):
+                dense = token_gradient(gradient.rows(index), tables, row.dtype)
+            else:
+                dense = gradient[index]
             z = linear_logits(row, tables.head) if latents else row
             dtype = torch.promote_types(z.dtype, dense.dtype)
             x = z if soft_noise is None else z + soft_noise[index]

@@ -259,7 +259,7 @@ def _linear_backward_check(
 ) -> None:
     checks.head(h, weight, scale, softcap)
     _check_gradients(h, weight.shape[0], lse, first_grad, first, second_grad, second)
-    checks.floats(mean=mean)
+    checks.floats(mean, "mean")
     checks.shape(mean, (h.shape[0],), "mean")
     checks.one_device(**{"h": h, "head.weight": weight, "mean": mean})
     checks.temperature(tau)
@@ -277,7 +277,7 @@ def _check_gradients(
     if (second is None) is not (second_grad is None):
         raise ValueError("second and second_grad must be given together, or neither")
     _check_tables(vocabulary, first, second)
-    checks.floats(lse=lse)
+    checks.floats(lse, "lse")
     checks.shape(lse, (x.shape[0],), "lse")
     checks.rows(first_grad, x.shape[0], first.shape[1], "first_grad")
     checks.rows(second_grad, x.shape[0], 0 if second is None else second.shape[1], "second_grad")

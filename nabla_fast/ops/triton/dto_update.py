@@ -273,6 +273,6 @@ class Rows:
         vocabulary, size = self.parameters.shape[1], 1024
         run(
             _logits_update_kernel, (len(dense), triton.cdiv(vocabulary, size)), self.held.device,
-            G=dense, **strides("G", dense, "nv"), ORIGIN=origin, SOFT=soft, **strides("SOFT", soft, "nv"), **self._common,
-            V=vocabulary, begin=block.start, made=made, BV=size, num_warps=4,
+            G=dense, **strides("G", dense, "nv"), ORIGIN=origin, SOFT=soft, **strides("SOFT", soft, "nv"),
+            **self._common, V=vocabulary, begin=block.start, made=made, BV=size, num_warps=4,
         )  # fmt: skip

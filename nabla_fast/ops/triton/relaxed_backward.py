@@ -1,6 +1,7 @@
-"""`relaxed_backward`: dL/dz of the relaxation, by blocks of rows: G, its value at the likeliest token, statistics with <p, D>, dL/dz.
+"""`relaxed_backward`: dL/dz of the relaxation, by blocks of rows: G, statistics with <p, D>, dL/dz.
 
-Traffic besides the products': z read three times, G written once and read twice, dz written once.
+D is G less its value at the row's likeliest token. Traffic besides the products': z read three times, G written once
+and read twice, dz written once.
 """
 
 from __future__ import annotations

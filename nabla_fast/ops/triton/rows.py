@@ -136,13 +136,13 @@ def _row_state_kernel(
     whole = start + (end - start) // (TILE * LANES) * (TILE * LANES)
     for first in range(start, whole, TILE * LANES):
         m, s, t, q, y_max, won = _tile(
-            Z, Z_n, Z_v, SOFT, SOFT_n, SOFT_v, HARD, HARD_n, HARD_v, G, G_n, G_v, origin, row, first, within, V, inv_tau,
-            m, s, t, q, y_max, won, ENTROPY, False,
+            Z, Z_n, Z_v, SOFT, SOFT_n, SOFT_v, HARD, HARD_n, HARD_v, G, G_n, G_v, origin, row, first, within, V,
+            inv_tau, m, s, t, q, y_max, won, ENTROPY, False,
         )  # fmt: skip
     if whole < end:
         m, s, t, q, y_max, won = _tile(
-            Z, Z_n, Z_v, SOFT, SOFT_n, SOFT_v, HARD, HARD_n, HARD_v, G, G_n, G_v, origin, row, whole, within, V, inv_tau,
-            m, s, t, q, y_max, won, ENTROPY, True,
+            Z, Z_n, Z_v, SOFT, SOFT_n, SOFT_v, HARD, HARD_n, HARD_v, G, G_n, G_v, origin, row, whole, within, V,
+            inv_tau, m, s, t, q, y_max, won, ENTROPY, True,
         )  # fmt: skip
 
     top = tl.max(m, axis=0)
@@ -176,7 +176,8 @@ def row_state(
     """Partial states of ``softmax((z + soft) / tau)``, hard tokens of z + hard, sums with a dense gradient.
 
     The gradient is taken relative to ``origin`` (N,), its value at the row's likeliest token: only differences matter,
-    and G - <p, G> would cancel where that token is nearly certain. Rows with ``held`` set keep what ``state`` has. One program per row where rows are many, else several per row.
+    and G - <p, G> would cancel where that token is nearly certain. Rows with ``held`` set keep what ``state`` has. One
+    program per row where rows are many, else several per row.
     """
     rows, vocabulary = z.shape
     # 16 bytes per thread and row of the tile, so that a lane's values stay within one thread.

@@ -5,8 +5,9 @@
     LIKELIHOOD   ([v = target] - p) * slope               (gradient of log pi)
     RELAXED      p (D - <p, D>) / tau * slope             (straight-through gradient), D = G - G(likeliest token)
 
-For a nearly certain target 1 - p keeps no digits, so it is given as the sum of the other entries' p. slope is the softcap's, 1 without one. The weights come in float32, or in half precision for a product with a table: as
-one tensor where what they are made from was in half precision too, else as two whose sum keeps 16 bits.
+For a nearly certain target 1 - p keeps no digits, so it is given as the sum of the other entries' p. slope is the
+softcap's, 1 without one. The weights come in float32, or in half precision for a product with a table: as one tensor
+where what they are made from was in half precision too, else as two whose sum keeps 16 bits.
 """
 
 from __future__ import annotations
