@@ -224,7 +224,11 @@ class _Rows:
                 self._write(span, new)
 
     def advance(self, evaluations: Mapping[int, Evaluation]) -> None:
-        """Steps every problem until its tokens change or its steps are made: one launch, one read by the host."""
+        """Steps every problem until its tokens change or its steps are made: one launch, one read by the host.
+
+        Raises:
+            FloatingPointError: if the steps left a row without a token.
+        """
         assert self.gradient is not None
         moved, _ = ops.dto_step(
             self.parameters,
@@ -250,7 +254,13 @@ class _Rows:
         _, changed = ops.token_diff(self.tokens, tokens, backend=self.config.backend)
         self.tokens = tokens
         made = self.step[[span.start for span in self.spans]]
-        for i, (steps, changes) in enumerate(torch.stack([made, changed], dim=1).tolist()):
+        lost = (tokens < 0).any(1)
+        for i, (steps, changes, without_token) in enumerate(torch.stack([made, changed, lost], dim=1).tolist()):
+            if without_token:
+                raise FloatingPointError(
+                    f"learning_rate {self.config.learning_rate} made logits NaN or infinite at iteration {steps} of "
+                    f"{len(self.learning_rates)}; use a smaller one"
+                )
             if i in evaluations:
                 self._record(i, steps, changes, evaluations[i])
 

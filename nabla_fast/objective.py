@@ -188,10 +188,11 @@ class Objective:
             if self.config.checkpoint_activations:
                 stack.enter_context(checkpointed(*self._models))
             # The reward model first: on a GPU, the language model is launched while it runs.
-            with self._reward_side():
-                reward = self._reward_gradient(requests)
-            language = self._likelihood_gradient(requests)
-            self._join(reward)
+            with self._joined():
+                with self._reward_side():
+                    reward = self._reward_gradient(requests)
+                language = self._likelihood_gradient(requests)
+            self._handed_over(reward)
         self._require_finite([*language.factors, language.values], self.language_model.name)
         self._require_finite([*reward.factors, reward.values], self.reward_model.name)
         log_pi = language.values.double().cpu().split([len(factors) for factors in language.factors])
@@ -287,7 +288,7 @@ class Objective:
 
     def _score(self, conversations: Sequence[Conversation], responses: Sequence[Tensor]) -> list[float]:
         model = self.reward_model
-        with self._reward_side(), frozen(self._parameters), fast_layers(self.language_model.device):
+        with self._joined(), self._reward_side(), frozen(self._parameters), fast_layers(self.language_model.device):
             tracks = [self._reward_track(c) for c in conversations]
             states, inputs = [], []
             common = common_lengths(tracks, responses) if model.incremental else [0] * len(tracks)
@@ -325,12 +326,23 @@ class Objective:
         with torch.cuda.stream(self._reward_stream):
             yield
 
-    def _join(self, part: _Part) -> None:
-        """Lets the current stream read what the reward model's stream computes."""
+    @contextmanager
+    def _joined(self) -> Iterator[None]:
+        """Afterwards, also after an error, the current stream waits for what the reward model's stream computes.
+
+        Otherwise what that reads could be freed and written to meanwhile.
+        """
+        try:
+            yield
+        finally:
+            if self._reward_stream is not None:
+                torch.cuda.current_stream(self.language_model.device).wait_stream(self._reward_stream)
+
+    def _handed_over(self, part: _Part) -> None:
+        """Keeps the memory of what the reward model's stream computed while the current one reads it."""
         if self._reward_stream is None:
             return
         current = torch.cuda.current_stream(self.language_model.device)
-        current.wait_stream(self._reward_stream)
         for tensor in (*part.factors, part.values):
             tensor.record_stream(current)
 

@@ -174,3 +174,12 @@ def test_reference_and_native_back_ends_give_the_same_tokens(models):
     reference = nf.generate(*models, prompts, CONFIG.replace(backend="reference"))
     native = nf.generate(*models, prompts, CONFIG.replace(backend="native"))
     assert ids(reference) == ids(native)
+
+
+@pytest.mark.parametrize("parameterization", ["latents", "logits"])
+def test_a_learning_rate_that_leaves_no_token_is_an_error_that_names_it(models, parameterization):
+    model, tokenizer, reward_model, reward_tokenizer = models
+    config = CONFIG.replace(max_iters=20, learning_rate=1e38, confidence_threshold=None)
+    config = config.replace(parameterization=parameterization)
+    with pytest.raises(FloatingPointError, match=r"learning_rate 1e\+38 made logits NaN or infinite at iteration \d+"):
+        nf.generate(model.float(), tokenizer, reward_model.float(), reward_tokenizer, "is it on", config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -410,3 +411,39 @@ def test_callable_reward_factors_equal_autograd() -> None:
         slope = -CONFIG.reward_coeff * 2 * total * language_model.embedding.scale
         close(ours.factors.reward_embedding, (slope * direction).expand_as(ours.factors.reward_embedding), 1e-8)
         assert ours.reward == pytest.approx(total**2, rel=1e-12)
+
+
+@pytest.mark.parametrize("failing", ["_likelihood_gradient", "_reward_gradient", None])
+def test_the_reward_models_stream_is_waited_for_also_after_an_error(
+    failing: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            waits.append((self.name, other.name))
+
+    def fail(*_: Any) -> None:
+        raise KeyError(failing)
+
+    waits: list[tuple[str, str]] = []
+    case, current = setting(), Stream("current")
+    monkeypatch.setattr(case.objective, "_reward_stream", Stream("reward"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: waits.append(("kept", stream.name)))
+    request = case.request(*CASES[0])
+    if failing is None:
+        case.objective.evaluate([request])
+        assert waits[:2] == [("reward", "current"), ("current", "reward")]
+        assert set(waits[2:]) == {("kept", "current")}
+        return
+    monkeypatch.setattr(case.objective, failing, fail)
+    with pytest.raises(KeyError, match=failing):
+        case.objective.evaluate([request])
+    assert waits == [("reward", "current"), ("current", "reward")]
+    monkeypatch.setattr(case.objective.reward_model, "rewards", fail)
+    with pytest.raises(KeyError):
+        case.objective.rewards([request.conversation], [request.response])
+    assert waits[2:] == waits[:2]

@@ -11,7 +11,7 @@ import torch
 from operator_inputs import randn, step_state
 
 from nabla_fast import ops
-from nabla_fast.ops import backends
+from nabla_fast.ops import backends, cuda
 from nabla_fast.ops.operands import Head, TokenGradient
 from nabla_fast.ops.reference import linear_logits
 
@@ -467,6 +467,22 @@ def test_auto_on_a_gpu_falls_back_with_one_warning_a_back_end(monkeypatch):
         chosen = {resolve(operator) for operator in 3 * backends.OPERATORS}
     assert chosen == {"reference"}
     assert len(told) == 2
+
+
+def test_the_cuda_back_end_is_judged_by_the_gpu_asked_for(monkeypatch):
+    """The current GPU is number 0; the kernels run on number 1 alone."""
+    monkeypatch.setattr(cuda, "_why_not_built", lambda: None)
+    monkeypatch.setattr(cuda, "_why_not_on", lambda index: None if index == 1 else f"not on {index}")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    backends._warn.cache_clear()
+    assert backends.why_not("token_diff", "cuda", torch.device("cuda", 1)) is None
+    assert backends.resolve("token_diff", "auto", torch.device("cuda:1")) == "cuda"
+    for current in ("cuda", torch.device("cuda", 0)):
+        assert backends.why_not("token_diff", "cuda", current) == "not on 0"
+        with pytest.warns(UserWarning, match="goes without its cuda back end"):
+            assert backends.resolve("token_diff", "auto", current) == "triton"
+        backends._warn.cache_clear()
 
 
 def test_every_operator_has_a_reference_and_availability_is_told_for_each():
