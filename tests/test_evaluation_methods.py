@@ -211,4 +211,4 @@ def _pair(models):
 
 
 def _tokens(pair, prompts):
-    return baselines._prompts(pair, prompts)
+    return pair.prompts(as_chats(prompts), CONFIG)
