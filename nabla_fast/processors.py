@@ -184,4 +184,6 @@ def _name(processor: Any) -> str:
 
 
 def _settings(processor: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(processor).items() if not isinstance(value, Tensor)}
+    # Not tensors and generators, which are made anew for every call.
+    plain = (int, float, str, list, tuple, dict, type(None))
+    return {name: value for name, value in vars(processor).items() if isinstance(value, plain)}

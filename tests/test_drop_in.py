@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import DEVICE, tiny_language_model, tiny_reward_model, tiny_tokenizer
-from transformers import TextStreamer
+from transformers import GenerationConfig, MaxTimeCriteria, TextIteratorStreamer, TextStreamer
 
 import nabla_fast as nf
 
@@ -183,6 +183,117 @@ def test_one_callable_serves_several_calls_and_models(models):
     other = tiny_language_model("llama", seed=5)
     assert not torch.equal(other.generate(**batch, custom_generate=drop_in), first)
     assert torch.equal(model.generate(**batch, custom_generate=drop_in), first)
+
+
+def test_a_call_without_sampling_is_greedy_throughout(models):
+    model, tokenizer, *rest = models
+    batch = inputs(tokenizer, PROMPTS[:1])
+    expected = model.generate(**batch, do_sample=False, max_new_tokens=9)
+    drop_in = nf.custom_generate(tokenizer, *rest, CONFIG.replace(max_rollouts=1))
+    assert torch.equal(model.generate(**batch, custom_generate=drop_in, do_sample=False), expected)
+    assert not torch.equal(model.generate(**batch, custom_generate=drop_in), expected)
+    zero = nf.Sampling(temperature=0.0)
+    revised = nf.custom_generate(tokenizer, *rest, CONFIG)
+    same = nf.custom_generate(tokenizer, *rest, CONFIG.replace(rollout=zero, resample=zero))
+    greedy = model.generate(**batch, custom_generate=revised, do_sample=False)
+    assert torch.equal(greedy, model.generate(**batch, custom_generate=same))
+    # The model samples by default; the object says that this call does not.
+    model.generation_config.do_sample = True
+    by_object = GenerationConfig(do_sample=False, max_new_tokens=9)
+    assert torch.equal(model.generate(**batch, custom_generate=revised, generation_config=by_object), greedy)
+
+
+def test_a_value_that_equals_a_default_counts_where_the_call_gives_it(models):
+    model, tokenizer, *rest = models
+    batch = inputs(tokenizer, PROMPTS[:1])
+    cold = CONFIG.replace(rollout=nf.Sampling(temperature=0.1, top_p=0.2, top_k=2), max_rollouts=1)
+    call = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "do_sample": True}
+    said = model.generate(**batch, custom_generate=nf.custom_generate(tokenizer, *rest, cold), **call)
+    wanted = cold.replace(rollout=nf.Sampling(temperature=1.0, top_p=1.0, top_k=50))
+    assert torch.equal(said, model.generate(**batch, custom_generate=nf.custom_generate(tokenizer, *rest, wanted)))
+    assert not torch.equal(said, model.generate(**batch, custom_generate=nf.custom_generate(tokenizer, *rest, cold)))
+    # The end token that the model has anyway, beside another one in the config.
+    end, width = tokenizer.eos_token_id, batch["input_ids"].shape[1]
+    first = int(said[0, width])
+    other = nf.custom_generate(tokenizer, *rest, wanted.replace(eos_token_ids=(first,)))
+    assert model.generate(**batch, custom_generate=other).shape[1] == width + 1
+    assert torch.equal(model.generate(**batch, custom_generate=other, eos_token_id=end), said)
+    model.generation_config.max_new_tokens = 3
+    drop_in = nf.custom_generate(tokenizer, *rest, wanted)
+    assert model.generate(**batch, custom_generate=drop_in, max_new_tokens=3).shape[1] <= width + 3
+
+
+def test_stop_strings_of_a_call_need_no_tokenizer(models):
+    model, tokenizer, *rest = models
+    batch = inputs(tokenizer, PROMPTS[:1])
+    width = batch["input_ids"].shape[1]
+    config = CONFIG.replace(max_rollouts=1)
+    drop_in = nf.custom_generate(tokenizer, *rest, config)
+    text = tokenizer.decode(model.generate(**batch, custom_generate=drop_in)[0, width + 2])
+    expected = model.generate(
+        **batch, custom_generate=nf.custom_generate(tokenizer, *rest, config.replace(stop_strings=(text,)))
+    )
+    assert expected.shape[1] <= width + 3
+    for stop in (text, [text]):
+        assert torch.equal(model.generate(**batch, custom_generate=drop_in, stop_strings=stop), expected)
+
+
+@pytest.mark.parametrize("when", ["at once", "in the decode", "batch"])
+def test_a_streamers_reader_ends_and_the_error_reaches_the_caller(models, when):
+    model, tokenizer, *_ = models
+    streamer = TextIteratorStreamer(tokenizer, timeout=60)
+    calls = []
+
+    def broken(inputs_embeds, attention_mask):
+        calls.append(None)
+        return inputs_embeds.sum((1, 2)) * (torch.nan if len(calls) > 1 else 1)
+
+    drop_in = nf.custom_generate(tokenizer, broken, tokenizer, CONFIG, streamer=streamer)
+    batch = inputs(tokenizer, PROMPTS if when == "batch" else PROMPTS[:1])
+    with pytest.raises(FloatingPointError if when == "in the decode" else ValueError):
+        model.generate(**batch, custom_generate=drop_in, **({"max_time": 1.0} if when == "at once" else {}))
+    assert isinstance(list(streamer), list)
+
+
+def test_every_prompt_is_answered_num_return_sequences_times(models):
+    model, tokenizer, *rest = models
+    batch = inputs(tokenizer, PROMPTS[:2])
+    drop_in = nf.custom_generate(tokenizer, *rest, CONFIG, messages=chats(PROMPTS[:2]))
+    rows = model.generate(**batch, custom_generate=drop_in, num_return_sequences=2)
+    width = batch["input_ids"].shape[1]
+    assert torch.equal(rows[:, :width], batch["input_ids"].repeat_interleave(2, dim=0))
+    once = model.generate(**batch, custom_generate=drop_in)
+    for row, alone in zip(rows[::2], once, strict=True):
+        assert response(row, width, tokenizer.eos_token_id) == response(alone, width, tokenizer.eos_token_id)
+    with pytest.raises(ValueError, match="num_return_sequences must be 1 without sampling, got 2"):
+        model.generate(**batch, custom_generate=drop_in, num_return_sequences=2, do_sample=False)
+
+
+def test_messages_that_are_not_the_prompts_are_warned_of(models):
+    model, tokenizer, *rest = models
+    drop_in = nf.custom_generate(tokenizer, *rest, CONFIG.replace(max_rollouts=1), messages=chats(PROMPTS[1:2]))
+    with pytest.warns(UserWarning, match=r"messages\[0\] gives other token ids"):
+        model.generate(**inputs(tokenizer, PROMPTS[:1]), custom_generate=drop_in)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"max_time": 2.0}, "max_time cannot be used"),
+        ({"stopping_criteria": [MaxTimeCriteria(2.0)]}, "max_time cannot be used"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha cannot be used"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores cannot be used"),
+        ({"prefix_allowed_tokens_fn": lambda batch, ids: [5]}, "prefix_allowed_tokens_fn takes one prompt"),
+        ({"temperature": -1.0}, "temperature must be at least 0"),
+        ({"temperature": 0.0, "do_sample": True}, "do_sample is True, but the temperature is 0"),
+        ({"top_h": 0.5, "top_p": 0.5}, "top_h .* cannot be combined with"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_a_call_for_another_search_is_refused(models, call, message):
+    model, tokenizer, *rest = models
+    with pytest.raises(ValueError, match=message):
+        model.generate(**inputs(tokenizer), custom_generate=nf.custom_generate(tokenizer, *rest, CONFIG), **call)
 
 
 def test_what_cannot_work_is_refused_by_name(models):
