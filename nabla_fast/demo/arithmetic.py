@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from nabla_fast.config import NablaConfig
-from nabla_fast.models.loading import load_language_model, load_reward_model
+
+if TYPE_CHECKING:
+    import torch
 
 POLICY_PATH = Path(__file__).parent / "arithmetic_policy"
 REWARD_PATH = Path(__file__).parent / "arithmetic_reward"
@@ -110,22 +110,36 @@ def problems(split: str, *, seed: int = 0) -> Iterator[Arithmetic]:
             yield problem
 
 
-def load_policy(*, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
+def load_policy(
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str = "auto",
+) -> tuple[Any, Any]:
     """The bundled language model (3.4 million parameters, d 256, 4 layers) and its tokenizer.
 
     Raises:
-        ValueError: if ``device`` or ``dtype`` is unknown.
+        ValueError: if ``device``, ``dtype`` or ``attn_implementation`` is unknown.
     """
-    return load_language_model(POLICY_PATH, device=device, dtype=dtype)
+    from nabla_fast.models.loading import load_language_model
+
+    return load_language_model(POLICY_PATH, device=device, dtype=dtype, attn_implementation=attn_implementation)
 
 
-def load_reward(*, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
+def load_reward(
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str = "auto",
+) -> tuple[Any, Any]:
     """The bundled reward model, of the policy's size and vocabulary, and its tokenizer.
 
     Raises:
-        ValueError: if ``device`` or ``dtype`` is unknown.
+        ValueError: if ``device``, ``dtype`` or ``attn_implementation`` is unknown.
     """
-    return load_reward_model(REWARD_PATH, device=device, dtype=dtype)
+    from nabla_fast.models.loading import load_reward_model
+
+    return load_reward_model(REWARD_PATH, device=device, dtype=dtype, attn_implementation=attn_implementation)
 
 
 def _solve(terms: list[tuple[int, ...]], operators: list[str]) -> tuple[tuple[int, str, int, int], ...]:
