@@ -10,9 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from nabla_fast.models.checkpoint import check_gguf, hub_source, reading
 
 _DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -22,6 +24,8 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 _ATTENTIONS = ("auto", "flash_attention_2", "sdpa", "eager")
 _ADAPTER_CONFIG = "adapter_config.json"
+_WRAPPED = "base_model.model."  # what peft puts before a weight's name
+_SHOWN = 3  # names of a long list
 
 
 def load_language_model(
@@ -30,6 +34,7 @@ def load_language_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     attn_implementation: str = "auto",
+    argument: str = "path",
 ) -> tuple[Any, Any]:
     """Loads a causal language model and its tokenizer.
 
@@ -40,22 +45,28 @@ def load_language_model(
         dtype: "auto" (bfloat16 on CUDA, float32 elsewhere), a torch dtype, or its name.
         attn_implementation: "auto" (flash_attention_2 where flash-attn is installed, the device is CUDA and the dtype
             is half; else sdpa, or eager for families without sdpa), or one of those three.
+        argument: what messages call ``path``.
 
     Returns:
         The model, in ``eval()`` and with ``requires_grad`` False throughout, and its tokenizer.
 
     Raises:
-        FileNotFoundError: if ``path`` looks like a path and nothing is there.
-        ValueError: if ``device``, ``dtype`` or ``attn_implementation`` is none of the above.
+        FileNotFoundError: if ``path`` looks like a path and nothing is there, or is a hub id that neither the hub nor
+            its local cache has.
+        ValueError: if ``device``, ``dtype`` or ``attn_implementation`` is none of the above, or a file of the model is
+            damaged or missing; pickles that would run code count as damaged.
         ImportError: if a GGUF file is given and gguf or accelerate is not installed.
     """
     from transformers import AutoModelForCausalLM
 
-    source = _resolve(path, "path")
-    chosen = choose_device(device)
-    kind = choose_dtype(dtype, chosen)
-    model, _ = _load(AutoModelForCausalLM, source, chosen, kind, attn_implementation)
-    return model, _load_tokenizer(source)
+    place = _place(device, dtype, attn_implementation)
+    source = _resolve(path, argument)
+    with reading(argument, source):
+        model, missing = _load(AutoModelForCausalLM, source, place)
+        tokenizer = _load_tokenizer(source)
+    if missing:
+        raise ValueError(f"{argument} is {source}, which has no weights for {_listed(missing)}; give a language model")
+    return model, tokenizer
 
 
 def load_reward_model(
@@ -65,6 +76,7 @@ def load_reward_model(
     dtype: str | torch.dtype = "auto",
     attn_implementation: str = "auto",
     base: str | os.PathLike[str] | None = None,
+    argument: str = "path",
 ) -> tuple[Any, Any]:
     """Loads a sequence classifier with one label, the reward model, and its tokenizer.
 
@@ -73,6 +85,7 @@ def load_reward_model(
             model is then loaded, the adapter merged into it in float32, and the result cast to ``dtype``.
         device, dtype, attn_implementation: as for ``load_language_model``.
         base: the adapter's base model, where it is not what the adapter itself names.
+        argument: what messages call ``path``.
 
     Returns:
         The model, in ``eval()`` and with ``requires_grad`` False throughout, and its tokenizer.
@@ -83,22 +96,20 @@ def load_reward_model(
     """
     from transformers import AutoModelForSequenceClassification
 
-    source = _resolve(path, "path")
-    chosen = choose_device(device)
-    kind = choose_dtype(dtype, chosen)
+    place = _place(device, dtype, attn_implementation)
+    source = _resolve(path, argument)
     if (Path(source) / _ADAPTER_CONFIG).is_file():
-        model, source = _load_adapter(source, base, chosen, kind, attn_implementation)
-    else:
-        _require_one_label(source)
-        model, missing = _load(
-            AutoModelForSequenceClassification, source, chosen, kind, attn_implementation, num_labels=1
+        return _load_adapter(source, base, place, argument)
+    _require_one_label(source, argument)
+    with reading(argument, source):
+        model, missing = _load(AutoModelForSequenceClassification, source, place, num_labels=1)
+        tokenizer = _load_tokenizer(source)
+    if missing:
+        raise ValueError(
+            f"{argument} is {source}, which has no weights for {_listed(missing)}; give a trained reward model (a "
+            "sequence classifier with one label), not a language model"
         )
-        if missing:
-            raise ValueError(
-                f"path is {source}, which has no weights for {', '.join(sorted(missing))}; give a trained reward model "
-                "(a sequence classifier with one label), not a language model"
-            )
-    return model, _load_tokenizer(source)
+    return model, tokenizer
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -150,6 +161,21 @@ def choose_attention(attn_implementation: str, device: torch.device, dtype: torc
     return "flash_attention_2" if flash else "sdpa"
 
 
+class _Place(NamedTuple):
+    """Where and how a model is to run; ``attention`` is the caller's own choice, ``auto`` for none."""
+
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+
+
+def _place(device: str | torch.device, dtype: str | torch.dtype, attn_implementation: str) -> _Place:
+    chosen = choose_device(device)
+    kind = choose_dtype(dtype, chosen)
+    choose_attention(attn_implementation, chosen, kind)
+    return _Place(chosen, kind, attn_implementation)
+
+
 def cache_directory() -> Path:
     """Where converted models are kept: $NABLA_FAST_CACHE, else $XDG_CACHE_HOME/nabla_fast or ~/.cache/nabla_fast."""
     own = os.environ.get("NABLA_FAST_CACHE")
@@ -193,6 +219,7 @@ def _convert_gguf(file: Path, target: Path) -> None:
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f'reading {file.name} needs {" and ".join(missing)}; run pip install "nabla_fast[demo]"')
+    check_gguf(file)
     # gguf draws a progress bar of its own that transformers' switch does not reach.
     with _quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
         loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
@@ -215,12 +242,13 @@ def _resolve(path: str | os.PathLike[str], argument: str) -> str:
     if found.is_file():
         if found.suffix.lower() != ".gguf":
             raise ValueError(f"{argument} is the file {text}; give a .gguf file, a model folder or a hub id")
-        return str(converted_gguf(found))
+        with reading(argument, text):
+            return str(converted_gguf(found))
     if found.is_dir():
         return str(found)
     if _looks_like_path(text):
         raise FileNotFoundError(f"{argument} is {text}, and there is no such file or folder")
-    return text
+    return hub_source(text, argument)
 
 
 def _looks_like_path(text: str) -> bool:
@@ -228,63 +256,75 @@ def _looks_like_path(text: str) -> bool:
     return text.startswith((".", "~", os.sep)) or os.path.isabs(text) or text.count("/") > 1 or text.endswith(".gguf")
 
 
-def _load(
-    auto_class: Any, source: str, device: torch.device, dtype: torch.dtype, attn_implementation: str, **options: Any
-) -> tuple[Any, set[str]]:
+def _load(auto_class: Any, source: str, place: _Place, **options: Any) -> tuple[Any, set[str]]:
     """The model, ready for inference, and the names of the weights that the checkpoint does not hold."""
-    options |= {"dtype": dtype, "output_loading_info": True}
-    attention = choose_attention(attn_implementation, device, dtype)
+    options |= {"dtype": place.dtype, "output_loading_info": True, "trust_remote_code": False}
+    attention = choose_attention(place.attention, place.device, place.dtype)
     with _quiet_transformers():
         try:
             model, info = auto_class.from_pretrained(source, attn_implementation=attention, **options)
         except ValueError as error:
             # Some families have no sdpa. Eager is our choice only where the caller left the choice to us.
-            if attn_implementation != "auto" or "attention" not in str(error).lower():
+            if place.attention != "auto" or "attention" not in str(error).lower():
                 raise
             model, info = auto_class.from_pretrained(source, attn_implementation="eager", **options)
-    return model.to(device).eval().requires_grad_(False), set(info["missing_keys"])
+    return model.to(place.device).eval().requires_grad_(False), set(info["missing_keys"])
 
 
 def _load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     with _quiet_transformers():
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
-def _load_adapter(
-    folder: str,
-    base: str | os.PathLike[str] | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    attn_implementation: str,
-) -> tuple[Any, str]:
+def _load_adapter(folder: str, base: str | os.PathLike[str] | None, place: _Place, argument: str) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification
 
     try:
-        from peft import PeftConfig, PeftModel
+        from peft import PeftConfig, PeftModel, load_peft_weights
     except ImportError as error:
         raise ImportError(f'{folder} holds a peft adapter; run pip install "nabla_fast[demo]"') from error
-    named = base if base is not None else PeftConfig.from_pretrained(folder).base_model_name_or_path
-    source = _resolve(named, "the adapter's base model")
-    # Merged in float32 whatever the dtype asked for: added to bfloat16 weights, a small update would round away.
-    model, _ = _load(
-        AutoModelForSequenceClassification, source, device, torch.float32, attn_implementation, num_labels=1
-    )
-    with _quiet_transformers():
-        merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
-    has_tokenizer = (Path(folder) / "tokenizer_config.json").is_file()
-    return merged.to(dtype).eval().requires_grad_(False), folder if has_tokenizer else source
+    with reading(argument, folder):
+        own = PeftConfig.from_pretrained(folder)
+    named = own.base_model_name_or_path if base is None else base
+    if not named:
+        raise ValueError(f"{argument} is {folder}, whose {_ADAPTER_CONFIG} does not name a base model; add one")
+    what = f"{argument}: the adapter's base model"
+    source = _resolve(named, what)
+    with reading(what, source):
+        # Merged in float32 whatever the dtype: added to bfloat16 weights, a small update would round away.
+        model, missing = _load(
+            AutoModelForSequenceClassification, source, place._replace(dtype=torch.float32), num_labels=1
+        )
+    with reading(argument, folder), _quiet_transformers():
+        adapted = PeftModel.from_pretrained(model, folder)
+        # What the adapter's file lacks, peft only warns of. Loaded again, it says so in its result.
+        missing -= {name.removeprefix(_WRAPPED) for name in load_peft_weights(folder, device="cpu")}
+        missing |= set(adapted.load_adapter(folder, "default").missing_keys)
+        merged = adapted.merge_and_unload()
+    if missing:
+        raise ValueError(f"{argument} is {folder}; neither it nor its base model {source} has {_listed(missing)}")
+    with_tokenizer = folder if (Path(folder) / "tokenizer_config.json").is_file() else source
+    with reading(argument, with_tokenizer):
+        tokenizer = _load_tokenizer(with_tokenizer)
+    return merged.to(place.dtype).eval().requires_grad_(False), tokenizer
 
 
-def _require_one_label(source: str) -> None:
+def _require_one_label(source: str, argument: str) -> None:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source)
+    with reading(argument, source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     labels = getattr(config, "num_labels", 1)
     architectures = getattr(config, "architectures", None) or []
     if labels != 1 and any("SequenceClassification" in name for name in architectures):
-        raise ValueError(f"path is {source}, a classifier with {labels} labels; a reward model has exactly one")
+        raise ValueError(f"{argument} is {source}, a classifier with {labels} labels; a reward model has exactly one")
+
+
+def _listed(names: set[str]) -> str:
+    shown = sorted(names)
+    return ", ".join(shown[:_SHOWN]) + (f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else "")
 
 
 @contextlib.contextmanager
