@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from nabla_fast import __version__, terminal
 from nabla_fast.cli_bench import bench
 from nabla_fast.cli_config import configured, with_config_options
 from nabla_fast.cli_eval import evaluate
 from nabla_fast.cli_models import choose_pair, load_models, pair_defaults
+from nabla_fast.text_files import parse_json_line, read_lines
 
 app = typer.Typer(
-    help="∇-Reasoner made fast: refines a language model's answers by gradient descent on their tokens.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -28,11 +28,45 @@ _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError,
 
 def main() -> None:
     """Entry point of ``nabla-fast``."""
+    terminal.tolerate_any_text()
     try:
-        app()
+        try:
+            app()
+        finally:
+            # Here and not when Python ends, where what goes wrong can no longer be told.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has seen enough of it.
+        _discard_output()
+        sys.exit(1)
     except _USER_ERRORS as error:
-        Console(stderr=True, highlight=False).print(f"[red]error:[/] {_one_line(error)}", markup=True, soft_wrap=True)
+        terminal.print_error(" ".join(str(error).split()) or type(error).__name__)
+        _discard_output()
         sys.exit(2)
+
+
+def _discard_output() -> None:
+    """Lets what standard output would not take go nowhere, or Python tries to write it again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"nabla-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """∇-Reasoner made fast: refines a language model's answers by gradient descent on their tokens."""
 
 
 @app.command()
@@ -80,11 +114,11 @@ def generate(
     if profile is not None:
         # A mistake there should not have to wait for the models.
         profiling.prepare(profile)
-    with console.status("loading the models"):
+    with terminal.status("loading the models"):
         models = load_models(model, reward_model, pair, device, dtype, attn_implementation)
     outcome = console.answer(models, questions, config, compare_greedy=pair is not None, profile=profile)
     if as_json:
-        print(json.dumps(outcome.to_dict(), ensure_ascii=False, indent=2))
+        terminal.print_json(outcome.to_dict())
     else:
         outcome.show()
 
@@ -103,12 +137,16 @@ def doctor(
 
     report = environment.report()
     if as_json:
-        print(json.dumps(report, ensure_ascii=False, indent=2))
+        terminal.print_json(report)
     else:
         console.show_report(report)
 
 
 def _questions(prompt: list[str] | None, file: Path | None, default: str | None) -> list[Any]:
+    for text in prompt or []:
+        # Python keeps bytes of the command line that are no text as half surrogates.
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"--prompt is {text!a}, which is not text in this terminal's encoding; use --prompts FILE")
     questions: list[Any] = list(prompt or [])
     if file is not None:
         questions += read_prompts(file)
@@ -126,9 +164,7 @@ def read_prompts(file: Path) -> list[Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if the file holds no prompt, or a line of it cannot be read; the message gives its number.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"--prompts: there is no file {file}")
-    lines = [(number, line) for number, line in enumerate(file.read_text().splitlines(), start=1) if line.strip()]
+    lines = read_lines(file, "--prompts")
     if not lines:
         raise ValueError(f"--prompts: {file} holds no prompt")
     if file.suffix != ".jsonl":
@@ -137,17 +173,10 @@ def read_prompts(file: Path) -> list[Any]:
 
 
 def _json_prompt(file: Path, number: int, line: str) -> Any:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--prompts: line {number} of {file} is not JSON: {error}") from error
+    value = parse_json_line(file, "--prompts", number, line)
     prompt = value.get("prompt", value.get("messages")) if isinstance(value, dict) else value
     if not isinstance(prompt, (str, list)) or not prompt:
         raise ValueError(
             f'--prompts: line {number} of {file} must be a string, a chat, or an object with "prompt" or "messages"'
         )
     return prompt
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).replace("[", "\\[") or type(error).__name__

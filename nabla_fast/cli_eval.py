@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -262,27 +261,30 @@ def _source(
     model: str | None, reward_model: str | None, pair: str | None, device: str, dtype: str, attn_implementation: str
 ) -> dict[str, str | None]:
     """Where the models come from and how they are run, as two runs must share it to share a directory."""
-    from nabla_fast.models.loading import choose_device, choose_dtype
+    from nabla_fast.models.loading import choose_attention, choose_device, choose_dtype
 
     chosen = choose_device(device)
+    kind = choose_dtype(dtype, chosen)
+    # Refused here if it is unknown; what "auto" comes to may differ from one machine of a cluster to another.
+    choose_attention(attn_implementation, chosen, kind)
     return {
         "model": pair or model,
         "reward_model": pair or reward_model,
         "device": str(chosen),
-        "dtype": str(choose_dtype(dtype, chosen)).removeprefix("torch."),
+        "dtype": str(kind).removeprefix("torch."),
         "attn_implementation": attn_implementation,
     }
 
 
 def _compare(first: Path, second: Path, as_json: bool) -> None:
-    from nabla_fast import console
+    from nabla_fast import terminal
     from nabla_fast.evaluation import report
 
     comparison = report.compare(first, second)
     if as_json:
-        print(json.dumps(comparison, ensure_ascii=False, indent=2))
+        terminal.print_json(comparison)
     else:
-        console.show(*report.comparison_tables(comparison))
+        terminal.OUT.print(*report.comparison_tables(comparison))
 
 
 def _problems(

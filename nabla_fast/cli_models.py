@@ -20,8 +20,19 @@ def load_models(
         ValueError: if a model is not named, or named besides ``pair``; and as `nabla_fast.models.loading` does.
     """
     require_models(model, reward_model, pair)
+    from nabla_fast.models.loading import (
+        choose_attention,
+        choose_device,
+        choose_dtype,
+        load_language_model,
+        load_reward_model,
+    )
+
+    # First what takes no time: a mistake there should not have to wait for a model.
+    chosen = choose_device(device)
+    choose_attention(attn_implementation, chosen, choose_dtype(dtype, chosen))
     quiet_transformers()
-    where = {"device": device, "dtype": dtype}
+    where = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
     if pair == "demo":
         from nabla_fast import demo
 
@@ -30,12 +41,12 @@ def load_models(
         from nabla_fast.demo import arithmetic
 
         return (*arithmetic.load_policy(**where), *arithmetic.load_reward(**where))
-    from nabla_fast.models.loading import load_language_model, load_reward_model
-
     assert model is not None
     assert reward_model is not None
-    common: dict[str, Any] = {**where, "attn_implementation": attn_implementation}
-    return (*load_language_model(model, **common), *load_reward_model(reward_model, **common))
+    return (
+        *load_language_model(model, **where, argument="--model"),
+        *load_reward_model(reward_model, **where, argument="--reward-model"),
+    )
 
 
 def choose_pair(demo: bool, bundled: bool) -> str | None:

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from nabla_fast import baselines, profiling
-from nabla_fast.config import NablaConfig
-from nabla_fast.generate import NablaOutput, generate
-from nabla_fast.rollout import RolloutError, ServerLostError
+from nabla_fast.terminal import ERR, OUT, plain, print_json, print_warning, status
 
+# What loads torch and transformers is imported where it is used: `nabla-fast doctor` needs little of it.
 if TYPE_CHECKING:
+    from nabla_fast.config import NablaConfig
     from nabla_fast.evaluation.journal import Journal
     from nabla_fast.evaluation.methods import Models
     from nabla_fast.evaluation.ray_engine import Cluster
     from nabla_fast.evaluation.runner import Plan
     from nabla_fast.evaluation.tasks import Task
+    from nabla_fast.generate import NablaOutput
+    from nabla_fast.rollout import RolloutError
 
 _SHOWN_FAILURES = 5
-
-_out = Console(highlight=False)
-_err = Console(stderr=True, highlight=False)
 
 _PHASE_NAMES = {
     "rollout": "rolling out",
@@ -44,23 +40,18 @@ _PHASE_NAMES = {
 }
 
 
-def status(message: str) -> AbstractContextManager[Any]:
-    """A spinner on stderr while something without measurable progress runs."""
-    return _err.status(f"{message} …")
-
-
 class ProgressObserver:
     """A progress bar on stderr: committed tokens of all answers, and the phase that is running."""
 
     def __init__(self, label: str) -> None:
         self.progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             TextColumn("{task.completed}/{task.total} tokens"),
             TextColumn("· {task.fields[rollouts]} rollouts"),
             TimeElapsedColumn(),
-            console=_err,
+            console=ERR,
         )
         self.label = label
         self.task = self.progress.add_task(label, total=None, rollouts=0)
@@ -113,19 +104,19 @@ class Outcome:
     def show(self) -> None:
         """Prints answers and tables."""
         for i, question in enumerate(self.questions):
-            _out.print(Panel(Text(_text(question)), title="question", title_align="left"))
+            OUT.print(Panel(plain(_text(question)), title="question", title_align="left"))
             if self.greedy is not None:
-                _out.print(_answer_panel("greedy", self.greedy, i))
-            _out.print(_answer_panel("∇-Reasoner", self.refined, i))
+                OUT.print(_answer_panel("greedy", self.greedy, i))
+            OUT.print(_answer_panel("∇-Reasoner", self.refined, i))
             revisions = self._revisions(i)
-            _out.print(revisions if revisions.rows else "No token was changed.")
-        _out.print(*self._tables(), sep="\n")
+            OUT.print(revisions if revisions.rows else "No token was changed.")
+        OUT.print(*self._tables(), sep="\n")
 
     def _revisions(self, i: int) -> Table:
         table = Table("position", "was", "proposed", "reward before", "reward of proposal", "", title="revised tokens")
         for r in self.refined.stats.sequences[i].revisions:
             spelled = [Text(repr(self.tokenizer.decode([token]))) for token in (r.old_token, r.new_token)]
-            verdict = "[green]accepted[/]" if r.accepted else "[yellow]rejected[/]"
+            verdict = Text("accepted", "green") if r.accepted else Text("rejected", "yellow")
             table.add_row(str(r.position), *spelled, f"{r.old_reward:.3f}", f"{r.new_reward:.3f}", verdict)
         return table
 
@@ -163,6 +154,10 @@ def answer(
         compare_greedy: whether to answer greedily as well.
         profile: a directory for `nabla_fast.profiling`, for the refined answers; None profiles nothing.
     """
+    from nabla_fast import baselines, profiling
+    from nabla_fast.generate import generate
+    from nabla_fast.rollout import RolloutError
+
     greedy = None
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
@@ -180,9 +175,10 @@ def answer(
 def _show_unfinished(questions: list[Any], error: RolloutError, tokenizer: Any) -> None:
     """Prints what a decode had come to when its rollouts were lost."""
     for question, tokens, committed in zip(questions, error.responses, error.committed, strict=False):
-        _err.print(Panel(Text(_text(question)), title="question", title_align="left"))
+        ERR.print(Panel(plain(_text(question)), title="question", title_align="left"))
         title = f"unfinished: {len(committed)} of {len(tokens)} tokens are committed"
-        _err.print(Panel(Text(tokenizer.decode(tokens, skip_special_tokens=True)), title=title, title_align="left"))
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        ERR.print(Panel(plain(text), title=title, title_align="left"))
 
 
 def evaluate(
@@ -208,8 +204,10 @@ def evaluate(
     Returns:
         How many answers failed.
     """
+    from nabla_fast import profiling
     from nabla_fast.evaluation import ray_engine, report, runner
     from nabla_fast.evaluation.progress import RunProgress
+    from nabla_fast.rollout import ServerLostError
 
     if cluster is None:
         with status("loading the models"):
@@ -220,14 +218,14 @@ def evaluate(
         engine = partial(runner.evaluate, models, task, plan, journal)
     else:
         engine = partial(ray_engine.evaluate, load, task, plan, journal, cluster)
-    bars = RunProgress(plan, task.problems, journal.records, _err, retry_failed=retry_failed)
+    bars = RunProgress(plan, task.problems, journal.records, ERR, retry_failed=retry_failed)
     try:
         with warnings.catch_warnings(), bars.progress:
             warnings.showwarning = _show_warning
             records = engine(retry_failed=retry_failed, on_record=bars.on_record)
     except (KeyboardInterrupt, ServerLostError):
         done, total = len(runner.latest(journal.records)), len(plan.keys(task.problems))
-        _err.print(f"stopped with {done} of {total} answers in {out}; the same command goes on from there")
+        ERR.print(f"stopped with {done} of {total} answers in {out}; the same command goes on from there")
         raise
     failed = [record for record in records if record["error"] is not None]
     if profile is not None:
@@ -235,23 +233,18 @@ def evaluate(
     try:
         summary = report.write_report(out)
     except ImportError as error:
-        _err.print(f"[yellow]warning:[/] no plots: {error}", soft_wrap=True)
+        print_warning(f"no plots: {error}")
         summary = report.summarise(*report.read_run(out))
     if as_json:
-        print(json.dumps(summary, ensure_ascii=False, indent=2))
+        print_json(summary)
     else:
-        show(*report.tables(summary))
+        OUT.print(*report.tables(summary))
     for record in failed[:_SHOWN_FAILURES]:
         where = f"{record['method']} {record['n']}, seed {record['seed']}, {record['problem']}"
-        _err.print(Text(f"failed: {where}: {record['error']}", style="red"), soft_wrap=True)
+        ERR.print(Text.assemble((f"failed: {where}: ", "red"), plain(record["error"])), soft_wrap=True)
     if failed:
-        _err.print(f"{len(failed)} of {len(records)} answers failed; {runner.RESULTS} has them all")
+        ERR.print(f"{len(failed)} of {len(records)} answers failed; {runner.RESULTS} has them all")
     return len(failed)
-
-
-def show(*parts: Any) -> None:
-    """Prints tables to standard output."""
-    _out.print(*parts)
 
 
 def show_report(report: dict[str, Any]) -> None:
@@ -270,28 +263,28 @@ def show_report(report: dict[str, Any]) -> None:
     operators = Table("operator", *report["backends"], title="operators")
     for operator, reasons in report["operators"].items():
         operators.add_row(operator, *(_mark(reasons[name] is None) for name in report["backends"]))
-    _out.print(versions, devices, _availability("back ends", report["backends"]), operators)
+    OUT.print(versions, devices, _availability("back ends", report["backends"]), operators)
     for operator, reasons in report["operators"].items():
         for name, reason in reasons.items():
             # What is true of the whole back end stands in its own table.
             if reason is not None and report["backends"][name]["available"]:
-                _out.print(Text(f"{operator}, {name}: {reason}"))
-    _out.print(_availability("demo", report["demo"]))
+                OUT.print(f"{operator}, {name}: {reason}")
+    OUT.print(_availability("demo", report["demo"]))
 
 
 def _availability(title: str, entries: dict[str, dict[str, Any]]) -> Table:
     table = Table("", "available", "why not", title=title)
     for name, entry in entries.items():
-        table.add_row(name, _mark(entry["available"]), Text(entry["reason"] or ""))
+        table.add_row(name, _mark(entry["available"]), entry["reason"] or "")
     return table
 
 
-def _mark(available: bool) -> str:
-    return "[green]yes[/]" if available else "[yellow]no[/]"
+def _mark(available: bool) -> Text:
+    return Text("yes", "green") if available else Text("no", "yellow")
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _err.print(f"[yellow]warning:[/] {message}")
+    print_warning(str(message))
 
 
 def _under_progress(
@@ -309,7 +302,7 @@ def _answer(output: NablaOutput, i: int) -> dict[str, Any]:
 
 
 def _answer_panel(name: str, output: NablaOutput, i: int) -> Panel:
-    body = Group(Text(output.texts[i].strip()), Text(f"reward {output.rewards[i]:.3f}", style="bold"))
+    body = Group(plain(output.texts[i].strip()), Text(f"reward {output.rewards[i]:.3f}", style="bold"))
     return Panel(body, title=name, title_align="left")
 
 

@@ -43,6 +43,8 @@ def test_generate_prints_answer_reward_and_tables(pair):
 
 
 def test_what_was_decoded_is_shown_when_the_rollouts_are_lost(monkeypatch, capsys):
+    import importlib
+
     from nabla_fast import console
     from nabla_fast.rollout import ServerLostError
 
@@ -51,7 +53,7 @@ def test_what_was_decoded_is_shown_when_the_rollouts_are_lost(monkeypatch, capsy
         error.committed, error.responses = ((5, 6), ()), ((5, 6, 7), ())
         raise error
 
-    monkeypatch.setattr(console, "generate", lose)
+    monkeypatch.setattr(importlib.import_module("nabla_fast.generate"), "generate", lose)
     tokenizer = tiny_tokenizer()
     with pytest.raises(ServerLostError):
         console.answer((None, tokenizer, None, None), ["one", "two"], nf.NablaConfig(), compare_greedy=False)

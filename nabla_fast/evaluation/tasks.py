@@ -15,6 +15,7 @@ from typing import Any
 from nabla_fast.demo import arithmetic
 from nabla_fast.evaluation.grading import Grader, GymGrader, MathGrader, is_number
 from nabla_fast.models.chat import as_chats
+from nabla_fast.text_files import parse_json_line, read_lines
 
 GYM_PREFIX = "reasoning_gym:"
 ARITHMETIC = "arithmetic"
@@ -224,9 +225,7 @@ def _arithmetic_task(options: dict[str, Any], split: str, max_problems: int | No
 
 def _file_task(name: str, keys: tuple[str, str], max_problems: int | None) -> Task:
     file = Path(name)
-    if not file.is_file():
-        raise FileNotFoundError(f"--task: there is no file {file}")
-    lines = [(i, line) for i, line in enumerate(file.read_text().splitlines(), start=1) if line.strip()]
+    lines = read_lines(file, "--task")
     problems = [_file_problem(file, number, line, keys) for number, line in lines][:max_problems]
     if not problems:
         raise ValueError(f"--task: {file} holds no problem")
@@ -236,10 +235,7 @@ def _file_task(name: str, keys: tuple[str, str], max_problems: int | None) -> Ta
 
 def _file_problem(file: Path, number: int, line: str, keys: tuple[str, str]) -> Problem:
     where = f"--task: line {number} of {file}"
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
+    value = parse_json_line(file, "--task", number, line)
     if not isinstance(value, dict):
         raise ValueError(f'{where} must be an object with "{keys[0]}" and "{keys[1]}", got {line.strip()[:80]}')
     for key in keys:
