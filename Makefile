@@ -11,12 +11,13 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt tools/install_torch.sh $(
 
 VLLM_STAMP := .venv-vllm/nabla_fast.stamp
 
-.PHONY: demo test test-vllm lint bench bench-quick clean help
+.PHONY: demo test test-vllm test-families lint bench bench-quick clean help
 
 help:
 	@echo "make demo    set up .venv and answer a question with the demo models"
 	@echo "make test    set up .venv and run all tests"
 	@echo "make test-vllm  test against a real vLLM server, in an environment of its own (.venv-vllm)"
+	@echo "make test-families  check every family of models that transformers has, an hour on two cores"
 	@echo "make lint    check style, format and types"
 	@echo "make bench   measure everything, about an hour on two cores; make bench-quick takes three minutes"
 	@echo "make clean   remove .venv and everything built"
@@ -29,6 +30,9 @@ test: $(STAMP)
 
 test-vllm: $(STAMP) $(VLLM_STAMP)
 	tools/test_vllm.sh .venv-vllm $(BIN)/python
+
+test-families: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 2 -m families tests/test_families.py
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -170,6 +170,8 @@ def _built(name: Any, family: str, dtype: torch.dtype, seed: int, **options: Any
     torch.manual_seed(seed)
     model = getattr(transformers, name if isinstance(name, str) else name[0])(config)
     draw(model)
+    # Some families' configurations have tokens that are forced upon an answer.
+    model.generation_config = transformers.GenerationConfig(pad_token_id=PAD, eos_token_id=END)
     return model.to(dtype).eval().requires_grad_(False)
 
 

@@ -127,7 +127,7 @@ def test_models_of_the_wrong_kind_are_refused(models):
     model, tokenizer, reward_model, _ = models
     with pytest.raises(TypeError, match=r"model .* has no output head"):
         nf.generate(reward_model, tokenizer, reward_model, tokenizer, "is", CONFIG)
-    with pytest.raises(TypeError, match=r"reward_model .* has no `score` head"):
+    with pytest.raises(ValueError, match=r"reward_model .* gives a score for every token"):
         nf.generate(model, tokenizer, model, tokenizer, "is", CONFIG)
     with pytest.raises(TypeError, match="reward_model must be"):
         nf.generate(model, tokenizer, "a path", tokenizer, "is", CONFIG)

@@ -39,7 +39,7 @@ def main() -> None:
     if not arguments.table:
         for family in arguments.only.split(",") if arguments.only else _families():
             if family not in results or arguments.fresh:
-                results[family] = _in_a_process(family)
+                results[family] = in_a_process(family)
                 print(family, *results[family].values(), sep=" | ", flush=True)
                 _save(results)
     PAGE.parent.mkdir(exist_ok=True)
@@ -53,7 +53,8 @@ def _families() -> list[str]:
     return families()
 
 
-def _in_a_process(family: str) -> dict[str, str]:
+def in_a_process(family: str) -> dict[str, str]:
+    """What came out of `family_checks.check` for a family, run by itself."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     command = [sys.executable, str(Path(__file__).resolve()), "--child", family]
@@ -93,7 +94,7 @@ def _page(content: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     rows = [[f"`{name}`", *(_cell(outcome.get(part, "")) for part in _PARTS)] for name, outcome in families.items()]
     counts = _counts(families)
-    head = "| family | how it runs | gradients | greedy | decode | as reward model |\n| --- | --- | --- | --- | --- | --- |"
+    head = "| family | how it runs | gradients | greedy | decode | as reward model |\n" + "| --- " * 6 + "|"
     return _TEXT.format(
         versions=versions,
         counts="\n".join(f"| {what} | {number} |" for what, number in counts.items()),
@@ -136,7 +137,8 @@ each of the family's kinds of layers ({versions}). `python tools/model_families.
   embeddings (Gemma 3n and 4 have some in every layer), those follow the hard tokens and have no part in the gradient.
 * **greedy**: `nabla_fast.generate` for two prompts together, with drafts where there are some, against the argmax of
   the model's own forward pass without a cache.
-* **decode**: three rollouts with DTO at every position give the same answers for two prompts together as for each alone.
+* **decode**: three rollouts with DTO at every position give the same answers for two prompts together as for each
+  alone.
 * **as reward model**: the family's sequence classifier against its own forward pass.
 
 "refused" is an error in one sentence when the model is loaded. "not checked" says that no tiny model could be made
