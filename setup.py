@@ -1,9 +1,10 @@
 """Builds the native library with CMake; everything else about the package stands in pyproject.toml.
 
 The library is one plain shared object without Python's C API, so one build serves every CPython version. It belongs to
-one torch version, and carries that version in its name: ``nabla_fast/_native_torch_2_13_0.so``.
+one torch version, and carries that version in its name, ``nabla_fast/_native_torch_2_13_0.so``, as a wheel does in its
+version, ``nabla_fast-0.1.0+torch2.13.0``.
 
-Without torch, CMake or a compiler the package installs without it, unless ``NABLA_FAST_REQUIRE_NATIVE=1``.
+A build that fails is an error. ``NABLA_FAST_PURE_PYTHON=1`` asks for the package without the library.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-REQUIRE_NATIVE = os.environ.get("NABLA_FAST_REQUIRE_NATIVE") == "1"
+VERSION = "0.1.0"
+PURE_PYTHON = os.environ.get("NABLA_FAST_PURE_PYTHON") == "1"
 # A virtual environment's own tools come first, also when it was not activated.
 TOOL_PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
 
@@ -35,15 +38,10 @@ def torch_location() -> tuple[Path, str] | None:
     return Path(spec.origin).parent, importlib.metadata.version("torch").split("+")[0]
 
 
-def go_without_native(reason: str) -> None:
-    """Stops the installation if the native library is required, else says loudly that it will be missing."""
-    if REQUIRE_NATIVE:
-        raise SystemExit(f"nabla_fast: NABLA_FAST_REQUIRE_NATIVE=1, but {reason}")
-    bar = "*" * 100
-    print(
-        f"{bar}\nnabla_fast: {reason}.\nnabla_fast installs WITHOUT its native library and will be slower; "
-        f"set NABLA_FAST_REQUIRE_NATIVE=1 to make this an error.\n{bar}",
-        file=sys.stderr,
+def stop(reason: str) -> NoReturn:
+    """Ends the build with a sentence that says what to do."""
+    raise SystemExit(
+        f"nabla_fast: {reason}. Set NABLA_FAST_PURE_PYTHON=1 to install without the native library, which is slower."
     )
 
 
@@ -54,6 +52,11 @@ class CMakeBuild(build_ext):
         return f"{fullname.replace('.', os.sep)}.so"
 
     def build_extension(self, ext: Extension) -> None:
+        if torch_location() is None:
+            stop(
+                "torch was not found while the native library was built for it; install torch first, and then with "
+                "`pip install --no-build-isolation`, or pip hides torch from the build"
+            )
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
             self.run_cmake(target)
@@ -61,7 +64,7 @@ class CMakeBuild(build_ext):
             # An older library at this place would go on to be used as if it were this build.
             for path in (target, ROOT / self.get_ext_filename(ext.name)):
                 path.unlink(missing_ok=True)
-            go_without_native(f"building the native library failed ({error}); the output above says why")
+            stop(f"building the native library failed ({error}); the output above says why")
 
     def run_cmake(self, target: Path) -> None:
         torch = torch_location()
@@ -108,19 +111,22 @@ class PlatformWheel(bdist_wheel):
 
 
 def extensions() -> list[Extension]:
-    torch = torch_location()
-    if torch is None:
-        go_without_native(
-            "torch is not importable here; install torch first and use `pip install --no-build-isolation`"
-        )
+    if PURE_PYTHON:
         return []
     # CMake finds the sources by itself; they are listed here for source distributions.
     sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
     others = sorted(
         str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.suffix in {".h", ".cu", ".cuh"}
     )
-    name = f"nabla_fast._native_torch_{torch[1].replace('.', '_')}"
-    return [Extension(name, sources=sources, depends=["CMakeLists.txt", *others], optional=not REQUIRE_NATIVE)]
+    torch = torch_location()
+    name = f"nabla_fast._native_torch_{'' if torch is None else torch[1].replace('.', '_')}"
+    return [Extension(name, sources=sources, depends=["CMakeLists.txt", *others])]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel})
+def version() -> str:
+    """What is built holds a library for one torch version; sources and a package without a library are for all."""
+    torch = torch_location()
+    return VERSION if PURE_PYTHON or torch is None or "sdist" in sys.argv else f"{VERSION}+torch{torch[1]}"
+
+
+setup(version=version(), ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel})

@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import _distutils_hack
@@ -46,37 +48,100 @@ def run_setup(source: Path, *arguments: str, **environment: str) -> subprocess.C
     )
 
 
-def test_broken_compiler_leaves_a_pure_python_package(source: Path) -> None:
+def test_a_build_that_fails_is_an_error(source: Path) -> None:
     stale = source / "nabla_fast" / native._library_path(native._PACKAGE).name
     stale.touch()
-    result = run_setup(source, "build_ext", "--inplace", CXX="false", NABLA_FAST_REQUIRE_NATIVE="0")
-    assert result.returncode == 0, result.stderr
-    assert "installs WITHOUT its native library" in result.stderr
+    result = run_setup(source, "build_ext", "--inplace", CXX="false", NABLA_FAST_PURE_PYTHON="0")
+    assert result.returncode != 0
+    assert "nabla_fast: building the native library failed" in result.stderr
+    assert "Set NABLA_FAST_PURE_PYTHON=1 to install without" in result.stderr
     assert not stale.exists()
 
 
-def test_broken_compiler_is_an_error_where_native_is_required(source: Path) -> None:
-    result = run_setup(source, "build_ext", "--inplace", CXX="false", NABLA_FAST_REQUIRE_NATIVE="1")
-    assert result.returncode != 0
-    assert "NABLA_FAST_REQUIRE_NATIVE=1, but building the native library failed" in result.stderr
+def test_the_package_without_its_library_is_for_every_machine(source: Path) -> None:
+    result = run_setup(source, "bdist_wheel", CXX="false", NABLA_FAST_PURE_PYTHON="1")
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (source / "dist").glob("*.whl")
+    assert wheel.name == "nabla_fast-0.1.0-py3-none-any.whl"
 
 
-def test_missing_torch_is_named(source: Path) -> None:
+def test_missing_torch_is_named_by_the_build_alone(source: Path) -> None:
     # -S hides the installed packages, torch among them; the two of setuptools are put back.
     setuptools_only = source / "packages"
     setuptools_only.mkdir()
     for package in (setuptools, _distutils_hack):
         (setuptools_only / package.__name__).symlink_to(Path(package.__file__).parent)
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(setuptools_only), "NABLA_FAST_PURE_PYTHON": "0"}
+        words = [sys.executable, "-S", "setup.py", *command]
+        return subprocess.run(words, cwd=source, env=environment, capture_output=True, text=True, check=False)
+
+    asked = run("--version")
+    assert asked.returncode == 0, asked.stderr
+    built = run("build_ext", "--inplace")
+    assert built.returncode != 0
+    assert "torch was not found" in built.stderr
+    assert "pip install --no-build-isolation" in built.stderr
+
+
+TORCH_STANDARDS = [("2.10.0", "17"), ("2.13.0", "17"), ("2.14.1", "20"), ("3.0.0", "20")]
+
+
+@pytest.mark.parametrize(("version", "standard"), TORCH_STANDARDS)
+    ("version", "standard"), [("2.10.0", "17"), ("2.13.0", "17"), ("2.14.1", "20"), ("3.0.0", "20")]
+)
+def test_the_standard_is_the_one_that_torchs_headers_need(source: Path, version: str, standard: str) -> None:
+    torch = source / "torch" / "include" / "torch" / "headeronly"
+    torch.mkdir(parents=True)
+    major, minor, _ = version.split(".")
+    (torch / "version.h").write_text(f"#define TORCH_VERSION_MAJOR {major}\n#define TORCH_VERSION_MINOR {minor}\n")
+    lists = source / "CMakeLists.txt"
+    lists.write_text(lists.read_text() + '\nmessage(STATUS "standard ${CMAKE_CXX_STANDARD}")\n')
+    arguments = {"TORCH_DIR": source / "torch", "TORCH_VERSION": version, "LIBRARY_NAME": "_native"}
+    cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert cmake is not None
     result = subprocess.run(
-        [sys.executable, "-S", "setup.py", "--version"],
-        cwd=source,
-        env={**os.environ, "PYTHONPATH": str(setuptools_only), "NABLA_FAST_REQUIRE_NATIVE": "0"},
+        [cmake, "-S", source, "-B", source / "build", *(f"-DNABLA_FAST_{k}={v}" for k, v in arguments.items())],
         capture_output=True,
         text=True,
         check=False,
     )
+    assert f"standard {standard}" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_one_torch_is_installed_with_a_gpu_and_without(tmp_path: Path, gpu: bool) -> None:
+    """The same version, the default build where there is an NVIDIA GPU."""
+    asked = tmp_path / "asked"
+    python = tmp_path / "python"
+    # An interpreter without torch, whose pip writes down what it is asked for.
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 1\necho "$@" >> "{asked}"\n')
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\nexit {0 if gpu else 1}\n")
+    for script in (python, smi):
+        script.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run([ROOT / "tools" / "install_torch.sh", python], env=environment, check=True)
+    wanted = "torch==2.13.0" if gpu else "torch==2.13.0+cpu"
+    assert asked.read_text() == f"-m pip install --quiet {wanted}\n"
+
+
+def test_a_source_distribution_is_complete(source: Path) -> None:
+    """It has the tests, what they need, and everything that git knows of the build."""
+    for name in ("MANIFEST.in", "Makefile", "CONTRIBUTING.md", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, source)
+    for name in ("tests", "tools", "benchmarks", "examples"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    result = run_setup(source, "sdist", NABLA_FAST_PURE_PYTHON="0")
     assert result.returncode == 0, result.stderr
-    assert "torch is not importable here" in result.stderr
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    assert archive.name == "nabla_fast-0.1.0.tar.gz"
+    with tarfile.open(archive) as packed:
+        names = {name.split("/", 1)[-1] for name in packed.getnames()}
+    copied = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()}
+    missing = {n for n in copied - names if not n.startswith(("dist/", "nabla_fast.egg-info/")) and ".pyc" not in n}
+    assert not missing
 
 
 @pytest.mark.skipif(not native.available(), reason="nothing to pack without a native library")
@@ -91,10 +156,10 @@ def test_wheel_serves_every_cpython(source: Path) -> None:
     (source / "csrc" / "registration.cpp").write_text("int nothing;\n")
     (source / "csrc" / "cpu").mkdir()
     (source / "csrc" / "cpu" / "nothing.cpp").write_text("static int nothing;\n")
-    result = run_setup(source, "bdist_wheel", NABLA_FAST_REQUIRE_NATIVE="1")
+    result = run_setup(source, "bdist_wheel", NABLA_FAST_PURE_PYTHON="0")
     assert result.returncode == 0, result.stderr
     (wheel,) = (source / "dist").glob("*.whl")
-    assert wheel.name.startswith("nabla_fast-0.1.0-py3-none-")
+    assert wheel.name.startswith(f"nabla_fast-0.1.0+torch{version('torch').split('+')[0]}-py3-none-")
     names = zipfile.ZipFile(wheel).namelist()
     assert f"nabla_fast/{native._library_path(native._PACKAGE).name}" in names
     assert "nabla_fast/py.typed" in names
