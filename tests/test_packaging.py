@@ -89,8 +89,6 @@ TORCH_STANDARDS = [("2.10.0", "17"), ("2.13.0", "17"), ("2.14.1", "20"), ("3.0.0
 
 
 @pytest.mark.parametrize(("version", "standard"), TORCH_STANDARDS)
-    ("version", "standard"), [("2.10.0", "17"), ("2.13.0", "17"), ("2.14.1", "20"), ("3.0.0", "20")]
-)
 def test_the_standard_is_the_one_that_torchs_headers_need(source: Path, version: str, standard: str) -> None:
     torch = source / "torch" / "include" / "torch" / "headeronly"
     torch.mkdir(parents=True)

@@ -2,6 +2,7 @@
 # Builds the package against one version of torch, in an environment of its own, and runs the tests of what was built.
 #   tools/test_torch.sh FOLDER VERSION [PYTHON]
 set -euo pipefail
+cd "$(dirname "$0")/.."
 
 folder=$1 version=$2 python=${3:-python3}
 bin=$folder/bin
