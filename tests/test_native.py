@@ -156,10 +156,31 @@ def test_rejects_tau(tau: float) -> None:
 def test_relaxed_stats_rejects_shapes_and_dtypes() -> None:
     with pytest.raises(RuntimeError, match=r"z must have shape \(N, V\)"):
         native.relaxed_stats(torch.zeros(3))
-    with pytest.raises(RuntimeError, match="at least one column"):
+    with pytest.raises(RuntimeError, match="at least one vocabulary entry"):
         native.relaxed_stats(torch.zeros(3, 0))
-    with pytest.raises(NotImplementedError, match="relaxed_stats"):
-        native.relaxed_stats(torch.zeros(3, 3, dtype=torch.int64))
+    for dtype in (torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64):
+        with pytest.raises(TypeError, match="relaxed_stats: z must be of a float dtype"):
+            native.relaxed_stats(torch.zeros(3, 3).to(dtype))
+
+
+def test_only_dense_tensors_of_the_cpu_whatever_their_place() -> None:
+    ids, z = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3)
+    others: list[tuple[Tensor, str]] = [
+        (ids.to_sparse(), "must be a dense tensor, got layout Sparse"),
+        (ids.to("meta"), "must be on the CPU, got a tensor on meta"),
+    ]
+    for other, reason in others:
+        with pytest.raises((TypeError, RuntimeError), match=f"token_diff: new {reason}"):
+            native.token_diff(ids, other)
+        with pytest.raises((TypeError, RuntimeError), match=f"tables.1. {reason}"):
+            native.straight_through_embedding(z, [z.T, other])
+
+
+def test_a_tensor_without_its_storage_is_refused() -> None:
+    z = torch.zeros(2, 3)
+    z.untyped_storage().resize_(20)
+    with pytest.raises(RuntimeError, match="z must have storage for all of its elements, which take 24 bytes, got 20"):
+        native.relaxed_stats(z)
 
 
 # The operators that read the head
@@ -392,19 +413,31 @@ def test_linear_rows_do_not_depend_on_the_batch() -> None:
     assert torch.equal(together.token, torch.cat([row.token for row in alone]))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("nll_coeff", [0.0, 0.1])
+def test_gradient_norm_of_a_row_that_holds_nan(nll_coeff: float, value: float) -> None:
+    for factor in range(3):
+        factors = TokenGradient(torch.randn(2, 3), torch.randn(2, 3), torch.randn(2, 4))
+        factors[factor][0, 1] = value
+        weight = torch.randn(9, 3)
+        norm = native.gradient_norm(factors, Tables(Head(weight), weight, torch.randn(9, 4), nll_coeff))
+        assert norm.isfinite().tolist() == [False, True]
+        assert math.isinf(value) or norm[0].isnan()
+
+
 def test_linear_operators_reject() -> None:
     h, head = torch.zeros(2, 3), Head(torch.zeros(5, 3))
     tokens = torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match=r"rows must have shape \(N, d\)"):
+    with pytest.raises(RuntimeError, match=r"weight must have shape \(V, 2\)"):
         native.linear_relaxed_stats(h[:, :2], head)
-    with pytest.raises(RuntimeError, match=r"tokens must have shape \(N,\)"):
+    with pytest.raises(RuntimeError, match=r"tokens must have shape \(2,\)"):
         native.log_likelihood_gradient(h, head, tokens[:1], True)
     with pytest.raises(TypeError, match="tokens must be int64"):
         native.log_likelihood_gradient(h, head, tokens.int(), True)
     for bad in (-1, 5):
         with pytest.raises(IndexError, match=r"tokens must be in \[0, 5\)"):
             native.log_likelihood_gradient(h, head, tokens + bad, True)
-    with pytest.raises(RuntimeError, match="one vocabulary"):
+    with pytest.raises(RuntimeError, match=r"reward_table must have shape \(5, d_r\)"):
         native.gradient_norm(TokenGradient(h, h, h), Tables(head, head.weight, head.weight[1:], 0.1))
     with pytest.raises(TypeError, match="float dtype"):
         native.linear_relaxed_stats(h.long(), head)
@@ -465,9 +498,9 @@ def test_token_diff_strides_and_many_rows() -> None:
 
 def test_token_diff_rejects() -> None:
     ids = torch.zeros(2, 3, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match=r"one shape \(B, m\)"):
+    with pytest.raises(RuntimeError, match=r"new must have shape \(2, 3\)"):
         native.token_diff(ids, ids[:1])
-    with pytest.raises(RuntimeError, match=r"one shape \(B, m\)"):
+    with pytest.raises(RuntimeError, match=r"old must have shape \(B, m\)"):
         native.token_diff(ids[0], ids[0])
     with pytest.raises(TypeError, match="must be int64"):
         native.token_diff(ids, ids.int())

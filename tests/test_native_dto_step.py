@@ -393,10 +393,6 @@ def test_a_row_without_argmax_is_reported_and_rests(rows: int, value: float, lat
     assert problem.step[0] == 0
     assert bool((token[1:] >= 0).all())
     assert rows == 1 or not torch.equal(problem.parameters[1:], others)
-    problem.tokens[0] = -1
-    token, changed = problem.run(native, max_steps=2)
-    assert token[0] == -1
-    assert problem.step[0] == 0
 
 
 def test_all_minus_infinity_has_no_token() -> None:
@@ -498,6 +494,15 @@ def test_wrong_arguments() -> None:
         replace(problem, step=problem.step.int()).run(native)
     with pytest.raises(ValueError, match="tau must be positive"):
         problem.run(native, tau=0.0)
+    with pytest.raises(ValueError, match="step must not be negative"):
+        replace(problem, step=problem.step - 1).run(native)
+    for token in (-1, 10, 2**40):
+        with pytest.raises(IndexError, match=rf"tokens must be in \[0, 10\), got {token} at 1"):
+            replace(problem, tokens=torch.tensor([0, token])).run(native)
+    with pytest.raises(RuntimeError, match="exp_avg_sq must not share memory with exp_avg"):
+        replace(problem, exp_avg_sq=problem.exp_avg).run(native)
+    with pytest.raises(RuntimeError, match="step must not be expanded"):
+        replace(problem, step=problem.step[:1].expand(2)).run(native)
     with pytest.raises(ValueError, match="group must ascend"):
         problem.run(native, group=torch.tensor([1, 0]))
 

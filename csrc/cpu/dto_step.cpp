@@ -1,37 +1,30 @@
+#include "../checks.h"
 #include "dto_step.h"
 
 #include "operators.h"
+#include "vocabulary_table.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/index_select.h>
 #include <c10/util/Exception.h>
 
-#include <cmath>
+#include <iterator>
+#include <utility>
 
 namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
 
-void check_rows(const at::Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
-  TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, "dto_step: ", name,
-              " must have shape (", rows, ", ", columns, "), got ", tensor.sizes());
-  TORCH_CHECK_TYPE(tensor.is_floating_point(), "dto_step: ", name, " must be a float tensor, got ",
-                   tensor.scalar_type());
-}
-
-std::vector<int64_t> integers(const at::Tensor& tensor, const char* name, int64_t rows) {
-  TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == rows, "dto_step: ", name, " must have shape (", rows, "), got ",
-              tensor.sizes());
-  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kLong, "dto_step: ", name, " must be int64, got ",
-                   tensor.scalar_type());
-  const at::Tensor contiguous = tensor.contiguous();
+std::vector<int64_t> to_vector(const at::Tensor& integers) {
+  const at::Tensor contiguous = integers.contiguous();
   const int64_t* data = contiguous.const_data_ptr<int64_t>();
-  return {data, data + rows};
+  return {data, data + contiguous.numel()};
 }
 
 std::vector<int64_t> group_starts(const std::optional<at::Tensor>& group, int64_t rows) {
   std::vector<int64_t> starts;
-  const std::vector<int64_t> ids = group ? integers(*group, "group", rows) : std::vector<int64_t>();
+  const std::vector<int64_t> ids = group ? to_vector(*group) : std::vector<int64_t>();
   for (int64_t row = 0; row < rows; ++row) {
     if (group && row > 0 && ids[row] == ids[row - 1]) continue;
     TORCH_CHECK_VALUE(!group || row == 0 || ids[row] > ids[row - 1], "dto_step: group must ascend, got ",
@@ -52,12 +45,37 @@ std::vector<GradientTerm> gradient_terms(const at::Tensor& hidden, const at::Ten
     at::Tensor scaled = vectors.to(dtype).mul(softcap ? problem.scale : factor);
     terms.push_back({scaled.contiguous(), where, softcap, softcap ? factor : 1.0});
   };
-  add(embedding, table, 1, 0);
+  // Without the likelihood the head is not read, but a row whose hidden state is NaN is one without a gradient.
+  add(nll_coeff == 0 ? embedding.to(dtype).add(zero_or_nan(hidden).unsqueeze(1)) : embedding, table, 1, 0);
   add(reward_embedding, reward_table, 1, 0);
   if (nll_coeff != 0) {
     add(hidden, problem.weight, problem.softcap ? -nll_coeff : -nll_coeff * problem.scale, problem.softcap);
   }
   return terms;
+}
+
+// What is updated in place: shapes, and that no number has two meanings.
+void check_state(const Check& check, const at::Tensor& parameters, const at::Tensor& exp_avg,
+                 const at::Tensor& exp_avg_sq, const at::Tensor& step) {
+  const std::pair<const at::Tensor&, const char*> moments[] = {{exp_avg, "exp_avg"}, {exp_avg_sq, "exp_avg_sq"}};
+  for (const auto& [moment, name] : moments) {
+    check.floats(moment, name, {parameters.size(0), parameters.size(1)});
+    TORCH_CHECK_TYPE(moment.scalar_type() == parameters.scalar_type(), "dto_step: ", name, " must be ",
+                     dtype_name(parameters), " as parameters are, got ", dtype_name(moment));
+  }
+  check.integers(step, "step", {parameters.size(0)});
+  const std::pair<const at::Tensor&, const char*> written[] = {
+      {parameters, "parameters"}, {exp_avg, "exp_avg"}, {exp_avg_sq, "exp_avg_sq"}, {step, "step"}};
+  for (size_t i = 0; i < std::size(written); ++i) {
+    const auto& [tensor, name] = written[i];
+    TORCH_CHECK(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, "dto_step: ", name,
+                " must not be expanded, since it is updated in place, got strides ", tensor.strides());
+    for (size_t j = 0; j < i; ++j) {
+      const auto overlap = at::get_overlap_status(tensor, written[j].first);
+      TORCH_CHECK(overlap != at::MemOverlapStatus::Full && overlap != at::MemOverlapStatus::Partial, "dto_step: ", name,
+                  " must not share memory with ", written[j].second, ", since both are updated in place");
+    }
+  }
 }
 
 void write_back(const at::Tensor& target, const at::Tensor& result) {
@@ -85,29 +103,40 @@ std::tuple<Tensor, Tensor> dto_step(const Tensor& parameters, const Tensor& exp_
                                     double softcap, double nll_coeff, bool latents, double tau, double weight_decay,
                                     const std::optional<Tensor>& soft_noise, const std::optional<Tensor>& hard_noise,
                                     const std::optional<Tensor>& group, int64_t max_steps) {
-  TORCH_CHECK(parameters.dim() == 2 && weight.dim() == 2, "dto_step: parameters and the head's weight must have two ",
-              "dimensions, got ", parameters.sizes(), " and ", weight.sizes());
+  const Check check("dto_step");
+  check.table(weight, "weight", "V", "d");
+  const int64_t vocabulary = weight.size(0);
+  check.floats(parameters, "parameters", {"N", latents ? weight.size(1) : vocabulary});
   const int64_t rows = parameters.size(0);
   const auto dtype = parameters.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble,
-                   "dto_step: parameters must be float32 or float64, got ", dtype);
-  TORCH_CHECK_VALUE(tau > 0 && std::isnormal(static_cast<float>(1 / tau)), "dto_step: tau must be positive, got ", tau);
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "dto_step: parameters must be float32 or float64, got ",
+                   dtype_name(parameters));
+  check_state(check, parameters, exp_avg, exp_avg_sq, step);
+  check.tokens(tokens, "tokens", rows, vocabulary);
+  check.floats(learning_rates, "learning_rates", {"S"});
+  if (group) check.integers(*group, "group", {rows});
+  if (soft_noise) check.floats(*soft_noise, "soft_noise", {rows, vocabulary});
+  if (hard_noise) check.floats(*hard_noise, "hard_noise", {rows, vocabulary});
+  if (gradient) {
+    check.floats(*gradient, "gradient", {rows, vocabulary});
+  } else {
+    TORCH_CHECK(hidden && embedding && reward_embedding, "dto_step: gradient must be dense or all three factors");
+    check.table(embedding_table, "embedding_table", vocabulary, "d");
+    check.table(reward_table, "reward_table", vocabulary, "d_r");
+    check.floats(*hidden, "hidden", {rows, weight.size(1)});
+    check.floats(*embedding, "embedding", {rows, embedding_table.size(1)});
+    check.floats(*reward_embedding, "reward_embedding", {rows, reward_table.size(1)});
+  }
+  check.inverse_of(tau);
   TORCH_CHECK_VALUE(max_steps >= 0, "dto_step: max_steps must not be negative, got ", max_steps);
-  TORCH_CHECK(weight.size(0) > 0, "dto_step: the head must have at least one vocabulary entry, got ", weight.sizes());
 
   DtoProblem problem;
-  problem.vocabulary = weight.size(0);
-  check_rows(parameters, "parameters", rows, latents ? weight.size(1) : problem.vocabulary);
-  for (const Tensor* moment : {&exp_avg, &exp_avg_sq}) {
-    check_rows(*moment, "exp_avg and exp_avg_sq", rows, parameters.size(1));
-    TORCH_CHECK_TYPE(moment->scalar_type() == dtype, "dto_step: exp_avg and exp_avg_sq must be ", dtype, ", got ",
-                     moment->scalar_type());
-  }
+  problem.vocabulary = vocabulary;
   problem.parameters = parameters.contiguous();
   problem.exp_avg = exp_avg.contiguous();
   problem.exp_avg_sq = exp_avg_sq.contiguous();
-  problem.step = integers(step, "step", rows);
-  problem.tokens = integers(tokens, "tokens", rows);
+  problem.step = to_vector(step);
+  problem.tokens = to_vector(tokens);
   problem.current.assign(rows, -1);
   problem.groups = group_starts(group, rows);
   problem.max_steps = max_steps;
@@ -116,31 +145,16 @@ std::tuple<Tensor, Tensor> dto_step(const Tensor& parameters, const Tensor& exp_
   problem.softcap = softcap;
   problem.tau = tau;
   problem.weight_decay = weight_decay;
-  const Tensor rates = learning_rates.contiguous();
-  AT_DISPATCH_FLOATING_TYPES(rates.scalar_type(), "dto_step: learning_rates", [&] {
-    problem.rates.assign(rates.const_data_ptr<scalar_t>(), rates.const_data_ptr<scalar_t>() + rates.numel());
-  });
+  const Tensor rates = learning_rates.to(at::kDouble).contiguous();
+  problem.rates.assign(rates.const_data_ptr<double>(), rates.const_data_ptr<double>() + rates.numel());
   for (const int64_t made : problem.step) {
     TORCH_CHECK_VALUE(made >= 0, "dto_step: step must not be negative, got ", made);
   }
-  if (soft_noise) {
-    check_rows(*soft_noise, "soft_noise", rows, problem.vocabulary);
-    problem.soft_noise = *soft_noise;
-  }
-  if (hard_noise) {
-    check_rows(*hard_noise, "hard_noise", rows, problem.vocabulary);
-    problem.hard_noise = *hard_noise;
-  }
+  if (soft_noise) problem.soft_noise = *soft_noise;
+  if (hard_noise) problem.hard_noise = *hard_noise;
   if (gradient) {
-    check_rows(*gradient, "gradient", rows, problem.vocabulary);
     problem.gradient = *gradient;
   } else {
-    TORCH_CHECK(hidden && embedding && reward_embedding, "dto_step: gradient must be dense or all three factors");
-    check_rows(embedding_table, "the embedding table", problem.vocabulary, embedding_table.size(-1));
-    check_rows(reward_table, "the reward embedding table", problem.vocabulary, reward_table.size(-1));
-    check_rows(*hidden, "gradient.hidden", rows, weight.size(1));
-    check_rows(*embedding, "gradient.embedding", rows, embedding_table.size(1));
-    check_rows(*reward_embedding, "gradient.reward_embedding", rows, reward_table.size(1));
     problem.terms =
         gradient_terms(*hidden, *embedding, *reward_embedding, problem, embedding_table, reward_table, nll_coeff);
   }

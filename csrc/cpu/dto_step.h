@@ -56,7 +56,7 @@ std::vector<GradientTerm> select_terms(const std::vector<GradientTerm>& terms, c
 struct LatentsRow {
   int64_t row;
   const float* hidden;     // (d,)
-  int64_t token;           // a good guess of the likeliest token, or -1
+  int64_t token;           // a good guess of the likeliest token
   float* hidden_gradient;  // (d,) result; nullptr for the token alone
 };
 

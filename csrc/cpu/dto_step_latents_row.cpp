@@ -135,7 +135,7 @@ class RowPass {
         plain(with_gradient.size()) {
     if (problem.soft_noise.defined() && row.hidden_gradient) soft_.emplace(problem.soft_noise);
     if (problem.hard_noise.defined()) hard_.emplace(problem.hard_noise);
-    if (row.hidden_gradient && row.token >= 0 && row.token < problem.vocabulary) start_at(row.token);
+    if (row.hidden_gradient) start_at(row.token);
   }
 
   void run(int64_t begin, int64_t end) {

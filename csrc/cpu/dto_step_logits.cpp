@@ -40,6 +40,7 @@ class LogitsRows {
         inverse_tau_(1 / problem.tau),
         weights_(weights),
         states_(last - first),
+        tops_(last - first, -1),
         partial_((last - first) * parts_) {
     if (gradient.defined()) {
       gradient_.emplace(gradient);
@@ -84,8 +85,10 @@ class LogitsRows {
     if (last) return;
     std::vector<int64_t> far;
     for (const int64_t row : rows) {
-      const double moved = (top_part(row).max - before[row - first_].max) * inverse_tau_;
-      if (!(std::abs(moved) < kFarMove)) far.push_back(row);
+      const Part& top = top_part(row);
+      const double moved = (top.max - before[row - first_].max) * inverse_tau_;
+      // Where noise holds the hard token, another one may have become the likeliest.
+      if (!(std::abs(moved) < kFarMove) || top.top != tops_[row - first_]) far.push_back(row);
     }
     reweigh(far);
   }
@@ -154,13 +157,13 @@ class LogitsRows {
   // Takes the row's token for its maximum, as `choose_reference` does; -inf if that cannot be.
   double guess_maximum(int64_t row) {
     const int64_t token = problem_.tokens[row];
-    if (token < 0 || token >= vocabulary_) return kMinusInfinity;
     acc_t soft = 0;
     if (soft_) soft_->copy(row, token, 1, &soft);
     const acc_t guess = parameters(row)[token] + soft;
     acc_t reference = 0;
     gradient_->copy(row - gradient_offset_, token, 1, &reference);
     states_[row - first_].reference = std::isfinite(reference) ? reference : 0;
+    tops_[row - first_] = token;
     return std::isfinite(guess) ? guess : kMinusInfinity;
   }
 
@@ -170,6 +173,7 @@ class LogitsRows {
     RowState& state = states_[row - first_];
     const Part& top = top_part(row);
     state.max = top.max;
+    tops_[row - first_] = top.top;
     acc_t reference = 0;
     if (top.top >= 0) gradient_->copy(row - gradient_offset_, top.top, 1, &reference);
     state.reference = std::isfinite(reference) ? reference : 0;
@@ -335,6 +339,7 @@ class LogitsRows {
   double inverse_tau_;
   at::Tensor weights_;  // (rows, V), or undefined where only one step is made: then they are made twice
   std::vector<RowState> states_;
+  std::vector<int64_t> tops_;  // the token whose G is a row's reference
   std::vector<Part> partial_;
   std::optional<StridedRows> gradient_, soft_, hard_;
   int64_t gradient_offset_ = 0;  // the row of the problem that is the gradient's first

@@ -1,3 +1,4 @@
+#include "../checks.h"
 #include "operators.h"
 #include "tile_softmax.h"
 
@@ -154,6 +155,8 @@ Tensor run(const Tensor& hidden, const Tensor& embedding, const Tensor& reward_e
                            reward_embedding.narrow(0, row, rows), tables);
     pass.write(norms.mutable_data_ptr<acc_t>() + row);
   }
+  // Without the likelihood the head is not read, but a row whose hidden state is NaN is one without a gradient.
+  if (tables.nll_coeff == 0) norms.add_(zero_or_nan(hidden));
   return norms;
 }
 
@@ -162,15 +165,12 @@ Tensor run(const Tensor& hidden, const Tensor& embedding, const Tensor& reward_e
 Tensor gradient_norm(const Tensor& hidden, const Tensor& embedding, const Tensor& reward_embedding,
                      const Tensor& weight, double scale, double softcap, const Tensor& embedding_table,
                      const Tensor& reward_table, double nll_coeff) {
-  check_product("gradient_norm", hidden, weight);
-  check_product("gradient_norm", embedding, embedding_table);
-  check_product("gradient_norm", reward_embedding, reward_table);
-  TORCH_CHECK(embedding.size(0) == hidden.size(0) && reward_embedding.size(0) == hidden.size(0),
-              "gradient_norm: the three factors must have as many rows each, got ", hidden.size(0), ", ",
-              embedding.size(0), " and ", reward_embedding.size(0));
-  TORCH_CHECK(embedding_table.size(0) == weight.size(0) && reward_table.size(0) == weight.size(0),
-              "gradient_norm: the three tables must have one vocabulary, got ", weight.size(0), ", ",
-              embedding_table.size(0), " and ", reward_table.size(0), " entries");
+  const Check check("gradient_norm");
+  check.product(hidden, "hidden", weight, "weight");
+  check.table(embedding_table, "embedding_table", weight.size(0), "d");
+  check.table(reward_table, "reward_table", weight.size(0), "d_r");
+  check.floats(embedding, "embedding", {hidden.size(0), embedding_table.size(1)});
+  check.floats(reward_embedding, "reward_embedding", {hidden.size(0), reward_table.size(1)});
   const bool tied = weight.const_data_ptr() == embedding_table.const_data_ptr() &&
                     weight.scalar_type() == embedding_table.scalar_type() &&
                     weight.strides() == embedding_table.strides() && weight.sizes() == embedding_table.sizes();

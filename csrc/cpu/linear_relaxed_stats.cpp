@@ -1,3 +1,4 @@
+#include "../checks.h"
 #include "operators.h"
 #include "tile_softmax.h"
 
@@ -49,8 +50,9 @@ std::vector<State> reduce(const at::Tensor& h, const at::Tensor& weight, const H
 }  // namespace
 
 FourTensors linear_relaxed_stats(const Tensor& h, const Tensor& weight, double scale, double softcap, double tau) {
-  check_product("linear_relaxed_stats", h, weight);
-  const double inverse_tau = checked_inverse(tau, "linear_relaxed_stats");
+  const Check check("linear_relaxed_stats");
+  check.product(h, "h", weight, "weight");
+  const double inverse_tau = check.inverse_of(tau);
   const HeadTransform transform{scale, softcap};
   if (h.scalar_type() == at::kDouble || weight.scalar_type() == at::kDouble) {
     return relaxed_statistics<double>(reduce<double>(h, weight, transform, inverse_tau), h.size(0), inverse_tau,

@@ -1,3 +1,4 @@
+#include "../checks.h"
 #include "operators.h"
 #include "tile_softmax.h"
 
@@ -156,23 +157,14 @@ TwoTensors run(const Tensor& h, const Tensor& weight, const HeadTransform& trans
 
 TwoTensors log_likelihood_gradient(const Tensor& h, const Tensor& weight, double scale, double softcap,
                                    const Tensor& tokens, bool need_grad) {
-  check_product("log_likelihood_gradient", h, weight);
-  TORCH_CHECK(tokens.dim() == 1 && tokens.size(0) == h.size(0),
-              "log_likelihood_gradient: tokens must have shape (N,) for h (N, d), got ", tokens.sizes(), " and ",
-              h.sizes());
-  TORCH_CHECK_TYPE(tokens.scalar_type() == at::kLong, "log_likelihood_gradient: tokens must be int64, got ",
-                   tokens.scalar_type());
-  const Tensor ids = tokens.contiguous();
-  for (int64_t row = 0; row < ids.size(0); ++row) {
-    const int64_t token = ids.const_data_ptr<int64_t>()[row];
-    TORCH_CHECK_INDEX(token >= 0 && token < weight.size(0), "log_likelihood_gradient: tokens must be in [0, ",
-                      weight.size(0), "), got ", token);
-  }
+  const Check check("log_likelihood_gradient");
+  check.product(h, "h", weight, "weight");
+  check.tokens(tokens, "tokens", h.size(0), weight.size(0));
   const HeadTransform transform{scale, softcap};
   if (h.scalar_type() == at::kDouble || weight.scalar_type() == at::kDouble) {
-    return run<double>(h, weight, transform, ids, need_grad);
+    return run<double>(h, weight, transform, tokens, need_grad);
   }
-  return run<float>(h, weight, transform, ids, need_grad);
+  return run<float>(h, weight, transform, tokens, need_grad);
 }
 
 }  // namespace nabla_fast::cpu::CPU_CAPABILITY

@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
 
 #include <array>
 #include <cmath>
@@ -147,14 +146,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> relaxed_statistics(co
     token_out[row] = state.token;
   }
   return {max_prob, lse, entropy, token};
-}
-
-inline double checked_inverse(double tau, const char* name) {
-  const double inverse_tau = 1 / tau;
-  // Not a normal float: 1 / tau is zero or infinite where float32 rows are scaled by it.
-  TORCH_CHECK_VALUE(tau > 0 && std::isnormal(static_cast<float>(inverse_tau)), name,
-                    ": tau must be positive, with 1 / tau in float32's range, got ", tau);
-  return inverse_tau;
 }
 
 }  // namespace

@@ -1,3 +1,4 @@
+#include "../checks.h"
 #include "online_softmax.h"
 #include "operators.h"
 
@@ -178,9 +179,9 @@ std::vector<State> reduce_rows(const at::Tensor& z, double inverse_tau) {
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> relaxed_stats(const at::Tensor& z, double tau) {
-  TORCH_CHECK(z.dim() == 2, "relaxed_stats: z must have shape (N, V), got ", z.sizes());
-  TORCH_CHECK(z.size(1) > 0, "relaxed_stats: z must have at least one column, got ", z.sizes());
-  const double inverse_tau = checked_inverse(tau, "relaxed_stats");
+  const Check check("relaxed_stats");
+  check.logits(z);
+  const double inverse_tau = check.inverse_of(tau);
   FourTensors statistics;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, z.scalar_type(), "relaxed_stats", [&] {
     statistics = relaxed_statistics<at::opmath_type<scalar_t>>(reduce_rows<scalar_t>(z, inverse_tau), z.size(0),

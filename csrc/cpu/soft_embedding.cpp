@@ -1,23 +1,15 @@
+#include "../checks.h"
 #include "operators.h"
 #include "tile_matmul.h"
 #include "vocabulary_pass.h"
 
 #include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
 
 #include <cmath>
 #include <numeric>
 
 namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
-
-void check(const Tensor& rows, const char* name, const Tensor& table, int64_t vocabulary, double tau) {
-  TORCH_CHECK(rows.dim() == 2, "soft_embedding: ", name, " must have two dimensions, got ", rows.sizes());
-  TORCH_CHECK(table.dim() == 2 && table.size(0) == vocabulary && vocabulary > 0, "soft_embedding: table must have ",
-              vocabulary, " rows and at least one, got ", table.sizes());
-  TORCH_CHECK_VALUE(tau > 0 && std::isnormal(static_cast<float>(1 / tau)), "soft_embedding: tau must be positive, got ",
-                    tau);
-}
 
 // The mixtures and log-sum-exps of all rows, by passes over the vocabulary.
 template <typename acc_t>
@@ -46,7 +38,10 @@ std::tuple<Tensor, Tensor> mixtures(PassInput input, int64_t rows, const Tensor&
 }  // namespace
 
 std::tuple<Tensor, Tensor> soft_embedding(const Tensor& z, const Tensor& table, double tau) {
-  check(z, "z", table, z.size(-1), tau);
+  const Check check("soft_embedding");
+  check.logits(z);
+  check.table(table, "table", z.size(1), "d_k");
+  check.inverse_of(tau);
   PassInput input;
   input.vocabulary = z.size(1);
   input.z = z;
@@ -58,9 +53,10 @@ std::tuple<Tensor, Tensor> soft_embedding(const Tensor& z, const Tensor& table, 
 
 std::tuple<Tensor, Tensor> linear_soft_embedding(const Tensor& h, const Tensor& weight, double scale, double softcap,
                                                  const Tensor& table, double tau) {
-  check(h, "h", table, weight.size(0), tau);
-  TORCH_CHECK(weight.dim() == 2 && weight.size(1) == h.size(1), "linear_soft_embedding: h and weight must share their ",
-              "last dimension, got ", h.sizes(), " and ", weight.sizes());
+  const Check check("linear_soft_embedding");
+  check.product(h, "h", weight, "weight");
+  check.table(table, "table", weight.size(0), "d_k");
+  check.inverse_of(tau);
   const bool exact = h.scalar_type() == at::kDouble || weight.scalar_type() == at::kDouble;
   PassInput input;
   input.vocabulary = weight.size(0);

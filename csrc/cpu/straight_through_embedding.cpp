@@ -1,8 +1,8 @@
+#include "../checks.h"
 #include "operators.h"
 #include "strided_rows.h"
 
 #include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <limits>
@@ -30,12 +30,17 @@ Tensor table_rows(const Tensor& table, const Tensor& token) {
   return out;
 }
 
-EmbeddingsAndStatistics embeddings(const FourTensors& statistics, at::TensorList tables, int64_t vocabulary) {
+void check_tables(const char* name, at::TensorList tables, int64_t vocabulary) {
+  const Check check(name);
+  for (size_t i = 0; i < tables.size(); ++i) {
+    check.table(tables[i], "tables", vocabulary, "d_k", static_cast<int64_t>(i));
+  }
+}
+
+EmbeddingsAndStatistics embeddings(const FourTensors& statistics, at::TensorList tables) {
   const auto& [max_prob, lse, entropy, token] = statistics;
   std::vector<Tensor> result;
   for (const Tensor& table : tables) {
-    TORCH_CHECK(table.dim() == 2 && table.size(0) == vocabulary, "straight_through_embedding: tables must have ",
-                vocabulary, " rows, got ", table.sizes());
     result.push_back(lse.scalar_type() == at::kDouble ? table_rows<double>(table, token)
                                                       : table_rows<float>(table, token));
   }
@@ -45,13 +50,18 @@ EmbeddingsAndStatistics embeddings(const FourTensors& statistics, at::TensorList
 }  // namespace
 
 EmbeddingsAndStatistics straight_through_embedding(const Tensor& z, at::TensorList tables, double tau) {
-  return embeddings(relaxed_stats(z, tau), tables, z.size(1));
+  constexpr const char* kName = "straight_through_embedding";
+  Check(kName).logits(z);
+  check_tables(kName, tables, z.size(1));
+  return embeddings(relaxed_stats(z, tau), tables);
 }
 
 EmbeddingsAndStatistics linear_straight_through_embedding(const Tensor& h, const Tensor& weight, double scale,
                                                           double softcap, at::TensorList tables, double tau) {
-  return embeddings(linear_relaxed_stats(h, weight, scale, softcap, tau), tables, weight.size(0));
+  constexpr const char* kName = "linear_straight_through_embedding";
+  Check(kName).product(h, "h", weight, "weight");
+  check_tables(kName, tables, weight.size(0));
+  return embeddings(linear_relaxed_stats(h, weight, scale, softcap, tau), tables);
 }
-
 
 }  // namespace nabla_fast::cpu::CPU_CAPABILITY

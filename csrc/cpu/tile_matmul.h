@@ -174,15 +174,6 @@ struct HeadTransform {
   }
 };
 
-inline void check_product(const char* name, const at::Tensor& rows, const at::Tensor& table) {
-  TORCH_CHECK(rows.dim() == 2 && table.dim() == 2 && rows.size(1) == table.size(1) && table.size(0) > 0, name,
-              ": rows must have shape (N, d) and their table (V, d), V >= 1, got ", rows.sizes(), " and ",
-              table.sizes());
-  TORCH_CHECK_TYPE(at::isFloatingType(rows.scalar_type()) && at::isFloatingType(table.scalar_type()), name,
-                   ": rows and tables must be of a float dtype, got ", rows.scalar_type(), " and ",
-                   table.scalar_type());
-}
-
 // How a vocabulary is cut: one contiguous part per thread, each part into tiles.
 struct Split {
   // `width` is the number of elements that are read per vocabulary entry.

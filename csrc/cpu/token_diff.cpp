@@ -1,8 +1,8 @@
+#include "../checks.h"
 #include "operators.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
 
 #include <algorithm>
 
@@ -15,13 +15,9 @@ constexpr int64_t kTokensPerTask = 1 << 15;
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> token_diff(const at::Tensor& old_tokens, const at::Tensor& new_tokens) {
-  TORCH_CHECK(old_tokens.dim() == 2 && old_tokens.sizes() == new_tokens.sizes(),
-              "token_diff: old and new must have one shape (B, m), got ", old_tokens.sizes(), " and ",
-              new_tokens.sizes());
-  TORCH_CHECK_TYPE(old_tokens.scalar_type() == at::kLong && new_tokens.scalar_type() == at::kLong,
-                   "token_diff: old and new must be int64, got ", old_tokens.scalar_type(), " and ",
-                   new_tokens.scalar_type());
-
+  const Check check("token_diff");
+  check.integers(old_tokens, "old", {"B", "m"});
+  check.integers(new_tokens, "new", {old_tokens.size(0), old_tokens.size(1)});
   const int64_t rows = old_tokens.size(0);
   const int64_t length = old_tokens.size(1);
   at::Tensor first = at::empty({rows}, old_tokens.options());

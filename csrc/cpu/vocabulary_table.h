@@ -144,6 +144,9 @@ inline at::Tensor rounded_beside(const at::Tensor& table, const at::Tensor& vect
   return rounds_factors(source, Table(table)) ? vectors.to(at::kBFloat16) : vectors;
 }
 
+// (N,) zeros, NaN for rows of `vectors` (N, d) that hold NaN or an infinity.
+inline at::Tensor zero_or_nan(const at::Tensor& vectors) { return vectors.mul(0).sum(1); }
+
 // A tile of a bfloat16 table for which `rounds_factors` holds. Two entries lie together, element by element, as the
 // hardware multiplies them with two weights.
 class PairedTile {

@@ -53,6 +53,7 @@ _SCHEMAS = (
     "int max_steps) -> (Tensor token, Tensor changed)",
 )
 _LIBRARY = torch.library.Library("nabla_fast", "FRAGMENT")
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 def available() -> bool:
@@ -285,19 +286,18 @@ def dto_step(
 
 
 def _load_and_call(name: str) -> Callable[..., Any]:
-    """A kernel that loads the library and calls the operator again.
+    """A kernel that loads the library and calls the operator's CPU kernel in it.
 
     The dispatcher prefers the library's own kernels from then on, so loading costs later calls nothing, and a compiled
-    graph may hold the operator before the library is loaded.
+    graph may hold the operator before the library is loaded. What comes here later holds an argument that is no dense
+    CPU tensor: the library's kernel says which one.
     """
 
-    def kernel(tensor: Tensor, *arguments: Any) -> Any:
-        if tensor.device.type != "cpu":
-            raise RuntimeError(f"{name} of the native back end takes CPU tensors, got {tensor.device}")
+    def kernel(*arguments: Any) -> Any:
         reason = why_missing()
         if reason is not None:
             raise RuntimeError(f"{name} of the native back end cannot run: {reason}")
-        return getattr(torch.ops.nabla_fast, name)(tensor, *arguments)
+        return getattr(torch.ops.nabla_fast, name).default.redispatch(_CPU, *arguments)
 
     return kernel
 
