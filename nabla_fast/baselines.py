@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from nabla_fast.generate import NablaOutput, Pair, generate, make_pair, response
 from nabla_fast.models.chat import as_chats
 from nabla_fast.models.reward_model import RewardFrame
 from nabla_fast.objective import Conversation, Objective
-from nabla_fast.rollout import Start, StopRule, rollout
+from nabla_fast.rollout import Start, StopRule
 from nabla_fast.sampling import Context, sequence_seeds
 from nabla_fast.stats import SequenceStats, Stats
 
@@ -145,6 +146,7 @@ def sample(
     scored: bool,
     seeds: Seq[int] | None = None,
     batch_size: int | None = None,
+    on_group: Callable[[int, Samples], None] = lambda *_: None,
 ) -> list[Samples]:
     """Draws ``n`` answers to each of B token prompts, with ``config.rollout``, and scores them if asked to.
 
@@ -154,6 +156,7 @@ def sample(
         frames: (B) what the reward model sees around a response.
         seeds: (B) of the prompts; None takes those of ``config.seed``.
         batch_size: most answers that are decoded together; None decodes all together.
+        on_group: hears of a prompt, by its index, and its samples when the last of them has ended.
 
     Raises:
         ValueError: if ``n`` or ``batch_size`` is below 1, or a prompt leaves no room for a response.
@@ -169,23 +172,30 @@ def sample(
         for ids, frame, limit, first in zip(prompt_ids, frames, limits, seeds, strict=True)
         for seed in _sample_seeds(first, ids, n)
     ]
-    sequences: list[Tensor] = []
-    rewards: list[float] = []
+    sequences: dict[int, Tensor] = {}
+    rewards: dict[int, float] = {}
+    groups: dict[int, Samples] = {}
     # A caller's inference mode would make tensors that the reward model's autograd cannot use.
     with torch.inference_mode(False), torch.no_grad():
         # Without its cache, so that a sample costs one reward call whatever the others say.
         objective = Objective(pair.language_model, pair.reward_model, config.replace(gradient_cache=False))
         for first in range(0, len(rows), batch_size or len(rows)):
             part = rows[first : first + (batch_size or len(rows))]
-            drawn = _draw(pair, objective, part, config.rollout, stop_rule(pair, config))
-            rewards += objective.rewards([conversation for conversation, _ in part], drawn) if scored else []
-            sequences += [tokens.cpu() for tokens in drawn]
-            for conversation, _ in part:
-                conversation.reward = None  # keys and values of a scored answer: nobody asks for them again
-    return [
-        _samples(pair, sequences[i : i + n], rewards[i : i + n] or None, [c.stats for c, _ in rows[i : i + n]])
-        for i in range(0, len(rows), n)
-    ]
+            for ended in _draw(pair, objective, part, config.rollout, stop_rule(pair, config)):
+                conversations = [part[i][0] for i in ended]
+                scores = objective.rewards(conversations, list(ended.values())) if scored else []
+                rewards.update(zip((first + i for i in ended), scores, strict=False))
+                sequences.update((first + i, tokens.cpu()) for i, tokens in ended.items())
+                for conversation in conversations:
+                    conversation.reward = None  # keys and values of a scored answer: nobody asks for them again
+                for i in sorted({(first + j) // n for j in ended}):
+                    own = range(i * n, (i + 1) * n)
+                    if all(j in sequences for j in own):
+                        scored_own = [rewards[j] for j in own] if scored else None
+                        records = [rows[j][0].stats for j in own]
+                        groups[i] = _samples(pair, [sequences[j] for j in own], scored_own, records)
+                        on_group(i, groups[i])
+    return [groups[i] for i in range(len(prompt_ids))]
 
 
 def _sample_seeds(first: int, prompt_ids: tuple[int, ...], n: int) -> list[int]:
@@ -195,16 +205,21 @@ def _sample_seeds(first: int, prompt_ids: tuple[int, ...], n: int) -> list[int]:
 
 def _draw(
     pair: Pair, objective: Objective, rows: Seq[tuple[Conversation, int]], sampling: Sampling, stop: StopRule
-) -> list[Tensor]:
-    starts = [Start(Context(conversation.prompt_ids, (), seed, conversation.limit)) for conversation, seed in rows]
-    records = [conversation.stats for conversation, _ in rows]
-    with objective.clock.phase("rollout", records):
-        drawn = rollout(pair.rollouts(objective.config), starts, sampling, stop)
-    for stats, sample in zip(records, drawn, strict=True):
-        stats.rollouts += 1
-        stats.generated_tokens += len(sample.tokens)
-        stats.rollout_calls += sample.calls
-    return [sample.tokens for sample in drawn]
+) -> Iterator[dict[int, Tensor]]:
+    """Row → its tokens, of the rows that ended together, until all have."""
+    running = {i: conversation.stats for i, (conversation, _) in enumerate(rows)}
+    with closing(pair.rollouts(objective.config).open(sampling, stop)) as stream:
+        for i, (conversation, seed) in enumerate(rows):
+            stream.submit(i, Start(Context(conversation.prompt_ids, (), seed, conversation.limit)))
+        while running:
+            with objective.clock.phase("rollout", list(running.values())):
+                ended = stream.collect()
+            for i, drawn in ended:
+                stats = running.pop(i)
+                stats.rollouts += 1
+                stats.generated_tokens += len(drawn.tokens)
+                stats.rollout_calls += drawn.calls
+            yield {i: drawn.tokens for i, drawn in ended}
 
 
 def _samples(pair: Pair, sequences: list[Tensor], rewards: list[float] | None, records: list[SequenceStats]) -> Samples:

@@ -6,6 +6,7 @@ The steps are numbered as in the design: 1 roll out, 2 select, 3 optimise, 4 res
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
@@ -122,9 +123,14 @@ class Decoder:
         self.stop = stop
         self.observer = observer
 
-    @torch.no_grad()
     def decode(self, sequences: Seq[Sequence]) -> None:
-        """Runs every sequence to its end; the results are in the sequences.
+        """Runs every sequence to its end; the results are in the sequences. Errors as `finishing` has."""
+        for _ in self.finishing(sequences):
+            pass
+
+    @torch.no_grad()
+    def finishing(self, sequences: Seq[Sequence]) -> Iterator[Sequence]:
+        """Each sequence when it has come to its end.
 
         A sequence goes on as soon as its own rollout has ended, and the next one begins when one has finished.
 
@@ -132,13 +138,13 @@ class Decoder:
             RolloutError: if rollouts cannot be had any more; with what every sequence has come to.
         """
         try:
-            self._decode(sequences)
+            yield from self._decode(sequences)
         except RolloutError as error:
             error.committed = tuple(s.committed if s.trajectory else () for s in sequences)
             error.responses = tuple(tuple(s.current.tokens.tolist()) if s.trajectory else () for s in sequences)
             raise
 
-    def _decode(self, sequences: Seq[Sequence]) -> None:
+    def _decode(self, sequences: Seq[Sequence]) -> Iterator[Sequence]:
         waiting = deque(sequences)
         rolling: dict[int, Sequence] = {}
         with closing(self.rollouts.open(self.config.rollout, self.stop)) as stream:
@@ -148,6 +154,7 @@ class Decoder:
                     rolling[sequence.index] = sequence
                     self.roll_out(sequence, (), stream)
                 arrived = self.receive(rolling, stream)
+                under_way = arrived
                 while arrived:
                     arrived = self.stop_spent(arrived)
                     arrived = self.select(arrived)
@@ -155,6 +162,7 @@ class Decoder:
                     tokens = self.resample(arrived, logits)
                     changed, arrived = self.propose(arrived, tokens, stream)
                     rolling |= {sequence.index: sequence for sequence in changed}
+                yield from (sequence for sequence in under_way if sequence.finished)
 
     # 1
     def roll_out(self, sequence: Sequence, prefix: tuple[int, ...], stream: RolloutStream) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
@@ -149,8 +150,14 @@ def run(
     sampler: Sampler | None = None,
     observer: Observer | None = None,
     seeds: Seq[int] | None = None,
+    on_end: Callable[[Sequence], None] = lambda _: None,
 ) -> NablaOutput:
-    """Decodes token prompts (B), each with its reward frame, together; ``seeds`` (B) are theirs by `config.seed`."""
+    """Decodes token prompts (B), each with its reward frame, together.
+
+    Args:
+        seeds: (B) of their noise; None takes those of `config.seed`.
+        on_end: hears of each sequence when it has come to its end, while others are under way.
+    """
     ops.resolve("relaxed_stats", config.backend, pair.language_model.device.type)
     sampler = pair.sampler if sampler is None else sampler
     seeds = sequence_seeds(config.seed, prompt_ids) if seeds is None else seeds
@@ -161,7 +168,8 @@ def run(
     # A caller's inference mode would make tensors that autograd cannot use.
     with torch.inference_mode(False), torch.no_grad():
         objective = Objective(pair.language_model, pair.reward_model, config)
-        Decoder(objective, pair.rollouts(config, sampler), sampler, stop, observer).decode(sequences)
+        for ended in Decoder(objective, pair.rollouts(config, sampler), sampler, stop, observer).finishing(sequences):
+            on_end(ended)
     tokens = [s.current.tokens.cpu() for s in sequences]
     return NablaOutput(
         texts=[pair.tokenizer.decode(t, skip_special_tokens=True) for t in tokens],

@@ -66,7 +66,7 @@ def load(deadly=()):
     from nabla_fast.evaluation.methods import Answer
     from nabla_fast.stats import SequenceStats
 
-    def make_batch(models, asked, seeds, grader, config, n, size):
+    def make_batch(models, asked, seeds, grader, config, n, size, on_answer):
         return SimpleNamespace(problems=asked, seeds=seeds, n=n)
 
     def method(batch):

@@ -86,8 +86,8 @@ def made_up(monkeypatch):
     def method(name):
         return lambda batch: options.answer(SimpleNamespace(**vars(batch), method=name, delay=options.delay))
 
-    def make_batch(models, problems, seeds, grader, config, n, size):
-        return SimpleNamespace(problems=problems, seeds=seeds, n=n, size=size)
+    def make_batch(models, problems, seeds, grader, config, n, size, on_answer):
+        return SimpleNamespace(problems=problems, seeds=seeds, n=n, size=size, on_answer=on_answer)
 
     monkeypatch.setattr(worker, "make_batch", make_batch)
     monkeypatch.setattr(worker, "METHODS", {name: method(name) for name in worker.METHODS})

@@ -6,11 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from nabla_fast import baselines
 from nabla_fast.config import NablaConfig, Sampling
+from nabla_fast.decoder import Sequence as Response
 from nabla_fast.evaluation.flops import Sizes, Work, estimate, sizes
 from nabla_fast.evaluation.grading import Grader
 from nabla_fast.evaluation.tasks import Problem
+from nabla_fast.evaluation.thoughts import spoken
 from nabla_fast.generate import Pair, make_pair, run, stop_rule
 from nabla_fast.models.chat import generation_prompt_ids
 from nabla_fast.models.reward_model import RewardFrame
@@ -40,6 +44,7 @@ class Answer:
 
     Attributes:
         text: the response.
+        spoken: the response without its thoughts, which is what is graded.
         tokens: its length.
         reward: of the response; None where the method scores nothing.
         reward_before: of the first response drawn.
@@ -53,6 +58,7 @@ class Answer:
     reward_before: float | None
     stats: SequenceStats
     flops: float
+    spoken: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a line of the results."""
@@ -82,6 +88,7 @@ class Batch:
         config: settings.
         n: see `MAX_ROLLOUTS`.
         size: most sequences to decode together.
+        on_answer: hears of a problem, by its index, and its answer while others are under way.
     """
 
     models: Models
@@ -93,6 +100,7 @@ class Batch:
     config: NablaConfig
     n: int
     size: int
+    on_answer: Callable[[int, Answer], None] = lambda *_: None
 
 
 def load(
@@ -112,50 +120,50 @@ def make_batch(
     config: NablaConfig,
     n: int,
     size: int,
+    on_answer: Callable[[int, Answer], None] = lambda *_: None,
 ) -> Batch:
     """Prepares problems for a method."""
     ids, frames = models.pair.prompts([problem.chat for problem in problems], config)
-    return Batch(models, problems, ids, frames, seeds, grader, config, n, size)
+    return Batch(models, problems, ids, frames, seeds, grader, config, n, size, on_answer)
 
 
 def greedy(batch: Batch) -> list[Answer]:
     """Greedy decoding, scored once."""
-    return best_of_n(batch, draw(batch, batch.config.replace(rollout=Sampling(temperature=0.0)), scored=True))
+    config = batch.config.replace(rollout=Sampling(temperature=0.0))
+    return _of_samples(batch, None, config, lambda _, group: baselines.best(group), scored=True)
 
 
 def best_of_n(batch: Batch, groups: Sequence[baselines.Samples] | None = None) -> list[Answer]:
     """The best of n samples by reward; ``groups`` holds the samples of each problem where they are drawn already."""
-    groups = draw(batch, batch.config, scored=True) if groups is None else groups
-    return _chosen(batch, groups, [baselines.best(group) for group in groups])
+    return _of_samples(batch, groups, batch.config, lambda _, group: baselines.best(group), scored=True)
 
 
 def self_consistency(batch: Batch, groups: Sequence[baselines.Samples] | None = None) -> list[Answer]:
     """The majority of n samples; nothing is scored. ``groups`` as in `best_of_n`."""
-    groups = draw(batch, batch.config, scored=False) if groups is None else groups
-    found = []
-    for problem, group in zip(batch.problems, groups, strict=True):
-        answers = [batch.grader.answer(problem.id, text) for text in group.texts]
-        found.append(baselines.vote(answers, batch.grader.same))
-    return _chosen(batch, groups, found)
+
+    def vote(i: int, group: baselines.Samples) -> int:
+        spoken = [_spoken(batch, i, tokens) for tokens in group.sequences]
+        return baselines.vote([batch.grader.answer(batch.problems[i].id, text) for text in spoken], batch.grader.same)
+
+    return _of_samples(batch, groups, batch.config, vote, scored=False)
 
 
 def nabla(batch: Batch, sampler: Sampler | None = None) -> list[Answer]:
     """∇-Reasoner with n rollouts at most: `nabla_fast.generate`, its models made ready once."""
     config = batch.config.replace(max_rollouts=batch.n)
     pair = batch.models.pair
-    out = run(pair, batch.prompt_ids, batch.frames, config, stop_rule(pair, config), sampler, seeds=batch.seeds)
-    return [
-        _answer(
-            batch,
-            i,
-            text=out.texts[i],
-            tokens=len(out.sequences[i]),
-            rewards=(stats.revisions[0].old_reward if stats.revisions else out.rewards[i], out.rewards[i]),
-            stats=stats,
-            conversations=1,
-        )
-        for i, stats in enumerate(out.stats.sequences)
-    ]
+    answers: dict[int, Answer] = {}
+
+    def end(response: Response) -> None:
+        reward, stats = response.current.reward, response.stats
+        first = stats.revisions[0].old_reward if stats.revisions else reward
+        tokens = response.current.tokens.cpu()
+        answers[response.index] = _answer(batch, response.index, tokens, (first, reward), stats, conversations=1)
+        batch.on_answer(response.index, answers[response.index])
+
+    rule = stop_rule(pair, config)
+    run(pair, batch.prompt_ids, batch.frames, config, rule, sampler, seeds=batch.seeds, on_end=end)
+    return [answers[i] for i in range(len(batch.problems))]
 
 
 METHODS: dict[str, Callable[[Batch], list[Answer]]] = {
@@ -166,7 +174,13 @@ METHODS: dict[str, Callable[[Batch], list[Answer]]] = {
 }
 
 
-def draw(batch: Batch, config: NablaConfig, *, scored: bool) -> list[baselines.Samples]:
+def draw(
+    batch: Batch,
+    config: NablaConfig,
+    *,
+    scored: bool,
+    on_group: Callable[[int, baselines.Samples], None] = lambda *_: None,
+) -> list[baselines.Samples]:
     """n samples of each problem."""
     return baselines.sample(
         batch.models.pair,
@@ -177,39 +191,51 @@ def draw(batch: Batch, config: NablaConfig, *, scored: bool) -> list[baselines.S
         scored=scored,
         seeds=batch.seeds,
         batch_size=batch.size,
+        on_group=on_group,
     )
 
 
-def _chosen(batch: Batch, groups: Sequence[baselines.Samples], indices: Sequence[int]) -> list[Answer]:
-    answers = []
-    for i, (group, chosen) in enumerate(zip(groups, indices, strict=True)):
-        stats = group.stats
-        answers.append(
-            _answer(
-                batch,
-                i,
-                text=group.texts[chosen],
-                tokens=len(group.sequences[chosen]),
-                rewards=None if group.rewards is None else (group.rewards[0], group.rewards[chosen]),
-                stats=stats,
-                conversations=stats.reward_calls,
-            )
-        )
-    return answers
+def _of_samples(
+    batch: Batch,
+    groups: Sequence[baselines.Samples] | None,
+    config: NablaConfig,
+    choose: Callable[[int, baselines.Samples], int],
+    *,
+    scored: bool,
+) -> list[Answer]:
+    """One of each problem's samples."""
+    answers: dict[int, Answer] = {}
+
+    def end(i: int, group: baselines.Samples) -> None:
+        chosen, stats = choose(i, group), group.stats
+        rewards = None if group.rewards is None else (group.rewards[0], group.rewards[chosen])
+        answers[i] = _answer(batch, i, group.sequences[chosen], rewards, stats, conversations=stats.reward_calls)
+        batch.on_answer(i, answers[i])
+
+    if groups is None:
+        draw(batch, config, scored=scored, on_group=end)
+    else:
+        for i, group in enumerate(groups):
+            end(i, group)
+    return [answers[i] for i in range(len(batch.problems))]
 
 
 def _answer(
     batch: Batch,
     i: int,
-    *,
-    text: str,
-    tokens: int,
+    tokens: Tensor,
     rewards: tuple[float, float] | None,
     stats: SequenceStats,
+    *,
     conversations: int,
 ) -> Answer:
     frame = (len(batch.frames[i].opening), len(batch.frames[i].closing))
-    work = Work(stats, len(batch.prompt_ids[i]), frame, tokens, conversations)
+    work = Work(stats, len(batch.prompt_ids[i]), frame, len(tokens), conversations)
     flops = estimate(batch.models.sizes, work, batch.config)
     before, after = rewards or (None, None)
-    return Answer(text, tokens, after, before, stats, flops)
+    text = batch.models.pair.tokenizer.decode(tokens, skip_special_tokens=True)
+    return Answer(text, len(tokens), after, before, stats, flops, _spoken(batch, i, tokens))
+
+
+def _spoken(batch: Batch, i: int, tokens: Tensor) -> str:
+    return spoken(batch.models.pair.tokenizer, batch.prompt_ids[i], tokens.tolist())

@@ -106,7 +106,9 @@ class _Actor:
 
     def run(self, piece: Piece) -> list[Record]:
         """The records of a piece."""
-        return list(self._worker.run(piece))
+        records: list[Record] = []
+        self._worker.run(piece, records.append)
+        return records
 
 
 def _results(ray: Any, start: Callable[[], Any], size: int, todo: Iterable[Piece]) -> Iterator[Record]:

@@ -204,11 +204,14 @@ def evaluate(
         The latest record of every piece of work.
     """
     worker = Worker(models, task, plan.config, plan.batch_size)
+
+    def tell(record: Record) -> None:
+        journal.append(record)
+        if on_record is not None:
+            on_record(record)
+
     for piece in left_to_do(plan, task, journal, retry_failed=retry_failed):
-        for record in worker.run(piece):
-            journal.append(record)
-            if on_record is not None:
-                on_record(record)
+        worker.run(piece, tell)
     return latest(journal.records)
 
 
@@ -224,8 +227,7 @@ def trace(models: Models, task: Task, plan: Plan, directory: Path) -> None:
     with profiling.tracing(directory):
         for piece in pieces(few, plan.seeds[0], task.problems[:PROFILED_PROBLEMS], ()):
             with record_function(piece.arm.label):
-                for _ in worker.run(piece):
-                    pass
+                worker.run(piece, lambda _: None)
 
 
 def phase_tables(records: Sequence[Record]) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from nabla_fast.config import NablaConfig
-from nabla_fast.evaluation.grading import GradingError
 from nabla_fast.evaluation.journal import Record
-from nabla_fast.evaluation.methods import METHODS, Models, make_batch
+from nabla_fast.evaluation.methods import METHODS, Answer, Models, make_batch
 from nabla_fast.evaluation.tasks import Problem, Task
 from nabla_fast.rollout import ServerLostError
 from nabla_fast.sampling import sequence_seeds
@@ -65,11 +63,21 @@ class Worker:
         self._task = task
         self._config = config
         self._size = size
-        self._prompts = [models.prompt_ids(problem) for problem in task.problems]
+        self._prompts: dict[str, tuple[int, ...]] = {}
+        self._refused: dict[str, Exception] = {}
+        for problem in task.problems:
+            # A template may refuse a chat.
+            try:
+                self._prompts[problem.id] = models.prompt_ids(problem)
+            except Exception as error:
+                self._refused[problem.id] = error
         self._noise: dict[int, dict[str, int]] = {}
 
-    def run(self, piece: Piece) -> Iterator[Record]:
-        """Records of a piece; where it fails, of its problems one by one, so that only those fail that must.
+    def run(self, piece: Piece, tell: Callable[[Record], None]) -> None:
+        """Tells of each problem of a piece when it is answered; where the piece fails, its problems run one by one.
+
+        Args:
+            tell: hears of a record while others of the piece are under way. What it raises is raised here.
 
         Raises:
             ServerLostError: if rollouts come from a server and it is lost.
@@ -77,41 +85,61 @@ class Worker:
         gradable = []
         for problem in piece.problems:
             try:
+                if problem.id in self._refused:
+                    raise self._refused[problem.id]
                 self._task.grader.check(problem.id, problem.reference)
+            except Exception as error:
+                tell(_record(piece, problem, error=error))
+            else:
                 gradable.append(problem)
-            except GradingError as error:
-                yield _record(piece, problem, error=error)
-        if not gradable:
-            return
+        if gradable:
+            self._decode(piece, gradable, tell)
+
+    def _decode(self, piece: Piece, problems: Sequence[Problem], tell: Callable[[Record], None]) -> None:
+        told: set[int] = set()
+        untold: list[Exception] = []
+
+        def answered(i: int, answer: Answer) -> None:
+            record = self._graded(piece, problems[i], answer)
+            try:
+                tell(record)
+            except Exception as error:
+                untold.append(error)
+                raise
+            told.add(i)
+
         try:
             config = self._config.replace(seed=piece.seed)
-            seeds = [self._seeds(piece.seed)[problem.id] for problem in gradable]
-            batch = make_batch(self._models, gradable, seeds, self._task.grader, config, piece.arm.n, self._size)
-            answers = METHODS[piece.arm.method](batch)
+            seeds = [self._seeds(piece.seed)[problem.id] for problem in problems]
+            grader, n = self._task.grader, piece.arm.n
+            batch = make_batch(self._models, problems, seeds, grader, config, n, self._size, answered)
+            for i, answer in enumerate(METHODS[piece.arm.method](batch)):
+                if i not in told:
+                    answered(i, answer)
         except ServerLostError:
             # Every other problem would fail, too. The same command goes on when the server is back.
             raise
         except Exception as error:
-            if len(gradable) == 1:
-                yield _record(piece, gradable[0], error=error)
+            if untold:
+                raise
+            left = [problem for i, problem in enumerate(problems) if i not in told]
+            if len(problems) == 1:
+                tell(_record(piece, problems[0], error=error))
                 return
-            for single in replace(piece, problems=tuple(gradable)).split():
-                yield from self.run(single)
-            return
-        for problem, answer in zip(gradable, answers, strict=True):
-            yield self._graded(piece, problem, answer.to_dict())
+            for problem in left:
+                self._decode(piece, [problem], tell)
 
     def _seeds(self, seed: int) -> dict[str, int]:
         """Problem id → seed of its noise, by all problems of the task, so that no batch has a say in it."""
         if seed not in self._noise:
-            ids = [problem.id for problem in self._task.problems]
-            self._noise[seed] = dict(zip(ids, sequence_seeds(seed, self._prompts), strict=True))
+            drawn = sequence_seeds(seed, list(self._prompts.values()))
+            self._noise[seed] = dict(zip(self._prompts, drawn, strict=True))
         return self._noise[seed]
 
-    def _graded(self, piece: Piece, problem: Problem, told: dict[str, Any]) -> Record:
-        grader = self._task.grader
+    def _graded(self, piece: Piece, problem: Problem, answer: Answer) -> Record:
+        grader, told = self._task.grader, answer.to_dict()
         try:
-            found = grader.answer(problem.id, told["text"])
+            found = grader.answer(problem.id, answer.text if answer.spoken is None else answer.spoken)
             right = grader.right(problem.id, problem.reference, found)
             shown = None if found is None else grader.text(found)
         except Exception as error:
