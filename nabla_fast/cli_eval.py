@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,8 +24,8 @@ _RUN = "Run"
 _ENGINE = "Engine"
 _MODELS = "Models"
 
-# What a shell reports for a command that Ctrl-C stopped.
-_INTERRUPTED = 130
+# What a shell reports for a command that a signal stopped is this and the signal's number.
+_STOPPED = 128
 _ARITHMETIC = "arithmetic"
 
 
@@ -184,24 +186,35 @@ def evaluate(
     require_models(model, reward_model, pair)
     from nabla_fast import console
     from nabla_fast.evaluation.runner import describe, make_plan, open_run
+    from nabla_fast.evaluation.stopping import StoppedError, stoppable
 
     cluster = _cluster(engine, ray_address, workers, cpus_per_worker, device)
     _prepare(profile, cluster)
     numbers = _integers("--n", n), _integers("--seeds", seeds)
-    config = configured(pair_defaults(pair)[0], settings)
+    config = _with_key(configured(pair_defaults(pair)[0], settings))
     plan = make_plan(_names(methods), *numbers, config, batch_size=batch_size, max_rollouts=settings["max_rollouts"])
     source = _source(model, reward_model, pair, device, dtype, attn_implementation)
-    problems = _problems(task, task_option or [], pair, max_problems, prompt_column, answer_column, split)
+    with console.status("preparing the problems"):
+        problems = _problems(task, task_option or [], pair, max_problems, prompt_column, answer_column, split)
     run = partial(console.evaluate, cluster=cluster, retry_failed=retry_failed, as_json=as_json, profile=profile)
     # The directory first: a mistake there should not have to wait for the models.
     with open_run(out, describe(plan, problems, source), plan.keys(problems.problems)) as journal:
         named = (_absolute(model), _absolute(reward_model), pair, device, dtype, attn_implementation)
         load = partial(_load, *named, config)
         try:
-            failed = run(load, problems, plan, journal, out)
+            with stoppable():
+                failed = run(load, problems, plan, journal, out)
+        except StoppedError as stopped:
+            raise typer.Exit(_STOPPED + stopped.number) from None
         except KeyboardInterrupt:
-            raise typer.Exit(_INTERRUPTED) from None
+            raise typer.Exit(_STOPPED + signal.SIGINT) from None
     raise typer.Exit(1 if failed else 0)
+
+
+def _with_key(config: NablaConfig) -> NablaConfig:
+    """The key of the environment in its place: workers on other machines have an environment of their own."""
+    key = os.environ.get("VLLM_API_KEY")
+    return config.replace(vllm_api_key=key) if key and config.vllm_url and config.vllm_api_key is None else config
 
 
 def _load(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import socket
+import subprocess
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +16,7 @@ from nabla_fast.evaluation.journal import Journal, Record
 from nabla_fast.evaluation.methods import Models
 from nabla_fast.evaluation.records import latest
 from nabla_fast.evaluation.runner import Plan, left_to_do
+from nabla_fast.evaluation.stopping import kept_handlers
 from nabla_fast.evaluation.tasks import Task
 from nabla_fast.evaluation.worker import Piece, Worker
 
@@ -23,6 +27,7 @@ _DEATHS_OF_A_PIECE = 3
 _PROBLEMS_IN_A_ROW = 3
 _LOADS_IN_A_ROW = 3
 _CPUS = 4
+_CONNECT_SECONDS, _HEALTH_SECONDS = 5.0, 30.0
 
 
 class WorkerLostError(RuntimeError):
@@ -173,8 +178,10 @@ def _connected(cluster: Cluster) -> Iterator[tuple[Any, int, int]]:
     if ours:
         # A new cluster shows its board and its workers' output only to those who ask for them.
         own: dict[str, Any] = {"include_dashboard": False} if cluster.address is None else {}
+        _require_listener(cluster.address)
         try:
-            ray.init(address=cluster.address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+            with kept_handlers():
+                ray.init(address=cluster.address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
         except (ConnectionError, TimeoutError, ValueError) as error:
             raise ConnectionError(f"--ray-address is {cluster.address!r}, and no cluster is there: {error}") from error
     try:
@@ -182,6 +189,29 @@ def _connected(cluster: Cluster) -> Iterator[tuple[Any, int, int]]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def _require_listener(address: str | None) -> None:
+    """Raises ConnectionError unless a Ray cluster is at ``address``, if that is host and port.
+
+    Ray itself would try for minutes, and write its log to the terminal.
+    """
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    meant = f"--ray-address is {address!r}, and no cluster is there"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(f"{meant}: {error}") from error
+    if address is not None and not address.startswith("ray://"):
+        command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+        try:
+            healthy = subprocess.run(command, capture_output=True, timeout=_HEALTH_SECONDS, check=False).returncode == 0
+        except subprocess.TimeoutExpired:
+            healthy = False
+        if not healthy:
+            raise ConnectionError(f"{meant}: something else listens, or it does not answer")
 
 
 def _room(resources: dict[str, float], cluster: Cluster) -> tuple[int, int]:

@@ -23,6 +23,8 @@ from nabla_fast.stats import PHASES
 CONFIG = "config.json"
 RESULTS = "results.jsonl"
 SUMMARY = "summary.json"
+# More samples of one problem than this are a slip of the finger.
+MOST_SAMPLES = 100_000
 # What is traced: a trace of a whole evaluation would have gigabytes.
 PROFILED_PROBLEMS, PROFILED_TOKENS = 2, 64
 
@@ -79,6 +81,8 @@ def make_plan(
         raise ValueError(f"--methods is {', '.join(unknown) or 'empty'}; use some of {', '.join(METHODS)}")
     if not n or min(n) < 1:
         raise ValueError(f"--n is {', '.join(map(str, n)) or 'empty'}; give whole numbers of at least 1, such as 2,4,8")
+    if max(n) > MOST_SAMPLES:
+        raise ValueError(f"--n is {', '.join(map(str, n))}; give at most {MOST_SAMPLES}")
     if not seeds:
         raise ValueError("--seeds is empty; give whole numbers, such as 0,1,2")
     if batch_size < 1:

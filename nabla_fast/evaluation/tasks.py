@@ -22,6 +22,8 @@ ARITHMETIC = "arithmetic"
 _ARITHMETIC_SIZE = 500
 _GYM_SIZE = 500
 _GYM_LOOK = 50
+# Problems that are made, not read, could be as many as anybody asks for.
+_MOST = 100_000
 _TAGGED = "\n\nGive your final answer between <answer> and </answer> tags."
 _BOXED = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -108,6 +110,8 @@ def load_task(
     """
     if max_problems is not None and max_problems < 1:
         raise ValueError(f"--max-problems is {max_problems}; give at least 1")
+    if max_problems is not None and max_problems > _MOST and (name == ARITHMETIC or name.startswith(GYM_PREFIX)):
+        raise ValueError(f"--max-problems is {max_problems}; {name} makes at most {_MOST}")
     columns = {"--prompt-column": prompt_column, "--answer-column": answer_column, "--split": split}
     if name.startswith(GYM_PREFIX):
         _refuse(columns, f"{name} has no columns")
