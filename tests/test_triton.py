@@ -52,7 +52,7 @@ def test_in_the_interpreter(name: str, runs: dict[str, Future[subprocess.Complet
 
 
 def test_there_are_files() -> None:
-    assert len(FILES) == 4
+    assert len(FILES) == 5
 
 
 def test_nabla_fast_does_not_import_triton() -> None:

@@ -14,7 +14,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nabla_fast.models.layers import fast_layers
 
-
 _lock = threading.Lock()
 # What some block has changed for now: how many blocks want it so, in all threads, and how it is put back.
 _changed: dict[tuple[str, int], tuple[int, Callable[[], Any]]] = {}

@@ -1,0 +1,409 @@
+"""What holds for every back end alike: nearly certain tokens, rows and settings without meaning.
+
+All back ends of one device in one process: where there is no GPU, Triton's in the interpreter, the native one and the
+reference; on a GPU, CUDA's, Triton's and the reference.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import INTERPRETED
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_inputs import few
+from operator_inputs import logits
+
+from nabla_fast import ops
+from nabla_fast.ops.operands import Head, Tables, TokenGradient
+
+BACKENDS = ("reference", "native", "triton") if INTERPRETED else ("reference", "triton", "cuda")
+every_back_end = pytest.mark.parametrize("backend", BACKENDS)
+on_the_host = pytest.mark.skipif(not INTERPRETED, reason="values are looked at on the CPU only")
+
+V, D, TOKEN = 257, 8, 5
+
+
+def zeros(rows, width):
+    return torch.zeros(rows, width), torch.zeros(rows, width), torch.zeros(rows, dtype=torch.long)
+
+
+def one_step(parameters, tokens, gradient, tables, backend, **options):
+    """dL / d(parameters) as the first moment of a step has it."""
+    m, v, step = zeros(*parameters.shape)
+    rates = torch.full((1,), 1e-3)
+    ops.dto_step(parameters.clone(), m, v, step, tokens, rates, gradient, tables, backend=backend, **options)
+    assert step.tolist() == [1] * len(step)
+    return m.double() * 10
+
+
+# Nearly certain tokens: relative to the token's own G, every digit of its gradient counts.
+
+
+def certain_logits(gap):
+    z = 0.1 * logits(1, 2, V)
+    z[:, TOKEN] = gap + 6.0
+    return z
+
+
+def certain_hidden(gap, rows=2):
+    """Hidden states and a head whose first column is the gap: logits are those of `certain_logits`, about."""
+    weight = 0.1 * logits(4, V, D)
+    weight[:, 0] = 0.0
+    weight[TOKEN, 0] = gap + 6.0
+    h = 0.1 * logits(3, rows, D)
+    h[:, 0] = 1.0
+    return h, Head(weight)
+
+
+def gradient_at(z, gradient, tau=1.0):
+    """p * (G - <p, G>) / tau in float64, relative to G of the token."""
+    p = torch.softmax(z.double() / tau, -1)
+    difference = gradient.double() - gradient[:, TOKEN : TOKEN + 1].double()
+    return p * (difference - (p * difference).sum(-1, keepdim=True)) / tau
+
+
+def require_digits(actual, expected, columns=slice(None)):
+    """To float32's digits, each row's token or its whole vector relative to its own size."""
+    actual, expected = actual.double()[:, columns], expected[:, columns]
+    error = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.max().item() < 2e-5, error.tolist()
+
+
+GAPS = [10.0, 14.0, 18.0]
+token_column = slice(TOKEN, TOKEN + 1)
+
+
+@every_back_end
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("soft", [False, True])
+def test_embeddings_of_a_nearly_certain_token(soft, gap, backend):
+    z, table, vector = certain_logits(gap).requires_grad_(), logits(6, V, D) + 3, logits(5, 2, D)
+    embedding = (
+        ops.soft_embedding(z, table, backend=backend)
+        if soft
+        else ops.straight_through_embedding(z, table, backend=backend)[0]
+    )
+    (dz,) = torch.autograd.grad((embedding * vector).sum(), z)
+    expected = gradient_at(z.detach(), vector.double() @ table.double().T)
+    require_digits(dz, expected, token_column)
+    require_digits(dz, expected)
+
+
+@every_back_end
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("soft", [False, True])
+def test_linear_embeddings_of_a_nearly_certain_token(soft, gap, backend):
+    h, head = certain_hidden(gap)
+    table, vector = logits(6, V, D) + 3, logits(5, 2, D)
+    h.requires_grad_()
+    embedding = (
+        ops.linear_soft_embedding(h, head, table, backend=backend)
+        if soft
+        else ops.linear_straight_through_embedding(h, head, table, backend=backend)[0]
+    )
+    (dh,) = torch.autograd.grad((embedding * vector).sum(), h)
+    weight = head.weight.double()
+    require_digits(dh, gradient_at(h.detach().double() @ weight.T, vector.double() @ table.double().T) @ weight)
+
+
+@every_back_end
+@pytest.mark.parametrize("gap", GAPS)
+def test_steps_of_nearly_certain_logits(gap, backend):
+    z, gradient, tokens = certain_logits(gap), logits(2, 2, V) + 3, torch.full((2,), TOKEN)
+    weight = logits(4, V, D)
+    tables = Tables(Head(weight), weight, weight, 0.0)
+    expected = gradient_at(z, gradient)
+    require_digits(one_step(z, tokens, gradient, tables, backend, latents=False), expected, token_column)
+
+
+@every_back_end
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("dense", [True, False])
+def test_steps_of_latents_of_a_nearly_certain_token(dense, rows, gap, backend):
+    """By one pass, by one for each of few rows, by blocks of rows."""
+    h, head = certain_hidden(gap, rows)
+    tables = Tables(head, logits(6, V, D) + 3, logits(7, V, D), 0.0)
+    factors = TokenGradient(h, logits(8, rows, D), logits(9, rows, D))
+    exact = factors.embedding.double() @ tables.embedding.double().T
+    exact = exact + factors.reward_embedding.double() @ tables.reward_embedding.double().T
+    gradient = exact.float() if dense else factors
+    weight = head.weight.double()
+    expected = gradient_at(h.double() @ weight.T, gradient if dense else exact) @ weight
+    tokens = torch.full((rows,), TOKEN)
+    require_digits(one_step(h, tokens, gradient, tables, backend, latents=True), expected)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "native"])
+@pytest.mark.parametrize("gap", GAPS)
+def test_likelihood_of_a_nearly_certain_token(gap, backend):
+    h, head = certain_hidden(gap)
+    h.requires_grad_()
+    (dh,) = torch.autograd.grad(ops.linear_log_likelihood(h, head, torch.full((2,), TOKEN), backend=backend).sum(), h)
+    weight = head.weight.double()
+    p = torch.softmax(h.detach().double() @ weight.T, -1)
+    require_digits(dh, p @ (weight[TOKEN] - weight))
+
+
+# Rows without meaning
+
+BAD = {"nan": (3, math.nan), "+inf": (3, math.inf), "all -inf": (slice(None), -math.inf)}
+bad_rows = st.lists(st.sampled_from(["good", *BAD]), min_size=0, max_size=6)
+sizes = st.sampled_from([4, 33, 300])
+
+
+def degenerate(kinds, width, seed):
+    x = logits(seed, len(kinds), width)
+    for row, kind in enumerate(kinds):
+        if kind != "good":
+            columns, value = BAD[kind]
+            x[row, columns] = value
+    return x, torch.tensor([kind != "good" for kind in kinds], dtype=torch.bool)
+
+
+def require_nan(bad, *floats):
+    for x in floats:
+        nan = x.isnan() if x.ndim == 1 else x.isnan().all(-1)
+        assert torch.equal(nan, bad)
+        assert x[~bad].isfinite().all()
+
+
+@few(15)
+@given(bad_rows, sizes, st.integers(0, 9), st.sampled_from([0.3, 1.0]))
+def test_logits_without_meaning(kinds, vocabulary, seed, tau):
+    z, bad = degenerate(kinds, vocabulary, seed)
+    table, vector = logits(seed + 1, vocabulary, D), logits(seed + 2, len(kinds), D)
+    tokens = None
+    for backend in BACKENDS:
+        stats = ops.relaxed_stats(z, tau, 0.0, 1.0, backend=backend)
+        require_nan(bad, *stats[:3])
+        assert torch.equal(stats.mask, ~bad)
+        x = z.clone().requires_grad_()
+        hard, _, token = ops.straight_through_embedding(x, table, tau=tau, backend=backend)
+        soft = ops.soft_embedding(x, table, tau=tau, backend=backend)
+        require_nan(bad, hard.detach(), soft.detach())
+        for embedding in (hard, soft):
+            (dz,) = torch.autograd.grad((embedding * vector).sum(), x)
+            require_nan(bad, dz)
+        tokens = token if tokens is None else tokens
+        assert torch.equal(token, tokens)
+        assert torch.equal(stats.token, tokens)
+        assert torch.equal(tokens < 0, bad)
+        assert (tokens[bad] == -1).all()
+
+
+@few(8)
+@given(st.lists(st.sampled_from(["good", "nan", "+inf"]), max_size=6), sizes, st.integers(0, 9))
+def test_hidden_states_without_meaning(kinds, vocabulary, seed):
+    h, bad = degenerate(kinds, D, seed)
+    head, table = Head(logits(seed + 1, vocabulary, D)), logits(seed + 2, vocabulary, D)
+    targets, vector = torch.arange(len(kinds)) % vocabulary, logits(seed + 3, len(kinds), D)
+    factors = TokenGradient(h, vector, vector)
+    for backend in BACKENDS:
+        stats = ops.linear_relaxed_stats(h, head, 1.0, 0.0, 1.0, backend=backend)
+        require_nan(bad, *stats[:3])
+        assert torch.equal(stats.mask, ~bad)
+        assert torch.equal(stats.token == -1, bad)
+        x = h.clone().requires_grad_()
+        hard, _, token = ops.linear_straight_through_embedding(x, head, table, backend=backend)
+        assert torch.equal(token, stats.token)
+        soft = ops.linear_soft_embedding(x, head, table, backend=backend)
+        likelihood = ops.linear_log_likelihood(x, head, targets, backend=backend)
+        require_nan(bad, hard.detach(), soft.detach(), likelihood.detach())
+        for out in ((hard * vector).sum(), (soft * vector).sum(), likelihood.sum()):
+            (dh,) = torch.autograd.grad(out, x)
+            require_nan(bad, dh)
+        for nll_coeff in (0.0, 0.3):
+            require_nan(bad, ops.gradient_norm(factors, Tables(head, table, table, nll_coeff), backend=backend))
+
+
+@few(12)
+@given(st.lists(st.sampled_from(["good", "nan", "+inf"]), min_size=1, max_size=6), st.booleans(), st.integers(0, 9))
+def test_a_row_without_meaning_makes_no_step(kinds, latents, seed):
+    vocabulary = 33
+    start, bad = degenerate(kinds, D if latents else vocabulary, seed)
+    weight = logits(seed + 1, vocabulary, D)
+    tables, gradient = Tables(Head(weight), weight, weight, 0.1), logits(seed + 2, len(kinds), vocabulary)
+    tokens = ops.relaxed_stats(ops.linear_logits(start, tables.head) if latents else start).token.clamp(min=0)
+    for backend in BACKENDS:
+        parameters, (m, v, step) = start.clone(), zeros(*start.shape)
+        state = (parameters, m, v, step)
+        rates = torch.full((1,), 1e-3)
+        token, changed = ops.dto_step(*state, tokens, rates, gradient, tables, latents=latents, backend=backend)
+        assert torch.equal(step == 0, bad)
+        assert torch.equal(token == -1, bad)
+        assert changed[bad].all()
+        assert torch.equal(parameters[bad].nan_to_num(7.0), start[bad].nan_to_num(7.0))
+        assert parameters[~bad].isfinite().all()
+
+
+# Arguments without meaning
+
+
+@every_back_end
+@pytest.mark.parametrize("tau", [0.0, -1.0, math.nan, math.inf, 1e-40, 1e39])
+def test_tau_is_a_positive_number(tau, backend):
+    z, h, head, table = logits(1, 2, V), logits(2, 2, D), Head(logits(3, V, D)), logits(4, V, D)
+    m, v, step = zeros(2, V)
+    tables, tokens, rates = Tables(head, table, table, 0.1), z.argmax(-1), torch.full((1,), 1e-3)
+    calls = (
+        lambda: ops.relaxed_stats(z, tau, backend=backend),
+        lambda: ops.linear_relaxed_stats(h, head, tau, backend=backend),
+        lambda: ops.straight_through_embedding(z, table, tau=tau, backend=backend),
+        lambda: ops.linear_straight_through_embedding(h, head, table, tau=tau, backend=backend),
+        lambda: ops.soft_embedding(z, table, tau=tau, backend=backend),
+        lambda: ops.linear_soft_embedding(h, head, table, tau=tau, backend=backend),
+        lambda: ops.dto_step(z.clone(), m, v, step, tokens, rates, z, tables, latents=False, tau=tau, backend=backend),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="tau must be a finite number above 0"):
+            call()
+
+
+@on_the_host
+@every_back_end
+@pytest.mark.parametrize("bad", [-1, V, -(2**40)])
+def test_an_id_outside_the_vocabulary_is_an_index_error(bad, backend):
+    h, head = logits(1, 3, D), Head(logits(2, V, D))
+    tokens = torch.tensor([1, bad, 2])
+    with pytest.raises(IndexError, match=rf"tokens must hold token ids from 0 to {V - 1}, got {bad}"):
+        ops.linear_log_likelihood(h, head, tokens, backend=backend)
+    m, v, step = zeros(3, D)
+    tables = Tables(head, head.weight, head.weight, 0.1)
+    with pytest.raises(IndexError, match=rf"tokens must hold token ids from 0 to {V - 1}, got {bad}"):
+        ops.dto_step(
+            h, m, v, step, tokens, torch.full((1,), 1e-3), logits(3, 3, V), tables, latents=True, backend=backend
+        )
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "native"])
+def test_an_id_outside_the_vocabulary_is_never_an_index(backend):
+    """Below the check that only the CPU can afford: as a GPU would meet it."""
+    h, head, tokens = logits(1, 3, D), Head(logits(2, V, D)), torch.tensor([1, -1, V])
+    kernel = ops.backends.implementation("log_likelihood_gradient", "triton" if backend == "cuda" else backend)
+    require_nan(torch.tensor([False, True, True]), *kernel(h, head, tokens, True))
+    state = (h.clone(), *zeros(3, D))
+    state[3][0] = -2
+    tables = Tables(head, head.weight, head.weight, 0.1)
+    step = ops.backends.implementation("dto_step", "triton" if backend == "cuda" else backend)
+    expected = ops.linear_relaxed_stats(h, head).token
+    tokens = torch.tensor([int(expected[0]), -1, V])
+    token, changed = step(*state, tokens, torch.full((1,), 1e-3), logits(3, 3, V), tables, latents=True)
+    assert token.tolist() == [-1, *expected[1:].tolist()]
+    assert changed.all()
+    assert torch.equal(state[0], h)
+    assert state[3].tolist() == [-2, 0, 0]
+
+
+@on_the_host
+@every_back_end
+def test_steps_and_rates_are_looked_at(backend):
+    head = Head(logits(2, V, D))
+    tables = Tables(head, head.weight, head.weight, 0.1)
+    h, gradient = logits(1, 2, D), logits(3, 2, V)
+    tokens = ops.linear_relaxed_stats(h, head).token
+
+    def step(**changes):
+        m, v, made = zeros(2, D)
+        arguments = {"step": made, "learning_rates": torch.full((2,), 1e-3), "tokens": tokens} | changes
+        options = {"latents": True, "backend": backend} | {
+            name: arguments.pop(name) for name in ("weight_decay", "max_steps", "group") if name in arguments
+        }
+        return ops.dto_step(h.clone(), m, v, gradient=gradient, tables=tables, **arguments, **options)
+
+    step()
+    for bad in (-0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="learning_rates must hold finite numbers of at least 0"):
+            step(learning_rates=torch.tensor([0.1, bad]))
+        with pytest.raises(ValueError, match=r"weight_decay must be a finite number of at least 0"):
+            step(weight_decay=bad)
+    with pytest.raises(ValueError, match="step must hold finite numbers of at least 0, got -1"):
+        step(step=torch.tensor([0, -1]))
+    with pytest.raises(ValueError, match=r"max_steps must be a finite number of at least 0, got -1"):
+        step(max_steps=-1)
+    with pytest.raises(ValueError, match=r"group must be in ascending order, got \[1, 0\]"):
+        step(group=torch.tensor([1, 0]))
+    with pytest.raises(TypeError, match=r"tokens must be a tensor of dtype int64, got torch.int32"):
+        step(tokens=tokens.int())
+
+
+@every_back_end
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e5m2])
+def test_other_dtypes_are_refused_by_name(dtype, backend):
+    z, h, head, table = logits(1, 2, V), logits(2, 2, D), Head(logits(3, V, D)), logits(4, V, D)
+    other, options = Head(head.weight.to(dtype)), {"backend": backend}
+    factors, tokens = TokenGradient(h, h, h), torch.zeros(2, dtype=torch.long)
+    calls = {
+        "z": [lambda x: ops.relaxed_stats(x, **options), lambda x: ops.soft_embedding(x, table, **options)],
+        "h": [
+            lambda x: ops.linear_relaxed_stats(x, head, **options),
+            lambda x: ops.linear_soft_embedding(x, head, table, **options),
+            lambda x: ops.linear_log_likelihood(x, head, tokens, **options),
+        ],
+        "head.weight": [lambda x: ops.linear_relaxed_stats(h, other, **options)],
+        "table": [
+            lambda x: ops.straight_through_embedding(z, x, **options),
+            lambda x: ops.linear_straight_through_embedding(h, head, x, **options),
+        ],
+        "second": [lambda x: ops.straight_through_embedding(z, table, x, **options)],
+        "factors.embedding": [
+            lambda x: ops.gradient_norm(factors._replace(embedding=x), Tables(head, table, table, 0.1), **options)
+        ],
+    }
+    inputs = {"z": z, "h": h, "head.weight": h, "table": table, "second": table, "factors.embedding": h}
+    for name, functions in calls.items():
+        for function in functions:
+            with pytest.raises(TypeError, match=rf"^{name} must be a tensor of dtype float32, .* got {dtype}"):
+                function(inputs[name].to(dtype))
+
+
+@every_back_end
+def test_shapes_that_do_not_fit_and_no_vocabulary_are_refused_by_name(backend):
+    z, h, head, table = logits(1, 2, V), logits(2, 2, D), Head(logits(3, V, D)), logits(4, V, D)
+    options = {"backend": backend}
+    nothing = Head(torch.zeros(0, D))
+    calls = {
+        r"z must have shape \(N, V\), got \(257,\)": lambda: ops.relaxed_stats(z[0], **options),
+        "z must have at least one vocabulary entry": lambda: ops.relaxed_stats(z[:, :0], **options),
+        "head.weight must have at least one vocabulary": lambda: ops.linear_relaxed_stats(h, nothing, **options),
+        r"head.weight must have shape \(V, 7\), got \(257, 8\)": lambda: ops.linear_soft_embedding(
+            h[:, :7], head, table, **options
+        ),
+        r"table must have shape \(257, d\), got \(256, 8\)": lambda: ops.soft_embedding(z, table[1:], **options),
+        r"tokens must have shape \(2\), got \(3,\)": lambda: ops.linear_log_likelihood(
+            h, head, torch.zeros(3, dtype=torch.long), **options
+        ),
+        r"entropy_threshold must be a number or None": lambda: ops.relaxed_stats(z, 1.0, math.nan, **options),
+        r"head.softcap must be a finite number of at least 0": lambda: ops.linear_relaxed_stats(
+            h, head._replace(softcap=-1.0), **options
+        ),
+        r"new must have shape \(1, 2\), got \(2, 1\)": lambda: ops.token_diff(
+            torch.zeros(1, 2, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long), **options
+        ),
+    }
+    for message, call in calls.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@every_back_end
+def test_no_rows_give_empty_results(backend):
+    z, h, head, table = logits(1, 0, V), logits(2, 0, D), Head(logits(3, V, D)), logits(4, V, D)
+    options = {"backend": backend}
+    none = torch.zeros(0, dtype=torch.long)
+    results = [
+        *ops.relaxed_stats(z, **options), *ops.linear_relaxed_stats(h, head, **options),
+        ops.soft_embedding(z, table, **options), ops.linear_soft_embedding(h, head, table, **options),
+        *ops.straight_through_embedding(z, table, table, **options),
+        *ops.linear_straight_through_embedding(h, head, table, table, **options),
+        ops.linear_log_likelihood(h, head, none, **options),
+        ops.gradient_norm(TokenGradient(h, h, h), Tables(head, table, table, 0.1), **options),
+        *ops.dto_step(
+            h, h.clone(), h.clone(), none, none, torch.full((1,), 1e-3), z, Tables(head, table, table, 0.1),
+            latents=True, **options,
+        ),
+    ]  # fmt: skip
+    assert [len(x) for x in results] == [0] * len(results)
