@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 # What a wrong argument, a missing file or a model that returns NaN raises; its message is all a user needs.
-_USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError)
+_USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError, MemoryError)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,10 @@ import torch
 _HUB_SECONDS = 10.0
 # A name takes 8 bytes at least, besides a tensor's type and place, or a value's type and itself.
 _GGUF_HEADER, _GGUF_TENSOR_BYTES, _GGUF_VALUE_BYTES = "<4sIQQ", 24, 13
+_MOST_CHARACTERS = 300  # of what a library has to say
+_MOST_LAYERS = 10_000
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_OBJECTS = ("config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json")
 _PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
 
 
@@ -28,17 +33,29 @@ def reading(argument: str, source: str) -> Iterator[None]:
     Raises:
         ValueError: it names the argument, the source and, where it can be told, the file that is damaged or missing.
     """
-    try:
-        yield
-    except (ImportError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except BaseException as error:
-        # What is written in Rust (tokenizers, safetensors) panics with an exception that is no Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    with warnings.catch_warnings():
+        # torch says so of a pickle before it refuses it.
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")
+        try:
+            yield
+        except (ImportError, MemoryError, torch.OutOfMemoryError):
             raise
-        folder = Path(source) if os.path.isdir(source) else cached_snapshot(source)
-        reason = (folder and damage(folder)) or f"{' '.join(str(error).split())} ({type(error).__name__})"
-        raise ValueError(f"{argument} is {source}, which cannot be loaded: {reason}") from error
+        except BaseException as error:
+            # What is written in Rust (tokenizers, safetensors) panics with an exception that is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            folder = Path(source) if os.path.isdir(source) else cached_snapshot(source)
+            reason = (folder and damage(folder)) or _in_short(error)
+            raise ValueError(f"{argument} is {source}, which cannot be loaded: {reason}") from error
+
+
+def _in_short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if "ignore_mismatched_sizes" in text:
+        # transformers has written the sizes to its log.
+        return "its config.json and its weights are of different sizes"
+    shown = text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS].rsplit(" ", 1)[0] + " …"
+    return shown if isinstance(error, (ValueError, OSError)) and shown else f"{type(error).__name__}: {shown}"
 
 
 def damage(folder: Path) -> str | None:
@@ -48,13 +65,25 @@ def damage(folder: Path) -> str | None:
             value = json.loads(file.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             return f"{file.name} is not JSON: {error}"
-        if file.name in ("config.json", "tokenizer.json", "adapter_config.json") and not isinstance(value, dict):
+        if file.name in _OBJECTS and not isinstance(value, dict):
             return f"{file.name} must hold a JSON object"
         if file.name.endswith(".index.json") and (missing := _missing_shards(folder, value)):
             return f"{file.name} names {missing[0]}, which is not there"
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         return "it has no config.json"
     return _damaged_weights(folder) or _own_code(folder)
+
+
+def check_config(source: str) -> None:
+    """Raises ValueError for a number of layers that no model has, and that would keep transformers busy for ever."""
+    from transformers import PreTrainedConfig
+
+    # Not as a configuration: some make a list as long as the number of layers.
+    values, _ = PreTrainedConfig.get_config_dict(source)
+    for part in (values, *(value for value in values.values() if isinstance(value, dict))):
+        for layers in map(part.get, _LAYERS):
+            if isinstance(layers, int) and layers > _MOST_LAYERS:
+                raise ValueError(f"its config.json asks for {layers} layers; {_MOST_LAYERS} are accepted")
 
 
 def hub_source(name: str, argument: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nabla_fast.models.checkpoint import check_gguf, hub_source, reading
+from nabla_fast.models.checkpoint import check_config, check_gguf, hub_source, reading
 
 _DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -57,10 +57,10 @@ def load_language_model(
             damaged or missing; pickles that would run code count as damaged.
         ImportError: if a GGUF file is given and gguf or accelerate is not installed.
     """
-    from transformers import AutoModelForCausalLM
-
     place = _place(device, dtype, attn_implementation)
     source = _resolve(path, argument)
+    from transformers import AutoModelForCausalLM
+
     with reading(argument, source):
         model, missing = _load(AutoModelForCausalLM, source, place)
         tokenizer = _load_tokenizer(source)
@@ -94,10 +94,10 @@ def load_reward_model(
         FileNotFoundError, ValueError, ImportError: as for ``load_language_model``; ValueError also if the model has
             several labels; ImportError also if an adapter is given and peft is not installed.
     """
-    from transformers import AutoModelForSequenceClassification
-
     place = _place(device, dtype, attn_implementation)
     source = _resolve(path, argument)
+    from transformers import AutoModelForSequenceClassification
+
     if (Path(source) / _ADAPTER_CONFIG).is_file():
         return _load_adapter(source, base, place, argument)
     _require_one_label(source, argument)
@@ -258,6 +258,7 @@ def _looks_like_path(text: str) -> bool:
 
 def _load(auto_class: Any, source: str, place: _Place, **options: Any) -> tuple[Any, set[str]]:
     """The model, ready for inference, and the names of the weights that the checkpoint does not hold."""
+    check_config(source)
     options |= {"dtype": place.dtype, "output_loading_info": True, "trust_remote_code": False}
     attention = choose_attention(place.attention, place.device, place.dtype)
     with _quiet_transformers():
@@ -275,7 +276,11 @@ def _load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     with _quiet_transformers():
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    # Where the files are missing, some families get a tokenizer that knows its special tokens alone.
+    if not set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder):
+        raise ValueError("its tokenizer has no vocabulary; tokenizer.json, or what stands for it, is missing")
+    return tokenizer
 
 
 def _load_adapter(folder: str, base: str | os.PathLike[str] | None, place: _Place, argument: str) -> tuple[Any, Any]:
@@ -315,6 +320,7 @@ def _require_one_label(source: str, argument: str) -> None:
     from transformers import AutoConfig
 
     with reading(argument, source):
+        check_config(source)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     labels = getattr(config, "num_labels", 1)
     architectures = getattr(config, "architectures", None) or []
