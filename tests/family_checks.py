@@ -27,6 +27,10 @@ NEW_TOKENS = 16
 PARTS = ("loads", "gradients", "greedy", "decode", "reward")
 
 
+class NoOracle(Exception):  # noqa: N818
+    """The model's own forward pass says nothing that could be compared."""
+
+
 def check(model: Any, reward_model: Any | None) -> dict[str, str]:
     """What came out of each of `PARTS`: "right", "refused: why", "wrong: how", "crashed: why" or "none".
 
@@ -58,6 +62,8 @@ def own_greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     for _ in range(count):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1, : len(TOKENIZER)]
+        if not bool(logits.isfinite().all()):
+            raise NoOracle("the model's own forward pass gives logits that are not finite")
         ids.append(int(logits.argmax()))
         if ids[-1] == TOKENIZER.eos_token_id:
             break
@@ -81,12 +87,16 @@ def own_gradient(model: Any, ids: list[int], start: int) -> Tensor:
     handle.remove()
     picked = logits.log_softmax(-1)[start - 1 : -1].gather(1, torch.tensor(ids[start:]).unsqueeze(1))
     (gradient,) = torch.autograd.grad(picked.sum(), rows)
+    if not bool(gradient.isfinite().all()) or not bool(gradient[start:-1].any()):
+        raise NoOracle("the model's own forward pass gives no finite gradient other than 0")
     return gradient[start:]
 
 
 def _outcome(part: Callable[[], str]) -> str:
     try:
         return part()
+    except NoOracle as error:
+        return f"not checked: {error}"
     except (ValueError, TypeError) as error:
         text = " ".join(str(error).split())
         # Our own refusals begin with what they refuse.
@@ -117,7 +127,9 @@ def _gradients(model: Any) -> str:
         (found,) = objective.evaluate([Request(talk, response, start)])
         expected = own_gradient(model, [*prompt, *RESPONSE], len(prompt) + start)[:, : ours.vocab_size]
         dense = found.factors.embedding.double() @ ours.embedding.weight.double().T
-        worst = max(worst, float((dense - expected).norm() / expected.norm().clamp(min=1e-12)))
+        # The last token's input has no part in the likelihood, so all of its gradient is 0.
+        error = (dense - expected).norm() / expected.norm().clamp(min=1e-12)
+        worst = max(worst, float(error.nan_to_num(torch.inf)))
     return "right" if worst < 1e-3 else f"wrong: {worst:.2g} of the gradient's norm"
 
 
@@ -152,6 +164,7 @@ def _reward(model: Any) -> str:
     with torch.no_grad():
         rewards, _ = ours.rewards(talks)
         own = [model(input_ids=x.ids.unsqueeze(0)).logits.reshape(()) for x in talks]
-    worst = max(float((a - b).abs() / b.abs().clamp(min=1e-3)) for a, b in zip(rewards, own, strict=True))
+    errors = [(a - b).abs() / b.abs().clamp(min=1e-3) for a, b in zip(rewards, own, strict=True)]
+    worst = max(float(error.nan_to_num(torch.inf)) for error in errors)
     how = "" if ours.body is not None else " (its own forward pass)"
     return f"right{how}" if worst < 1e-3 else f"wrong: {worst:.2g} relatively"
