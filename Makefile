@@ -16,9 +16,9 @@ VLLM_STAMP := .venv-vllm/nabla_fast.stamp
 help:
 	@echo "make demo    set up .venv and answer a question with the demo models"
 	@echo "make test    set up .venv and run all tests"
+	@echo "make test-families  check every family of models in transformers, about 20 minutes"
 	@echo "make test-vllm  test against a real vLLM server, in an environment of its own (.venv-vllm)"
 	@echo "make test-torch  build against the oldest and the newest torch, and test what was built (some GB in .venv-torch)"
-	@echo "make test-families  check every family of models that transformers has, an hour on two cores"
 	@echo "make lint    check style, format and types"
 	@echo "make bench   measure everything, about an hour on two cores; make bench-quick takes three minutes"
 	@echo "make clean   remove .venv and everything built"
@@ -29,6 +29,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	NABLA_FAST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+test-families: $(STAMP)
+	NABLA_FAST_REQUIRE_NATIVE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m families -n $(WORKERS) --maxprocesses 4 -rA tests/test_families.py
+
 test-vllm: $(STAMP) $(VLLM_STAMP)
 	tools/test_vllm.sh .venv-vllm $(BIN)/python
 
@@ -37,9 +40,6 @@ OTHER_TORCH := 2.10.0 2.14.1
 
 test-torch:
 	for version in $(OTHER_TORCH); do tools/test_torch.sh .venv-torch/$$version $$version $(PYTHON) || exit 1; done
-
-test-families: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 2 -m families tests/test_families.py
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -21,8 +21,15 @@ LONGEST = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Workers get the files in this order; a run without workers keeps the usual one."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Workers get the files in this order; a run without workers keeps the usual one.
+
+    What is marked families runs only where ``-m`` asks for it.
+    """
+    if "families" not in config.option.markexpr:
+        unasked = [item for item in items if item.get_closest_marker("families")]
+        items[:] = [item for item in items if item not in unasked]
+        config.hook.pytest_deselected(items=unasked)
     if "PYTEST_XDIST_WORKER" in os.environ:
         rank = {name: place for place, name in enumerate(LONGEST)}
         items.sort(key=lambda item: rank.get(item.path.name, len(rank)))

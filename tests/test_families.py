@@ -1,96 +1,91 @@
-"""Families of models against an oracle that knows nothing of nabla_fast: one of every kind, and all by a make target.
+"""Every family of causal language models in transformers, against an oracle that knows nothing of nabla_fast.
 
-What is checked is in `family_checks`. Nothing may be wrong, and nothing may crash: a family works or is refused.
+Families of every kind are in the default suite. `make test-families` checks all, each in a process of its own: a family
+is right, or it is refused in one sentence, or no tiny model of it can be made.
 """
 
 from __future__ import annotations
 
-import sys
+import functools
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 from families import families, tiny_model, tiny_reward_model
-from family_checks import PARTS, check
+from family_checks import check
+
+TOOL = Path(__file__).resolve().parent.parent / "tools" / "model_families.py"
+# How each of these runs; as language models, they have to be right.
+MANNERS = {
+    "llama": "batches behind prefixes",
+    "qwen3": "batches behind prefixes",
+    "gemma3_text": "batches behind prefixes",
+    "gemma3n_text": "batches behind prefixes",
+    "gemma4_text": "batches behind prefixes",
+    "gpt2": "batches behind prefixes",
+    "gpt_neo": "batches behind prefixes",
+    "gpt_oss": "batches behind prefixes",
+    "cohere": "batches behind prefixes",
+    "granite": "batches behind prefixes",
+    "opt": "batches behind prefixes",
+    "deepseek_v3": "batches behind prefixes",
+    "bart": "one at a time, behind its own cache",
+    "deepseek_v32": "one at a time, behind its own cache",
+    "falcon_h1": "one at a time, behind its own cache",
+    "lfm2": "one at a time, behind its own cache",
+    "llama4_text": "one at a time, behind its own cache",
+    "qwen3_next": "one at a time, behind its own cache",
+    "rwkv": "one at a time, behind its own cache",
+    "mamba": "one at a time, gradients over whole sequences",
+    "granitemoehybrid": "whole sequences",
+    "jamba": "whole sequences",
+}
+NO_MODELS = {
+    "dbrx",
+    "gemma3n",
+    "gemma4_assistant",
+    "gemma4_unified_assistant",
+    "moshi",
+    "musicgen",
+    "musicgen_melody",
+}
+"""Families of which no tiny model is made: they need more than tokens, a package, or their defaults are of no use."""
+
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
-# One for each kind: what it is there for.
-WORKING = {
-    "bart": "positions that count columns",
-    "bloom": "no positions, biases by distance",
-    "cohere": "scaled logits",
-    "deepseek_v3": "keys and values from latents, experts with groups",
-    "falcon_h1": "attention and recurrence in one layer, multipliers",
-    "gemma2": "capped logits and windows",
-    "gemma3n_text": "embeddings per layer",
-    "gemma4_text": "embeddings per layer, and layers of several widths",
-    "gpt2": "learnt positions",
-    "gpt_neo": "windows under another name",
-    "gpt_oss": "sinks, windows, experts",
-    "gptj": "a head with a bias",
-    "granitemoehybrid": "recurrent layers, experts, scaled logits",
-    "jamba": "recurrent layers between attention",
-    "lfm2": "convolutions",
-    "llama4_text": "chunks; its own base model",
-    "mamba": "nothing but recurrence",
-    "minimax": "a cache of a class of its own",
-    "opt": "positions from the mask",
-    "qwen3_next": "a delta rule",
-    "rwkv": "a state that is a list",
-}
+@functools.cache
+def tool() -> Any:
+    spec = importlib.util.spec_from_file_location("model_families", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def outcome_of(family: str) -> dict[str, str]:
-    return check(tiny_model(family), tiny_reward_model(family))
+@pytest.mark.parametrize(("family", "manner"), MANNERS.items())
+def test_a_family_is_right(family: str, manner: str) -> None:
+    outcome = check(tiny_model(family), tiny_reward_model(family))
+    assert outcome["loads"] == manner
+    assert [outcome[part] for part in ("gradients", "greedy", "decode")] == ["right"] * 3
+    assert outcome["reward"].startswith(("right", "refused", "none"))
 
 
-@pytest.mark.parametrize("family", WORKING)
-def test_families_of_every_kind_are_right(family: str) -> None:
-    outcome = outcome_of(family)
-    assert {part: outcome[part] for part in ("gradients", "greedy", "decode")} == dict.fromkeys(
-        ("gradients", "greedy", "decode"), "right"
-    )
-    assert outcome["reward"].startswith(("right", "none", "refused"))
+def test_a_family_that_cannot_be_right_is_refused() -> None:
+    """BERT reads a token's successors too unless it is told otherwise, and its head is more than a product."""
+    outcome = check(tiny_model("bert"), None)
+    assert all(outcome[part].startswith("refused: model (BertLMHeadModel) ") for part in ("loads", "greedy", "decode"))
 
 
 @pytest.mark.families
 @pytest.mark.parametrize("family", families())
-def test_every_family_is_right_or_refused(family: str, record_property: Any) -> None:
-    """In a process of its own, as some of them are large or crash."""
-    from model_families import in_a_process
-
-    outcome = in_a_process(family)
-    record_property("outcome", outcome)
-    faults = {part: text for part, text in outcome.items() if text.startswith(("wrong", "crashed"))}
-    assert not faults
-    assert set(outcome) <= set(PARTS)
-
-
-def test_what_is_wrong_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checks themselves: a wrong gradient, other tokens and a crash are told apart from what is right."""
-    from nabla_fast.models.language_model import LanguageModel
-    from nabla_fast.objective import Objective
-
-    model = tiny_model("llama")
-    find = Objective._likelihood_gradient
-
-    def scaled(self: Any, requests: Any) -> Any:
-        part = find(self, requests)
-        part.factors = [1.01 * factor for factor in part.factors]
-        return part
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Objective, "_likelihood_gradient", scaled)
-        assert check(model, None)["gradients"].startswith("wrong: 0.01 ")
-    logits = LanguageModel.logits
-    with monkeypatch.context() as patch:
-        # As the load check sees it, all is well.
-        patch.setattr(LanguageModel, "_check_head", lambda *_: None)
-        patch.setattr(LanguageModel, "logits", lambda self, hidden: -logits(self, hidden))
-        assert check(tiny_model("llama"), None)["greedy"] == "wrong: other tokens from 0 on"
-    with monkeypatch.context() as patch:
-        patch.setattr(LanguageModel, "track", lambda *_: 1 / 0)
-        assert check(model, None)["decode"].startswith("crashed: ZeroDivisionError")
+def test_every_family_is_right_or_refused(family: str) -> None:
+    outcome = tool().outcome_of(family)
+    print(family, *outcome.values(), sep=" | ")
+    if family in NO_MODELS:
+        pytest.skip(outcome["loads"])
+    assert all(found.startswith(("right", "refused", "none")) for part, found in outcome.items() if part != "loads")
+    assert not outcome["loads"].startswith(("wrong", "crashed", "not checked"))

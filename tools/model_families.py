@@ -4,7 +4,7 @@
     python tools/model_families.py --only llama,mamba --fresh
     python tools/model_families.py --table    the table alone, from the results there are
 
-Each family runs in a process of its own, with a limit on its time. `tests/families.py` makes the models,
+Each family runs in a process of its own, with limits on its time and memory. `tests/families.py` makes the models,
 `tests/family_checks.py` says what is checked.
 """
 
@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
+import multiprocessing
+import resource
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "model_families.json"
 PAGE = ROOT / "docs" / "models.md"
 SECONDS = 240
+BYTES = 6 * 2**30
 
 
 def main() -> None:
@@ -30,16 +31,12 @@ def main() -> None:
     parser.add_argument("--only", help="families, separated by commas")
     parser.add_argument("--fresh", action="store_true", help="checks again what has a result already")
     parser.add_argument("--table", action="store_true", help="writes the table and checks nothing")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        print(json.dumps(_check(arguments.child)))
-        return
     results: dict[str, Any] = json.loads(RESULTS.read_text())["families"] if RESULTS.exists() else {}
     if not arguments.table:
         for family in arguments.only.split(",") if arguments.only else _families():
             if family not in results or arguments.fresh:
-                results[family] = in_a_process(family)
+                results[family] = outcome_of(family)
                 print(family, *results[family].values(), sep=" | ", flush=True)
                 _save(results)
     PAGE.parent.mkdir(exist_ok=True)
@@ -53,23 +50,36 @@ def _families() -> list[str]:
     return families()
 
 
-def in_a_process(family: str) -> dict[str, str]:
-    """What came out of `family_checks.check` for a family, run by itself."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", family]
+def outcome_of(family: str) -> dict[str, str]:
+    """What came out of a family, checked in a process of its own; `family_checks.check` says what."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import family_checks  # noqa: F401, loaded once for all processes
+
+    # Forked, since loading torch and transformers takes longer than most families.
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_check, args=(family, sender))
+    process.start()
+    sender.close()
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return {"loads": f"not checked: took longer than {SECONDS} s"}
-    if done.returncode:
-        return {"loads": f"crashed: the process ended with status {done.returncode}"}
-    outcome: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    return outcome
+        if not receiver.poll(SECONDS):
+            return {"loads": f"not checked: took longer than {SECONDS} s"}
+        outcome: dict[str, str] = receiver.recv()
+        return outcome
+    except EOFError:
+        process.join()
+        return {"loads": f"crashed: the process ended with status {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send_check(family: str, sender: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    sender.send(_check(family))
 
 
 def _check(family: str) -> dict[str, str]:
-    sys.path.insert(0, str(ROOT / "tests"))
     import torch
     from families import tiny_model, tiny_reward_model
     from family_checks import check
@@ -78,8 +88,16 @@ def _check(family: str) -> dict[str, str]:
     try:
         model = tiny_model(family)
     except Exception as error:
-        return {"loads": f"not checked: no tiny model ({type(error).__name__}: {' '.join(str(error).split())[:160]})"}
-    return check(model, tiny_reward_model(family))
+        return {"loads": _no_model(error)}
+    try:
+        reward_model, missing = tiny_reward_model(family), {}
+    except Exception as error:
+        reward_model, missing = None, {"reward": _no_model(error)}
+    return check(model, reward_model) | missing
+
+
+def _no_model(error: Exception) -> str:
+    return f"not checked: no tiny model ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
 
 
 def _save(results: dict[str, Any]) -> None:
@@ -94,7 +112,7 @@ def _page(content: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     rows = [[f"`{name}`", *(_cell(outcome.get(part, "")) for part in _PARTS)] for name, outcome in families.items()]
     counts = _counts(families)
-    head = "| family | how it runs | gradients | greedy | decode | as reward model |\n" + "| --- " * 6 + "|"
+    head = f"| family | how it runs | gradients | greedy | decode | as reward model |\n{'| --- ' * 6}|"
     return _TEXT.format(
         versions=versions,
         counts="\n".join(f"| {what} | {number} |" for what, number in counts.items()),
