@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import typer
 from tiny_models import CHAT_TEMPLATE, MESSAGES, prompt_ids, tiny_language_model, tiny_reward_model, tiny_tokenizer
+from typer.testing import CliRunner
 
 import nabla_fast as nf
+from nabla_fast import cli_config
 from nabla_fast.generate import make_pair
 from nabla_fast.models.chat import ChatTemplateError, conversation_frame, generation_prompt_ids
 
@@ -142,6 +145,23 @@ def test_template_arguments_reach_the_templates_of_both_models():
         CONFIG.replace(chat_template_kwargs={"tokenize": True})
     with pytest.raises(TypeError, match="chat_template_kwargs must be a mapping"):
         CONFIG.replace(chat_template_kwargs=["enable_thinking"])
+
+
+def test_template_arguments_are_a_json_object_on_the_command_line():
+    def command(**settings):
+        got.append(cli_config.configured(None, settings).chat_template_kwargs)
+
+    got = []
+    app = typer.Typer()
+    app.command()(cli_config.with_config_options(command))
+    run = CliRunner().invoke
+    assert run(app, ["--chat-template-kwargs", '{"enable_thinking": false}']).exit_code == 0
+    assert run(app, []).exit_code == 0
+    assert got == [{"enable_thinking": False}, None]
+    for bad in ("[1]", "enable_thinking=false", ""):
+        refused = run(app, ["--chat-template-kwargs", bad], env={"COLUMNS": "300"})
+        assert refused.exit_code == 2
+        assert "must be a JSON object such as" in refused.output
 
 
 def test_a_templates_refusal_names_the_prompt_and_the_reason():
