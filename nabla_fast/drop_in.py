@@ -53,7 +53,8 @@ def custom_generate(
     model's generation config, which always apply. Of a ``generation_config`` object, which reaches us with all defaults
     filled in, sampling settings, end tokens and ``max_length`` count where they differ from the model's own.
     ``max_new_tokens`` counts wherever it is set. Arguments that change how fast ``generate`` is and not what it gives
-    (``use_cache``, ``cache_implementation``, ``assistant_model``, ``prompt_lookup_num_tokens``) change nothing.
+    (``use_cache``, ``cache_implementation``, ``assistant_model``, ``prompt_lookup_num_tokens``) change nothing, but
+    ``cache_implementation="paged"`` makes transformers leave ``custom_generate`` out.
 
     Args:
         tokenizer: the language model's tokenizer.
