@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from nabla_fast.ops.operands import Head, Tables, TokenGradient
 # logits has a team of thread blocks of its own.
 _MOST_ROWS = {True: 4, False: 16}
 _MOST_ENTRIES = 2**30  # indices are 32-bit
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _INT, _POINTER, _DOUBLE = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
@@ -156,12 +158,14 @@ def dto_step(
 
     Raises:
         RuntimeError: if the launch fails.
-        ValueError: if a shape does not fit the others.
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape, layout or device does not fit the others, tau is not positive and finite, or max_steps
+            is negative.
     """
     if isinstance(gradient, Tensor) and (group is None or len(parameters) == 1):
         state = _State(parameters, exp_avg, exp_avg_sq, step)
         constants = _Constants(tokens, learning_rates, gradient, soft_noise, hard_noise)
-        _check_shapes(state, constants, tables.head.weight, latents)
+        _check(state, constants, tables.head.weight, latents, tau, max_steps)
         plan = _plan_for(state, constants, tables.head, latents)
         if plan is not None:
             return _run(state, constants, tables.head, latents, plan, tau, weight_decay, max_steps)
@@ -202,8 +206,33 @@ class _Constants(NamedTuple):
         return _Constants(self.tokens.long().contiguous(), rates.contiguous(), gradient, soft, hard)
 
 
+def _check(state: _State, constants: _Constants, weight: Tensor, latents: bool, tau: float, max_steps: int) -> None:
+    """Raw pointers know no bounds, no dtypes and no devices."""
+    if not (math.isfinite(tau) and tau > 0):
+        raise ValueError(f"tau must be positive and finite, got {tau}")
+    if max_steps < 0:
+        raise ValueError(f"max_steps must not be negative, got {max_steps}")
+    named = [*state._asdict().items(), *constants._asdict().items(), ("weight", weight)]
+    for name, x in named:
+        if x is None:
+            continue
+        integers = name in ("step", "tokens")
+        if x.layout != torch.strided or x.device != state.parameters.device:
+            raise ValueError(
+                f"{name} must be a dense tensor on {state.parameters.device}, as parameters are, got layout {x.layout} "
+                f"on {x.device}"
+            )
+        if (x.dtype != torch.int64) if integers else (x.dtype not in _FLOATS):
+            raise TypeError(f"{name} must be {'torch.int64' if integers else 'of a float dtype'}, got {x.dtype}")
+    if weight.ndim != 2 or state.parameters.ndim != 2 or constants.learning_rates.ndim != 1:
+        raise ValueError(
+            f"weight must be (V, d), parameters (N, d) or (N, V), and learning_rates (S,), got {tuple(weight.shape)}, "
+            f"{tuple(state.parameters.shape)} and {tuple(constants.learning_rates.shape)}"
+        )
+    _check_shapes(state, constants, weight, latents)
+
+
 def _check_shapes(state: _State, constants: _Constants, weight: Tensor, latents: bool) -> None:
-    """Raw pointers know no bounds."""
     rows, (vocabulary, hidden) = len(state.parameters), weight.shape
     row, entries = (rows, hidden if latents else vocabulary), (rows, vocabulary)
     shapes = (*zip(_State._fields, state, (row, row, row, (rows,)), strict=True),)
