@@ -13,7 +13,7 @@ from tiny_models import save_pair, tiny_tokenizer
 from typer.testing import CliRunner
 
 import nabla_fast as nf
-from nabla_fast import cli, cli_config
+from nabla_fast import cli, cli_config, terminal
 
 FAST = ("--max-new-tokens", "6", "--max-rollouts", "2", "--max-iters", "2", "--gradient-threshold", "none")
 
@@ -22,7 +22,7 @@ def run(*arguments, env=None):
     return subprocess.run(
         [sys.executable, "-m", "nabla_fast", *map(str, arguments)],
         capture_output=True,
-        text=True,
+        encoding=(env or {}).get("PYTHONIOENCODING", "utf-8"),
         timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **(env or {})},
     )
@@ -95,6 +95,18 @@ def test_json_holds_what_the_library_returns(pair, tmp_path):
         (["generate", "--model", "x"], "no prompt given"),
         (["generate", "--demo", "--model", "x"], "--demo brings its own models"),
         (["generate", "--prompts", "/no/file.txt", "--demo"], "there is no file /no/file.txt"),
+        (["generate", "--prompts", "/no/[/b].txt", "--demo"], "there is no file /no/[/b].txt"),
+        (["generate", "--prompts", "/", "--demo"], "--prompts: / is a directory"),
+        (
+            ["generate", "--demo", "--attn-implementation", "foo"],
+            "attn_implementation is 'foo'; use one of auto, flash",
+        ),
+        (["generate", "--bundled", "--attn-implementation", "foo"], "attn_implementation is 'foo'; use one of auto"),
+        (
+            ["eval", "--bundled", "--out", "/no/out", "--attn-implementation", "foo"],
+            "attn_implementation is 'foo'; use",
+        ),
+        (["generate", "--bundled", "--prompt", "caf\udce9"], "is not text in this terminal's encoding"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, message, monkeypatch, capsys):
@@ -116,6 +128,99 @@ def test_a_bad_setting_names_the_field(pair):
     assert "error: max_rollouts must be at least 1, got 0" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["generate", "--help"], ["eval", "--help"], ["doctor"]]
+)
+def test_help_and_doctor_load_nothing_heavy(arguments):
+    allowed = {"torch"} if arguments == ["doctor"] else set()
+    heavy = {"torch", "transformers", "triton", "matplotlib", "torch._dynamo", "peft"} - allowed
+    code = (
+        "import sys; from nabla_fast.cli import main\n"
+        f"sys.argv = ['nabla-fast', *{arguments!r}]\n"
+        "try: main()\n"
+        f"except SystemExit as end: print(end.code, sorted({heavy!r} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stderr.strip().endswith("0 []") or done.stderr.strip().endswith("None []"), done.stderr
+
+
+def test_the_package_loads_a_name_when_it_is_asked_for():
+    code = """if True:
+        import sys
+        import nabla_fast as nf
+        import nabla_fast.config
+        assert not {"torch", "transformers", "rich"} & set(sys.modules), "something heavy is imported"
+        assert set(nf.__all__) <= set(dir(nf))
+        import nabla_fast.generate
+        assert callable(nf.generate) and nf.generate is nabla_fast.generate
+        assert callable(nf.dto.optimize) and callable(nf.ops.gradient_norm) and callable(nf.decoder.Decoder)
+        assert not hasattr(nf, "no_such_name")
+        names = {}
+        exec("from nabla_fast import *", names)
+        assert set(nf.__all__) <= set(names) and names["generate"] is nf.generate
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version():
+    done = CliRunner().invoke(cli.app, ["--version"])
+    assert (done.exit_code, done.stdout) == (0, f"nabla-fast {nf.__version__}\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_answers_survive_any_encoding(pair, encoding):
+    options = ("--model", pair[0], "--reward-model", pair[1], "--prompt", "is it on é 😀 [/b]", "--json", *FAST)
+    done = run("generate", *options, env={"PYTHONIOENCODING": encoding})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["answers"][0]["prompt"] == "is it on é 😀 [/b]"
+
+
+def test_panels_and_help_survive_any_encoding(pair, tmp_path):
+    named = tmp_path / "m[/b]"
+    named.parent.mkdir()
+    named.symlink_to(pair[0])
+    options = ("--model", named, "--reward-model", pair[1], "--prompt", "is it on 😀 [/b]", *FAST)
+    done = run("generate", *options, env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert r"is it on \U0001f600 [/b]" in done.stdout
+    done = run("--help", env={"PYTHONIOENCODING": "latin-1"})
+    assert done.returncode == 0, done.stderr
+    assert "generate" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["--version", "doctor --json"])
+def test_a_reader_that_has_gone_ends_the_command_quietly(command):
+    script = f"{sys.executable} -m nabla_fast {command} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode in (0, 1)
+    assert done.stderr == ""
+
+
+def test_a_full_disk_is_one_sentence():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "nabla_fast", "--version"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert done.stderr == "error: [Errno 28] No space left on device\n"
+
+
+def test_an_unexpected_exception_keeps_its_traceback(monkeypatch):
+    def fail():
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(KeyError):
+        cli.main()
+
+
+def test_text_is_not_markup_and_controls_no_terminal(capsys):
+    terminal.print_error("no [/b] \x1b[2J here")
+    terminal.print_warning("[red]:smile:")
+    assert capsys.readouterr().err == "error: no [/b] \\x1b[2J here\nwarning: [red]:smile:\n"
 
 
 def test_doctor_reports_versions_and_back_ends():
@@ -191,3 +296,30 @@ def test_prompt_files_give_lines_or_json_values(tmp_path):
     chat = [{"role": "user", "content": "x"}]
     lines.write_text(f'"first"\n{{"prompt": "second"}}\n{json.dumps(chat)}\n')
     assert cli.read_prompts(lines) == ["first", "second", chat]
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+def test_only_a_line_feed_ends_a_line(tmp_path, start):
+    plain = tmp_path / "a.txt"
+    plain.write_bytes(start + "one\ftwo\u2028three\x85four\r\nfive".encode())
+    assert cli.read_prompts(plain) == ["one\ftwo\u2028three\x85four", "five"]
+    lines = tmp_path / "a.jsonl"
+    lines.write_bytes(start + '"one\u2028two"\r\n"three\ffour\rfive"\n'.encode())
+    assert cli.read_prompts(lines) == ["one\u2028two", "three\ffour\rfive"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.txt", "fine\ncafé".encode("latin-1"), r"line 2 of .*a\.txt is not UTF-8"),
+        ("a.txt", "fine".encode("utf-16"), r"line 1 of .*a\.txt is not UTF-8"),
+        ("a.jsonl", b'"fine"\n' + b"[" * 100_000, "line 2 of .* (nested too deeply|is not JSON)"),
+        ("a.jsonl", b"9" * 5000, "line 1 of .*a\\.jsonl"),
+        ("a.jsonl", rb'"\ud800"', "line 1 of .* has half of a surrogate pair"),
+    ],
+)
+def test_a_prompt_file_that_is_no_text_names_the_line(tmp_path, name, data, message):
+    file = tmp_path / name
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        cli.read_prompts(file)
