@@ -271,6 +271,31 @@ def test_a_row_without_a_token_is_reported(place: Place, latents: bool, bad: flo
 
 
 @pytest.mark.parametrize("latents", [False, True])
+def test_a_negative_step_count_looks_nothing_up(place: Place, latents: bool) -> None:
+    case = make_case(place, latents, 30)
+    case.state[3].fill_(-(2**40))
+    before = [x.clone() for x in case.state]
+    case.call(place)
+    for x, was in zip(case.state, before, strict=True):
+        assert torch.equal(x, was)
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "step", "tokens", "gradient", "hard_noise"])
+def test_dtypes_are_checked(place: Place, name: str) -> None:
+    case = make_case(place, True, 30, rows=2)
+    integers = name in ("step", "tokens")
+    if name in ("exp_avg", "step"):
+        i = 1 if name == "exp_avg" else 3
+        case.state[i] = case.state[i].int()
+    elif name == "hard_noise":
+        case.options[name] = torch.zeros(2, 30, dtype=torch.int64, device=place.device)
+    else:
+        setattr(case, name, getattr(case, name).int())
+    with pytest.raises(TypeError, match=f"{name} must be {'torch.int64' if integers else 'of a float dtype'}, got"):
+        cuda.dto_step(*case.state, case.tokens, case.rates, case.gradient, case.tables, **case.options)
+
+
+@pytest.mark.parametrize("latents", [False, True])
 def test_a_gradient_of_nan_ends_in_token_minus_one(place: Place, latents: bool) -> None:
     case = make_case(place, latents, 30)
     case.gradient[0, 5] = math.nan

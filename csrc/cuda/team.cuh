@@ -69,7 +69,9 @@ struct Progress {
 
 __device__ __forceinline__ Progress progress_of(const DtoRows& rows, int row) {
   const int64_t start = rows.step[row], left = rows.rates - start;
-  return {rows.tokens[row], start, static_cast<int>(left < rows.max_steps ? left : rows.max_steps)};
+  // Learning rates are looked up by it, and asking beforehand would make the host wait: such a row makes no step.
+  const int64_t most = start < 0 ? 0 : rows.max_steps;
+  return {rows.tokens[row], start, static_cast<int>(left < most ? left : most)};
 }
 
 __device__ __forceinline__ AdamStep next_step(const DtoRows& rows, int64_t start, int done) {
