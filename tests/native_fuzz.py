@@ -142,13 +142,14 @@ class Case:
 
 def meant(case: Case) -> list[Tensor] | None:
     """What the operator's meaning gives in float64; None for `dto_step`, whose own tests compare it."""
-    a = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in case.arguments.items()}
+    a: dict[str, Any] = dict(case.arguments)
+    a |= {k: v.double() for k, v in a.items() if isinstance(v, Tensor) and v.is_floating_point()}
     a |= {k: [x.double() for x in v] for k, v in case.arguments.items() if isinstance(v, list)}
     name = case.name.removeprefix("native_")
     if name == "dto_step":
         return None
-    head = Head(a["weight"], a["scale"], a["softcap"]) if "weight" in a else None
-    rows = (a["h"], head) if name.startswith("linear") else (a.get("z"),)
+    head: Any = Head(a["weight"], a["scale"], a["softcap"]) if "weight" in a else None
+    rows: Any = (a["h"], head) if name.startswith("linear") else (a.get("z"),)
     function = getattr(reference, name)
     if name == "token_diff":
         return list(function(a["old"], a["new"]))
