@@ -6,14 +6,13 @@ reasoning-gym grades the bare answer.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, Protocol
 
 from nabla_fast.demo.tasks import extract_number
-
-_TIMEOUT_SECONDS = 5
+from nabla_fast.evaluation import math_process
 
 
 class GradingError(ValueError):
@@ -39,8 +38,19 @@ class Grader(Protocol):
         """Whether ``answer`` is right; raises GradingError if the grader fails."""
 
 
+@dataclass(frozen=True)
+class MathAnswer:
+    """What math-verify found in a response, as text; compared by the response, since it may have several forms."""
+
+    response: str
+    found: str
+
+
 class MathGrader:
     """Mathematics, by math-verify: what it extracts from a response, and what it takes to be equal.
+
+    It works in a process of its own (`nabla_fast.evaluation.math_process`), so that its limits hold in every thread:
+    what takes too long is no answer, and equal to nothing.
 
     Raises:
         ImportError: if math-verify is not installed.
@@ -48,43 +58,35 @@ class MathGrader:
 
     def __init__(self) -> None:
         try:
-            import math_verify
+            import math_verify  # noqa: F401
         except ImportError as error:
             raise ImportError('grading mathematics needs math-verify; run pip install "nabla_fast[eval]"') from error
-        self._parse = math_verify.parse
-        self._verify = math_verify.verify
-        self._references: dict[str, list[Any]] = {}
+        self._references: set[str] = set()
 
     def check(self, problem_id: str, reference: str) -> None:
         """See `Grader.check`."""
-        self._reference(reference)
+        if reference not in self._references:
+            if math_process.shared().parse(_marked(reference)) is None:
+                raise GradingError(f"the reference answer {reference!r} cannot be graded; math-verify finds none in it")
+            self._references.add(reference)
 
-    def answer(self, problem_id: str, response: str) -> list[Any] | None:
+    def answer(self, problem_id: str, response: str) -> MathAnswer | None:
         """See `Grader.answer`."""
-        return self._parse(response, parsing_timeout=_timeout()) or None
+        found = math_process.shared().parse(response)
+        return None if found is None else MathAnswer(response, found)
 
     def text(self, answer: Any) -> str:
         """See `Grader.text`."""
-        # math-verify puts the text that it read after what it made of it.
-        return str(answer[-1])
+        return str(answer.found)
 
     def same(self, one: Any, other: Any) -> bool:
         """See `Grader.same`."""
-        return bool(self._verify(one, other, timeout_seconds=_timeout()))
+        return math_process.shared().same(one.response, other.response)
 
     def right(self, problem_id: str, reference: str, answer: Any | None) -> bool:
         """See `Grader.right`."""
-        gold = self._reference(reference)
-        return answer is not None and bool(self._verify(gold, answer, timeout_seconds=_timeout()))
-
-    def _reference(self, reference: str) -> list[Any]:
-        if reference not in self._references:
-            # A bare reference is mathematics throughout; math-verify looks for it inside a mark.
-            marked = reference if "$" in reference or "\\boxed" in reference else f"\\boxed{{{reference}}}"
-            self._references[reference] = self._parse(marked, parsing_timeout=_timeout())
-        if not self._references[reference]:
-            raise GradingError(f"the reference answer {reference!r} cannot be graded; math-verify finds none in it")
-        return self._references[reference]
+        self.check(problem_id, reference)
+        return answer is not None and math_process.shared().same(_marked(reference), answer.response)
 
 
 class GymGrader:
@@ -145,6 +147,6 @@ def _comparable(answer: str) -> Decimal | str:
         return " ".join(answer.split())
 
 
-def _timeout() -> int | None:
-    # math-verify's limit is an alarm signal, which Python delivers to the main thread alone.
-    return _TIMEOUT_SECONDS if threading.current_thread() is threading.main_thread() else None
+def _marked(reference: str) -> str:
+    # A bare reference is mathematics throughout; math-verify looks for it inside a mark.
+    return reference if "$" in reference or "\\boxed" in reference else f"\\boxed{{{reference}}}"
