@@ -53,7 +53,8 @@ _FIELDS: tuple[tuple[str, Any], ...] = (
     (r"(local_attention|local_attention_window_len)", 8),
     (r"(attention_chunk_size|rel_extent)", 16),
     (r"(index_topk)", 4),
-    (r"(index_n_heads)", 2),
+    # Keys that no head of an indexer likes are tied, and which of them count would depend on the sequence's length.
+    (r"(index_n_heads)", 16),
     (r"(index_head_dim)", 16),
     (r"(max_position_embeddings|n_positions|n_ctx|max_sequence_length|max_target_positions|max_source_positions)", 128),
     (r"(max_seq_len|context_length)", 128),
@@ -84,7 +85,7 @@ _COMPRESSED = {"compressed_sparse_attention": 4, "heavily_compressed_attention":
 _MLA = {"num_key_value_heads": 2, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "qk_head_dim": 24, "head_dim": 8}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _INDEXER = {
-    "indexer_n_heads": 2,
+    "indexer_n_heads": 16,
     "indexer_kv_heads": 1,
     "indexer_head_dim": 16,
     "indexer_budget": 8,

@@ -31,7 +31,18 @@ FAST = (
     "opt",
     "deepseek_v3",
 )
-ALONE = ("bart", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "llama4_text", "mamba", "qwen3_next", "rwkv")
+ALONE = (
+    "bart",
+    "deepseek_v32",
+    "falcon_h1",
+    "granitemoehybrid",
+    "jamba",
+    "lfm2",
+    "llama4_text",
+    "mamba",
+    "qwen3_next",
+    "rwkv",
+)
 """Families that have to be right as language models: in batches behind prefixes, or however it can be done."""
 NO_MODELS = {
     "dbrx",
