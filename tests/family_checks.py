@@ -85,6 +85,8 @@ def own_gradient(model: Any, ids: list[int], start: int) -> Tensor:
     with torch.enable_grad():
         logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :, : len(TOKENIZER)]
     handle.remove()
+    if not logits.requires_grad:
+        raise NoOracle("the model's own forward pass looks up other rows than those of its token ids")
     picked = logits.log_softmax(-1)[start - 1 : -1].gather(1, torch.tensor(ids[start:]).unsqueeze(1))
     (gradient,) = torch.autograd.grad(picked.sum(), rows)
     if not bool(gradient.isfinite().all()) or not bool(gradient[start:-1].any()):
