@@ -11,11 +11,12 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt tools/install_torch.sh $(
 
 VLLM_STAMP := .venv-vllm/nabla_fast.stamp
 
-.PHONY: demo test test-vllm test-torch test-families lint bench bench-quick clean help
+.PHONY: demo test test-fuzz test-vllm test-torch test-families lint bench bench-quick clean help
 
 help:
 	@echo "make demo    set up .venv and answer a question with the demo models"
 	@echo "make test    set up .venv and run all tests"
+	@echo "make test-fuzz  run the tests that draw examples, with fresh seeds"
 	@echo "make test-families  check every family of models in transformers, about 20 minutes"
 	@echo "make test-vllm  test against a real vLLM server, in an environment of its own (.venv-vllm)"
 	@echo "make test-torch  build against the oldest and the newest torch, and test what was built (some GB in .venv-torch)"
@@ -28,6 +29,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	NABLA_FAST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# Random examples come from fresh seeds here, and are the same in every other run.
+test-fuzz: $(STAMP)
+	NABLA_FAST_REQUIRE_NATIVE=1 NABLA_FAST_FRESH_EXAMPLES=1 NABLA_FAST_FUZZ_CALLS=400 NABLA_FAST_FUZZ_SEED=$$(date +%s) \
+		$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $$(grep -l "hypothesis\|NABLA_FAST_FUZZ" tests/test_*.py)
 
 test-families: $(STAMP)
 	NABLA_FAST_REQUIRE_NATIVE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m families -n $(WORKERS) --maxprocesses 4 -rA tests/test_families.py

@@ -25,6 +25,8 @@ _MASK = 0xFFFFFFFF
 _LIFT = 1e-4
 # Tokens among which a nucleus is looked for before all are sorted, which takes thirty times as long.
 _LIKELIEST = 256
+# Above it, what float32 makes of the sum over the likeliest tokens no longer tells which of the others belong to them.
+_NEARLY_ALL = 1 - 1e-4
 
 
 @dataclass(frozen=True)
@@ -174,23 +176,26 @@ def anchor_noise(logits: Tensor, sampling: Sampling, keys: Sequence[NoiseKey], t
 
 def _nucleus(x: Tensor, top_p: float) -> Tensor:
     """Removes what lies outside the smallest set of tokens whose probability reaches ``top_p``."""
+    if top_p > _NEARLY_ALL:
+        return _without_tail(x, top_p)
     probabilities = x.softmax(-1)
     likeliest = probabilities.topk(min(_LIKELIEST, x.shape[-1]), dim=-1)
-    inside = _before(likeliest.values) < top_p
+    inside = likeliest.values.cumsum(-1) - likeliest.values < top_p
     kept = torch.full_like(x, -torch.inf)
     kept = kept.scatter(-1, likeliest.indices, x.gather(-1, likeliest.indices).masked_fill(~inside, -torch.inf))
     # A row's own matter, so that no other row of the batch changes it.
     wide = inside[:, -1].nonzero()[:, 0]
     if len(wide) and likeliest.indices.shape[-1] < x.shape[-1]:
-        ordered, index = probabilities[wide].sort(dim=-1, descending=True)
-        outside = _before(ordered) >= top_p
-        kept[wide] = x[wide].masked_fill(outside.scatter(-1, index, outside), -torch.inf)
+        kept[wide] = _without_tail(x[wide], top_p)
     return kept
 
 
-def _before(ordered: Tensor) -> Tensor:
-    """The probability of all likelier tokens (N, K), by descending probabilities (N, K)."""
-    return ordered.cumsum(-1) - ordered
+def _without_tail(x: Tensor, top_p: float) -> Tensor:
+    """`_nucleus` by a sum from the least likely token up, which is exact however little the tail makes."""
+    ordered, index = x.softmax(-1).sort(dim=-1)
+    outside = ordered.cumsum(-1) <= 1 - top_p
+    outside[:, -1] = False
+    return x.masked_fill(outside.scatter(-1, index, outside), -torch.inf)
 
 
 def _with_noise(values: Tensor, warped: Tensor, keys: Sequence[NoiseKey], scale: float) -> Tensor:

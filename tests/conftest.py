@@ -6,6 +6,12 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, so that a run says something about the code alone. `make test-fuzz` draws others.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("fresh", print_blob=True)
+settings.load_profile("fresh" if os.environ.get("NABLA_FAST_FRESH_EXAMPLES") == "1" else "same")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Beside other workers, threads that wait for each other take the cores from those that work. torch reads this when

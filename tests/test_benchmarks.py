@@ -286,7 +286,12 @@ def test_a_decode_calls_fewer_operators_than_the_published_schedule():
     shapes = (Shape("l", 301, 32, False, layers=layers), Shape("r", 301, 32, False, layers={**layers, "head_dim": 8}))
     loaded = pairs.random_pair(CPU, *shapes, dtype=torch.float32)
     config = nf.NablaConfig(
-        max_new_tokens=48, max_rollouts=6, confidence_threshold=None, gradient_threshold=0.0, eos_token_ids=()
+        anchor="argmax",
+        max_new_tokens=48,
+        max_rollouts=6,
+        confidence_threshold=None,
+        gradient_threshold=0.0,
+        eos_token_ids=(),
     )
     sides = {}
     for side in (test_bench_generate.ours, test_bench_generate.published):

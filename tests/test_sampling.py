@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -29,6 +29,8 @@ def theirs(logits, sampling):
     top_k=st.one_of(st.none(), st.integers(1, 90)),
     top_p=st.one_of(st.none(), st.floats(0.05, 1.0)),
 )
+@example(seed=0, vocabulary=80, temperature=0.1, top_k=None, top_p=0.9999999999999999)
+@example(seed=0, vocabulary=80, temperature=0.1, top_k=None, top_p=0.9999999)
 def test_warp_equals_transformers_warpers(seed, vocabulary, temperature, top_k, top_p):
     logits = 4 * torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(seed))
     sampling = Sampling(temperature, top_p, top_k)
@@ -46,6 +48,15 @@ def test_a_nucleus_of_any_size_is_transformers_and_its_rows_do_not_mind_each_oth
     assert sizes[0] > 1000 > 256 > sizes[-1], "both ways of finding a nucleus were taken"
     for row in range(4):
         assert torch.equal(warp(logits[row : row + 1], sampling)[0], warped[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_nucleus_of_nearly_everything_leaves_out_what_is_less_than_the_rest(dtype):
+    logits = torch.tensor([[0.0, 1e-3, 1e-8, 1e-12, 0.0]], dtype=torch.float64)
+    logits[0, 0] = 1 - logits.sum()
+    logits = logits.log().to(dtype)
+    for top_p, size in ((1 - 2**-53, 4), (1 - 1e-10, 3), (1 - 1e-7, 2), (0.99, 1), (1.0, 4)):
+        assert int(warp(logits, Sampling(1.0, top_p)).isfinite().sum()) == size, top_p
 
 
 def test_a_sample_is_the_argmax_of_all_logits_with_all_noise():

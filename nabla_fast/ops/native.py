@@ -330,7 +330,7 @@ def _load(directory: Path) -> str | None:
             )
         return (
             "the native library was not built when nabla_fast was installed; install it again with "
-            "`NABLA_FAST_REQUIRE_NATIVE=1 pip install --no-build-isolation` to see why"
+            "`pip install --no-build-isolation`"
         )
     try:
         torch.ops.load_library(path)
