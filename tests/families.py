@@ -49,7 +49,9 @@ _FIELDS: tuple[tuple[str, Any], ...] = (
     (r"(n_shared_experts|num_shared_experts)", 1),
     (r"(first_k_dense_replace|num_dense_layers|moe_layer_start_index)", 1),
     # Windows, chunks and choices of keys are shorter than the sequences, so that they matter.
-    (r"(sliding_window|sliding_window_size|attention_window_size|window_size|keep_window_size)", 8),
+    (r"(sliding_window|sliding_window_size|attention_window_size|window_size)", 8),
+    # Beyond it, this family's choice of keys is one among later tokens, and it is not used there.
+    (r"keep_window_size", 128),
     (r"(local_attention|local_attention_window_len)", 8),
     (r"(attention_chunk_size|rel_extent)", 16),
     (r"(index_topk)", 4),
@@ -228,6 +230,7 @@ def _built(name: Any, family: str, dtype: torch.dtype, seed: int, **options: Any
     if getattr(model, "generation_config", None) is not None:
         # Some families end every answer with it at its limit, which a forward pass knows nothing of.
         model.generation_config.forced_eos_token_id = None
+        model.generation_config.eos_token_id = END
     dtype = torch.float32 if family in _FLOAT32 else dtype
     return model.to(dtype).eval().requires_grad_(False)
 

@@ -349,3 +349,21 @@ def test_a_finite_difference_finds_wrong_gradients_and_accepts_right_ones() -> N
         # Right along its own direction, but blind for a part of the input.
         assert checks.gradient_fault(lambda e: e[:3].sin().sum() + e[3:].detach().sin().sum(), y) is not None
         assert checks.gradient_fault(lambda e: (e + e.detach()).square().sum(), y) is not None
+
+
+def test_a_model_that_sees_later_tokens_is_no_language_model() -> None:
+    model = tiny_language_model("llama")
+    object.__setattr__(model.config, "use_bidirectional_attention", True)
+    own = model.model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = own(*args, **kwargs)
+        out.last_hidden_state = out.last_hidden_state + out.last_hidden_state.mean(1, keepdim=True)
+        return out
+
+    model.model.forward = forward
+    with (
+        pytest.warns(UserWarning, match="bidirectional"),
+        pytest.raises(ValueError, match=r"^model .* is no causal language model: hidden states of 4 tokens are"),
+    ):
+        LanguageModel(model, TOKENIZER)

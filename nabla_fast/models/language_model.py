@@ -120,9 +120,19 @@ class LanguageModel:
 
     @torch.no_grad()
     def _check_head(self, own: Any, ids: Tensor) -> None:
-        """Refuses a model whose own logits (``own`` may be an adapter around it) are not ours."""
+        """Refuses a model whose own logits (``own`` may be an adapter around it) are not ours, or see later tokens."""
         theirs = own(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :, : self.vocab_size]
         ours = self.logits(self.widened(self.body.tried)).to(theirs.dtype)
+        # Where sequences run behind prefixes, that is known.
+        if self.body.way != "prefix":
+            half = len(ids) // 2
+            alone = self.body.whole(self.embedding.inputs(ids[:half]))[:, : self.width]
+            among = self.body.tried[:half]
+            if not checks.is_close(alone, among):
+                raise ValueError(
+                    f"{self.name} is no causal language model: hidden states of {half} tokens are "
+                    f"{checks.relative_error(alone, among):.2g} apart, relatively, from those with others behind them"
+                )
         if theirs.shape == ours.shape and checks.is_close(ours, theirs):
             return
         if theirs.shape != ours.shape:
@@ -179,7 +189,10 @@ def tokenizer_size(tokenizer: Any) -> int:
 
 def context_length(model: Any) -> int | None:
     """Most positions a model takes, None if its configuration does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    # Beyond the second, Doge's choice of keys is one among later tokens, too.
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "keep_window_size"))
+    return min((limit for limit in limits if limit), default=None)
 
 
 def require_eval(model: Any, name: str) -> None:
