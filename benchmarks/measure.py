@@ -250,6 +250,8 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
         return None
     try:
         ctypes.CDLL(None).malloc_trim(0)
+        # Blocks of the sizes below come from the heap from here on, whatever the allocator has made of earlier ones.
+        steady_allocator()
         with _heap_without_holes():
             _allocator(_MMAP, _FROM_SYSTEM)  # larger blocks come from the system and go back to it at once
             marks.write_text("5")  # the highest mark starts anew
