@@ -127,7 +127,7 @@ def random_pair(
 
     quiet_transformers()
     tokenizer = numbered_tokenizer(language.vocabulary)
-    common = {"vocab_size": language.vocabulary, "pad_token_id": 0, "eos_token_id": 0, "bos_token_id": None}
+    common = {"vocab_size": language.vocabulary, "pad_token_id": 2, "eos_token_id": 0, "bos_token_id": None}
     language_config = Qwen2Config(
         hidden_size=language.width, tie_word_embeddings=language.tied, **language.layers, **common
     )

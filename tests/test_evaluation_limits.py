@@ -112,7 +112,12 @@ def test_a_signal_restores_the_cursor_and_keeps_what_is_finished(pair, problems,
     command += ["--out", str(out), *pair, *FAST]
     terminal, theirs = os.openpty()
     process = subprocess.Popen(
-        ["nice", "-n", "5", *command], env={**ENVIRONMENT, "TERM": "xterm"}, stdout=subprocess.DEVNULL, stderr=theirs
+        ["nice", "-n", "5", *command],
+        env={**ENVIRONMENT, "TERM": "xterm"},
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+        # A shell has its background jobs ignore it, and what they start inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(theirs)
     shown = []

@@ -291,7 +291,7 @@ def test_other_kinds_are_known_by_their_configuration(setting: dict[str, Any], r
     for name, value in setting.items():
         object.__setattr__(language.config, name, value)
     with pytest.warns(UserWarning, match=reason):
-        assert not Body(language, "model").incremental
+        assert Body(language, "model").way != "prefix"
 
 
 class _Looking(nn.Module):

@@ -74,10 +74,10 @@ def test_an_evaluation_is_profiled_apart_from_its_results(evaluation, tmp_path, 
     traced = []
     original = runner.Worker.run
 
-    def run(worker, piece):
+    def run(worker, piece, tell):
         if torch.autograd._profiler_enabled():
             traced.append((piece.arm.label, [problem.id for problem in piece.problems], worker._config.max_new_tokens))
-        return original(worker, piece)
+        return original(worker, piece, tell)
 
     monkeypatch.setattr(runner.Worker, "run", run)
     for name, profile in (("plain", []), ("profiled", ["--profile", str(tmp_path / "profile")])):

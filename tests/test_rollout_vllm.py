@@ -43,7 +43,7 @@ def test_latents_and_states_are_the_full_forwards(family, tracked):
     model = LanguageModel(tiny_language_model(family), tiny_tokenizer())
     tracks = [None] * len(CONTEXTS)
     if tracked:
-        tracks = [Track(model.embedding(torch.tensor(c.prompt_ids))) for c in CONTEXTS]
+        tracks = [Track(model.embedding.inputs(torch.tensor(c.prompt_ids))) for c in CONTEXTS]
         # One knows its prompt alone, one more than has been asked for, one a response that went another way.
         known = [torch.tensor(ids, dtype=torch.long) for ids in ([], [30, 31], [40, 41, 42], [8])]
         catch_up(model.body, model.embedding, tracks, known, [len(ids) for ids in known])
@@ -66,7 +66,7 @@ def test_latents_and_states_are_the_full_forwards(family, tracked):
 
 def test_a_model_without_prefix_states_gives_latents_all_the_same(model, server):
     backend = make(model, server)
-    model.body.incremental = False
+    model.body.incremental, model.body.way = False, "whole"
     (result,) = rollout(backend, STARTS[1:2], SAMPLING, NEVER)
     hidden = hidden_states(model, [9, 30, 31, *result.tokens.tolist()])
     torch.testing.assert_close(result.latents, hidden[2:-1], rtol=1e-6, atol=1e-6)
@@ -75,7 +75,7 @@ def test_a_model_without_prefix_states_gives_latents_all_the_same(model, server)
 
 def test_a_state_that_covers_everything_needs_no_further_pass(model, server, monkeypatch):
     backend = make(model, server)
-    track = Track(model.embedding(torch.tensor([9])))
+    track = Track(model.embedding.inputs(torch.tensor([9])))
     tokens = torch.tensor([30, 31])
     catch_up(model.body, model.embedding, [track], [tokens], [2])
     monkeypatch.setattr(model.body, "extend", None)

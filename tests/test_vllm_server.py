@@ -83,7 +83,7 @@ def test_latents_are_the_full_forwards_alone_in_a_batch_and_behind_a_track(loade
     for start, result in zip(starts(prompts, 24), rollout(backend, starts(prompts, 24), SAMPLING, NEVER), strict=True):
         assert len(result.tokens) == 24
         require_latents(model, start, result)
-        track = Track(model.embedding(torch.tensor(start.context.prompt_ids)))
+        track = Track(model.embedding.inputs(torch.tensor(start.context.prompt_ids)))
         catch_up(model.body, model.embedding, [track], [result.tokens], [16])
         context = Context(start.context.prompt_ids, tuple(result.tokens[:8].tolist()), 7, 24)
         (again,) = rollout(backend, [Start(context, track)], SAMPLING, NEVER)
