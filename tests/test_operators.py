@@ -492,3 +492,10 @@ def test_every_operator_has_a_reference_and_availability_is_told_for_each():
         assert set(reasons) == {"reference", "native", "triton", "cuda"}
         assert reasons["reference"] is None
         assert reasons["native"] is None
+
+
+@pytest.mark.parametrize("backend", ["auto", "numpy"])
+def test_a_back_end_that_is_none_is_refused_by_the_operators_themselves(backend):
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=rf"^backend must be one of reference, .* got '{backend}'"):
+        torch.ops.nabla_fast.token_diff(tokens, tokens, backend)

@@ -92,7 +92,15 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def implementation(operator: str, backend: str) -> Callable[..., Any]:
-    """The function of a back end that `resolve` has named."""
+    """The function of a back end that `resolve` has named.
+
+    Raises:
+        ValueError: for any other name; "auto" is for the functions of `nabla_fast.ops`, which choose.
+    """
+    if backend not in _MODULES:
+        raise ValueError(
+            f"backend must be one of {', '.join(_MODULES)} for torch.ops.nabla_fast.{operator}, got {backend!r}"
+        )
     return getattr(importlib.import_module(_MODULES[backend]), operator)
 
 
