@@ -74,6 +74,7 @@ class Body:
         incremental: whether a gradient may begin behind a prefix. If not, every gradient takes whole sequences.
         windowed: whether a layer's attention reaches back a fixed number of columns, gaps among them.
         plain_cache: whether the cache of its own is one of keys and values that has to be given to it.
+        cache_argument: what the backbone calls its cache of keys and values.
         output: what is made of the last hidden states (B, S, d) of every pass.
         tried: (n, d) the last hidden states of ``ids``.
         needs_ids: whether embeddings alone do not say what the model reads, as with embeddings per layer.
@@ -95,6 +96,7 @@ class Body:
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         self._arguments = None if takes_any else frozenset(parameters)
         self._wants_cache_position = "cache_position" in parameters
+        self.cache_argument = cache_argument(self.backbone)
         self.output: Callable[[Tensor], Tensor] = lambda hidden: hidden
         # Until the checks have found out.
         self.way, self.incremental, self.windowed = "prefix", True, False
@@ -197,7 +199,7 @@ class Body:
             attention_mask=mask,
             position_ids=positions,
             use_cache=True,
-            **{cache_argument(self.backbone): cache},
+            **{self.cache_argument: cache},
         )
         hidden = [last_hidden[row, :size] for row, size in enumerate(sizes)]
         after = [
@@ -231,7 +233,7 @@ class Body:
         if state is not None:
             given = {state.argument: state.cache}
         else:
-            given = {cache_argument(self.backbone): DynamicCache()} if self.plain_cache else {}
+            given = {self.cache_argument: DynamicCache()} if self.plain_cache else {}
         (hidden,), out = self.run(ids, embeds, past, use_cache=True, **given)
         argument = next((name for name in _CACHES if getattr(out, name, None) is not None), None)
         if argument is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from nabla_fast.models.body import Body, Inputs, cache_argument, joined
+from nabla_fast.models.body import Body, Inputs, joined
 from nabla_fast.models.prefix import OwnState, PrefixState
 
 # Columns that buffers grow by at the least.
@@ -73,7 +73,7 @@ class DecodeBatch:
             attention_mask=self.mask[:, : self.width + size].to(device).long(),
             position_ids=positions.to(device),
             use_cache=True,
-            **{cache_argument(self.body.backbone): self._cache},
+            **{self.body.cache_argument: self._cache},
         )
         self._last = [hidden[row, :k] for row, k in enumerate(sizes)]
         return self._last
