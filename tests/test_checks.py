@@ -276,7 +276,10 @@ class _Regression(LlamaPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
         self.how = how
         self.post_init()
-        nn.init.normal_(self.score.weight)
+        generator = torch.Generator().manual_seed(0)
+        for name, weight in self.named_parameters():
+            if weight.ndim > 1:
+                nn.init.normal_(weight, std=1.0 if name.startswith("score") else 0.3, generator=generator)
 
     def forward(self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None, **_: Any) -> Tensor:
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)[0]
@@ -303,6 +306,33 @@ def test_a_forward_pass_that_does_more_is_run_as_it_is(how: str) -> None:
     embeds = conversation.embeds.detach().requires_grad_()
     (expected,) = torch.autograd.grad(model(inputs_embeds=embeds.unsqueeze(0)), embeds)
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_scores_are_told_apart_as_large_ones_are(dtype: torch.dtype) -> None:
+    """A difference counts beside the scores of other tokens, not beside one."""
+    model = _Regression(tiny_reward_model("llama").config, "negated").to(dtype).eval()
+    with torch.no_grad():
+        model.score.weight.mul_(1e-3)
+    language_model = LanguageModel(tiny_language_model("llama", dtype=dtype), TOKENIZER)
+    with pytest.warns(UserWarning, match="is run as it is"):
+        RewardModel(model, None, language_model, TOKENIZER)
+
+
+def test_statistics_that_change_are_seen() -> None:
+    model = _Regression(tiny_reward_model("llama").config, "normalised").double().eval()
+    model.how = "shifted"
+    model.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+    own = LlamaModel.forward
+
+    def forward(input_ids: Any = None, attention_mask: Any = None, **_: Any) -> Tensor:
+        return model.score(own(model.model, input_ids=input_ids)[0])[:, -1, 0] - model.mean
+
+    model.forward = forward
+    assert reward(model).body is not None
+    model.mean.fill_(3.0)
+    with pytest.warns(UserWarning, match="is run as it is"):
+        assert reward(model).body is None
 
 
 @pytest.mark.parametrize("labels", [1, 2])

@@ -454,9 +454,14 @@ def _fingerprint(model: Any) -> int:
     """What changes when the model's configuration, modules or weights do."""
     config = model.config
     parts: list[Any] = [config.to_json_string() if hasattr(config, "to_json_string") else repr(config)]
+    parts += [(name, value) for name, value in vars(model).items() if isinstance(value, (str, int, float))]
+    tensors = list(model.parameters())
     for name, module in model.named_modules():
         parts.append((name, type(module), id(vars(module).get("forward")), len(module._forward_hooks)))
-    for tensor in model.parameters():
+        # Others, rotary frequencies among them, are made anew by forward passes.
+        kept = module._buffers.keys() - module._non_persistent_buffers_set
+        tensors += [buffer for key in sorted(kept) if (buffer := module._buffers[key]) is not None]
+    for tensor in tensors:
         version = -1 if tensor.is_inference() else tensor._version
         # Where weights are off-loaded, each pass leaves other placeholders.
         parts.append((0 if tensor.is_meta else id(tensor), tensor.dtype, tensor.device, version))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,10 +38,15 @@ class RewardHead:
     ) -> tuple[Tensor, list[State | None]]:
         """Rewards (B,) of conversations, each behind its prefix, and the states of the whole."""
         hidden, after = self.body(states, conversations)
-        pooled = [self._pooled(h, s, x) for h, s, x in zip(hidden, states, conversations, strict=True)]
+        pooled = [self.pooled(h, s, x) for h, s, x in zip(hidden, states, conversations, strict=True)]
         return self.score(torch.stack(pooled)).squeeze(-1), after
 
-    def _pooled(self, hidden: Tensor, state: State | None, inputs: Inputs) -> Tensor:
+    def alone(self, conversation: Inputs) -> Tensor:
+        """The reward (1,) of one conversation."""
+        return self([None], [conversation])[0]
+
+    def pooled(self, hidden: Tensor, state: State | None, inputs: Inputs) -> Tensor:
+        """The hidden state (d,) that is scored, of those (S, d) of the inputs or the one before them."""
         if self.skips is None:
             return hidden[-1]
         kept = (inputs.ids != self.skips).nonzero()
@@ -140,33 +146,40 @@ class _Rule:
 
 
 def _examine(model: Any, own: Any, name: str, ids: Tensor, pad: int | None) -> _Rule:
-    probes = [ids]
+    # Of several lengths and beginnings, as a score may depend on either.
+    probes = [ids, ids.flip(0), ids[3:]]
     if pad is not None:
         # Where the padding token also ends a turn, it counts, and what is pooled shows.
-        probes.append(torch.cat([ids, ids.new_tensor([pad])]))
+        probes.append(torch.cat([ids.roll(2), ids.new_tensor([pad])]))
     with torch.no_grad():
         expected = [own_score(own, probe.unsqueeze(0), name) for probe in probes]
     rule = _Rule(False, "its score is none of a module called `score` on the last token")
     score = getattr(model, "score", None)
+    function: Callable[[Inputs], Tensor] = OwnForward(own, model.get_input_embeddings(), name, int(ids[0]))
     if score is not None:
         body = Body(model, name, ids)
-        for skips in (False, True) if pad is not None else (False,):
-            head = RewardHead(body, score, pad if skips else None)
-            with torch.no_grad():
-                ours = [head([None], [_read(model, probe)])[0] for probe in probes]
-            if all(o.shape == e.shape and _agree(o, e) for o, e in zip(ours, expected, strict=True)):
-                rule = _Rule(skips, None)
-                break
-            apart = max(float((o - e).abs().max()) for o, e in zip(ours, expected, strict=True))
-            rule = _Rule(False, f"its own forward pass differs by up to {apart:.3g} from its `score` of the last token")
-    function: Callable[[Inputs], Tensor]
-    if rule.reason is None:
-        function = lambda x: head([None], [x])[0]  # noqa: E731
-    else:
-        function = OwnForward(own, model.get_input_embeddings(), name, int(ids[0]))
+        inputs = [_read(model, probe) for probe in probes]
+        with torch.no_grad():
+            hidden = [body.whole(x) for x in inputs]
+            # Of every token: what a difference is large or small beside.
+            scale = max(float(score(h).abs().max()) for h in hidden)
+            for skips in (False, True) if pad is not None else (False,):
+                head = RewardHead(body, score, pad if skips else None)
+                ours = [score(head.pooled(h, None, x)[None])[0] for h, x in zip(hidden, inputs, strict=True)]
+                if all(o.shape == e.shape for o, e in zip(ours, expected, strict=True)):
+                    apart = _apart(ours, expected)
+                    rule = _Rule(
+                        skips, f"its own forward pass differs by {apart:.3g} from its `score` of the last token"
+                    )
+                    if apart <= _tolerance(expected[0]) * scale or not math.isfinite(scale):
+                        rule = _Rule(skips, None)
+                        function = head.alone
+                        break
+    if rule.reason is not None:
         with torch.no_grad():
             ours = [function(_read(model, probe)) for probe in probes]
-        if not all(_agree(o, e) for o, e in zip(ours, expected, strict=True)):
+        scale = max(float(e.abs().max()) for e in expected)
+        if _apart(ours, expected) > _tolerance(expected[0]) * scale:
             raise ValueError(
                 f"{name} makes something else of its input embeddings than of its token ids; {rule.reason}"
             )
@@ -180,10 +193,14 @@ def _read(model: Any, ids: Tensor) -> Inputs:
     return Inputs(ids, model.get_input_embeddings()(ids.unsqueeze(0))[0].detach())
 
 
-def _agree(ours: Tensor, theirs: Tensor) -> bool:
-    tolerance = 0.1 if torch.finfo(theirs.dtype).bits == 16 else 1e-3
+def _apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
     # NaN is found when a reward is asked for, and named there.
-    return torch.allclose(ours.double(), theirs.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
+    return max(float((a.double() - b.double()).abs().nan_to_num(0).max()) for a, b in zip(ours, theirs, strict=True))
+
+
+def _tolerance(like: Tensor) -> float:
+    """What rounding may make of a score, as a share of the largest one."""
+    return 0.05 if torch.finfo(like.dtype).bits == 16 else 1e-3
 
 
 def _entry(out: Any, key: str) -> Any:
