@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel, Qwen2Config, Qwen2ForTokenClassification
 
 import nabla_fast as nf
-from nabla_fast.models import checks
+from nabla_fast.models import numerics
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardModel
 
@@ -371,14 +371,14 @@ def test_a_finite_difference_finds_wrong_gradients_and_accepts_right_ones() -> N
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     for dtype in DTYPES:
         y = x.to(dtype)
-        assert checks.gradient_fault(lambda e: e.sin().sum(), y) is None
-        assert checks.gradient_fault(lambda e: (e * 0).sum() + 7, y) is None
-        assert "no gradient" in str(checks.gradient_fault(lambda e: e.detach().sum(), y))
+        assert numerics.gradient_fault(lambda e: e.sin().sum(), y) is None
+        assert numerics.gradient_fault(lambda e: (e * 0).sum() + 7, y) is None
+        assert "no gradient" in str(numerics.gradient_fault(lambda e: e.detach().sum(), y))
     for dtype in DTYPES[:2]:
         y = x.to(dtype)
         # Right along its own direction, but blind for a part of the input.
-        assert checks.gradient_fault(lambda e: e[:3].sin().sum() + e[3:].detach().sin().sum(), y) is not None
-        assert checks.gradient_fault(lambda e: (e + e.detach()).square().sum(), y) is not None
+        assert numerics.gradient_fault(lambda e: e[:3].sin().sum() + e[3:].detach().sin().sum(), y) is not None
+        assert numerics.gradient_fault(lambda e: (e + e.detach()).square().sum(), y) is not None
 
 
 def test_a_model_that_sees_later_tokens_is_no_language_model() -> None:

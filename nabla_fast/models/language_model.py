@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from nabla_fast.models import checks
 from nabla_fast.models.body import Body, Inputs
+from nabla_fast.models.numerics import is_close, relative_error
 from nabla_fast.models.tracks import Track
 from nabla_fast.ops import Head, linear_logits, scaled_and_capped
 
@@ -128,17 +129,17 @@ class LanguageModel:
             half = len(ids) // 2
             alone = self.body.whole(self.embedding.inputs(ids[:half]))[:, : self.width]
             among = self.body.tried[:half]
-            if not checks.is_close(alone, among):
+            if not is_close(alone, among):
                 raise ValueError(
                     f"{self.name} is no causal language model: hidden states of {half} tokens are "
-                    f"{checks.relative_error(alone, among):.2g} apart, relatively, from those with others behind them"
+                    f"{relative_error(alone, among):.2g} apart, relatively, from those with others behind them"
                 )
-        if theirs.shape == ours.shape and checks.is_close(ours, theirs):
+        if theirs.shape == ours.shape and is_close(ours, theirs):
             return
         if theirs.shape != ours.shape:
             differs = f"for {len(ids)} tokens they have shape {tuple(theirs.shape)}, expected {tuple(ours.shape)}"
         else:
-            differs = f"they are {checks.relative_error(ours, theirs):.2g} apart, relatively, from what its head gives"
+            differs = f"they are {relative_error(ours, theirs):.2g} apart, relatively, from what its head gives"
         adapter = "" if own is self.model else f", and {type(own).__name__} around it changes its input"
         raise ValueError(
             f"{self.name} computes its logits in a way that nabla_fast does not know{adapter}: {differs}; gradients "

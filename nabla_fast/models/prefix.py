@@ -133,10 +133,14 @@ def _left_padded(rows: Sequence[Tensor | None], like: Tensor, length: int) -> Te
 
 
 def layout(past: Sequence[int], sizes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mask (B, P + S) and positions (B, S) of left-padded prefixes with right-padded suffixes behind them."""
+    """Mask (B, P + S) and positions (B, S) of left-padded prefixes with right-padded suffixes behind them.
+
+    Padding on the right is not masked: no token sees what comes after it, and a batch without prefixes needs no mask.
+    """
     before, size = (torch.tensor(x, device=device).unsqueeze(1) for x in (past, sizes))
     columns = torch.arange(max(past), device=device)
     steps = torch.arange(max(sizes), device=device)
-    mask = torch.cat([columns >= max(past) - before, steps < size], dim=1)
+    seen = torch.ones(len(sizes), len(steps), dtype=torch.bool, device=device)
+    mask = torch.cat([columns >= max(past) - before, seen], dim=1)
     # Padding repeats the last position, which every model has.
     return mask.long(), before + torch.minimum(steps.unsqueeze(0), size - 1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast.models import checks
+from nabla_fast.models import checks, numerics
 from nabla_fast.models.body import Body, Inputs, State, embeddings_replaced
 
 _IDS_NAMES = ("input_ids", "ids", "token_ids", "tokens", "text", "texts", "prompt", "prompts", "responses")
@@ -183,7 +183,7 @@ def _examine(model: Any, own: Any, name: str, ids: Tensor, pad: int | None) -> _
             raise ValueError(
                 f"{name} makes something else of its input embeddings than of its token ids; {rule.reason}"
             )
-    fault = checks.gradient_fault(lambda x: function(Inputs(ids, x))[0], _read(model, ids).embeds, model)
+    fault = numerics.gradient_fault(lambda x: function(Inputs(ids, x))[0], _read(model, ids).embeds, model)
     if fault is not None:
         raise ValueError(f"{name} cannot be used: {fault}")
     return rule
