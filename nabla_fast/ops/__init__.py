@@ -1,33 +1,58 @@
 """The operators of DTO. `nabla_fast.ops.reference` says what each one means, `nabla_fast.ops.backends` who runs it."""
 
 from nabla_fast.ops.backends import OPERATORS, availability, resolve
-from nabla_fast.ops.objective import gradient_norm, linear_log_likelihood
-from nabla_fast.ops.operands import Head, RelaxedStats, Tables, TokenGradient
-from nabla_fast.ops.optimisation import dto_step, token_diff
-from nabla_fast.ops.reference import linear_logits, row_chunks, scaled_and_capped, token_gradient, upcast
-from nabla_fast.ops.relaxation import (
-    linear_relaxed_stats,
+from nabla_fast.ops.dto_step import dto_step
+from nabla_fast.ops.embedding import (
+    linear_relaxed_backward,
     linear_soft_embedding,
     linear_straight_through_embedding,
-    relaxed_stats,
+    relaxed_backward,
     soft_embedding,
     straight_through_embedding,
+)
+from nabla_fast.ops.gradient_norm import gradient_norm
+from nabla_fast.ops.likelihood import linear_log_likelihood, log_likelihood_gradient
+from nabla_fast.ops.reference import linear_logits, row_chunks, scaled_and_capped, token_gradient, upcast
+from nabla_fast.ops.stats import linear_relaxed_stats, relaxed_stats
+from nabla_fast.ops.token_diff import token_diff
+from nabla_fast.ops.types import (
+    DTOInputs,
+    DTOOptions,
+    DTOState,
+    DTOStep,
+    HardEmbeddings,
+    Head,
+    LogLikelihood,
+    RelaxedStats,
+    Tables,
+    TokenDiff,
+    TokenGradient,
 )
 
 __all__ = [
     "OPERATORS",
+    "DTOInputs",
+    "DTOOptions",
+    "DTOState",
+    "DTOStep",
+    "HardEmbeddings",
     "Head",
+    "LogLikelihood",
     "RelaxedStats",
     "Tables",
+    "TokenDiff",
     "TokenGradient",
     "availability",
     "dto_step",
     "gradient_norm",
     "linear_log_likelihood",
     "linear_logits",
+    "linear_relaxed_backward",
     "linear_relaxed_stats",
     "linear_soft_embedding",
     "linear_straight_through_embedding",
+    "log_likelihood_gradient",
+    "relaxed_backward",
     "relaxed_stats",
     "resolve",
     "row_chunks",

@@ -1,7 +1,8 @@
 """Which back end runs an operator.
 
-A back end is a module with functions of the same names and signatures as `nabla_fast.ops.reference`. One that lacks an
-operator, or is not for a device, is passed over; the reference has them all.
+Back end "reference" is the meaning of an operator, "native" its kernel in C++; the others are modules with functions of
+the same names and arguments. One that lacks an operator, or is not for a device, is passed over; the reference has them
+all.
 """
 
 from __future__ import annotations
@@ -12,32 +13,19 @@ import os
 import warnings
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nabla_fast.ops import native
 
-OPERATORS = (
-    "relaxed_stats",
-    "linear_relaxed_stats",
-    "straight_through_embedding",
-    "linear_straight_through_embedding",
-    "soft_embedding",
-    "linear_soft_embedding",
-    "relaxed_backward",
-    "linear_relaxed_backward",
-    "log_likelihood_gradient",
-    "gradient_norm",
-    "dto_step",
-    "token_diff",
-)
-_MODULES = {
-    "reference": "nabla_fast.ops.reference",
-    "native": "nabla_fast.ops.native",
-    "triton": "nabla_fast.ops.triton",
-    "cuda": "nabla_fast.ops.cuda",
-}
+if TYPE_CHECKING:
+    from nabla_fast.ops.registry import Operator
+
+OPERATORS: dict[str, Operator] = {}
+"""Every operator by its name, as `nabla_fast.ops.registry` declares them."""
+_MODULES = {"triton": "nabla_fast.ops.triton", "cuda": "nabla_fast.ops.cuda"}
+BACKENDS = ("reference", "native", *_MODULES)
 # What a setting tries, in order. "cuda" has what Triton cannot say well, and Triton the rest.
 _PREFERENCES = {
     ("auto", "cpu"): ("native", "reference"),
@@ -91,17 +79,21 @@ def resolve(operator: str, backend: str, device: torch.device | str, dtype: torc
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def implementation(operator: str, backend: str) -> Callable[..., Any]:
-    """The function of a back end that `resolve` has named.
+def implementation(operator: Operator, backend: str) -> Callable[..., Any]:
+    """What a back end that `resolve` has named runs for an operator.
 
     Raises:
         ValueError: for any other name; "auto" is for the functions of `nabla_fast.ops`, which choose.
     """
+    if backend == "reference":
+        return operator.body
+    if backend == "native":
+        return operator.native
     if backend not in _MODULES:
         raise ValueError(
-            f"backend must be one of {', '.join(_MODULES)} for torch.ops.nabla_fast.{operator}, got {backend!r}"
+            f"backend must be one of {', '.join(BACKENDS)} for torch.ops.nabla_fast.{operator.name}, got {backend!r}"
         )
-    return getattr(importlib.import_module(_MODULES[backend]), operator)
+    return getattr(importlib.import_module(_MODULES[backend]), operator.name)
 
 
 def why_not(operator: str, backend: str, device: torch.device | str) -> str | None:
@@ -113,10 +105,14 @@ def why_not(operator: str, backend: str, device: torch.device | str) -> str | No
         return "it runs on CUDA only"
     if backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it runs on CUDA, or on the CPU with TRITON_INTERPRET=1"
+    if backend == "reference":
+        return None
+    if backend == "native":
+        return native.why_missing() or (None if native.has(operator) else f"{_LACKS} {operator}")
     module = _import(backend)
     if isinstance(module, str):
         return module
-    reason = module.why_missing() if backend == "native" else module.why_missing(device) if backend == "cuda" else None
+    reason = module.why_missing(device) if backend == "cuda" else None
     if reason is not None:
         return str(reason)
     return None if hasattr(module, operator) else f"{_LACKS} {operator}"
@@ -128,7 +124,7 @@ def availability() -> dict[str, dict[str, str | None]]:
     table: dict[str, dict[str, str | None]] = {}
     for operator in OPERATORS:
         table[operator] = {}
-        for backend in _MODULES:
+        for backend in BACKENDS:
             reasons = [why_not(operator, backend, device_type) for device_type in device_types]
             table[operator][backend] = None if None in reasons else reasons[0]
     return table
@@ -145,8 +141,8 @@ _warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _refusal(wanted: str, device_type: str, reason: str) -> str:
     usable = [name for name, device in _PREFERENCES if device == device_type and name != wanted]
-    if (wanted, device_type) not in _PREFERENCES and wanted not in _MODULES:
-        return f"backend must be one of {', '.join(('auto', *_MODULES))}, got {wanted!r}"
+    if (wanted, device_type) not in _PREFERENCES and wanted not in BACKENDS:
+        return f"backend must be one of {', '.join(('auto', *BACKENDS))}, got {wanted!r}"
     return f"backend {wanted!r} cannot be used on {device_type}: {reason}; use one of {', '.join(usable)}"
 
 

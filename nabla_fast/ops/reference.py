@@ -16,7 +16,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.operands import Head, RelaxedStats, Tables, TokenGradient
+from nabla_fast.ops.types import (
+    DTOInputs,
+    DTOOptions,
+    DTOState,
+    DTOStep,
+    HardEmbeddings,
+    Head,
+    LogLikelihood,
+    RelaxedStats,
+    Tables,
+    TokenDiff,
+    TokenGradient,
+)
 from nabla_fast.ops.products import times_table
 
 # Rows of a (rows, V) temporary that one chunk may hold, in elements (256 MiB of float32).
@@ -59,8 +71,13 @@ def relaxed_stats(
     log_p = torch.log_softmax(x, dim=-1)
     p = log_p.exp()
     entropy = -torch.where(p > 0, p * log_p, torch.where(p.isnan(), p, 0.0)).sum(-1)
-    token = hard_token(z)
-    return with_mask(p.amax(-1), _log_sum_exp(x, top, tau), entropy, token, entropy_threshold, confidence_threshold)
+    max_prob, token = p.amax(-1), hard_token(z)
+    mask = token >= 0
+    if entropy_threshold is not None:
+        mask = mask & (entropy >= entropy_threshold)
+    if confidence_threshold is not None:
+        mask = mask & (max_prob <= confidence_threshold)
+    return RelaxedStats(max_prob, torch.logsumexp(x, dim=-1) + top / tau, entropy, token, mask)
 
 
 def _relative(z: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -70,31 +87,9 @@ def _relative(z: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     return (z - torch.where(top.isfinite(), top, torch.nan).unsqueeze(-1)) / tau, top
 
 
-def _log_sum_exp(x: Tensor, top: Tensor, tau: float) -> Tensor:
-    """Of ``z / tau``, from what `_relative` gives."""
-    return torch.logsumexp(x, dim=-1) + top / tau
-
-
 def hard_token(z: Tensor) -> Tensor:
     """argmax (N,) int64 of logits (N, V), the lowest index on a tie; -1 for a row without meaning."""
     return torch.where(z.amax(-1).isfinite(), z.argmax(-1), -1)
-
-
-def with_mask(
-    max_prob: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    token: Tensor,
-    entropy_threshold: float | None,
-    confidence_threshold: float | None,
-) -> RelaxedStats:
-    """Adds the mask to a row's statistics. A row that could not be read (token -1) never passes."""
-    mask = token >= 0
-    if entropy_threshold is not None:
-        mask = mask & (entropy >= entropy_threshold)
-    if confidence_threshold is not None:
-        mask = mask & (max_prob <= confidence_threshold)
-    return RelaxedStats(max_prob, lse, entropy, token, mask)
 
 
 def linear_relaxed_stats(
@@ -124,53 +119,40 @@ def linear_log_likelihood(h: Tensor, head: Head, tokens: Tensor) -> Tensor:
     return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, dim=-1)
 
 
-def straight_through_embedding(
-    z: Tensor, tables: Sequence[Tensor], tau: float = 1.0
-) -> tuple[list[Tensor], Tensor, Tensor]:
+def straight_through_embedding(z: Tensor, tables: Sequence[Tensor], tau: float = 1.0) -> HardEmbeddings:
     """Embeddings of the hard tokens; `relaxed_backward` is the gradient, that of ``softmax(z / tau) @ table``.
 
     Args:
         z: (N, V) logits.
         tables: one or two embedding tables (V, d_k).
-
-    Returns:
-        ``table[argmax z]``, (N, d_k) float32 or float64 per table; log-sum-exp of ``z / tau`` (N,); the tokens (N,)
-        int64.
     """
     dtype = functools.reduce(torch.promote_types, (table.dtype for table in tables), upcast(z).dtype)
     token = hard_token(z)
     bad, rows = (token < 0).unsqueeze(-1), token.clamp(min=0)
     embeddings = [torch.where(bad, torch.nan, table[rows].to(dtype)) for table in tables]
-    return embeddings, _log_sum_exp(*_relative(z.to(dtype), tau), tau), token
+    return HardEmbeddings(embeddings, token)
 
 
 def linear_straight_through_embedding(
     h: Tensor, head: Head, tables: Sequence[Tensor], tau: float = 1.0
-) -> tuple[list[Tensor], Tensor, Tensor]:
+) -> HardEmbeddings:
     """`straight_through_embedding` of the logits of hidden states h (N, d); see `linear_relaxed_backward`."""
     return straight_through_embedding(linear_logits(h, head), tables, tau)
 
 
-def soft_embedding(z: Tensor, table: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The embedding mixture ``softmax(z / tau) @ table``; `relaxed_backward` is its gradient.
-
-    Returns:
-        (N, d_k) float32 or float64, and the log-sum-exp of ``z / tau`` (N,).
-    """
+def soft_embedding(z: Tensor, table: Tensor, tau: float = 1.0) -> Tensor:
+    """The embedding mixture ``softmax(z / tau) @ table`` (N, e); `relaxed_backward` is its gradient."""
     z = z.to(torch.promote_types(upcast(z).dtype, table.dtype))
-    x, top = _relative(z, tau)
-    p = torch.softmax(x, dim=-1)
-    return p @ table.to(p.dtype), _log_sum_exp(x, top, tau)
+    p = torch.softmax(_relative(z, tau)[0], dim=-1)
+    return p @ table.to(p.dtype)
 
 
-def linear_soft_embedding(h: Tensor, head: Head, table: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
+def linear_soft_embedding(h: Tensor, head: Head, table: Tensor, tau: float = 1.0) -> Tensor:
     """`soft_embedding` of the logits of hidden states h (N, d): attention over the vocabulary."""
     return soft_embedding(linear_logits(h, head), table, tau)
 
 
-def relaxed_backward(
-    z: Tensor, lse: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tensor], tau: float = 1.0
-) -> Tensor:
+def relaxed_backward(z: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tensor], tau: float = 1.0) -> Tensor:
     """The gradient that reaches logits z (N, V) through the relaxation p = softmax(z / tau).
 
         dL/dz = p * (D - <p, D>) / tau      with D = G - G(argmax p), G(v) = sum_k <vectors_k, tables_k[v]>
@@ -180,11 +162,10 @@ def relaxed_backward(
 
     Args:
         z: (N, V) logits.
-        lse: (N,) log-sum-exp of ``z / tau`` as the forward pass had it; it may save work, never change the result.
         vectors: (N, d_k) per table, the gradients with respect to the embeddings.
         tables: (V, d_k) each.
     """
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (*vectors, *tables, lse)), upcast(z).dtype)
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (*vectors, *tables)), upcast(z).dtype)
     gradient = torch.zeros(z.shape, dtype=dtype, device=z.device)
     for vector, table in zip(vectors, tables, strict=True):
         gradient += vector.to(dtype) @ table.T.to(dtype)
@@ -192,41 +173,26 @@ def relaxed_backward(
 
 
 def linear_relaxed_backward(
-    h: Tensor,
-    head: Head,
-    lse: Tensor,
-    vectors: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    tau: float = 1.0,
-    mean: Tensor | None = None,
+    h: Tensor, head: Head, vectors: Sequence[Tensor], tables: Sequence[Tensor], tau: float = 1.0
 ) -> Tensor:
-    """`relaxed_backward` carried on to hidden states: dL/dh (N, d), by one pass over the vocabulary (identity (b)).
-
-    Args:
-        mean: (N,) <p, G> as the caller knows it already, up to rounding, or None; it may save work, never change the
-            result.
-    """
+    """`relaxed_backward` carried on to hidden states: dL/dh (N, d), by one pass over the vocabulary (identity (b))."""
     z = linear_logits(h, head)
-    return _head_backward(relaxed_backward(z, lse, vectors, tables, tau), z, head)
+    return _head_backward(relaxed_backward(z, vectors, tables, tau), z, head)
 
 
-def log_likelihood_gradient(h: Tensor, head: Head, tokens: Tensor, need_grad: bool) -> tuple[Tensor, Tensor]:
-    """`linear_log_likelihood` without autograd, and its gradient from the same pass over the vocabulary.
-
-    Returns:
-        log pi (N,); d(log pi)/dh (N, d), or (0, d) without ``need_grad``.
-    """
+def log_likelihood_gradient(h: Tensor, head: Head, tokens: Tensor, need_grad: bool) -> LogLikelihood:
+    """`linear_log_likelihood` without autograd, and its gradient from the same pass over the vocabulary."""
     logits = linear_logits(h, head)
     log_p = torch.log_softmax(_relative(logits, 1.0)[0], dim=-1)
     entry = tokens.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)
     known = entry.squeeze(-1) == tokens
     log_pi = torch.where(known, log_p.gather(-1, entry).squeeze(-1), torch.nan)
     if not need_grad:
-        return log_pi, log_pi.new_empty(0, h.shape[-1])
+        return LogLikelihood(log_pi, log_pi.new_empty(0, h.shape[-1]))
     # [v = token] - p. For a nearly certain token 1 - p keeps no digits, and the sum of the others' p does.
     others = log_p.exp().scatter(-1, entry, 0.0)
     weight = (-others).scatter(-1, entry, others.sum(-1, keepdim=True))
-    return log_pi, _head_backward(torch.where(known.unsqueeze(-1), weight, torch.nan), logits, head)
+    return LogLikelihood(log_pi, _head_backward(torch.where(known.unsqueeze(-1), weight, torch.nan), logits, head))
 
 
 def token_gradient(factors: TokenGradient, tables: Tables, least: torch.dtype = torch.float32) -> Tensor:
@@ -260,24 +226,7 @@ def gradient_norm(factors: TokenGradient, tables: Tables) -> Tensor:
     return torch.cat(norms)
 
 
-def dto_step(
-    parameters: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    tokens: Tensor,
-    learning_rates: Tensor,
-    gradient: Tensor | TokenGradient,
-    tables: Tables,
-    *,
-    latents: bool,
-    tau: float = 1.0,
-    weight_decay: float = 0.0,
-    soft_noise: Tensor | None = None,
-    hard_noise: Tensor | None = None,
-    group: Tensor | None = None,
-    max_steps: int = 1,
-) -> tuple[Tensor, Tensor]:
+def dto_step(state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOptions) -> DTOStep:
     """DTO steps (Alg. 2) of N rows for as long as the gradient holds.
 
     Up to ``max_steps`` times, for every row that still moves: take its hard token at the parameters as they are; if it
@@ -287,27 +236,10 @@ def dto_step(
 
     with D = G - G(hard token), and Adam (betas 0.9 and 0.999, eps 1e-8). After the last step the token is taken once
     more. Rows of one group stop together, before the step that one of them cannot make.
-
-    Args:
-        parameters: (N, d) latents or (N, V) logits, float32 or float64; updated in place.
-        exp_avg, exp_avg_sq: Adam's moments, shaped like ``parameters``; updated in place.
-        step: (N,) int64, steps made so far; updated in place. A row makes no step past ``len(learning_rates)``.
-        tokens: (N,) int64, the hard tokens at which the gradient was taken.
-        learning_rates: (S,) float32 or float64, of every step of the whole optimisation.
-        gradient: G, dense (N, V) or as factors.
-        tables: head and embedding tables.
-        latents: the rows are hidden states, with logits by ``tables.head``; otherwise the rows are logits.
-        tau: relaxation temperature.
-        weight_decay: L2 penalty, as in ``torch.optim.Adam``.
-        soft_noise: (N, V) added to the logits inside the softmax.
-        hard_noise: (N, V) added to the logits where the hard token is taken.
-        group: (N,) int64 in ascending order, which rows stop together; None lets every row go by itself.
-        max_steps: most steps of this call.
-
-    Returns:
-        (N,) int64, each row's hard token at its parameters as they are now, -1 where it has none or its step is
-        negative; (N,) bool, whether it differs from ``tokens``.
     """
+    parameters, exp_avg, exp_avg_sq, step, tokens = state
+    learning_rates, gradient, soft_noise, hard_noise, group = inputs
+    latents, tau, weight_decay, max_steps = options
     rows, vocabulary = parameters.shape[0], tables.head.weight.shape[0]
     group = torch.arange(rows, device=parameters.device) if group is None else group
     current = torch.cat(
@@ -342,7 +274,7 @@ def dto_step(
             parameters[index], exp_avg[index], exp_avg_sq[index] = row, m, v
             noise = None if hard_noise is None else hard_noise[index]
             current[index] = hard_tokens(row, tables.head, latents, noise)
-    return current, current != tokens
+    return DTOStep(current, current != tokens)
 
 
 def hard_tokens(parameters: Tensor, head: Head, latents: bool, hard_noise: Tensor | None = None) -> Tensor:
@@ -351,21 +283,14 @@ def hard_tokens(parameters: Tensor, head: Head, latents: bool, hard_noise: Tenso
     return hard_token(z if hard_noise is None else z + hard_noise)
 
 
-def token_diff(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """First changed position and number of changed positions per row.
-
-    Args:
-        old, new: (B, m) int64.
-
-    Returns:
-        (B,) int64 first changed position, m where nothing changed; (B,) int64 count.
-    """
+def token_diff(old: Tensor, new: Tensor) -> TokenDiff:
+    """First changed position and number of changed positions per row of token ids (B, m)."""
     changed = old != new
     count = changed.sum(-1)
     if old.shape[-1] == 0:
-        return torch.zeros_like(count), count
+        return TokenDiff(torch.zeros_like(count), count)
     first = torch.where(count > 0, changed.int().argmax(-1), old.shape[-1])
-    return first, count
+    return TokenDiff(first, count)
 
 
 def row_chunks(rows: int, vocabulary: int) -> list[slice]:

@@ -1,0 +1,259 @@
+"""Declares operators. A typed signature gives schema, checks, fake kernel, dispatch and documentation.
+
+    @operator()
+    def relaxed_stats(z: Annotated[Tensor, "float N V"], tau: float = 1.0, backend: str = "auto") -> RelaxedStats:
+        '''What it does.'''
+        return reference.relaxed_stats(z, tau)
+
+The body is the meaning and runs as back end "reference"; every other back end has a function of the same name and
+arguments, or, in C++, a kernel. `nabla_fast.ops.arguments` says what the types may be. `torch.compile(fullgraph=True)`
+goes through such an operator, and `torch.library.opcheck` passes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from functools import update_wrapper
+from typing import Annotated, Any, ParamSpec, TypeVar, cast, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from nabla_fast.ops import arguments, backends, native
+from nabla_fast.ops.arguments import KINDS, Array, Leaf, field
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_LIBRARY = torch.library.Library("nabla_fast", "FRAGMENT")
+
+
+def operator(
+    *, derivative: Callable[..., Tensor] | None = None, check: Callable[..., None] | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Declares the decorated function as an operator, and puts in its place what calls the operator.
+
+    Args:
+        derivative: the gradient of the first argument: takes the operator's arguments, and the results as keyword
+            ``result`` with their gradients in the place of those that have one. It has no derivative itself: a second
+            derivative, or one in forward mode, is an error.
+        check: takes the operator's arguments, and raises for those that no back end takes although their types do.
+    """
+
+    def declare(function: Callable[P, R]) -> Callable[P, R]:
+        return cast("Callable[P, R]", update_wrapper(Operator(function, derivative, check), function))
+
+    return declare
+
+
+class Operator:
+    """An operator as it was declared; called, it chooses a back end.
+
+    Attributes:
+        name: of the operator, and of its function in every back end.
+        body: the meaning, which takes the arguments without a back end.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        derivative: Callable[..., Tensor] | None,
+        check: Callable[..., None] | None,
+    ) -> None:
+        self.name, self.body = function.__name__, function
+        self._derivative, self._check = derivative, check
+        hints = get_type_hints(function, include_extras=True)
+        parameters = list(inspect.signature(function).parameters.values())
+        self._names = [p.name for p in parameters]
+        self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        self._fields = [field(p.name, hints[p.name]) for p in parameters[:-1]]
+        self._single = get_origin(hints["return"]) is Annotated
+        self._result = field("result" if self._single else "", hints["return"])
+        self._define()
+        backends.OPERATORS[self.name] = self
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        *values, backend = self._bound(given, named)
+        leaves = [leaf for leaf in self._leaves(values) if isinstance(leaf.value, Tensor)]
+        flat = self._flat(values)
+        if self._derivative is not None:
+            _require_reverse_mode(self.name, (leaf.value for leaf in leaves))
+        elif not self._written:
+            flat = [x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in flat]
+        wide = _sum_dtype(leaves)
+        results = self._overload(*flat, backends.resolve(self.name, backend, leaves[0].value.device, wide))
+        return self._results(results)
+
+    def native(self, *values: Any) -> Any:
+        """The operator by the native library."""
+        flat = [x for one, value in zip(self._fields, values, strict=True) for x in one.flat(value, True)]
+        results = self._native(*flat)
+        return results if self._single else self._result.whole([*results], True)
+
+    def _define(self) -> None:
+        def schema(fields: Iterable[Any], lists: bool) -> list[str]:
+            letters = iter("abcd")
+            return [spelled for one in fields for spelled in one.schema(letters, lists)]
+
+        taken, given = schema(self._fields, False), schema([self._result], False)
+        self._written = [i for i, spelled in enumerate(taken) if "!)" in spelled]
+        # A result cannot be None: what is missing there is an empty tensor.
+        self._may_miss = [spelled.startswith("Tensor?") for spelled in given]
+        results = ", ".join(given).replace("?", "")
+        _LIBRARY.define(f"{self.name}({', '.join([*taken, 'str backend'])}) -> ({results})")
+        self._overload = getattr(torch.ops.nabla_fast, self.name).default
+        _LIBRARY.impl(self.name, self._kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"nabla_fast::{self.name}", self._fake, lib=_LIBRARY)
+        if self._derivative is not None:
+            kinds = [leaf.kind for leaf in _arrays(self._result)]
+            self._constant = [i for i, kind in enumerate(kinds) if kind != "sum"]
+            torch.library.register_autograd(
+                f"nabla_fast::{self.name}", self._backward, setup_context=self._setup, lib=_LIBRARY
+            )
+        if self._written:
+            _LIBRARY.impl(self.name, self._announce, "ADInplaceOrView", with_keyset=True)
+        arguments_, results_ = (", ".join(schema(fields, True)) for fields in (self._fields, [self._result]))
+        self._native = native.define(f"native_{self.name}({arguments_}) -> ({results_})")
+
+    def _bound(self, given: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
+        """The arguments in order, with defaults.
+
+        Raises:
+            TypeError: for one too many, or too few.
+        """
+        rest = self._names[len(given) :]
+        wrong = [n for n in named if n not in rest] or [n for n in rest if n not in named and n not in self._defaults]
+        if wrong or len(given) > len(self._names):
+            what = f"{wrong[0]!r} is missing, given twice or unknown" if wrong else f"got {len(given)}"
+            raise TypeError(f"{self.name}() takes ({', '.join(self._names)}); {what}")
+        return [*given, *(named[n] if n in named else self._defaults[n] for n in rest)]
+
+    def _flat(self, values: Iterable[Any]) -> list[Any]:
+        return [x for one, value in zip(self._fields, values, strict=True) for x in one.flat(value, False)]
+
+    def _whole(self, flat: Iterable[Any]) -> list[Any]:
+        rest = [*flat]
+        return [one.whole(rest, False) for one in self._fields]
+
+    def _results(self, results: Any) -> Any:
+        if self._single:
+            return results
+        empty = ((may and x is not None and x.ndim == 1) for may, x in zip(self._may_miss, results, strict=True))
+        return self._result.whole([None if e else x for e, x in zip(empty, results, strict=True)], False)
+
+    def _leaves(self, values: Iterable[Any]) -> list[Leaf]:
+        return [leaf for one, value in zip(self._fields, values, strict=True) for leaf in one.leaves(value)]
+
+    def _checked(self, flat: tuple[Any, ...]) -> tuple[list[Any], list[Leaf], dict[str, Any]]:
+        values = self._whole(flat[:-1])
+        leaves = self._leaves(values)
+        sizes = arguments.check(leaves)
+        if self._check is not None:
+            self._check(*values)
+        _refuse_forward_mode(self.name, (leaf.value for leaf in leaves if isinstance(leaf.value, Tensor)))
+        return values, leaves, sizes
+
+    def _kernel(self, *flat: Any) -> Any:
+        values, leaves, sizes = self._checked(flat)
+        arguments.check_values(leaves, sizes)
+        if not self._written and _sum_dtype(leaves) == torch.float64:
+            values[0] = _doubled(values[0])
+        results = backends.implementation(self, flat[-1])(*values)
+        if self._single:
+            return results.contiguous()
+        like = leaves[0].value
+        flat_results = self._result.flat(results, False)
+        wide = _sum_dtype(leaves)
+        return tuple(like.new_empty(0, dtype=wide) if x is None else x.contiguous() for x in flat_results)
+
+    def _fake(self, *flat: Any) -> Any:
+        _, leaves, sizes = self._checked(flat)
+        results = tuple(arguments.empty(self._result, sizes, _sum_dtype(leaves), leaves[0].value))
+        return results[0] if self._single else results
+
+    def _announce(self, keyset: Any, *flat: Any) -> Any:
+        """Tells autograd what is written into."""
+        changed = [flat[i] for i in self._written]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in changed):
+            names = ", ".join(self._overload._schema.arguments[i].name for i in self._written)
+            raise RuntimeError(f"{self.name} writes into {names}: pass tensors that require no gradient, or detach them")
+        torch.autograd.graph.increment_version(changed)
+        return self._overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *flat)
+
+    def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = (output,) if self._single else output
+        constants = [outputs[i] for i in self._constant]
+        ctx.mark_non_differentiable(*constants)
+        tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+        ctx.save_for_backward(*(inputs[i] for i in tensors), *constants)
+        ctx.tensors, ctx.others = tensors, [None if isinstance(x, Tensor) else x for x in inputs]
+
+    def _backward(self, ctx: Any, *grads: Any) -> Any:
+        assert self._derivative is not None
+        saved = list(ctx.saved_tensors)
+        flat, results = list(ctx.others), list(grads)
+        for i in ctx.tensors:
+            flat[i] = saved.pop(0)
+        for i in self._constant:
+            results[i] = saved.pop(0)
+        with torch.no_grad():
+            values, result = self._whole(flat[:-1]), self._results(results[0] if self._single else results)
+            gradient = self._derivative(*values, flat[-1], result=result).to(flat[0].dtype)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradient = _without_derivative(self.name, gradient)
+        return gradient, *[None] * (len(flat) - 1)
+
+
+def _arrays(result: Any) -> list[Array]:
+    """One for each tensor of a result."""
+    if isinstance(result, arguments.Group):
+        return [array for one in result.fields for array in _arrays(one)]
+    return [result] if isinstance(result, Array) else [result.one] * result.most
+
+
+def _sum_dtype(leaves: Iterable[Leaf]) -> torch.dtype:
+    """What sums and logits are kept in: float64 where an argument is that has a say in it, else float32."""
+    tensors = (leaf for leaf in leaves if isinstance(leaf.field, Array) and KINDS[leaf.field.kind].wide)
+    return torch.float64 if any(leaf.value.dtype == torch.float64 for leaf in tensors) else torch.float32
+
+
+def _doubled(value: Any) -> Any:
+    """A tensor, or a named tuple of tensors, in float64."""
+    return value.double() if isinstance(value, Tensor) else type(value)(*(x.double() for x in value))
+
+
+def _without_derivative(name: str, gradient: Tensor) -> Tensor:
+    """``gradient`` as the result of something whose derivative is an error."""
+    message = (
+        f"nabla_fast has no second derivative of {name}: take the gradient without create_graph=True, or compute with "
+        "plain PyTorch (nabla_fast.ops.linear_logits and torch.softmax) where you need one"
+    )
+    result: Tensor = torch._C._functions.DelayedError(message.encode(), 1)(gradient.detach().requires_grad_())
+    return result
+
+
+_FORWARD_MODE = (
+    "nabla_fast differentiates {0} once and in reverse mode, by torch.autograd or backward(), not in forward mode or "
+    "by torch.func; compute with plain PyTorch (nabla_fast.ops.linear_logits and torch.softmax) there"
+)
+
+
+def _require_reverse_mode(name: str, tensors: Iterable[Tensor]) -> None:
+    """Raises RuntimeError for any other derivative, which only the caller sees: torch.func wraps its tensors."""
+    if not torch.compiler.is_compiling():
+        _refuse_forward_mode(name, tensors)
+    elif forward_ad._current_level >= 0:
+        raise RuntimeError(_FORWARD_MODE.format(name))
+
+
+def _refuse_forward_mode(name: str, tensors: Iterable[Tensor]) -> None:
+    """Raises RuntimeError for a tensor with a tangent, which would be lost, or one that torch.func differentiates."""
+    functorch = torch._C._functorch
+    for x in tensors:
+        inner = x
+        while functorch.is_functorch_wrapped_tensor(inner) and not functorch.is_gradtrackingtensor(inner):
+            inner = functorch.get_unwrapped(inner)
+        if functorch.is_gradtrackingtensor(inner) or forward_ad.unpack_dual(inner).tangent is not None:
+            raise RuntimeError(_FORWARD_MODE.format(name))
