@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import operator_inputs
 
 from nabla_fast.ops import backends
-from nabla_fast.ops.operands import Head
+from nabla_fast.ops.types import Head
 
 BACKENDS = ("reference", "native", "triton", "cuda")
 CHECKED_ROWS = 16

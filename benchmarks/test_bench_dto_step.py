@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nabla_fast import ops
 from nabla_fast.ops import reference
-from nabla_fast.ops.operands import Tables, TokenGradient
+from nabla_fast.ops.types import Tables, TokenGradient
 
 LEARNING_RATE = 1e-7
 

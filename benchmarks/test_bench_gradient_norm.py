@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nabla_fast import ops
 from nabla_fast.ops import reference
-from nabla_fast.ops.operands import Tables, TokenGradient
+from nabla_fast.ops.types import Tables, TokenGradient
 
 
 def fused(hidden: Tensor, embedding: Tensor, reward_embedding: Tensor, where: Tables, backend: str) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nabla_fast import ops
 from nabla_fast.ops import reference
-from nabla_fast.ops.operands import Head
+from nabla_fast.ops.types import Head
 
 
 def fused(h: Tensor, head: Head, backend: str) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nabla_fast import ops
 from nabla_fast.ops import reference
-from nabla_fast.ops.operands import Head
+from nabla_fast.ops.types import Head
 
 
 def differentiated(forward: Callable[..., Any], x: Tensor, first: Tensor, second: Tensor, *tables: Any, **options: Any):

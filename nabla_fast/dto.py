@@ -230,23 +230,14 @@ class _Rows:
             FloatingPointError: if the steps left a row without a token.
         """
         assert self.gradient is not None
+        tokens_now = torch.cat([self.tokens[i, : span.stop - span.start] for i, span in enumerate(self.spans)])
+        config = self.config
         moved, _ = ops.dto_step(
-            self.parameters,
-            self.exp_avg,
-            self.exp_avg_sq,
-            self.step,
-            torch.cat([self.tokens[i, : span.stop - span.start] for i, span in enumerate(self.spans)]),
-            self.learning_rates,
-            self.gradient,
+            ops.DTOState(self.parameters, self.exp_avg, self.exp_avg_sq, self.step, tokens_now),
+            ops.DTOInputs(self.learning_rates, self.gradient, self.soft_noise, self.hard_noise, self.group),
             self.objective.tables,
-            latents=self.latents,
-            tau=self.config.tau,
-            weight_decay=self.config.weight_decay,
-            soft_noise=self.soft_noise,
-            hard_noise=self.hard_noise,
-            group=self.group,
-            max_steps=len(self.learning_rates),
-            backend=self.config.backend,
+            ops.DTOOptions(self.latents, config.tau, config.weight_decay, max_steps=len(self.learning_rates)),
+            config.backend,
         )
         tokens = self.tokens.clone()
         for i, span in enumerate(self.spans):

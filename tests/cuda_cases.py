@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast.ops import cuda, reference
-from nabla_fast.ops.operands import Head, Tables
+from nabla_fast.ops.types import Head, Tables
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "csrc" / "cuda"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast.ops import native, reference
-from nabla_fast.ops.operands import Head, Tables, TokenGradient
+from nabla_fast.ops.types import Head, Tables, TokenGradient
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OTHERS = (torch.uint8, torch.bool, torch.int8, torch.int32, torch.int64, torch.float8_e4m3fn, torch.complex64)

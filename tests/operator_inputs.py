@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.operands import Head, Tables, TokenGradient
+from nabla_fast.ops.types import Head, Tables, TokenGradient
 from nabla_fast.ops.reference import hard_tokens
 
 

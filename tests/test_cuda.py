@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nabla_fast.config import Sampling
 from nabla_fast.ops import cuda, native, reference
-from nabla_fast.ops.operands import Head, TokenGradient
+from nabla_fast.ops.types import Head, TokenGradient
 from nabla_fast.sampling import anchor_noise, gumbel
 
 NO_GPU = cuda.why_missing()

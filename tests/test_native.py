@@ -17,7 +17,7 @@ from processes import lesser_instruction_sets, repeat_tests, run_python
 from torch import Tensor
 
 from nabla_fast.ops import native, reference
-from nabla_fast.ops.operands import Head, RelaxedStats, Tables, TokenGradient
+from nabla_fast.ops.types import Head, RelaxedStats, Tables, TokenGradient
 
 if not native.available():
     pytest.skip(f"no native library: {native.why_missing()}", allow_module_level=True)
@@ -448,7 +448,7 @@ def test_linear_operators_keep_no_rows_by_vocabulary_tensor() -> None:
     code = """
 import resource, torch
 from nabla_fast.ops import native
-from nabla_fast.ops.operands import Head, Tables, TokenGradient
+from nabla_fast.ops.types import Head, Tables, TokenGradient
 torch.manual_seed(0)
 torch.set_num_threads(2)
 h, weight = torch.randn(256, 16), torch.randn(100_000, 16)

@@ -14,7 +14,7 @@ from processes import lesser_instruction_sets, repeat_tests, run_python
 from torch import Tensor
 
 from nabla_fast.ops import native, reference
-from nabla_fast.ops.operands import Head, Tables, TokenGradient
+from nabla_fast.ops.types import Head, Tables, TokenGradient
 
 if not native.available():
     pytest.skip(f"no native library: {native.why_missing()}", allow_module_level=True)
@@ -510,7 +510,7 @@ def test_wrong_arguments() -> None:
 MEMORY_SCRIPT = """
 import resource, torch
 from nabla_fast.ops import native
-from nabla_fast.ops.operands import Head, Tables, TokenGradient
+from nabla_fast.ops.types import Head, Tables, TokenGradient
 rows, vocabulary, width = 400, 40000, 32
 weight = torch.randn(vocabulary, width)
 tables = Tables(Head(weight), torch.randn(vocabulary, width), torch.randn(vocabulary, 8), 0.1)

@@ -13,7 +13,7 @@ from processes import lesser_instruction_sets, repeat_tests, run_python
 from torch import Tensor
 
 from nabla_fast.ops import native, reference
-from nabla_fast.ops.operands import Head
+from nabla_fast.ops.types import Head
 
 if not native.available():
     pytest.skip(f"no native library: {native.why_missing()}", allow_module_level=True)
@@ -403,7 +403,7 @@ def test_wrong_arguments() -> None:
 MEMORY_SCRIPT = """
 import resource, torch
 from nabla_fast.ops import native
-from nabla_fast.ops.operands import Head
+from nabla_fast.ops.types import Head
 rows, vocabulary, width = 400, 40000, 32
 head, table = Head(torch.randn(vocabulary, width)), torch.randn(vocabulary, 16)
 h, vector = torch.randn(rows, width), torch.randn(rows, 16)

@@ -12,7 +12,7 @@ from operator_inputs import randn, step_state
 
 from nabla_fast import ops
 from nabla_fast.ops import backends, cuda
-from nabla_fast.ops.operands import Head, TokenGradient
+from nabla_fast.ops.types import Head, TokenGradient
 from nabla_fast.ops.reference import linear_logits
 
 V, D, DR = 37, 8, 6

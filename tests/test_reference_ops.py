@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast.ops import reference
-from nabla_fast.ops.operands import Head, Tables, TokenGradient
+from nabla_fast.ops.types import Head, Tables, TokenGradient
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from nabla_fast.ops import triton as ops
-from nabla_fast.ops.operands import Head, Tables, TokenGradient
+from nabla_fast.ops.types import Head, Tables, TokenGradient
 from nabla_fast.ops.triton import linear_state
 
 V, D, D_R = 151936, 3584, 2560

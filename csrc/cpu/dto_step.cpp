@@ -94,15 +94,7 @@ std::vector<GradientTerm> select_terms(const std::vector<GradientTerm>& terms, c
   return selected;
 }
 
-std::tuple<Tensor, Tensor> dto_step(const Tensor& parameters, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                                    const Tensor& step, const Tensor& tokens, const Tensor& learning_rates,
-                                    const std::optional<Tensor>& gradient, const std::optional<Tensor>& hidden,
-                                    const std::optional<Tensor>& embedding,
-                                    const std::optional<Tensor>& reward_embedding, const Tensor& weight,
-                                    const Tensor& embedding_table, const Tensor& reward_table, double scale,
-                                    double softcap, double nll_coeff, bool latents, double tau, double weight_decay,
-                                    const std::optional<Tensor>& soft_noise, const std::optional<Tensor>& hard_noise,
-                                    const std::optional<Tensor>& group, int64_t max_steps) {
+TwoTensors dto_step NABLA_FAST_DTO_STEP_ARGUMENTS {
   const Check check("dto_step");
   check.table(weight, "weight", "V", "d");
   const int64_t vocabulary = weight.size(0);
@@ -117,15 +109,17 @@ std::tuple<Tensor, Tensor> dto_step(const Tensor& parameters, const Tensor& exp_
   if (group) check.integers(*group, "group", {rows});
   if (soft_noise) check.floats(*soft_noise, "soft_noise", {rows, vocabulary});
   if (hard_noise) check.floats(*hard_noise, "hard_noise", {rows, vocabulary});
-  if (gradient) {
-    check.floats(*gradient, "gradient", {rows, vocabulary});
+  TORCH_CHECK(gradient.size() == 1 || gradient.size() == 3, "dto_step: gradient must be dense or three factors, got ",
+              gradient.size(), " tensors");
+  const bool dense = gradient.size() == 1;
+  if (dense) {
+    check.floats(gradient[0], "gradient", {rows, vocabulary});
   } else {
-    TORCH_CHECK(hidden && embedding && reward_embedding, "dto_step: gradient must be dense or all three factors");
     check.table(embedding_table, "embedding_table", vocabulary, "d");
     check.table(reward_table, "reward_table", vocabulary, "d_r");
-    check.floats(*hidden, "hidden", {rows, weight.size(1)});
-    check.floats(*embedding, "embedding", {rows, embedding_table.size(1)});
-    check.floats(*reward_embedding, "reward_embedding", {rows, reward_table.size(1)});
+    check.floats(gradient[0], "hidden", {rows, weight.size(1)});
+    check.floats(gradient[1], "embedding", {rows, embedding_table.size(1)});
+    check.floats(gradient[2], "reward_embedding", {rows, reward_table.size(1)});
   }
   check.inverse_of(tau);
   TORCH_CHECK_VALUE(max_steps >= 0, "dto_step: max_steps must not be negative, got ", max_steps);
@@ -152,11 +146,10 @@ std::tuple<Tensor, Tensor> dto_step(const Tensor& parameters, const Tensor& exp_
   }
   if (soft_noise) problem.soft_noise = *soft_noise;
   if (hard_noise) problem.hard_noise = *hard_noise;
-  if (gradient) {
-    problem.gradient = *gradient;
+  if (dense) {
+    problem.gradient = gradient[0];
   } else {
-    problem.terms =
-        gradient_terms(*hidden, *embedding, *reward_embedding, problem, embedding_table, reward_table, nll_coeff);
+    problem.terms = gradient_terms(gradient[0], gradient[1], gradient[2], problem, embedding_table, reward_table, nll_coeff);
   }
 
   if (rows > 0) {

@@ -49,17 +49,19 @@ std::vector<State> reduce(const at::Tensor& h, const at::Tensor& weight, const H
 
 }  // namespace
 
-FourTensors linear_relaxed_stats(const Tensor& h, const Tensor& weight, double scale, double softcap, double tau) {
+Statistics linear_relaxed_stats(const Tensor& h, const Tensor& weight, double scale, double softcap, double tau,
+                                std::optional<double> entropy_threshold, std::optional<double> confidence_threshold) {
   const Check check("linear_relaxed_stats");
   check.product(h, "h", weight, "weight");
   const double inverse_tau = check.inverse_of(tau);
   const HeadTransform transform{scale, softcap};
+  const Thresholds thresholds{entropy_threshold, confidence_threshold};
   if (h.scalar_type() == at::kDouble || weight.scalar_type() == at::kDouble) {
     return relaxed_statistics<double>(reduce<double>(h, weight, transform, inverse_tau), h.size(0), inverse_tau,
-                                      h.options());
+                                      thresholds, h.options());
   }
   return relaxed_statistics<float>(reduce<float>(h, weight, transform, inverse_tau), h.size(0), inverse_tau,
-                                   h.options());
+                                   thresholds, h.options());
 }
 
 }  // namespace nabla_fast::cpu::CPU_CAPABILITY

@@ -9,11 +9,20 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <tuple>
 #include <vector>
 
 namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
+
+// max_prob, lse, entropy, token, mask
+using Statistics = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+struct Thresholds {
+  std::optional<double> entropy;
+  std::optional<double> confidence;
+};
 
 // Exponentials count in the units that their implementation likes: exp(y) = power(y * kUnits), y <= 0.
 template <typename acc_t>
@@ -119,24 +128,27 @@ struct State {
   }
 };
 
+// A row's mask is true where its entropy and its largest probability pass the thresholds that there are.
 template <typename acc_t>
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> relaxed_statistics(const std::vector<State>& states,
-                                                                              int64_t rows, double inverse_tau,
-                                                                              const at::TensorOptions& options) {
+Statistics relaxed_statistics(const std::vector<State>& states, int64_t rows, double inverse_tau,
+                              const Thresholds& thresholds, const at::TensorOptions& options) {
   constexpr auto kDtype = c10::CppTypeToScalarType<acc_t>::value;
   at::Tensor max_prob = at::empty({rows}, options.dtype(kDtype));
   at::Tensor lse = at::empty({rows}, options.dtype(kDtype));
   at::Tensor entropy = at::empty({rows}, options.dtype(kDtype));
   at::Tensor token = at::empty({rows}, options.dtype(at::kLong));
+  at::Tensor mask = at::empty({rows}, options.dtype(at::kBool));
   auto* max_prob_out = max_prob.mutable_data_ptr<acc_t>();
   auto* lse_out = lse.mutable_data_ptr<acc_t>();
   auto* entropy_out = entropy.mutable_data_ptr<acc_t>();
   auto* token_out = token.mutable_data_ptr<int64_t>();
+  auto* mask_out = mask.mutable_data_ptr<bool>();
   for (int64_t row = 0; row < rows; ++row) {
     const State& state = states[row];
     if (!state.defined()) {
       max_prob_out[row] = lse_out[row] = entropy_out[row] = std::numeric_limits<acc_t>::quiet_NaN();
       token_out[row] = -1;
+      mask_out[row] = false;
       continue;
     }
     max_prob_out[row] = static_cast<acc_t>(1 / state.sum);
@@ -144,8 +156,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> relaxed_statistics(co
     // Never below zero, rounding or not: the maximum adds exactly 1 to the sum, and nothing adds to weighted.
     entropy_out[row] = static_cast<acc_t>(std::log(state.sum) - state.weighted / state.sum);
     token_out[row] = state.token;
+    mask_out[row] = (!thresholds.entropy || entropy_out[row] >= static_cast<acc_t>(*thresholds.entropy)) &&
+                    (!thresholds.confidence || max_prob_out[row] <= static_cast<acc_t>(*thresholds.confidence));
   }
-  return {max_prob, lse, entropy, token};
+  return {max_prob, lse, entropy, token, mask};
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// The CPU operators. What each one means stands in nabla_fast/ops/reference.py, its schema in nabla_fast/ops/native.py.
+// The CPU operators. What each one means stands in nabla_fast/ops/reference.py, its declaration in nabla_fast/ops/ too:
+// named tuples are taken apart here, and lists of tensors are lists.
 //
 // Every file of this folder is compiled once per instruction set (DEFAULT, and on x86 AVX2 and AVX512), because at::vec
 // and the compiler use no wider vectors than they were promised. registration.cpp picks the set of the running machine,
@@ -6,8 +7,7 @@
 //
 // To add an operator: one line below; its function, named like the operator, in <operator>.cpp inside
 // `namespace nabla_fast::cpu::CPU_CAPABILITY` (helpers in an anonymous namespace within, also those of a header, so
-// that no instruction set links to the code of another); its schema `native_<operator>` and a function that calls it
-// in nabla_fast/ops/native.py. CMake finds the file by itself.
+// that no instruction set links to the code of another). CMake finds the file by itself.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,39 +20,43 @@ namespace nabla_fast::cpu {
 
 using Tensor = at::Tensor;
 using TwoTensors = std::tuple<Tensor, Tensor>;
-using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using EmbeddingsAndStatistics = std::tuple<std::vector<Tensor>, Tensor, Tensor>;
+using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using HardEmbeddings = std::tuple<std::vector<Tensor>, Tensor>;
+
+// Of dto_step; `gradient` is dense, or the three factors.
+#define NABLA_FAST_DTO_STEP_ARGUMENTS                                                                                 \
+  (const Tensor& parameters, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step,                     \
+   const Tensor& tokens, const Tensor& learning_rates, at::TensorList gradient,                                       \
+   const std::optional<Tensor>& soft_noise, const std::optional<Tensor>& hard_noise,                                  \
+   const std::optional<Tensor>& group, const Tensor& weight, double scale, double softcap,                            \
+   const Tensor& embedding_table, const Tensor& reward_table, double nll_coeff, bool latents, double tau,             \
+   double weight_decay, int64_t max_steps)
 
 // X(name, type of the result, arguments)
 #define NABLA_FAST_CPU_OPERATORS(X)                                                                                \
   X(token_diff, TwoTensors, (const Tensor& old_tokens, const Tensor& new_tokens))                                  \
-  X(relaxed_stats, FourTensors, (const Tensor& z, double tau))                                                     \
-  X(linear_relaxed_stats, FourTensors,                                                                             \
-    (const Tensor& h, const Tensor& weight, double scale, double softcap, double tau))                             \
+  X(relaxed_stats, FiveTensors,                                                                                    \
+    (const Tensor& z, double tau, std::optional<double> entropy_threshold,                                         \
+     std::optional<double> confidence_threshold))                                                                  \
+  X(linear_relaxed_stats, FiveTensors,                                                                             \
+    (const Tensor& h, const Tensor& weight, double scale, double softcap, double tau,                              \
+     std::optional<double> entropy_threshold, std::optional<double> confidence_threshold))                         \
   X(log_likelihood_gradient, TwoTensors,                                                                           \
     (const Tensor& h, const Tensor& weight, double scale, double softcap, const Tensor& tokens, bool need_grad))   \
   X(gradient_norm, Tensor,                                                                                         \
     (const Tensor& hidden, const Tensor& embedding, const Tensor& reward_embedding, const Tensor& weight,          \
      double scale, double softcap, const Tensor& embedding_table, const Tensor& reward_table, double nll_coeff))   \
-  X(straight_through_embedding, EmbeddingsAndStatistics, (const Tensor& z, at::TensorList tables, double tau))     \
-  X(linear_straight_through_embedding, EmbeddingsAndStatistics,                                                    \
+  X(straight_through_embedding, HardEmbeddings, (const Tensor& z, at::TensorList tables, double tau))              \
+  X(linear_straight_through_embedding, HardEmbeddings,                                                             \
     (const Tensor& h, const Tensor& weight, double scale, double softcap, at::TensorList tables, double tau))      \
-  X(soft_embedding, TwoTensors, (const Tensor& z, const Tensor& table, double tau))                                \
-  X(linear_soft_embedding, TwoTensors,                                                                             \
+  X(soft_embedding, Tensor, (const Tensor& z, const Tensor& table, double tau))                                    \
+  X(linear_soft_embedding, Tensor,                                                                                 \
     (const Tensor& h, const Tensor& weight, double scale, double softcap, const Tensor& table, double tau))        \
-  X(relaxed_backward, Tensor,                                                                                      \
-    (const Tensor& z, const Tensor& lse, at::TensorList vectors, at::TensorList tables, double tau))               \
+  X(relaxed_backward, Tensor, (const Tensor& z, at::TensorList vectors, at::TensorList tables, double tau))        \
   X(linear_relaxed_backward, Tensor,                                                                               \
-    (const Tensor& h, const Tensor& weight, double scale, double softcap, const Tensor& lse,                       \
-     at::TensorList vectors, at::TensorList tables, const std::optional<Tensor>& mean, double tau))                \
-  X(dto_step, TwoTensors,                                                                                          \
-    (const Tensor& parameters, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step,                \
-     const Tensor& tokens, const Tensor& learning_rates, const std::optional<Tensor>& gradient,                    \
-     const std::optional<Tensor>& hidden, const std::optional<Tensor>& embedding,                                  \
-     const std::optional<Tensor>& reward_embedding, const Tensor& weight, const Tensor& embedding_table,           \
-     const Tensor& reward_table, double scale, double softcap, double nll_coeff, bool latents, double tau,         \
-     double weight_decay, const std::optional<Tensor>& soft_noise, const std::optional<Tensor>& hard_noise,        \
-     const std::optional<Tensor>& group, int64_t max_steps))
+    (const Tensor& h, const Tensor& weight, double scale, double softcap, at::TensorList vectors,                  \
+     at::TensorList tables, double tau))                                                                           \
+  X(dto_step, TwoTensors, NABLA_FAST_DTO_STEP_ARGUMENTS)
 
 #define NABLA_FAST_DECLARE(name, result, arguments) result name arguments;
 

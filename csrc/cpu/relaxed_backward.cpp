@@ -110,10 +110,9 @@ Tensor backward(const Tensor& z, at::TensorList vectors, at::TensorList tables, 
 
 }  // namespace
 
-Tensor relaxed_backward(const Tensor& z, const Tensor& lse, at::TensorList vectors, at::TensorList tables, double tau) {
+Tensor relaxed_backward(const Tensor& z, at::TensorList vectors, at::TensorList tables, double tau) {
   const Check check("relaxed_backward");
   check.logits(z);
-  check.floats(lse, "lse", {z.size(0)});
   check.vectors_and_tables(vectors, tables, z.size(0), z.size(1));
   check.inverse_of(tau);
   return z.scalar_type() == at::kDouble ? backward<double>(z, vectors, tables, tau)

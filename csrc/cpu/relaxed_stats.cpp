@@ -178,14 +178,16 @@ std::vector<State> reduce_rows(const at::Tensor& z, double inverse_tau) {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> relaxed_stats(const at::Tensor& z, double tau) {
+Statistics relaxed_stats(const at::Tensor& z, double tau, std::optional<double> entropy_threshold,
+                         std::optional<double> confidence_threshold) {
   const Check check("relaxed_stats");
   check.logits(z);
   const double inverse_tau = check.inverse_of(tau);
-  FourTensors statistics;
+  Statistics statistics;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, z.scalar_type(), "relaxed_stats", [&] {
     statistics = relaxed_statistics<at::opmath_type<scalar_t>>(reduce_rows<scalar_t>(z, inverse_tau), z.size(0),
-                                                               inverse_tau, z.options());
+                                                               inverse_tau, {entropy_threshold, confidence_threshold},
+                                                               z.options());
   });
   return statistics;
 }

@@ -5,18 +5,17 @@
 
 #include <ATen/ops/empty.h>
 
-#include <cmath>
+#include <limits>
 #include <numeric>
 
 namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
 
-// The mixtures and log-sum-exps of all rows, by passes over the vocabulary.
+// The mixtures of all rows, by passes over the vocabulary.
 template <typename acc_t>
-std::tuple<Tensor, Tensor> mixtures(PassInput input, int64_t rows, const Tensor& hidden) {
+Tensor mixtures(PassInput input, int64_t rows, const Tensor& hidden) {
   const auto options = at::dtype(c10::CppTypeToScalarType<acc_t>::value);
   Tensor mixture = at::empty({rows, input.values.size(1)}, options);
-  Tensor lse = at::empty({rows}, options);
   for (int64_t begin = 0; begin < rows; begin += kRowsPerPass) {
     const int64_t count = std::min(kRowsPerPass, rows - begin);
     input.rows.resize(count);
@@ -26,18 +25,15 @@ std::tuple<Tensor, Tensor> mixtures(PassInput input, int64_t rows, const Tensor&
     for (int64_t i = 0; i < count; ++i) {
       const RowState& state = output.states[i];
       const bool defined = !state.undefined && state.sum > 0;
-      const double nan = std::numeric_limits<double>::quiet_NaN();
-      mixture[begin + i].copy_(output.mixture[i]).mul_(defined ? 1 / state.sum : nan);
-      lse.mutable_data_ptr<acc_t>()[begin + i] =
-          static_cast<acc_t>(defined ? state.max / input.tau + std::log(state.sum) : nan);
+      mixture[begin + i].copy_(output.mixture[i]).mul_(defined ? 1 / state.sum : std::numeric_limits<double>::quiet_NaN());
     }
   }
-  return {mixture, lse};
+  return mixture;
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> soft_embedding(const Tensor& z, const Tensor& table, double tau) {
+Tensor soft_embedding(const Tensor& z, const Tensor& table, double tau) {
   const Check check("soft_embedding");
   check.logits(z);
   check.table(table, "table", z.size(1), "d_k");
@@ -51,8 +47,8 @@ std::tuple<Tensor, Tensor> soft_embedding(const Tensor& z, const Tensor& table, 
   return exact ? mixtures<double>(input, z.size(0), {}) : mixtures<float>(input, z.size(0), {});
 }
 
-std::tuple<Tensor, Tensor> linear_soft_embedding(const Tensor& h, const Tensor& weight, double scale, double softcap,
-                                                 const Tensor& table, double tau) {
+Tensor linear_soft_embedding(const Tensor& h, const Tensor& weight, double scale, double softcap, const Tensor& table,
+                             double tau) {
   const Check check("linear_soft_embedding");
   check.product(h, "h", weight, "weight");
   check.table(table, "table", weight.size(0), "d_k");

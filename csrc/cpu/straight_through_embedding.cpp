@@ -37,31 +37,31 @@ void check_tables(const char* name, at::TensorList tables, int64_t vocabulary) {
   }
 }
 
-EmbeddingsAndStatistics embeddings(const FourTensors& statistics, at::TensorList tables) {
-  const auto& [max_prob, lse, entropy, token] = statistics;
+HardEmbeddings embeddings(const FiveTensors& statistics, at::TensorList tables) {
+  const auto& [max_prob, lse, entropy, token, mask] = statistics;
   std::vector<Tensor> result;
   for (const Tensor& table : tables) {
     result.push_back(lse.scalar_type() == at::kDouble ? table_rows<double>(table, token)
                                                       : table_rows<float>(table, token));
   }
-  return {result, lse, token};
+  return {result, token};
 }
 
 }  // namespace
 
-EmbeddingsAndStatistics straight_through_embedding(const Tensor& z, at::TensorList tables, double tau) {
+HardEmbeddings straight_through_embedding(const Tensor& z, at::TensorList tables, double tau) {
   constexpr const char* kName = "straight_through_embedding";
   Check(kName).logits(z);
   check_tables(kName, tables, z.size(1));
-  return embeddings(relaxed_stats(z, tau), tables);
+  return embeddings(relaxed_stats(z, tau, {}, {}), tables);
 }
 
-EmbeddingsAndStatistics linear_straight_through_embedding(const Tensor& h, const Tensor& weight, double scale,
-                                                          double softcap, at::TensorList tables, double tau) {
+HardEmbeddings linear_straight_through_embedding(const Tensor& h, const Tensor& weight, double scale, double softcap,
+                                                 at::TensorList tables, double tau) {
   constexpr const char* kName = "linear_straight_through_embedding";
   Check(kName).product(h, "h", weight, "weight");
   check_tables(kName, tables, weight.size(0));
-  return embeddings(linear_relaxed_stats(h, weight, scale, softcap, tau), tables);
+  return embeddings(linear_relaxed_stats(h, weight, scale, softcap, tau, {}, {}), tables);
 }
 
 }  // namespace nabla_fast::cpu::CPU_CAPABILITY

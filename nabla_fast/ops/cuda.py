@@ -12,22 +12,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nabla_fast.ops import native
-from nabla_fast.ops.operands import Head, Tables, TokenGradient
+from nabla_fast.ops import checks, native
+from nabla_fast.ops.types import DTOInputs, DTOOptions, DTOState, DTOStep, Head, Tables, TokenDiff
 
 # A row of latents passes over the whole head by itself, so more of them are better multiplied together. A row of
 # logits has a team of thread blocks of its own.
 _MOST_ROWS = {True: 4, False: 16}
 _MOST_ENTRIES = 2**30  # indices are 32-bit
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _INT, _POINTER, _DOUBLE = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
@@ -111,7 +109,7 @@ def _why_not_on(index: int) -> str | None:
     )
 
 
-def token_diff(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+def token_diff(old: Tensor, new: Tensor) -> TokenDiff:
     """`reference.token_diff`: (B, m) int64 twice, any strides.
 
     Raises:
@@ -131,27 +129,10 @@ def token_diff(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
             "token_diff", old.data_ptr(), *old.stride(), new.data_ptr(), *new.stride(), first.data_ptr(),
             count.data_ptr(), *old.shape, *device,
         )  # fmt: skip
-    return first, count
+    return TokenDiff(first, count)
 
 
-def dto_step(
-    parameters: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    tokens: Tensor,
-    learning_rates: Tensor,
-    gradient: Tensor | TokenGradient,
-    tables: Tables,
-    *,
-    latents: bool,
-    tau: float = 1.0,
-    weight_decay: float = 0.0,
-    soft_noise: Tensor | None = None,
-    hard_noise: Tensor | None = None,
-    group: Tensor | None = None,
-    max_steps: int = 1,
-) -> tuple[Tensor, Tensor]:
+def dto_step(state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOptions) -> DTOStep:
     """`reference.dto_step` on float32 parameters; a row without a hard token has token -1 and stops.
 
     Few rows that stop one by one, with a dense gradient, are optimised in one launch; the rest is Triton's.
@@ -162,100 +143,66 @@ def dto_step(
         ValueError: if a shape, layout or device does not fit the others, tau is not positive and finite, or max_steps
             is negative.
     """
-    if isinstance(gradient, Tensor) and (group is None or len(parameters) == 1):
-        state = _State(parameters, exp_avg, exp_avg_sq, step)
-        constants = _Constants(tokens, learning_rates, gradient, soft_noise, hard_noise)
-        _check(state, constants, tables.head.weight, latents, tau, max_steps)
-        plan = _plan_for(state, constants, tables.head, latents)
+    if isinstance(inputs.gradient, Tensor) and (inputs.group is None or len(state.parameters) == 1):
+        _check(state, inputs, tables.head.weight, options)
+        plan = _plan_for(state, inputs, tables.head, options.latents)
         if plan is not None:
-            return _run(state, constants, tables.head, latents, plan, tau, weight_decay, max_steps)
+            return _run(state, inputs, tables.head, options, plan)
     from nabla_fast.ops import triton
 
-    return triton.dto_step(
-        parameters, exp_avg, exp_avg_sq, step, tokens, learning_rates, gradient, tables, latents=latents, tau=tau,
-        weight_decay=weight_decay, soft_noise=soft_noise, hard_noise=hard_noise, group=group, max_steps=max_steps,
-    )  # fmt: skip
+    return triton.dto_step(state, inputs, tables, options)
 
 
-class _State(NamedTuple):
-    """What `dto_step` updates in place."""
-
-    parameters: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: Tensor
-
-
-class _Constants(NamedTuple):
-    """What `dto_step` reads, per row or per step."""
-
-    tokens: Tensor
-    learning_rates: Tensor
-    gradient: Tensor
-    soft_noise: Tensor | None
-    hard_noise: Tensor | None
-
-    def prepared(self) -> _Constants:
-        """With the types and strides that the kernels read. Copies what has others."""
-        rates = self.learning_rates if self.learning_rates.dtype == torch.float64 else self.learning_rates.float()
-        gradient, soft, hard = (
-            None if x is None else x.float() if x.stride(-1) == 1 else x.float().contiguous()
-            for x in (self.gradient, self.soft_noise, self.hard_noise)
-        )
-        assert gradient is not None
-        return _Constants(self.tokens.long().contiguous(), rates.contiguous(), gradient, soft, hard)
+def _prepared(inputs: DTOInputs) -> DTOInputs:
+    """With the types and strides that the kernels read. Copies what has others."""
+    rates = inputs.learning_rates if inputs.learning_rates.dtype == torch.float64 else inputs.learning_rates.float()
+    gradient, soft, hard = (
+        None if x is None else x.float() if x.stride(-1) == 1 else x.float().contiguous() for x in _rows_of(inputs)
+    )
+    assert gradient is not None
+    return DTOInputs(rates.contiguous(), gradient, soft, hard)
 
 
-def _check(state: _State, constants: _Constants, weight: Tensor, latents: bool, tau: float, max_steps: int) -> None:
+def _rows_of(inputs: DTOInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The dense gradient and the noises."""
+    assert isinstance(inputs.gradient, Tensor)
+    return inputs.gradient, inputs.soft_noise, inputs.hard_noise
+
+
+def _check(state: DTOState, inputs: DTOInputs, weight: Tensor, options: DTOOptions) -> None:
     """Raw pointers know no bounds, no dtypes and no devices."""
-    if not (math.isfinite(tau) and tau > 0):
-        raise ValueError(f"tau must be positive and finite, got {tau}")
-    if max_steps < 0:
-        raise ValueError(f"max_steps must not be negative, got {max_steps}")
-    named = [*state._asdict().items(), *constants._asdict().items(), ("weight", weight)]
-    for name, x in named:
+    checks.temperature("tau", options.tau)
+    checks.at_least_zero("max_steps", options.max_steps)
+    if weight.ndim != 2 or state.parameters.ndim != 2:
+        raise ValueError(
+            f"weight must be (V, d) and parameters (N, d) or (N, V), got {tuple(weight.shape)} and "
+            f"{tuple(state.parameters.shape)}"
+        )
+    rows, (vocabulary, hidden) = len(state.parameters), weight.shape
+    row, entries = (rows, hidden if options.latents else vocabulary), (rows, vocabulary)
+    names = (*DTOState._fields, "learning_rates", "gradient", "soft_noise", "hard_noise", "weight")
+    shapes: tuple[tuple[int | str, ...], ...]
+    shapes = (row, row, row, (rows,), (rows,), ("S",), entries, entries, entries, (vocabulary, hidden))
+    tensors = (*state, inputs.learning_rates, *_rows_of(inputs), weight)
+    for name, x, shape in zip(names, tensors, shapes, strict=True):
         if x is None:
             continue
-        integers = name in ("step", "tokens")
-        if x.layout != torch.strided or x.device != state.parameters.device:
-            raise ValueError(
-                f"{name} must be a dense tensor on {state.parameters.device}, as parameters are, got layout {x.layout} "
-                f"on {x.device}"
-            )
-        if (x.dtype != torch.int64) if integers else (x.dtype not in _FLOATS):
-            raise TypeError(f"{name} must be {'torch.int64' if integers else 'of a float dtype'}, got {x.dtype}")
-    if weight.ndim != 2 or state.parameters.ndim != 2 or constants.learning_rates.ndim != 1:
-        raise ValueError(
-            f"weight must be (V, d), parameters (N, d) or (N, V), and learning_rates (S,), got {tuple(weight.shape)}, "
-            f"{tuple(state.parameters.shape)} and {tuple(constants.learning_rates.shape)}"
-        )
-    _check_shapes(state, constants, weight, latents)
+        if x.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense tensor, got layout {x.layout}")
+        checks.device(name, x, "parameters", state.parameters)
+        checks.dtype(name, x, (torch.int64,) if name in ("step", "tokens") else checks.FLOATS)
+        checks.shape(name, x, shape)
 
 
-def _check_shapes(state: _State, constants: _Constants, weight: Tensor, latents: bool) -> None:
-    rows, (vocabulary, hidden) = len(state.parameters), weight.shape
-    row, entries = (rows, hidden if latents else vocabulary), (rows, vocabulary)
-    shapes = (*zip(_State._fields, state, (row, row, row, (rows,)), strict=True),)
-    shapes += (("tokens", constants.tokens, (rows,)), ("gradient", constants.gradient, entries))
-    noises = (("soft_noise", constants.soft_noise, entries), ("hard_noise", constants.hard_noise, entries))
-    shapes += tuple((name, x, shape) for name, x, shape in noises if x is not None)
-    for name, x, shape in shapes:
-        if tuple(x.shape) != shape:
-            raise ValueError(f"{name} must be {shape} beside a head of {tuple(weight.shape)}, got {tuple(x.shape)}")
-
-
-def _plan_for(state: _State, constants: _Constants, head: Head, latents: bool) -> _Plan | None:
+def _plan_for(state: DTOState, inputs: DTOInputs, head: Head, latents: bool) -> _Plan | None:
     """How the kernels run these rows; None if they cannot."""
     parameters, weight = state.parameters, head.weight
     rows, width = parameters.shape
     vocabulary = weight.shape[0]
-    used = [*state, *(x for x in constants if x is not None), *([weight] if latents else [])]
     if (
         not 1 <= rows <= _MOST_ROWS[latents]
         or not 1 <= vocabulary < _MOST_ENTRIES
-        or any(x.device != parameters.device for x in used)
         or any(x.dtype != torch.float32 or x.stride(1) != 1 for x in state[:3])
-        or state.step.dtype != torch.int64
         or not state.step.is_contiguous()
     ):
         return None
@@ -289,32 +236,23 @@ def _plan_logits(rows: int, vocabulary: int, device: torch.device) -> _Plan:
     return plan
 
 
-def _run(
-    state: _State,
-    constants: _Constants,
-    head: Head,
-    latents: bool,
-    plan: _Plan,
-    tau: float,
-    weight_decay: float,
-    max_steps: int,
-) -> tuple[Tensor, Tensor]:
+def _run(state: DTOState, inputs: DTOInputs, head: Head, options: DTOOptions, plan: _Plan) -> DTOStep:
     with _device(state.parameters.device) as device:
-        ready = constants.prepared()
-        token = torch.empty_like(ready.tokens)
-        changed = torch.empty_like(ready.tokens, dtype=torch.bool)
+        inputs, tokens = _prepared(inputs), state.tokens.contiguous()
+        gradient, *noises = _rows_of(inputs)
+        rates = inputs.learning_rates
+        token, changed = torch.empty_like(tokens), torch.empty_like(tokens, dtype=torch.bool)
         scratch = torch.empty(max(16, plan.scratch_bytes), dtype=torch.uint8, device=token.device)
-        noise = (ready.soft_noise, ready.hard_noise)
         rows = _Rows(
-            *(x.data_ptr() for x in (*state, ready.tokens, ready.learning_rates, ready.gradient)),
-            *(None if x is None else x.data_ptr() for x in noise),
+            *(x.data_ptr() for x in (*state[:4], tokens, rates, gradient)),
+            *(None if x is None else x.data_ptr() for x in noises),
             *(x.data_ptr() for x in (token, changed, scratch)),
-            *(x.stride(0) for x in (*state[:3], ready.gradient)),
-            *(0 if x is None else x.stride(0) for x in noise),
-            len(state.parameters), head.weight.shape[0], len(ready.learning_rates),
-            ready.learning_rates.dtype == torch.float64, min(max_steps, _MOST_ENTRIES), tau, weight_decay,
+            *(x.stride(0) for x in (*state[:3], gradient)),
+            *(0 if x is None else x.stride(0) for x in noises),
+            len(tokens), head.weight.shape[0], len(rates), rates.dtype == torch.float64,
+            min(options.max_steps, _MOST_ENTRIES), options.tau, options.weight_decay,
         )  # fmt: skip
-        if latents:
+        if options.latents:
             weight = head.weight
             c_head = _Head(
                 weight.data_ptr(), _WEIGHT_TYPES[weight.dtype], weight.stride(0), weight.shape[1], head.scale,
@@ -323,7 +261,7 @@ def _run(
             _call("dto_latents", ctypes.byref(rows), ctypes.byref(c_head), ctypes.byref(plan), *device)
         else:
             _call("dto_logits", ctypes.byref(rows), ctypes.byref(plan), *device)
-    return token, changed
+    return DTOStep(token, changed)
 
 
 @contextlib.contextmanager

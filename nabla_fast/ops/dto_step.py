@@ -16,9 +16,7 @@ def _check(state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOptio
 
 
 @operator(check=_check)
-def dto_step(
-    state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOptions, backend: str = "auto"
-) -> DTOStep:
+def dto_step(state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOptions, backend: str = "auto") -> DTOStep:
     """Steps of DTO for as long as the gradient holds; see `reference.dto_step` for their meaning.
 
     Updates ``parameters``, ``exp_avg``, ``exp_avg_sq`` and ``step`` of the state in place. Where another operand is

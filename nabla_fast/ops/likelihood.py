@@ -12,9 +12,7 @@ from nabla_fast.ops.registry import operator
 from nabla_fast.ops.types import Head, LogLikelihood
 
 
-def _derivative(
-    h: Tensor, head: Head, tokens: Tensor, need_grad: bool, backend: str, result: LogLikelihood
-) -> Tensor:
+def _derivative(h: Tensor, head: Head, tokens: Tensor, need_grad: bool, backend: str, result: LogLikelihood) -> Tensor:
     return result.log_likelihood.unsqueeze(-1) * result.gradient
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nabla_fast.ops.products import times_table
 from nabla_fast.ops.types import (
     DTOInputs,
     DTOOptions,
@@ -29,7 +30,6 @@ from nabla_fast.ops.types import (
     TokenDiff,
     TokenGradient,
 )
-from nabla_fast.ops.products import times_table
 
 # Rows of a (rows, V) temporary that one chunk may hold, in elements (256 MiB of float32).
 _CHUNK_ELEMENTS = 2**26

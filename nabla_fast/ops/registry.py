@@ -178,7 +178,9 @@ class Operator:
         changed = [flat[i] for i in self._written]
         if torch.is_grad_enabled() and any(x.requires_grad for x in changed):
             names = ", ".join(self._overload._schema.arguments[i].name for i in self._written)
-            raise RuntimeError(f"{self.name} writes into {names}: pass tensors that require no gradient, or detach them")
+            raise RuntimeError(
+                f"{self.name} writes into {names}: pass tensors that require no gradient, or detach them"
+            )
         torch.autograd.graph.increment_version(changed)
         return self._overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *flat)
 

@@ -113,11 +113,11 @@ class TokenDiff(NamedTuple):
 
     Attributes:
         first: (B,) int64 first changed position, m where nothing changed.
-        count: (B,) int64 number of changed positions.
+        changes: (B,) int64 number of changed positions.
     """
 
     first: Annotated[Tensor, "int64 B"]
-    count: Annotated[Tensor, "int64 B"]
+    changes: Annotated[Tensor, "int64 B"]
 
 
 class DTOState(NamedTuple):

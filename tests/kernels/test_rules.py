@@ -17,7 +17,7 @@ from kernel_inputs import few
 from operator_inputs import logits
 
 from nabla_fast import ops
-from nabla_fast.ops.operands import Head, Tables, TokenGradient
+from nabla_fast.ops.types import Head, Tables, TokenGradient
 
 BACKENDS = ("reference", "native", "triton") if INTERPRETED else ("reference", "triton", "cuda")
 every_back_end = pytest.mark.parametrize("backend", BACKENDS)

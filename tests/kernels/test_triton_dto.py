@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nabla_fast.ops import reference
 from nabla_fast.ops import triton as kernels
-from nabla_fast.ops.operands import Head, Tables, TokenGradient
+from nabla_fast.ops.types import Head, Tables, TokenGradient
 from nabla_fast.ops.triton import blocks
 
 

@@ -13,7 +13,7 @@ from operator_inputs import close, double, logits
 
 from nabla_fast.ops import reference
 from nabla_fast.ops import triton as kernels
-from nabla_fast.ops.operands import Head, Tables, TokenGradient
+from nabla_fast.ops.types import Head, Tables, TokenGradient
 from nabla_fast.ops.triton import blocks
 
 shapes = st.tuples(st.sampled_from([0, 1, 3, 17]), st.sampled_from([1, 2, 33, 1000]), st.sampled_from([8, 33, 64]))

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.operands import Head, Tables, TokenGradient
 from nabla_fast.ops.products import times_table
 from nabla_fast.ops.triton.combine import Row, combine, joined
 from nabla_fast.ops.triton.linear_state import fused, linear_state
 from nabla_fast.ops.triton.online import new_state
 from nabla_fast.ops.triton.rows import row_state
+from nabla_fast.ops.types import Head, Tables, TokenGradient
 
 # Entries of one scratch: 256 MiB of float32.
 ENTRIES = 2**26

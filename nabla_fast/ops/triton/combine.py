@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.operands import RelaxedStats
 from nabla_fast.ops.triton.launch import run
 from nabla_fast.ops.triton.online import merge
+from nabla_fast.ops.types import RelaxedStats
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])

@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.operands import Tables, TokenGradient
 from nabla_fast.ops.products import times_rows
 from nabla_fast.ops.triton.blocks import Scratch, logits_in_blocks, row_blocks, write_gradient
 from nabla_fast.ops.triton.dto_update import Rows
@@ -30,6 +29,7 @@ from nabla_fast.ops.triton.one_row import OneRowPass, fits
 from nabla_fast.ops.triton.rows import row_state
 from nabla_fast.ops.triton.sources import at_tokens, from_factors
 from nabla_fast.ops.triton.weights import weight_dtypes, write_weights
+from nabla_fast.ops.types import DTOInputs, DTOOptions, DTOState, DTOStep, Tables, TokenGradient
 
 # Entries of G that are kept from step to step: 1 GiB.
 KEPT = 2**28
@@ -47,43 +47,26 @@ class _Problem(NamedTuple):
     hard: Tensor | None
 
 
-def dto_step(
-    parameters: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    tokens: Tensor,
-    learning_rates: Tensor,
-    gradient: Tensor | TokenGradient,
-    tables: Tables,
-    *,
-    latents: bool,
-    tau: float = 1.0,
-    weight_decay: float = 0.0,
-    soft_noise: Tensor | None = None,
-    hard_noise: Tensor | None = None,
-    group: Tensor | None = None,
-    max_steps: int = 1,
-) -> tuple[Tensor, Tensor]:
+def dto_step(state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOptions) -> DTOStep:
     """`reference.dto_step` on float32 parameters; a row without a hard token has token -1 and stops."""
+    parameters, gradient, latents = state.parameters, inputs.gradient, options.latents
     factors = [gradient] if isinstance(gradient, Tensor) else [*gradient, tables.embedding, tables.reward_embedding]
-    check(parameters, exp_avg, exp_avg_sq, *factors, *([tables.head.weight] if latents else []))
+    check(*state[:3], *factors, *([tables.head.weight] if latents else []))
     if parameters.dtype != torch.float32:
         raise ValueError(f"parameters must be float32 for backend 'triton', got {parameters.dtype}")
     if not len(parameters):
-        return torch.empty_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
-    inv_tau = 1.0 / tau
-    rows = Rows(parameters, exp_avg, exp_avg_sq, step, tokens, learning_rates, group, weight_decay, inv_tau)
-    problem = _Problem(rows, gradient, tables, inv_tau, soft_noise, hard_noise)
+        return DTOStep(torch.empty_like(state.tokens), torch.zeros_like(state.tokens, dtype=torch.bool))
+    rows = Rows(state, inputs, options)
+    problem = _Problem(rows, gradient, tables, rows.inv_tau, inputs.soft_noise, inputs.hard_noise)
     few = fits(len(parameters), [table.shape[1] for table in (tables.head.weight, *tables[1:3])])
     steps, tokens_now = (_one_row if few else _latents_blocks)(problem) if latents else _logits_rows(problem)
-    for made in range(max_steps):
+    for made in range(options.max_steps):
         if not steps(made):
             break
     else:
-        tokens_now(max_steps)
-    step += rows.made
-    return rows.current, rows.current != tokens
+        tokens_now(options.max_steps)
+    state.step.add_(rows.made)
+    return DTOStep(rows.current, rows.current != state.tokens)
 
 
 def _one_row(problem: _Problem) -> tuple[Step, Step]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from nabla_fast.ops.triton.combine import float_rows
 from nabla_fast.ops.triton.launch import run, strides
 from nabla_fast.ops.triton.online import merge, shift
+from nabla_fast.ops.types import DTOInputs, DTOOptions, DTOState
 
 
 @triton.jit(do_not_specialize=["rows", "splits", "made", "limit"])
@@ -201,21 +202,13 @@ class Rows:
         top, inverse, q: (N,) of the last check, for rows not held: p = exp((x - top) / tau) * inverse; <p, D>.
     """
 
-    def __init__(
-        self,
-        parameters: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        step: Tensor,
-        tokens: Tensor,
-        learning_rates: Tensor,
-        group: Tensor | None,
-        weight_decay: float,
-        inv_tau: float,
-    ) -> None:
+    def __init__(self, state: DTOState, inputs: DTOInputs, options: DTOOptions) -> None:
+        parameters, exp_avg, exp_avg_sq = state[:3]
+        self.parameters = parameters
+        self.inv_tau, self.decay = 1.0 / options.tau, float(options.weight_decay)
         rows, device = parameters.shape[0], parameters.device
-        self.parameters, self.inv_tau, self.decay = parameters, inv_tau, float(weight_decay)
-        self.step, self.expected = step.contiguous(), tokens.contiguous()
+        self.step, self.expected = state.step.contiguous(), state.tokens.contiguous()
+        learning_rates, group = inputs.learning_rates, inputs.group
         self.limit = learning_rates.shape[0]
         self.current = torch.empty(rows, dtype=torch.int64, device=device)
         self.held = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -236,7 +229,7 @@ class Rows:
             "S": exp_avg_sq, **strides("S", exp_avg_sq, "nd"), "HELD": self.held, "FIRST": self.first, "LAST": last,
             "STEP": self.step, "MADE": self.made, "RATE": rate, "CORRECTION": correction,
             "TOP": self.top, "INVERSE": self.inverse, "Q": self.q, "rows": rows,
-            "decay": self.decay, "inv_tau": inv_tau,
+            "decay": self.decay, "inv_tau": self.inv_tau,
         }  # fmt: skip
 
     def decide(self, state: tuple[Tensor, Tensor], made: int, block: slice = slice(None)) -> None:

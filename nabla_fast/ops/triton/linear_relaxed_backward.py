@@ -11,26 +11,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.operands import Head
 from nabla_fast.ops.products import times_rows
 from nabla_fast.ops.triton.blocks import Scratch, at_argmax, logits_in_blocks, rounded, write_terms
 from nabla_fast.ops.triton.combine import combine
 from nabla_fast.ops.triton.launch import check
 from nabla_fast.ops.triton.rows import row_state
 from nabla_fast.ops.triton.weights import weight_dtypes, write_weights
+from nabla_fast.ops.types import Head
 
 
 def linear_relaxed_backward(
-    h: Tensor,
-    head: Head,
-    lse: Tensor,
-    vectors: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    tau: float = 1.0,
-    mean: Tensor | None = None,
+    h: Tensor, head: Head, vectors: Sequence[Tensor], tables: Sequence[Tensor], tau: float = 1.0
 ) -> Tensor:
-    """`reference.linear_relaxed_backward`; it does not need ``mean``, which comes with the state of the logits."""
-    check(h, head.weight, lse, *vectors, *tables)
+    """`reference.linear_relaxed_backward`."""
+    check(h, head.weight, *vectors, *tables)
     out = torch.empty(h.shape, dtype=torch.float32, device=h.device)
     scratch = Scratch(len(h), head.weight.shape[0], h.device)
     vectors = rounded(vectors, tables, h.dtype)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nabla_fast.ops.operands import Head, RelaxedStats
 from nabla_fast.ops.triton.blocks import linear_row
 from nabla_fast.ops.triton.launch import check
+from nabla_fast.ops.types import Head, RelaxedStats
 
 
 def linear_relaxed_stats(

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.operands import Head
 from nabla_fast.ops.triton.launch import INTERPRET, architecture, run, split, strides
 from nabla_fast.ops.triton.online import new_state, rescale, shift, store_state
 from nabla_fast.ops.triton.tiles import capped, products
+from nabla_fast.ops.types import Head
 
 
 @triton.jit(do_not_specialize=["rows"])

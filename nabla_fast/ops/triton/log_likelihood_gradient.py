@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.operands import Head
 from nabla_fast.ops.products import times_rows
 from nabla_fast.ops.triton.blocks import Scratch, logits_in_blocks
 from nabla_fast.ops.triton.combine import Row, combine
 from nabla_fast.ops.triton.launch import check
 from nabla_fast.ops.triton.rows import row_state
 from nabla_fast.ops.triton.weights import weight_dtypes, write_weights
+from nabla_fast.ops.types import Head, LogLikelihood
 
 
-def log_likelihood_gradient(h: Tensor, head: Head, tokens: Tensor, need_grad: bool) -> tuple[Tensor, Tensor]:
+def log_likelihood_gradient(h: Tensor, head: Head, tokens: Tensor, need_grad: bool) -> LogLikelihood:
     """`reference.log_likelihood_gradient`; a token outside the vocabulary gives NaN."""
     check(h, head.weight)
     (count, depth), vocabulary = h.shape, head.weight.shape[0]
@@ -38,7 +38,7 @@ def log_likelihood_gradient(h: Tensor, head: Head, tokens: Tensor, need_grad: bo
                 softcap=head.softcap,
             )  # fmt: skip
             times_rows(weights, head.weight, gradient[rows], alpha=head.scale)
-    return log_pi, gradient
+    return LogLikelihood(log_pi, gradient)
 
 
 def _others(z: Tensor, entry: Tensor, row: Row) -> Tensor:

@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.operands import Head
 from nabla_fast.ops.triton.launch import INTERPRET, run, split, strides
 from nabla_fast.ops.triton.online import new_state, shift, store_state
 from nabla_fast.ops.triton.rows import load_row
 from nabla_fast.ops.triton.sources import Gradient, at_tokens
 from nabla_fast.ops.triton.tiles import cap_slope, capped
+from nabla_fast.ops.types import Head
 
 # What BV entries of all tables may take: bytes of one tile, and of all tiles in flight (an A100 has 163 KiB to share).
 _TILE_BYTES = 65536

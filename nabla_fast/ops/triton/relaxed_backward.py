@@ -18,11 +18,9 @@ from nabla_fast.ops.triton.rows import row_state
 from nabla_fast.ops.triton.weights import write_weights
 
 
-def relaxed_backward(
-    z: Tensor, lse: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tensor], tau: float = 1.0
-) -> Tensor:
+def relaxed_backward(z: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tensor], tau: float = 1.0) -> Tensor:
     """`reference.relaxed_backward`."""
-    check(z, lse, *vectors, *tables)
+    check(z, *vectors, *tables)
     dz = torch.empty(z.shape, dtype=torch.float32, device=z.device)
     count, vocabulary = z.shape
     scratch = Scratch(count, vocabulary, z.device)
@@ -30,7 +28,6 @@ def relaxed_backward(
     for rows in row_blocks(count, vocabulary):
         part = z[rows]
         gradient = write_terms(scratch.take("gradient", len(part)), [vector[rows] for vector in vectors], tables)
-        # <p, D> comes with the same pass that finds the maximum again, more exactly than lse has it at small tau.
         origin = at_argmax(gradient, part)
         row = combine(row_state(part, 1.0 / tau, gradient=gradient, origin=origin), 1.0 / tau)
         write_weights(

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nabla_fast.ops.operands import RelaxedStats
 from nabla_fast.ops.triton.combine import combine
 from nabla_fast.ops.triton.launch import check
 from nabla_fast.ops.triton.rows import row_state
+from nabla_fast.ops.types import RelaxedStats
 
 
 def relaxed_stats(

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.operands import Head, Tables, TokenGradient
 from nabla_fast.ops.triton.launch import same_table
+from nabla_fast.ops.types import Head, Tables, TokenGradient
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.operands import Head
 from nabla_fast.ops.triton.blocks import linear_row
 from nabla_fast.ops.triton.combine import combine
 from nabla_fast.ops.triton.launch import check, run, strides
 from nabla_fast.ops.triton.rows import row_state
+from nabla_fast.ops.types import HardEmbeddings, Head
 
 
 @triton.jit
@@ -38,19 +38,19 @@ def _gather(table: Tensor, token: Tensor) -> Tensor:
     return out
 
 
-def straight_through_embedding(
-    z: Tensor, tables: Sequence[Tensor], tau: float = 1.0
-) -> tuple[list[Tensor], Tensor, Tensor]:
+def _embeddings(token: Tensor, tables: Sequence[Tensor]) -> HardEmbeddings:
+    return HardEmbeddings([_gather(table, token) for table in tables], token)
+
+
+def straight_through_embedding(z: Tensor, tables: Sequence[Tensor], tau: float = 1.0) -> HardEmbeddings:
     """`reference.straight_through_embedding`; a row without meaning has token -1 and NaN embeddings."""
     check(z, *tables)
-    stats = combine(row_state(z, 1.0 / tau), 1.0 / tau).stats
-    return [_gather(table, stats.token) for table in tables], stats.lse, stats.token
+    return _embeddings(combine(row_state(z, 1.0 / tau), 1.0 / tau).stats.token, tables)
 
 
 def linear_straight_through_embedding(
     h: Tensor, head: Head, tables: Sequence[Tensor], tau: float = 1.0
-) -> tuple[list[Tensor], Tensor, Tensor]:
+) -> HardEmbeddings:
     """`reference.linear_straight_through_embedding`."""
     check(h, head.weight, *tables)
-    stats = linear_row(h, head, 1.0 / tau).stats
-    return [_gather(table, stats.token) for table in tables], stats.lse, stats.token
+    return _embeddings(linear_row(h, head, 1.0 / tau).stats.token, tables)

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nabla_fast.ops.triton.launch import check, run, strides
+from nabla_fast.ops.types import TokenDiff
 
 
 @triton.jit(do_not_specialize=["OLD_b", "NEW_b", "length"])
@@ -29,7 +30,7 @@ def _token_diff_kernel(OLD, OLD_b, OLD_m, NEW, NEW_b, NEW_m, FIRST, COUNT, lengt
     tl.store(COUNT + row, tl.sum(count, axis=0))
 
 
-def token_diff(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+def token_diff(old: Tensor, new: Tensor) -> TokenDiff:
     """`reference.token_diff`."""
     check(old, new)
     rows, length = old.shape
@@ -39,4 +40,4 @@ def token_diff(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
             _token_diff_kernel, (rows,), old.device, OLD=old, **strides("OLD", old, "bm"),
             NEW=new, **strides("NEW", new, "bm"), FIRST=first, COUNT=count, length=length, BLOCK=512, num_warps=4,
         )  # fmt: skip
-    return first, count
+    return TokenDiff(first, count)
