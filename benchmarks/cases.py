@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +13,9 @@ from measure import Budget, ceilings, floor, in_turn, input_sets, peak_bytes
 from shapes import GEMMA2_2B, LLAMA31_8B, QWEN25_05B, QWEN25_7B, SMOLLM2_135M, Shape
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-
-import operator_inputs
-
 from nabla_fast.ops import backends
 from nabla_fast.ops.types import Head
+from nabla_fast.testing import operators as operator_inputs
 
 BACKENDS = ("reference", "native", "triton", "cuda")
 CHECKED_ROWS = 16

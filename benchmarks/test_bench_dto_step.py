@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from cases import Case, Contest, Inputs, Setting, backends_of, capped, head_of, with_compiled
-from operator_inputs import factors, randn, step_state, tables
 from shapes import Shape
 from torch import Tensor
 
 from nabla_fast import ops
 from nabla_fast.ops import reference
-from nabla_fast.ops.types import Tables, TokenGradient
+from nabla_fast.ops.types import DTOInputs, DTOOptions, DTOState, Tables, TokenGradient
+from nabla_fast.testing.operators import factors, randn, step_state, tables
 
 LEARNING_RATE = 1e-7
 
@@ -43,13 +43,9 @@ def fused(function: Any, latents: bool, *arguments: Any, **options: Any) -> tupl
     parameters, first, second, count, tokens, *gradient, where, rates = arguments
     made = torch.zeros_like(count)
     given = gradient[0] if len(gradient) == 1 else TokenGradient(*gradient)
-    token, _ = function(
-        *(parameters, first, second, made, tokens, rates, given, where),
-        latents=latents,
-        max_steps=len(rates),
-        **options,
-    )
-    return parameters, first, second, token
+    state = DTOState(parameters, first, second, made, tokens)
+    steps = DTOOptions(latents, max_steps=len(rates))
+    return parameters, first, second, function(state, DTOInputs(rates, given), where, steps, **options).token
 
 
 def step(

@@ -6,13 +6,13 @@ import functools
 
 import torch
 from cases import Case, Contest, Inputs, Setting, backends_of, capped, head_of, with_compiled
-from operator_inputs import factors, tables
 from shapes import Shape
 from torch import Tensor
 
 from nabla_fast import ops
 from nabla_fast.ops import reference
 from nabla_fast.ops.types import Tables, TokenGradient
+from nabla_fast.testing.operators import factors, tables
 
 
 def fused(hidden: Tensor, embedding: Tensor, reward_embedding: Tensor, where: Tables, backend: str) -> Tensor:

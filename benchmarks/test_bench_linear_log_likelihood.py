@@ -8,13 +8,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from cases import Case, Contest, Inputs, Setting, backends_of, capped, head_of, why_not_installed, with_compiled
-from operator_inputs import randn
 from shapes import Shape
 from torch import Tensor
 
 from nabla_fast import ops
 from nabla_fast.ops import reference
 from nabla_fast.ops.types import Head
+from nabla_fast.testing.operators import randn
 
 
 def differentiated(forward: Callable[..., Tensor], h: Tensor, tokens: Tensor, head: Head, **options: str):

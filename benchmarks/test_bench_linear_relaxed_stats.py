@@ -6,7 +6,6 @@ import functools
 
 import torch
 from cases import Case, Contest, Inputs, Setting, backends_of, capped, head_of, with_compiled
-from operator_inputs import randn
 from shapes import Shape
 from test_bench_relaxed_stats import textbook
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from nabla_fast import ops
 from nabla_fast.ops import reference
 from nabla_fast.ops.types import Head
+from nabla_fast.testing.operators import randn
 
 
 def fused(h: Tensor, head: Head, backend: str) -> tuple[Tensor, ...]:

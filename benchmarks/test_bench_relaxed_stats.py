@@ -6,12 +6,12 @@ import functools
 
 import torch
 from cases import Case, Contest, Inputs, Setting, backends_of, with_compiled
-from operator_inputs import randn
 from shapes import QWEN3_4B, Shape
 from torch import Tensor
 
 from nabla_fast import ops
 from nabla_fast.ops import reference
+from nabla_fast.testing.operators import randn
 
 
 def fused(z: Tensor, backend: str) -> tuple[Tensor, ...]:

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 
 import torch
 from cases import Case, Contest, Inputs, Setting, with_compiled
-from operator_inputs import randn
 from shapes import Shape
 from tables import OURS
 from torch import Tensor
 
 import nabla_fast as nf
 from nabla_fast.sampling import Context, Sampler
+from nabla_fast.testing.operators import randn
 
 ROWS = (1, 8, 32)
 PUBLISHED = nf.Sampling(temperature=0.6, top_p=0.95)

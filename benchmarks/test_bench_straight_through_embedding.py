@@ -3,50 +3,52 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from cases import Case, Contest, Inputs, Setting, backends_of, capped, head_of, with_compiled
-from operator_inputs import randn
 from shapes import Shape
 from torch import Tensor
 
 from nabla_fast import ops
 from nabla_fast.ops import reference
 from nabla_fast.ops.types import Head
+from nabla_fast.testing.operators import randn
 
 
-def differentiated(forward: Callable[..., Any], x: Tensor, first: Tensor, second: Tensor, *tables: Any, **options: Any):
+def differentiated(forward: Callable[..., Any], x: Tensor, first: Tensor, second: Tensor, *others: Any, **options: Any):
     """Both embeddings, the tokens, and the gradient that ``first`` and ``second`` (N, d_k) send back to ``x``."""
     leaf = x.detach().requires_grad_()
-    *embeddings, token = forward(leaf, *tables, **options)
+    embeddings, token = forward(leaf, *others, **options)
     sent = [grad.to(embedding.dtype) for grad, embedding in zip((first, second), embeddings, strict=True)]
     (gradient,) = torch.autograd.grad(embeddings, leaf, sent)
     return *(embedding.detach() for embedding in embeddings), token, gradient
 
 
-def one_hot_matmul(z: Tensor, embedding: Tensor, reward_embedding: Tensor) -> tuple[Tensor, ...]:
+def one_hot_matmul(z: Tensor, tables: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """The straight-through estimator as it is usually written: dense one-hot rows through both tables."""
     p = z.softmax(-1)
     token = z.argmax(-1)
     y = F.one_hot(token, z.shape[-1]).to(p.dtype) + p - p.detach()
-    return y.to(embedding.dtype) @ embedding, y.to(embedding.dtype) @ reward_embedding, token
+    return [y.to(table.dtype) @ table for table in tables], token
 
 
-def linear_one_hot_matmul(h: Tensor, head: Head, embedding: Tensor, reward_embedding: Tensor) -> tuple[Tensor, ...]:
-    return one_hot_matmul(capped((h @ head.weight.T).float(), head.softcap), embedding, reward_embedding)
+def linear_one_hot_matmul(h: Tensor, head: Head, tables: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    return one_hot_matmul(capped((h @ head.weight.T).float(), head.softcap), tables)
 
 
-def meaning(z: Tensor, first: Tensor, second: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
-    embeddings, lse, token = reference.straight_through_embedding(z, tables)
-    return *embeddings, token, reference.relaxed_backward(z, lse, (first, second), tables)
+def meaning(z: Tensor, first: Tensor, second: Tensor, tables: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    embeddings, token = reference.straight_through_embedding(z, tables)
+    return *embeddings, token, reference.relaxed_backward(z, [first, second], tables)
 
 
-def linear_meaning(h: Tensor, first: Tensor, second: Tensor, head: Head, *tables: Tensor) -> tuple[Tensor, ...]:
-    embeddings, lse, token = reference.linear_straight_through_embedding(h, head, tables)
-    return *embeddings, token, reference.linear_relaxed_backward(h, head, lse, (first, second), tables)
+def linear_meaning(
+    h: Tensor, first: Tensor, second: Tensor, head: Head, tables: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    embeddings, token = reference.linear_straight_through_embedding(h, head, tables)
+    return *embeddings, token, reference.linear_relaxed_backward(h, head, [first, second], tables)
 
 
 def inputs(seed: int, setting: Setting, shape: Shape, rows: int, dtype: torch.dtype, linear: bool) -> Inputs:
@@ -61,7 +63,7 @@ def inputs(seed: int, setting: Setting, shape: Shape, rows: int, dtype: torch.dt
     head = head_of(shape, dtype, seed + 100, device)
     embedding = head.weight if shape.tied else head_of(shape, dtype, seed + 200, device).weight
     reward = randn(shape.vocabulary, shape.reward_width, dtype=dtype, seed=seed + 300, scale=0.02, device=device)
-    return Inputs((x, *grads), (head, embedding, reward) if linear else (embedding, reward))
+    return Inputs((x, *grads), (head, [embedding, reward]) if linear else ([embedding, reward],))
 
 
 def contest(setting: Setting, shape: Shape, rows: int, dtype: torch.dtype, linear: bool) -> Contest:

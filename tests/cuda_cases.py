@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nabla_fast.ops import cuda, reference
 from nabla_fast.ops.types import Head, Tables
+from nabla_fast.testing.operators import dto_arguments
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "csrc" / "cuda"
@@ -79,7 +80,7 @@ class Case:
         tables = self.tables._replace(head=self.tables.head._replace(weight=_double(self.tables.head.weight)))
         options = {key: _double(value) if isinstance(value, Tensor) else value for key, value in self.options.items()}
         tokens, changed = reference.dto_step(
-            *expected, self.tokens, _double(self.rates), _double(self.gradient), tables, **options
+            *dto_arguments(*expected, self.tokens, _double(self.rates), _double(self.gradient), tables, **options)
         )
         ours = self.call(place)
         assert torch.equal(ours[0], tokens)
@@ -91,14 +92,20 @@ class Case:
     def call(self, place: Place) -> tuple[Tensor, Tensor]:
         """`cuda.dto_step`, which may not wait for the GPU."""
         if place.emulated:
-            return cuda.dto_step(*self.state, self.tokens, self.rates, self.gradient, self.tables, **self.options)
-        cuda.dto_step(  # plans and modules are made by the first call
-            *(x.clone() for x in self.state), self.tokens, self.rates, self.gradient, self.tables, **self.options
+            return cuda.dto_step(
+                *dto_arguments(*self.state, self.tokens, self.rates, self.gradient, self.tables, **self.options)
+            )
+        cuda.dto_step(
+            *dto_arguments(  # plans and modules are made by the first call
+                *(x.clone() for x in self.state), self.tokens, self.rates, self.gradient, self.tables, **self.options
+            )
         )
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return cuda.dto_step(*self.state, self.tokens, self.rates, self.gradient, self.tables, **self.options)
+            return cuda.dto_step(
+                *dto_arguments(*self.state, self.tokens, self.rates, self.gradient, self.tables, **self.options)
+            )
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -11,10 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
-from tiny_models import CONTEXT
 
 from nabla_fast.config import Sampling
 from nabla_fast.sampling import sample, warp
+from nabla_fast.testing.models import CONTEXT
 
 
 @dataclass

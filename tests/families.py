@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_models import tiny_tokenizer
 from torch import nn
 from transformers.models.auto import configuration_auto, modeling_auto
+
+from nabla_fast.testing.models import tiny_tokenizer
 
 V = len(tiny_tokenizer())
 PAD, START, END = 0, 2, 3

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tiny_models import MESSAGES, shared_reward_model, tiny_tokenizer
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -19,6 +18,7 @@ import nabla_fast as nf
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardModel
 from nabla_fast.objective import Conversation, Objective, Request
+from nabla_fast.testing.models import MESSAGES, shared_reward_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 CHATS = [list(MESSAGES), [{"role": "user", "content": "is it"}]]
@@ -157,7 +157,7 @@ def _decode(model: Any) -> str:
 
 
 def _reward(model: Any) -> str:
-    from tiny_models import shared_language_model
+    from nabla_fast.testing.models import shared_language_model
 
     language_model = LanguageModel(shared_language_model("llama"), TOKENIZER)
     ours = RewardModel(model, None, language_model, TOKENIZER)

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_models import tiny_tokenizer
 from torch import nn
+
+from nabla_fast.testing.models import tiny_tokenizer
 
 _IDS = {"pad_token_id": 0, "eos_token_id": 3, "bos_token_id": 2}
 _V = len(tiny_tokenizer())

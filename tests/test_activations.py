@@ -6,9 +6,9 @@ import threading
 
 import pytest
 import torch
-from tiny_models import tiny_language_model
 
 from nabla_fast.models.activations import checkpointed, frozen
+from nabla_fast.testing.models import tiny_language_model
 
 
 def overlapping(first, second):

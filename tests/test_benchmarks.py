@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_language_model, tiny_reward_model, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import nabla_fast as nf
 from nabla_fast import cli, cli_bench
 from nabla_fast.generate import make_pair
+from nabla_fast.testing.models import tiny_language_model, tiny_reward_model, tiny_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import FAMILIES, shared_language_model, shared_reward_model, tiny_tokenizer
 
 import nabla_fast as nf
 from nabla_fast.decoder import Decoder, Sequence
 from nabla_fast.generate import NablaOutput
 from nabla_fast.models.body import Body
 from nabla_fast.objective import Objective, Request
+from nabla_fast.testing.models import FAMILIES, shared_language_model, shared_reward_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

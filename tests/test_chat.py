@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny_models import CHAT_TEMPLATE, CLOSING, MESSAGES, prompt_ids, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from nabla_fast.models.chat import as_chats, conversation_frame, generation_prompt_ids
+from nabla_fast.testing.models import CHAT_TEMPLATE, CLOSING, MESSAGES, prompt_ids, tiny_tokenizer
 
 USER = {"role": "user", "content": "what is 3 times 4"}
 ASSISTANT = {"role": "assistant", "content": "12"}

@@ -5,13 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 import typer
-from tiny_models import CHAT_TEMPLATE, MESSAGES, prompt_ids, tiny_language_model, tiny_reward_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 import nabla_fast as nf
 from nabla_fast import cli_config
 from nabla_fast.generate import make_pair
 from nabla_fast.models.chat import ChatTemplateError, conversation_frame, generation_prompt_ids
+from nabla_fast.testing.models import (
+    CHAT_TEMPLATE,
+    MESSAGES,
+    prompt_ids,
+    tiny_language_model,
+    tiny_reward_model,
+    tiny_tokenizer,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

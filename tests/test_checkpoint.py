@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import save_pair
 
 from nabla_fast.models import checkpoint, loading
+from nabla_fast.testing.models import save_pair
 
 WEIGHTS = "model.safetensors"
 

@@ -9,7 +9,14 @@ import peft
 import pytest
 import torch
 from accelerate import cpu_offload
-from tiny_models import (
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel, Qwen2Config, Qwen2ForTokenClassification
+
+import nabla_fast as nf
+from nabla_fast.models import numerics
+from nabla_fast.models.language_model import LanguageModel
+from nabla_fast.models.reward_model import RewardModel
+from nabla_fast.testing.models import (
     CLOSING,
     FAMILIES,
     MESSAGES,
@@ -20,13 +27,6 @@ from tiny_models import (
     tiny_reward_model,
     tiny_tokenizer,
 )
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel, Qwen2Config, Qwen2ForTokenClassification
-
-import nabla_fast as nf
-from nabla_fast.models import numerics
-from nabla_fast.models.language_model import LanguageModel
-from nabla_fast.models.reward_model import RewardModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

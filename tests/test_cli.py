@@ -9,11 +9,11 @@ import subprocess
 import sys
 
 import pytest
-from tiny_models import save_pair, tiny_tokenizer
 from typer.testing import CliRunner
 
 import nabla_fast as nf
 from nabla_fast import cli, cli_config, terminal
+from nabla_fast.testing.models import save_pair, tiny_tokenizer
 
 FAST = ("--max-new-tokens", "6", "--max-rollouts", "2", "--max-iters", "2", "--gradient-threshold", "none")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import CHAT_TEMPLATE, shared_language_model, tiny_reward_model, tiny_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
@@ -15,6 +14,7 @@ from nabla_fast.models.cuts import require_same_cuts
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardModel
 from nabla_fast.models.vocabulary import align
+from nabla_fast.testing.models import CHAT_TEMPLATE, shared_language_model, tiny_reward_model, tiny_tokenizer
 
 WORDS = ("<|pad|>", "<|unk|>", "<|end|>", *"0123456789", " + ", " - ", " * ", " = ", "\n", "Compute ", ".")
 

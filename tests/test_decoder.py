@@ -8,7 +8,6 @@ from functools import lru_cache
 
 import pytest
 import torch
-from tiny_models import DEVICE, tiny_language_model, tiny_reward_model, tiny_tokenizer
 
 import nabla_fast as nf
 from nabla_fast.decoder import Decoder, Sequence
@@ -17,6 +16,7 @@ from nabla_fast.models.body import Body
 from nabla_fast.objective import Conversation, Objective
 from nabla_fast.rollout import HFRollout, Rollout, StopRule, hf
 from nabla_fast.sampling import Sampler
+from nabla_fast.testing.models import DEVICE, tiny_language_model, tiny_reward_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

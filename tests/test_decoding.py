@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_language_model, tiny_tokenizer
 from torch import Tensor
 
 from nabla_fast.models.decoding import DecodeBatch
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.prefix import PrefixState
 from nabla_fast.models.tracks import resume
+from nabla_fast.testing.models import FAMILIES, tiny_language_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import DEVICE, tiny_language_model, tiny_reward_model, tiny_tokenizer
 from transformers import GenerationConfig, MaxTimeCriteria, TextIteratorStreamer, TextStreamer
 
 import nabla_fast as nf
+from nabla_fast.testing.models import DEVICE, tiny_language_model, tiny_reward_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from dense_dto import DensePair, DenseResult, dense_dto, partners, published_schedule
-from tiny_models import (
+from torch import Tensor
+
+import nabla_fast as nf
+from nabla_fast.dto import DTOResult, Problem, learning_rates, optimize, optimize_batch
+from nabla_fast.models.language_model import LanguageModel
+from nabla_fast.models.reward_model import RewardModel
+from nabla_fast.objective import Conversation, Objective
+from nabla_fast.testing.models import (
     CLOSING,
     CONTEXT,
     FAMILIES,
@@ -20,13 +27,6 @@ from tiny_models import (
     shared_reward_model,
     tiny_tokenizer,
 )
-from torch import Tensor
-
-import nabla_fast as nf
-from nabla_fast.dto import DTOResult, Problem, learning_rates, optimize, optimize_batch
-from nabla_fast.models.language_model import LanguageModel
-from nabla_fast.models.reward_model import RewardModel
-from nabla_fast.objective import Conversation, Objective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

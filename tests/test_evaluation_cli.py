@@ -12,12 +12,12 @@ import time
 
 import pytest
 import torch
-from tiny_models import save_pair
 from typer.testing import CliRunner
 
 import nabla_fast as nf
 from nabla_fast import cli
 from nabla_fast.evaluation.runner import RESULTS
+from nabla_fast.testing.models import save_pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import WIDTH, shared_language_model, shared_reward_model, tiny_language_model, tiny_tokenizer
 
 import nabla_fast as nf
 from nabla_fast import baselines
@@ -14,6 +13,13 @@ from nabla_fast.evaluation import flops, methods
 from nabla_fast.evaluation.tasks import Problem
 from nabla_fast.models.chat import as_chats
 from nabla_fast.stats import Revision, SequenceStats
+from nabla_fast.testing.models import (
+    WIDTH,
+    shared_language_model,
+    shared_reward_model,
+    tiny_language_model,
+    tiny_tokenizer,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

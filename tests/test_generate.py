@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import CONTEXT, tiny_language_model, tiny_reward_model, tiny_tokenizer
 
 import nabla_fast as nf
+from nabla_fast.testing.models import CONTEXT, tiny_language_model, tiny_reward_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import operator_inputs
 import pytest
 import test_decoder
 import torch
 from test_operators import DIFFERENTIABLE, NAMES, calls
-from tiny_models import tiny_language_model, tiny_reward_model, tiny_tokenizer
 from torch import Tensor
 
 import nabla_fast as nf
 from nabla_fast import ops
 from nabla_fast.ops import backends
+from nabla_fast.testing import operators as operator_inputs
+from nabla_fast.testing.models import tiny_language_model, tiny_reward_model, tiny_tokenizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ("reference", "triton", "cuda")
@@ -122,8 +122,7 @@ def test_the_drop_in_takes_what_transformers_gives_it() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-# Its mean is not that of its other arguments, and not all back ends need it.
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "linear_relaxed_backward_with_mean"])
+@pytest.mark.parametrize("name", NAMES)
 def test_operators_and_their_gradients(name: str, dtype: torch.dtype, backend: str) -> None:
     """Through the dispatcher, against the reference on the CPU."""
     if backend == "cuda" and backends.why_not(name.split("_factors")[0], "cuda", "cuda") is not None:
@@ -163,7 +162,7 @@ def test_operators_compile_in_one_graph() -> None:
 
     def everything(h: Tensor) -> Tensor:
         stats = ops.linear_relaxed_stats(h, head)
-        hard, _, token = ops.linear_straight_through_embedding(h, head, table)
+        (hard,), token = ops.linear_straight_through_embedding(h, head, [table])
         likelihood = ops.linear_log_likelihood(h, head, token)
         return (hard.sum(-1) + likelihood + ops.linear_soft_embedding(h, head, table).sum(-1)) * stats.max_prob
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from test_prefix import PROMPTS, TOKENIZER, conversation, response
-from tiny_models import tiny_language_model, tiny_reward_model
 from torch.nn import functional as F
 
 import nabla_fast as nf
@@ -13,6 +12,7 @@ from nabla_fast.models import layers
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardModel
 from nabla_fast.objective import Objective, Request
+from nabla_fast.testing.models import tiny_language_model, tiny_reward_model
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch has no oneDNN; its own products are used"

@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
+from torch import Tensor, nn
+from transformers import LlamaModel
+
+from nabla_fast.models.body import Inputs
+from nabla_fast.models.language_model import LanguageModel, embedding_table
+from nabla_fast.models.reward_model import RewardModel
+from nabla_fast.testing.models import (
     CLOSING,
     CONTEXT,
     FAMILIES,
@@ -20,12 +26,6 @@ from tiny_models import (
     tiny_reward_model,
     tiny_tokenizer,
 )
-from torch import Tensor, nn
-from transformers import LlamaModel
-
-from nabla_fast.models.body import Inputs
-from nabla_fast.models.language_model import LanguageModel, embedding_table
-from nabla_fast.models.reward_model import RewardModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

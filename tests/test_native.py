@@ -18,9 +18,12 @@ from torch import Tensor
 
 from nabla_fast.ops import native, reference
 from nabla_fast.ops.types import Head, RelaxedStats, Tables, TokenGradient
+from nabla_fast.testing.operators import Backend
 
 if not native.available():
     pytest.skip(f"no native library: {native.why_missing()}", allow_module_level=True)
+
+cpp = Backend("native")
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -42,7 +45,7 @@ def assert_near(actual: Tensor, meant: Tensor, tolerance: float) -> None:
 
 
 def assert_stats(z: Tensor, tau: float) -> None:
-    actual = native.relaxed_stats(z, tau, 1.0, 0.9)
+    actual = cpp.relaxed_stats(z, tau, 1.0, 0.9)
     meant = reference.relaxed_stats(z.double(), tau, 1.0, 0.9)
     for ours, theirs in zip(actual[:3], meant[:3], strict=True):
         assert ours.dtype == (torch.float64 if z.dtype == torch.float64 else torch.float32)
@@ -75,7 +78,7 @@ def test_relaxed_stats_ties_take_the_lowest_index(columns: int, dtype: torch.dty
     z[1, -1] = z[1, columns // 2] = 5
     z[2, 0] = z[2, -1] = 5
     z[3, -1] = 5
-    assert native.relaxed_stats(z).token.tolist() == [0, columns // 2, 0, columns - 1]
+    assert cpp.relaxed_stats(z).token.tolist() == [0, columns // 2, 0, columns - 1]
     assert_stats(z, 1.0)
 
 
@@ -91,7 +94,7 @@ def test_relaxed_stats_undefined_rows(value: float, at: int, columns: int, dtype
     z[3, at] = value
     z[4] = torch.finfo(dtype).max
     z[4, at] = value
-    assert native.relaxed_stats(z).token[1:5].tolist() == [-1] * 4
+    assert cpp.relaxed_stats(z).token[1:5].tolist() == [-1] * 4
     assert_stats(z, 1.0)
 
 
@@ -102,7 +105,7 @@ def test_relaxed_stats_masked_entries_add_nothing(dtype: torch.dtype) -> None:
     z[1, [4, 17000]] = 2
     z[2, 9000:9100] = 0.5
     assert_stats(z, 0.6)
-    assert_near(native.relaxed_stats(z, 0.6).entropy, torch.tensor([0, math.log(2), math.log(100)]), 1e-6)
+    assert_near(cpp.relaxed_stats(z, 0.6).entropy, torch.tensor([0, math.log(2), math.log(100)]), 1e-6)
 
 
 def test_relaxed_stats_rising_rows() -> None:
@@ -138,9 +141,9 @@ def test_relaxed_stats_property(
 
 def test_relaxed_stats_row_does_not_depend_on_batch_or_threads() -> None:
     z = random(5, 30011, seed=2, dtype=torch.float32)
-    together = native.relaxed_stats(z, 0.9)
+    together = cpp.relaxed_stats(z, 0.9)
     torch.set_num_threads(1)
-    alone = [native.relaxed_stats(row[None], 0.9) for row in z]
+    alone = [cpp.relaxed_stats(row[None], 0.9) for row in z]
     for index, statistic in enumerate(together):
         assert torch.equal(statistic, torch.cat([row[index] for row in alone]))
 
@@ -148,19 +151,19 @@ def test_relaxed_stats_row_does_not_depend_on_batch_or_threads() -> None:
 @pytest.mark.parametrize("tau", [0.0, -1.0, math.nan, math.inf, 1e-40, 1e300])
 def test_rejects_tau(tau: float) -> None:
     with pytest.raises(ValueError, match="tau must be positive"):
-        native.relaxed_stats(torch.zeros(1, 3), tau)
+        cpp.relaxed_stats(torch.zeros(1, 3), tau)
     with pytest.raises(ValueError, match="tau must be positive"):
-        native.linear_relaxed_stats(torch.zeros(1, 3), Head(torch.zeros(2, 3)), tau)
+        cpp.linear_relaxed_stats(torch.zeros(1, 3), Head(torch.zeros(2, 3)), tau)
 
 
 def test_relaxed_stats_rejects_shapes_and_dtypes() -> None:
     with pytest.raises(RuntimeError, match=r"z must have shape \(N, V\)"):
-        native.relaxed_stats(torch.zeros(3))
+        cpp.relaxed_stats(torch.zeros(3))
     with pytest.raises(RuntimeError, match="at least one vocabulary entry"):
-        native.relaxed_stats(torch.zeros(3, 0))
+        cpp.relaxed_stats(torch.zeros(3, 0))
     for dtype in (torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64):
         with pytest.raises(TypeError, match="relaxed_stats: z must be of a float dtype"):
-            native.relaxed_stats(torch.zeros(3, 3).to(dtype))
+            cpp.relaxed_stats(torch.zeros(3, 3).to(dtype))
 
 
 def test_only_dense_tensors_of_the_cpu_whatever_their_place() -> None:
@@ -171,16 +174,16 @@ def test_only_dense_tensors_of_the_cpu_whatever_their_place() -> None:
     ]
     for other, reason in others:
         with pytest.raises((TypeError, RuntimeError), match=f"token_diff: new {reason}"):
-            native.token_diff(ids, other)
+            cpp.token_diff(ids, other)
         with pytest.raises((TypeError, RuntimeError), match=f"tables.1. {reason}"):
-            native.straight_through_embedding(z, [z.T, other])
+            cpp.straight_through_embedding(z, [z.T, other])
 
 
 def test_a_tensor_without_its_storage_is_refused() -> None:
     z = torch.zeros(2, 3)
     z.untyped_storage().resize_(20)
     with pytest.raises(RuntimeError, match="z must have storage for all of its elements, which take 24 bytes, got 20"):
-        native.relaxed_stats(z)
+        cpp.relaxed_stats(z)
 
 
 # The operators that read the head
@@ -196,7 +199,7 @@ def tolerance(*tensors: Tensor) -> float:
 
 
 def assert_linear_stats(h: Tensor, head: Head, tau: float = 1.0, tokens: bool = True) -> RelaxedStats:
-    actual = native.linear_relaxed_stats(h, head, tau, 1.0, 0.9)
+    actual = cpp.linear_relaxed_stats(h, head, tau, 1.0, 0.9)
     meant = reference.linear_relaxed_stats(h.double(), wide(head), tau, 1.0, 0.9)
     for ours, theirs in zip(actual[:3], meant[:3], strict=True):
         assert_near(ours, theirs, tolerance(h, head.weight) / min(tau, 1))
@@ -209,14 +212,14 @@ def assert_linear_stats(h: Tensor, head: Head, tau: float = 1.0, tokens: bool = 
 
 
 def assert_likelihood(h: Tensor, head: Head, tokens: Tensor, factor: float = 1.0) -> None:
-    log_pi, gradient = native.log_likelihood_gradient(h, head, tokens, True)
+    log_pi, gradient = cpp.log_likelihood_gradient(h, head, tokens, True)
     meant, meant_gradient = reference.log_likelihood_gradient(h.double(), wide(head), tokens, True)
     assert_near(log_pi, meant, factor * tolerance(h, head.weight))
     # Beside a bfloat16 head, softmax weights of bfloat16 states have 8 bits.
     rounds = h.dtype == head.weight.dtype == torch.bfloat16 and len(h)
     rounding = 2**-8 * head.scale * float(head.weight.abs().max()) if rounds else 0.0
     assert_near(gradient, meant_gradient, factor * tolerance(h, head.weight) + rounding)
-    alone, nothing = native.log_likelihood_gradient(h, head, tokens, False)
+    alone, nothing = cpp.log_likelihood_gradient(h, head, tokens, False)
     assert torch.equal(alone, log_pi) or log_pi.isnan().any()
     assert nothing.shape == (0, h.shape[1])
 
@@ -227,7 +230,7 @@ def assert_norm(factors: TokenGradient, tables: Tables, factor: float = 1.0) -> 
     )
     meant = reference.gradient_norm(TokenGradient(*(x.double() for x in factors)), wide_tables)
     everything = (*factors, tables.head.weight, tables.embedding, tables.reward_embedding)
-    error = (native.gradient_norm(factors, tables).double() - meant).abs()
+    error = (cpp.gradient_norm(factors, tables).double() - meant).abs()
     assert bool((error <= factor * tolerance(*everything) * (meant + 1)).all())
 
 
@@ -294,7 +297,7 @@ def test_likelihood_weights_that_bfloat16_holds_are_not_rounded(rows: int, vocab
     )
     head = Head(weight, scale=math.log(2))
     tokens = torch.randint(0, vocabulary, (rows,), generator=generator)
-    gradient = native.log_likelihood_gradient(h, head, tokens, True)[1]
+    gradient = cpp.log_likelihood_gradient(h, head, tokens, True)[1]
     meant = reference.log_likelihood_gradient(h.double(), wide(head), tokens, True)[1]
     assert_near(gradient, meant, tolerance(h))
 
@@ -323,8 +326,8 @@ def test_linear_stats_over_temperatures(tau: float, dtype: torch.dtype) -> None:
 def test_linear_ties_take_the_lowest_index(dtype: torch.dtype) -> None:
     weight = random(3000, 16, seed=13, dtype=dtype)
     h = random(40, 16, seed=14, dtype=dtype)
-    token = native.linear_relaxed_stats(h, Head(weight)).token
-    repeated = native.linear_relaxed_stats(h, Head(torch.cat([weight] * 3))).token
+    token = cpp.linear_relaxed_stats(h, Head(weight)).token
+    repeated = cpp.linear_relaxed_stats(h, Head(torch.cat([weight] * 3))).token
     assert torch.equal(token, repeated)
 
 
@@ -334,8 +337,8 @@ def test_linear_rows_without_a_distribution() -> None:
     h[2, 3] = math.inf
     actual = assert_linear_stats(h, Head(weight))
     assert actual.token[1:3].tolist() == [-1, -1]
-    log_pi, gradient = native.log_likelihood_gradient(h, Head(weight), torch.tensor([1, 2, 3, 4]), True)
-    norm = native.gradient_norm(TokenGradient(h, h, h), Tables(Head(weight), weight, weight, 0.1))
+    log_pi, gradient = cpp.log_likelihood_gradient(h, Head(weight), torch.tensor([1, 2, 3, 4]), True)
+    norm = cpp.gradient_norm(TokenGradient(h, h, h), Tables(Head(weight), weight, weight, 0.1))
     for result in (log_pi, gradient, norm):
         assert result[1:3].isnan().all()
         assert result[[0, 3]].isfinite().all()
@@ -346,13 +349,13 @@ def test_linear_entries_of_minus_infinity_add_nothing() -> None:
     weight = random(900, 8, seed=18, dtype=torch.float32)
     masked = weight.clone()
     masked[200:, 0] = -math.inf
-    actual, meant = (native.linear_relaxed_stats(h, Head(w)) for w in (masked, weight[:200]))
+    actual, meant = (cpp.linear_relaxed_stats(h, Head(w)) for w in (masked, weight[:200]))
     for ours, theirs in zip(actual[:4], meant[:4], strict=True):
         assert_near(ours.float(), theirs.float(), 2e-6)
     tokens = torch.arange(4)
-    log_pi = native.log_likelihood_gradient(h, Head(masked), tokens, False)[0]
-    assert_near(log_pi, native.log_likelihood_gradient(h, Head(weight[:200]), tokens, False)[0], 2e-6)
-    nothing = native.linear_relaxed_stats(h, Head(masked[200:]))
+    log_pi = cpp.log_likelihood_gradient(h, Head(masked), tokens, False)[0]
+    assert_near(log_pi, cpp.log_likelihood_gradient(h, Head(weight[:200]), tokens, False)[0], 2e-6)
+    nothing = cpp.linear_relaxed_stats(h, Head(masked[200:]))
     assert nothing.token.tolist() == [-1] * 4
     assert nothing.entropy.isnan().all()
 
@@ -366,7 +369,7 @@ def test_linear_dominant_and_large_logits(dtype: torch.dtype) -> None:
     assert_likelihood(h, Head(dominant), torch.full((6,), 650), 5)
     # Logits to 1e4, where rounding alone is 1e-3.
     large = Head(weight, scale=1000.0)
-    actual = native.linear_relaxed_stats(h, large)
+    actual = cpp.linear_relaxed_stats(h, large)
     meant = reference.linear_relaxed_stats(h.double(), wide(large))
     torch.testing.assert_close(actual.lse.double(), meant.lse, rtol=1e-6, atol=0)
     assert torch.equal(actual.token, meant.token)
@@ -377,11 +380,11 @@ def test_linear_logits_are_not_rounded_to_bfloat16() -> None:
     h = torch.ones(1, 64, dtype=torch.bfloat16)
     weight = torch.ones(4, 64, dtype=torch.bfloat16)
     weight[2, 5] += 2**-7
-    assert native.linear_relaxed_stats(h, Head(weight)).token.item() == 2
+    assert cpp.linear_relaxed_stats(h, Head(weight)).token.item() == 2
     # The row is finer than bfloat16, the table is not: the row must not be rounded to the table's dtype.
     fine = torch.ones(1, 64) + 2**-12 * (torch.arange(64) == 3)
     weight = torch.eye(64, dtype=torch.bfloat16)
-    assert native.linear_relaxed_stats(fine, Head(weight), 0.001).token.item() == 3
+    assert cpp.linear_relaxed_stats(fine, Head(weight), 0.001).token.item() == 3
 
 
 def test_gradient_norm_survives_a_common_offset() -> None:
@@ -393,10 +396,10 @@ def test_gradient_norm_survives_a_common_offset() -> None:
     zero = torch.zeros(4, 16, dtype=torch.float64)
     factors, tables = TokenGradient(h, zero, zero), Tables(Head(weight), weight, weight, 1.0)
     torch.testing.assert_close(
-        native.gradient_norm(factors, tables), reference.gradient_norm(factors, tables), rtol=1e-9, atol=0
+        cpp.gradient_norm(factors, tables), reference.gradient_norm(factors, tables), rtol=1e-9, atol=0
     )
     exact = reference.gradient_norm(factors, tables)[:2]
-    narrow = native.gradient_norm(
+    narrow = cpp.gradient_norm(
         TokenGradient(*(x.float() for x in factors)), Tables(Head(weight.float()), weight.float(), weight.float(), 1.0)
     )[:2]
     # What rounding logits of 1e3 to float32 leaves.
@@ -405,9 +408,9 @@ def test_gradient_norm_survives_a_common_offset() -> None:
 
 def test_linear_rows_do_not_depend_on_the_batch() -> None:
     h, weight = random(70, 33, seed=23, dtype=torch.float32), random(5000, 33, seed=24, dtype=torch.float32)
-    together = native.linear_relaxed_stats(h, Head(weight))
+    together = cpp.linear_relaxed_stats(h, Head(weight))
     torch.set_num_threads(1)
-    alone = [native.linear_relaxed_stats(row[None], Head(weight)) for row in h]
+    alone = [cpp.linear_relaxed_stats(row[None], Head(weight)) for row in h]
     for index in range(3):
         torch.testing.assert_close(together[index], torch.cat([row[index] for row in alone]), rtol=2e-6, atol=2e-6)
     assert torch.equal(together.token, torch.cat([row.token for row in alone]))
@@ -420,7 +423,7 @@ def test_gradient_norm_of_a_row_that_holds_nan(nll_coeff: float, value: float) -
         factors = TokenGradient(torch.randn(2, 3), torch.randn(2, 3), torch.randn(2, 4))
         factors[factor][0, 1] = value
         weight = torch.randn(9, 3)
-        norm = native.gradient_norm(factors, Tables(Head(weight), weight, torch.randn(9, 4), nll_coeff))
+        norm = cpp.gradient_norm(factors, Tables(Head(weight), weight, torch.randn(9, 4), nll_coeff))
         assert norm.isfinite().tolist() == [False, True]
         assert math.isinf(value) or norm[0].isnan()
 
@@ -429,35 +432,36 @@ def test_linear_operators_reject() -> None:
     h, head = torch.zeros(2, 3), Head(torch.zeros(5, 3))
     tokens = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(RuntimeError, match=r"weight must have shape \(V, 2\)"):
-        native.linear_relaxed_stats(h[:, :2], head)
+        cpp.linear_relaxed_stats(h[:, :2], head)
     with pytest.raises(RuntimeError, match=r"tokens must have shape \(2,\)"):
-        native.log_likelihood_gradient(h, head, tokens[:1], True)
+        cpp.log_likelihood_gradient(h, head, tokens[:1], True)
     with pytest.raises(TypeError, match="tokens must be int64"):
-        native.log_likelihood_gradient(h, head, tokens.int(), True)
+        cpp.log_likelihood_gradient(h, head, tokens.int(), True)
     for bad in (-1, 5):
         with pytest.raises(IndexError, match=r"tokens must be in \[0, 5\)"):
-            native.log_likelihood_gradient(h, head, tokens + bad, True)
+            cpp.log_likelihood_gradient(h, head, tokens + bad, True)
     with pytest.raises(RuntimeError, match=r"reward_table must have shape \(5, d_r\)"):
-        native.gradient_norm(TokenGradient(h, h, h), Tables(head, head.weight, head.weight[1:], 0.1))
+        cpp.gradient_norm(TokenGradient(h, h, h), Tables(head, head.weight, head.weight[1:], 0.1))
     with pytest.raises(TypeError, match="float dtype"):
-        native.linear_relaxed_stats(h.long(), head)
+        cpp.linear_relaxed_stats(h.long(), head)
 
 
 def test_linear_operators_keep_no_rows_by_vocabulary_tensor() -> None:
     """In a fresh process: 256 x 100,000 float32 would be 98 MiB."""
     code = """
 import resource, torch
-from nabla_fast.ops import native
 from nabla_fast.ops.types import Head, Tables, TokenGradient
+from nabla_fast.testing.operators import Backend
+cpp = Backend("native")
 torch.manual_seed(0)
 torch.set_num_threads(2)
 h, weight = torch.randn(256, 16), torch.randn(100_000, 16)
 factors, tables = TokenGradient(h, h, h), Tables(Head(weight), weight, weight, 0.1)
 def run(rows):
     few = TokenGradient(*(factor[:rows] for factor in factors))
-    native.linear_relaxed_stats(h[:rows], tables.head)
-    native.log_likelihood_gradient(h[:rows], tables.head, torch.zeros(rows, dtype=torch.int64), True)
-    native.gradient_norm(few, tables)
+    cpp.linear_relaxed_stats(h[:rows], tables.head)
+    cpp.log_likelihood_gradient(h[:rows], tables.head, torch.zeros(rows, dtype=torch.int64), True)
+    cpp.gradient_norm(few, tables)
 run(1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run(256)
@@ -481,7 +485,7 @@ def test_token_diff(rows: int, length: int, changes: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     old = torch.randint(0, 2**40, (rows, length), generator=generator)
     changed = torch.rand(rows, length, generator=generator) < changes
-    first, count = native.token_diff(old, torch.where(changed, old + 2**33, old))
+    first, count = cpp.token_diff(old, torch.where(changed, old + 2**33, old))
     positions = torch.where(changed, torch.arange(length), length)
     meant = torch.cat([positions, torch.full((rows, 1), length)], dim=1).amin(1)
     assert torch.equal(first, meant)
@@ -491,7 +495,7 @@ def test_token_diff(rows: int, length: int, changes: float, seed: int) -> None:
 def test_token_diff_strides_and_many_rows() -> None:
     base = torch.randint(0, 3, (90, 4000), generator=torch.Generator().manual_seed(3))
     old, new = base.T, base.flip(0).T
-    first, count = native.token_diff(old, new)
+    first, count = cpp.token_diff(old, new)
     assert torch.equal(count, (old != new).sum(1))
     assert torch.equal(first, torch.where(old != new, torch.arange(90), 90).amin(1))
 
@@ -499,11 +503,11 @@ def test_token_diff_strides_and_many_rows() -> None:
 def test_token_diff_rejects() -> None:
     ids = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(RuntimeError, match=r"new must have shape \(2, 3\)"):
-        native.token_diff(ids, ids[:1])
+        cpp.token_diff(ids, ids[:1])
     with pytest.raises(RuntimeError, match=r"old must have shape \(B, m\)"):
-        native.token_diff(ids[0], ids[0])
+        cpp.token_diff(ids[0], ids[0])
     with pytest.raises(TypeError, match="must be int64"):
-        native.token_diff(ids, ids.int())
+        cpp.token_diff(ids, ids.int())
 
 
 def run_with_package_at(directory: Path, code: str) -> subprocess.CompletedProcess[str]:
@@ -546,7 +550,7 @@ def test_without_a_usable_library(prepare: Callable[[Path], None], reason: str, 
 import os, torch
 print(native.available(), native.available(), native.why_missing())
 try:
-    native.token_diff(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64))
+    torch.ops.nabla_fast.native_token_diff(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64))
 except RuntimeError as error:
     print(error)
 os.environ["NABLA_FAST_REQUIRE_NATIVE"] = "1"

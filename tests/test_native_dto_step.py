@@ -15,12 +15,14 @@ from torch import Tensor
 
 from nabla_fast.ops import native, reference
 from nabla_fast.ops.types import Head, Tables, TokenGradient
+from nabla_fast.testing.operators import Backend, dto_arguments
 
 if not native.available():
     pytest.skip(f"no native library: {native.why_missing()}", allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
+cpp = Backend("native")
 LEARNING_RATE = 0.05
 
 
@@ -40,15 +42,17 @@ class Problem:
 
     def run(self, back_end: Any, **options: Any) -> tuple[Tensor, Tensor]:
         return back_end.dto_step(
-            self.parameters,
-            self.exp_avg,
-            self.exp_avg_sq,
-            self.step,
-            self.tokens,
-            self.rates,
-            self.gradient,
-            self.tables,
-            **{**self.options, **options},
+            *dto_arguments(
+                self.parameters,
+                self.exp_avg,
+                self.exp_avg_sq,
+                self.step,
+                self.tokens,
+                self.rates,
+                self.gradient,
+                self.tables,
+                **{**self.options, **options},
+            )
         )
 
     def copy(self, dtype: torch.dtype | None = None) -> Problem:
@@ -173,7 +177,7 @@ def check(problem: Problem, steps: int, slack: float = 1.0) -> None:
     float64 = problem.parameters.dtype == torch.float64
     assert closest > (1e-9 if float64 else 1e-4), "rounding decides between two tokens"
     ours = problem.copy()
-    our_token, our_changed = ours.run(native, max_steps=steps)
+    our_token, our_changed = ours.run(cpp, max_steps=steps)
     assert our_token.dtype == torch.int64
     assert our_changed.dtype == torch.bool
     assert torch.equal(our_token, token)
@@ -251,7 +255,7 @@ def test_rows_stop_at_their_own_step_and_groups_together(group: list[int] | None
     made = exact.step - problem.step
     assert len(set(made.tolist())) > 1 or group == [0] * 6
     ours = problem.copy()
-    token, our_changed = ours.run(native, max_steps=12)
+    token, our_changed = ours.run(cpp, max_steps=12)
     assert torch.equal(ours.step, exact.step)
     assert torch.equal(our_changed, changed)
     assert torch.equal(token != problem.tokens, changed)
@@ -263,7 +267,7 @@ def test_no_step_past_the_learning_rates(latents: bool) -> None:
     problem.rates = torch.tensor([1e-4, 1e-5])
     problem.step[:] = torch.tensor([0, 1, 2])
     before = problem.parameters.clone()
-    _, changed = problem.run(native, max_steps=50)
+    _, changed = problem.run(cpp, max_steps=50)
     assert problem.step.tolist() == [2, 2, 2]
     assert not changed.any()
     assert torch.equal(problem.parameters[2], before[2])
@@ -274,9 +278,9 @@ def test_no_step_past_the_learning_rates(latents: bool) -> None:
 def test_one_call_of_many_steps_is_many_calls_of_one(latents: bool) -> None:
     together = make(3, 400, 32, latents=latents, seed=9)
     apart = together.copy()
-    together.run(native, max_steps=7)
+    together.run(cpp, max_steps=7)
     for _ in range(7):
-        apart.run(native)
+        apart.run(cpp)
     assert torch.equal(together.step, apart.step)
     torch.testing.assert_close(together.parameters, apart.parameters, rtol=0, atol=LEARNING_RATE * 1e-2)
 
@@ -300,8 +304,8 @@ def test_strides(rows: int, latents: bool) -> None:
     strided.tables = dense.tables._replace(head=Head(weight))
     strided.options["soft_noise"] = spread_out(dense.options["soft_noise"])
     strided.options["hard_noise"] = dense.options["hard_noise"].T.clone().T
-    expected = dense.run(native, max_steps=3)
-    actual = strided.run(native, max_steps=3)
+    expected = dense.run(cpp, max_steps=3)
+    actual = strided.run(cpp, max_steps=3)
     assert torch.equal(expected[0], actual[0])
     for name in ("parameters", "exp_avg", "exp_avg_sq", "step"):
         torch.testing.assert_close(getattr(strided, name), getattr(dense, name), rtol=0, atol=2e-4)
@@ -326,7 +330,7 @@ def test_a_dominant_logit_still_gets_its_gradient(offset: float, latents: bool, 
     # DTO sees no constant of G.
     problem.gradient = problem.gradient + offset  # type: ignore[operator]
     exact, _, _, _ = meant(problem, 3)
-    problem.run(native, max_steps=3)
+    problem.run(cpp, max_steps=3)
     assert_close_rows(problem.exp_avg, exact.exp_avg, 2e-5 + 1e-5 * offset)
     assert problem.step.tolist() == [3] * rows
 
@@ -336,8 +340,8 @@ def test_offsets_of_g_do_not_matter(latents: bool) -> None:
     problem = make(2, 300, 16, latents=latents, dtype=torch.float64, seed=7)
     shifted = problem.copy()
     shifted.gradient = shifted.gradient + 1e3  # type: ignore[operator]
-    problem.run(native, max_steps=3)
-    shifted.run(native, max_steps=3)
+    problem.run(cpp, max_steps=3)
+    shifted.run(cpp, max_steps=3)
     torch.testing.assert_close(problem.parameters, shifted.parameters, rtol=0, atol=1e-8)
 
 
@@ -350,7 +354,7 @@ def test_far_moves_of_logits(rows: int) -> None:
     problem.gradient = torch.zeros(rows, 200).scatter_(1, tokens[:, None], -1.0)
     exact, token, _, closest = meant(problem, 5)
     assert closest > 1e-4
-    ours_token, _ = problem.run(native, max_steps=5)
+    ours_token, _ = problem.run(cpp, max_steps=5)
     assert torch.equal(ours_token, token)
     assert torch.equal(problem.step, exact.step)
     assert_close_rows(problem.parameters, exact.parameters, 1e-3)
@@ -374,7 +378,7 @@ def test_minus_infinite_logits_stay() -> None:
     problem = make(3, 100, 8, latents=False, seed=14)
     problem.parameters[:, ::3] = -math.inf
     problem.tokens = problem.parameters.argmax(-1)
-    problem.run(native, max_steps=3)
+    problem.run(cpp, max_steps=3)
     assert bool((problem.parameters[:, ::3] == -math.inf).all())
     assert bool(problem.parameters[:, 1::3].isfinite().all())
     assert problem.step.tolist() == [3] * 3
@@ -387,7 +391,7 @@ def test_a_row_without_argmax_is_reported_and_rests(rows: int, value: float, lat
     problem = make(rows, 100, 8, latents=latents, seed=15)
     problem.parameters[0, 3] = value
     others = problem.parameters[1:].clone()
-    token, changed = problem.run(native, max_steps=2)
+    token, changed = problem.run(cpp, max_steps=2)
     assert token[0] == -1
     assert bool(changed[0])
     assert problem.step[0] == 0
@@ -398,7 +402,7 @@ def test_a_row_without_argmax_is_reported_and_rests(rows: int, value: float, lat
 def test_all_minus_infinity_has_no_token() -> None:
     problem = make(2, 40, 8, latents=False)
     problem.parameters[1] = -math.inf
-    token, _ = problem.run(native, max_steps=1)
+    token, _ = problem.run(cpp, max_steps=1)
     assert token[1] == -1
     assert problem.step.tolist()[1] == 0
 
@@ -408,18 +412,18 @@ def test_ties_take_the_lowest_index(vocabulary: int) -> None:
     problem = make(2, vocabulary, 8, latents=False)
     problem.parameters[:] = 0
     problem.parameters[1, [3, vocabulary - 2]] = 1
-    token, _ = problem.run(native, max_steps=0)
+    token, _ = problem.run(cpp, max_steps=0)
     assert token.tolist() == [0, 3]
 
 
 def test_repeated_head_rows_tie() -> None:
     problem = make(3, 1024, 16, seed=3)
     problem.tables.head.weight[512:] = problem.tables.head.weight[:512]
-    token, _ = problem.run(native, max_steps=0)
+    token, _ = problem.run(cpp, max_steps=0)
     assert bool((token < 512).all())
     one = make(1, 1024, 16, seed=3)
     one.tables.head.weight[512:] = one.tables.head.weight[:512]
-    assert int(one.run(native, max_steps=0)[0]) < 512
+    assert int(one.run(cpp, max_steps=0)[0]) < 512
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
@@ -483,34 +487,36 @@ def test_property(
 def test_wrong_arguments() -> None:
     problem = make(2, 10, 4)
     with pytest.raises(RuntimeError, match="parameters must have shape"):
-        replace(problem, parameters=torch.zeros(2, 5)).run(native)
+        replace(problem, parameters=torch.zeros(2, 5)).run(cpp)
     with pytest.raises(RuntimeError, match="gradient must have shape"):
-        replace(problem, gradient=torch.zeros(2, 9)).run(native)
+        replace(problem, gradient=torch.zeros(2, 9)).run(cpp)
     with pytest.raises(RuntimeError, match="tokens must have shape"):
-        replace(problem, tokens=torch.zeros(3, dtype=torch.int64)).run(native)
+        replace(problem, tokens=torch.zeros(3, dtype=torch.int64)).run(cpp)
     with pytest.raises(TypeError, match="float32 or float64"):
-        replace(problem, parameters=problem.parameters.bfloat16()).run(native)
+        replace(problem, parameters=problem.parameters.bfloat16()).run(cpp)
     with pytest.raises(TypeError, match="step must be int64"):
-        replace(problem, step=problem.step.int()).run(native)
+        replace(problem, step=problem.step.int()).run(cpp)
     with pytest.raises(ValueError, match="tau must be positive"):
-        problem.run(native, tau=0.0)
+        problem.run(cpp, tau=0.0)
     with pytest.raises(ValueError, match="step must not be negative"):
-        replace(problem, step=problem.step - 1).run(native)
+        replace(problem, step=problem.step - 1).run(cpp)
     for token in (-1, 10, 2**40):
         with pytest.raises(IndexError, match=rf"tokens must be in \[0, 10\), got {token} at 1"):
-            replace(problem, tokens=torch.tensor([0, token])).run(native)
+            replace(problem, tokens=torch.tensor([0, token])).run(cpp)
     with pytest.raises(RuntimeError, match="exp_avg_sq must not share memory with exp_avg"):
-        replace(problem, exp_avg_sq=problem.exp_avg).run(native)
+        replace(problem, exp_avg_sq=problem.exp_avg).run(cpp)
     with pytest.raises(RuntimeError, match="step must not be expanded"):
-        replace(problem, step=problem.step[:1].expand(2)).run(native)
+        replace(problem, step=problem.step[:1].expand(2)).run(cpp)
     with pytest.raises(ValueError, match="group must ascend"):
-        problem.run(native, group=torch.tensor([1, 0]))
+        problem.run(cpp, group=torch.tensor([1, 0]))
 
 
 MEMORY_SCRIPT = """
 import resource, torch
 from nabla_fast.ops import native
 from nabla_fast.ops.types import Head, Tables, TokenGradient
+from nabla_fast.testing.operators import Backend, dto_arguments
+cpp = Backend("native")
 rows, vocabulary, width = 400, 40000, 32
 weight = torch.randn(vocabulary, width)
 tables = Tables(Head(weight), torch.randn(vocabulary, width), torch.randn(vocabulary, 8), 0.1)
@@ -519,10 +525,10 @@ h = torch.randn(rows, width)
 tokens = torch.zeros(rows).long()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 small = [x.clone() for x in (h[:2], h[:2] * 0, h[:2] * 0, tokens[:2] * 0, tokens[:2])]
-native.dto_step(*small, torch.full((5,), 1e-3), gradient.rows(slice(0, 2)), tables, latents=True)
+cpp.dto_step(*dto_arguments(*small, torch.full((5,), 1e-3), gradient.rows(slice(0, 2)), tables, latents=True))
 before = peak()
 rates = torch.full((5,), 1e-3)
-native.dto_step(h, h * 0, h * 0, tokens * 0, tokens, rates, gradient, tables, latents=True, max_steps=2)
+cpp.dto_step(*dto_arguments(h, h * 0, h * 0, tokens * 0, tokens, rates, gradient, tables, latents=True, max_steps=2))
 print(peak() - before)
 """
 

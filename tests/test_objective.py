@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
+from torch import Tensor, nn
+
+import nabla_fast as nf
+from nabla_fast import ops
+from nabla_fast.gradient_cache import Evaluation
+from nabla_fast.models.language_model import LanguageModel
+from nabla_fast.models.reward_model import RewardModel
+from nabla_fast.objective import Conversation, Objective, Request
+from nabla_fast.testing.models import (
     CLOSING,
     FAMILIES,
     prompt_ids,
@@ -18,14 +26,6 @@ from tiny_models import (
     tiny_reward_model,
     tiny_tokenizer,
 )
-from torch import Tensor, nn
-
-import nabla_fast as nf
-from nabla_fast import ops
-from nabla_fast.gradient_cache import Evaluation
-from nabla_fast.models.language_model import LanguageModel
-from nabla_fast.models.reward_model import RewardModel
-from nabla_fast.objective import Conversation, Objective, Request
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import itertools
 
-import operator_inputs
 import pytest
 import torch
-from operator_inputs import randn, step_state
 
 from nabla_fast import ops
 from nabla_fast.ops import backends, cuda
-from nabla_fast.ops.types import Head, TokenGradient
 from nabla_fast.ops.reference import linear_logits
+from nabla_fast.ops.types import Head, TokenGradient
+from nabla_fast.testing import operators as operator_inputs
+from nabla_fast.testing.operators import randn, step_state
 
 V, D, DR = 37, 8, 6
 CPU_BACKENDS = ("reference", "native")

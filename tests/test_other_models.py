@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from other_models import CONFIGS, other_language_model
-from tiny_models import MESSAGES, shared_reward_model, tiny_tokenizer
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -20,6 +19,7 @@ import nabla_fast as nf
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardModel
 from nabla_fast.objective import Conversation, Objective, Request
+from nabla_fast.testing.models import MESSAGES, shared_reward_model, tiny_tokenizer
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*(one sequence|whole seq)")]
 

@@ -12,14 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import (
-    FAMILIES,
-    shared_language_model,
-    shared_reward_model,
-    tiny_language_model,
-    tiny_reward_model,
-    tiny_tokenizer,
-)
 from torch import Tensor, nn
 
 import nabla_fast as nf
@@ -32,6 +24,14 @@ from nabla_fast.models.prefix import PrefixState
 from nabla_fast.models.reward_model import RewardModel
 from nabla_fast.models.tracks import Track, common_lengths
 from nabla_fast.objective import Conversation, Objective, Request
+from nabla_fast.testing.models import (
+    FAMILIES,
+    shared_language_model,
+    shared_reward_model,
+    tiny_language_model,
+    tiny_reward_model,
+    tiny_tokenizer,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import DEVICE, MESSAGES, prompt_ids, tiny_language_model, tiny_reward_model, tiny_tokenizer
 from transformers import WatermarkingConfig
 
 import nabla_fast as nf
 from nabla_fast.baselines import best_of_n, greedy
+from nabla_fast.testing.models import (
+    DEVICE,
+    MESSAGES,
+    prompt_ids,
+    tiny_language_model,
+    tiny_reward_model,
+    tiny_tokenizer,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_inputs import randn
 
 from nabla_fast.ops import products
+from nabla_fast.testing.operators import randn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -7,13 +7,13 @@ import json
 
 import pytest
 import torch
-from tiny_models import save_pair, tiny_language_model, tiny_reward_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 import nabla_fast as nf
 from nabla_fast import cli, profiling
 from nabla_fast.evaluation import runner
 from nabla_fast.stats import PHASES, STEPS
+from nabla_fast.testing.models import save_pair, tiny_language_model, tiny_reward_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

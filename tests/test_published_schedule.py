@@ -7,11 +7,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_language_model, tiny_reward_model, tiny_tokenizer
 
 import nabla_fast as nf
 from nabla_fast.generate import make_pair, stop_rule
 from nabla_fast.rollout import HFRollout
+from nabla_fast.testing.models import tiny_language_model, tiny_reward_model, tiny_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

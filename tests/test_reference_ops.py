@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nabla_fast.ops import reference
 from nabla_fast.ops.types import Head, Tables, TokenGradient
+from nabla_fast.testing.operators import dto_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -258,10 +259,12 @@ def run_steps(
     for _ in rates:
         before = reference.hard_tokens(parameters, where.head, latents, hard_noise)
         tokens, changed = reference.dto_step(
-            *(parameters, m, v, step, before, torch.tensor(rates, dtype=torch.float64), gradient, where),
-            latents=latents,
-            hard_noise=hard_noise,
-            **options,
+            *dto_arguments(
+                *(parameters, m, v, step, before, torch.tensor(rates, dtype=torch.float64), gradient, where),
+                latents=latents,
+                hard_noise=hard_noise,
+                **options,
+            )
         )
         assert torch.equal(changed, tokens != before)
     assert step.tolist() == [len(rates)] * len(parameters)
@@ -366,7 +369,9 @@ def test_rows_with_nan_make_no_step_and_do_not_reach_other_rows() -> None:
             parameters[1, 0] = math.nan
         state = (parameters, m.double(), v.double(), step)
         rates = torch.full((2,), 0.01, dtype=torch.float64)
-        now, changed = reference.dto_step(*state, tokens, rates, dense, where, latents=True, max_steps=2)
+        now, changed = reference.dto_step(
+            *dto_arguments(*state, tokens, rates, dense, where, latents=True, max_steps=2)
+        )
         results.append((*state, now, changed))
     meant, ours = results
     assert ours[3].tolist() == [2, 0, 2]
@@ -401,14 +406,16 @@ def test_many_steps_in_one_call_stop_before_the_first_stale_gradient(group: list
         for row in moves.nonzero().flatten().tolist():
             alone = [state[row : row + 1] for state in one_by_one]
             gradient = factors.rows(slice(row, row + 1))
-            reference.dto_step(*alone, tokens[row : row + 1], RATES, gradient, where, latents=True)
+            reference.dto_step(*dto_arguments(*alone, tokens[row : row + 1], RATES, gradient, where, latents=True))
         changed = reference.hard_tokens(one_by_one[0], where.head, True) != tokens
         moves = ~torch.isin(together, together[changed])
     now, stale = reference.dto_step(
-        *(parameters, m, v, step, tokens, RATES, factors, where),
-        latents=True,
-        group=None if group is None else together,
-        max_steps=99,
+        *dto_arguments(
+            *(parameters, m, v, step, tokens, RATES, factors, where),
+            latents=True,
+            group=None if group is None else together,
+            max_steps=99,
+        )
     )
     for mine, expected in zip((parameters, m, v, step), one_by_one, strict=True):
         torch.testing.assert_close(mine, expected, rtol=0, atol=1e-13)
@@ -426,7 +433,7 @@ def test_rows_without_steps_left_or_with_a_stale_gradient_stay_as_they_are() -> 
     step[2] = STEPS
     tokens = reference.hard_tokens(parameters, where.head, True)
     tokens[4] = (tokens[4] + 1) % V
-    _, stale = reference.dto_step(parameters, m, v, step, tokens, RATES, factors, where, latents=True)
+    _, stale = reference.dto_step(*dto_arguments(parameters, m, v, step, tokens, RATES, factors, where, latents=True))
     moved = (parameters != fresh_state()[0]).any(1)
     assert moved.tolist() == [True, True, False, True, False, True, True]
     assert step.tolist() == [1, 1, STEPS, 1, 0, 1, 1]

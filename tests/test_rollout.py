@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_language_model, tiny_tokenizer
 
 from nabla_fast.config import Sampling
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.rollout import HFRollout, Start, StopRule, hf, rollout
 from nabla_fast.sampling import Context
+from nabla_fast.testing.models import FAMILIES, tiny_language_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,12 +10,6 @@ import pytest
 import torch
 import vllm_cases
 from fake_vllm import Answerer, serving
-from tiny_models import (
-    CONTEXT,
-    FAMILIES,
-    tiny_language_model,
-    tiny_tokenizer,
-)
 from vllm_cases import CONTEXTS, GREEDY, NEVER, SAMPLING, STARTS, draw, make
 
 from nabla_fast.config import Sampling
@@ -24,6 +18,12 @@ from nabla_fast.models.tracks import Track, catch_up
 from nabla_fast.rollout import RolloutError, Start, StopRule, rollout
 from nabla_fast.rollout.engine import TokenRequest
 from nabla_fast.sampling import Context
+from nabla_fast.testing.models import (
+    CONTEXT,
+    FAMILIES,
+    tiny_language_model,
+    tiny_tokenizer,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 model, server, backend = vllm_cases.model, vllm_cases.server, vllm_cases.backend  # fixtures

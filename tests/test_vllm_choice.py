@@ -13,7 +13,6 @@ import pytest
 import torch
 import vllm_cases
 from fake_vllm import Answerer
-from tiny_models import CONTEXT, shared_language_model, tiny_language_model, tiny_reward_model, tiny_tokenizer
 from vllm_cases import FAST, NEVER, SAMPLING, STARTS, draw, make
 
 import nabla_fast as nf
@@ -26,6 +25,13 @@ from nabla_fast.rollout import RolloutError, VLLMRollout, vllm, vllm_server
 from nabla_fast.rollout.vllm_engine import VLLMEngine
 from nabla_fast.rollout.vllm_server import VLLMServer
 from nabla_fast.sampling import Sampler
+from nabla_fast.testing.models import (
+    CONTEXT,
+    shared_language_model,
+    tiny_language_model,
+    tiny_reward_model,
+    tiny_tokenizer,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 model, server, backend = vllm_cases.model, vllm_cases.server, vllm_cases.backend  # fixtures

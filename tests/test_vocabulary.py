@@ -7,11 +7,11 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import tiny_tokenizer
 from torch import Tensor
 
 from nabla_fast.models.language_model import EmbeddingTable
 from nabla_fast.models.vocabulary import align, aligned_table
+from nabla_fast.testing.models import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 V = len(TOKENIZER)

@@ -28,8 +28,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from nabla_fast.ops import triton as ops
-from nabla_fast.ops.types import Head, Tables, TokenGradient
 from nabla_fast.ops.triton import linear_state
+from nabla_fast.ops.types import DTOInputs, DTOOptions, DTOState, Head, Tables, TokenGradient
 
 V, D, D_R = 151936, 3584, 2560
 TYPES = {
@@ -112,20 +112,19 @@ def _calls(name: str, dtype: torch.dtype, many: tuple[int, ...]) -> Iterator[tup
         yield f"{name} N={n} logits, dense", partial(dto, n, False, new(n, V), tables)
         yield f"{name} N={n} logits, factors", partial(dto, n, False, factors, tables)
         yield f"{name} N={n}", partial(ops.straight_through_embedding, z, [E])
-        yield f"{name} N={n}", partial(ops.relaxed_backward, z, new(n), vectors, [E, R])
+        yield f"{name} N={n}", partial(ops.relaxed_backward, z, vectors, [E, R])
         yield f"{name} N={n} f32 rows, softcap", partial(ops.linear_relaxed_stats, new(n, D), Head(W, 1.0, 30.0))
-        yield f"{name} N={n} tied", partial(ops.linear_relaxed_backward, h, Head(W), new(n), vectors, [W, R])
+        yield f"{name} N={n} tied", partial(ops.linear_relaxed_backward, h, Head(W), vectors, [W, R])
         yield f"{name} N={n} tied latents, factors", partial(dto, n, True, factors, tables._replace(embedding=W))
 
 
 def dto(n: int, latents: bool, gradient: Any, tables: Any) -> None:
     """A DTO step with both noises and groups."""
     width = D if latents else V
-    ops.dto_step(
-        new(n, width), new(n, width), new(n, width), new(n, dtype=torch.int64), new(n, dtype=torch.int64), new(20),
-        gradient, tables, latents=latents, soft_noise=new(n, V), hard_noise=new(n, V),
-        group=new(n, dtype=torch.int64),
-    )  # fmt: skip
+    integers = new(n, dtype=torch.int64)
+    state = DTOState(new(n, width), new(n, width), new(n, width), integers, integers)
+    inputs = DTOInputs(new(20), gradient, new(n, V), new(n, V), integers)
+    ops.dto_step(state, inputs, tables, DTOOptions(latents))
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

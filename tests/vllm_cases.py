@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 from fake_vllm import Answerer, serving
-from tiny_models import shared_language_model, tiny_tokenizer
 
 from nabla_fast.config import Sampling
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.rollout import Start, StopRule, VLLMRollout, rollout
 from nabla_fast.rollout.vllm_server import VLLMServer
 from nabla_fast.sampling import Context
+from nabla_fast.testing.models import shared_language_model, tiny_tokenizer
 
 SAMPLING = Sampling(temperature=1.0, top_p=0.9)
 GREEDY = Sampling(temperature=0.0)

@@ -181,17 +181,17 @@ def _check(state: DTOState, inputs: DTOInputs, weight: Tensor, options: DTOOptio
     rows, (vocabulary, hidden) = len(state.parameters), weight.shape
     row, entries = (rows, hidden if options.latents else vocabulary), (rows, vocabulary)
     names = (*DTOState._fields, "learning_rates", "gradient", "soft_noise", "hard_noise", "weight")
-    shapes: tuple[tuple[int | str, ...], ...]
-    shapes = (row, row, row, (rows,), (rows,), ("S",), entries, entries, entries, (vocabulary, hidden))
+    shapes: list[tuple[int | str, ...]]
+    shapes = [row, row, row, (rows,), (rows,), ("S",), entries, entries, entries, (vocabulary, hidden)]
     tensors = (*state, inputs.learning_rates, *_rows_of(inputs), weight)
-    for name, x, shape in zip(names, tensors, shapes, strict=True):
+    for name, x, wanted in zip(names, tensors, shapes, strict=True):
         if x is None:
             continue
         if x.layout != torch.strided:
             raise ValueError(f"{name} must be a dense tensor, got layout {x.layout}")
         checks.device(name, x, "parameters", state.parameters)
         checks.dtype(name, x, (torch.int64,) if name in ("step", "tokens") else checks.FLOATS)
-        checks.shape(name, x, shape)
+        checks.shape(name, x, wanted)
 
 
 def _plan_for(state: DTOState, inputs: DTOInputs, head: Head, latents: bool) -> _Plan | None:

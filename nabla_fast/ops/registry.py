@@ -86,8 +86,9 @@ class Operator:
         results = self._overload(*flat, backends.resolve(self.name, backend, leaves[0].value.device, wide))
         return self._results(results)
 
-    def native(self, *values: Any) -> Any:
+    def native(self, *given: Any, **named: Any) -> Any:
         """The operator by the native library."""
+        values = self._bound(given, named)[:-1]
         flat = [x for one, value in zip(self._fields, values, strict=True) for x in one.flat(value, True)]
         results = self._native(*flat)
         return results if self._single else self._result.whole([*results], True)

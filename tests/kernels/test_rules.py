@@ -14,10 +14,10 @@ from conftest import INTERPRETED
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_inputs import few
-from operator_inputs import logits
 
 from nabla_fast import ops
 from nabla_fast.ops.types import Head, Tables, TokenGradient
+from nabla_fast.testing.operators import logits
 
 BACKENDS = ("reference", "native", "triton") if INTERPRETED else ("reference", "triton", "cuda")
 every_back_end = pytest.mark.parametrize("backend", BACKENDS)

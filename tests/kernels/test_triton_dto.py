@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_inputs import few, strided
-from operator_inputs import close, double, logits
 from torch import Tensor
 
 from nabla_fast.ops import reference
 from nabla_fast.ops import triton as kernels
-from nabla_fast.ops.types import Head, Tables, TokenGradient
 from nabla_fast.ops.triton import blocks
+from nabla_fast.ops.types import Head, Tables, TokenGradient
+from nabla_fast.testing.operators import close, double, dto_arguments, logits
 
 
 class Case(NamedTuple):
@@ -80,13 +80,13 @@ def compare(problem: Problem) -> tuple[Tensor, Tensor]:
     actual_step = problem.step.clone()
     actual = [x.clone(memory_format=torch.preserve_format) for x in problem.state]
     rest = problem.tokens, problem.rates, problem.gradient, problem.tables
-    result = kernels.dto_step(*actual, actual_step, *rest, **problem.options)
+    result = kernels.dto_step(*dto_arguments(*actual, actual_step, *rest, **problem.options))
     doubled = double(rest), {name: double(value) for name, value in problem.options.items()}
-    wanted = reference.dto_step(*expected, expected_step, *doubled[0], **doubled[1])
+    wanted = reference.dto_step(*dto_arguments(*expected, expected_step, *doubled[0], **doubled[1]))
     close(result, wanted)
     assert torch.equal(actual_step, expected_step)
     single = [x.clone() for x in problem.state]
-    reference.dto_step(*single, problem.step.clone(), *rest, **problem.options)
+    reference.dto_step(*dto_arguments(*single, problem.step.clone(), *rest, **problem.options))
     for x, y, z in zip(actual, expected, single, strict=True):
         lost = (z.double() - y).abs().max().item() if z.numel() else 0.0
         close(x, y, 2e-5 + 4 * lost)
@@ -151,9 +151,9 @@ def test_two_calls_are_one():
     one, two = ([x.clone() for x in problem.state] for _ in range(2))
     step_one, step_two = problem.step.clone(), problem.step.clone()
     rest = problem.tokens, problem.rates, problem.gradient, problem.tables
-    first = kernels.dto_step(*one, step_one, *rest, **problem.options)
+    first = kernels.dto_step(*dto_arguments(*one, step_one, *rest, **problem.options))
     for _ in range(4):
-        second = kernels.dto_step(*two, step_two, *rest, **problem.options | {"max_steps": 1})
+        second = kernels.dto_step(*dto_arguments(*two, step_two, *rest, **problem.options | {"max_steps": 1}))
     assert torch.equal(step_one, step_two)
     for a, b in zip([*one, *first], [*two, *second], strict=True):
         assert torch.equal(a, b)
@@ -171,9 +171,11 @@ def test_sliced_parameters_and_tables(latents):
     )  # fmt: skip
     expected, expected_step, actual_step = double(problem.state), problem.step.clone(), problem.step.clone()
     rest = problem.tokens, problem.rates, problem.gradient, problem.tables
-    result = kernels.dto_step(*problem.state, actual_step, *rest, **problem.options)
+    result = kernels.dto_step(*dto_arguments(*problem.state, actual_step, *rest, **problem.options))
     wanted = reference.dto_step(
-        *expected, expected_step, *double(rest), **{name: double(x) for name, x in problem.options.items()}
+        *dto_arguments(
+            *expected, expected_step, *double(rest), **{name: double(x) for name, x in problem.options.items()}
+        )
     )
     close(result, wanted)
     close(problem.state, expected)
@@ -188,7 +190,7 @@ def test_a_row_without_meaning_stops_and_says_so(rows, latents):
     before = [x.clone() for x in problem.state]
     step = problem.step.clone()
     rest = problem.tokens, problem.rates, problem.gradient, problem.tables
-    current, changed = kernels.dto_step(*problem.state, step, *rest, **problem.options)
+    current, changed = kernels.dto_step(*dto_arguments(*problem.state, step, *rest, **problem.options))
     assert current[1] == -1
     assert changed[1]
     assert step[1] == problem.step[1]
@@ -249,4 +251,4 @@ def test_half_precision_parameters_are_refused():
     state = [x.half() for x in problem.state]
     rest = problem.tokens, problem.rates, problem.gradient, problem.tables
     with pytest.raises(ValueError, match="parameters must be float32"):
-        kernels.dto_step(*state, problem.step, *rest, **problem.options)
+        kernels.dto_step(*dto_arguments(*state, problem.step, *rest, **problem.options))

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_inputs import DTYPES, few, gradient_unit, integers, product_tolerance, strided, transposed, weight_tolerance
-from operator_inputs import close, double, logits
 
 from nabla_fast.ops import reference
 from nabla_fast.ops import triton as kernels
-from nabla_fast.ops.types import Head, Tables, TokenGradient
 from nabla_fast.ops.triton import blocks
+from nabla_fast.ops.types import Head, Tables, TokenGradient
+from nabla_fast.testing.operators import close, double, logits
 
 shapes = st.tuples(st.sampled_from([0, 1, 3, 17]), st.sampled_from([1, 2, 33, 1000]), st.sampled_from([8, 33, 64]))
 dtypes = st.sampled_from([(torch.float32, torch.float32), *((a, b) for b in DTYPES[1:] for a in (b, torch.float32))])
@@ -85,11 +85,10 @@ def test_large_logits_and_rows_without_meaning(dtype):
     assert torch.equal(stats.token, expected.token)
     assert stats.token.tolist()[2:] == [-1, -1]
     assert not stats.mask[2:].any()
-    embeddings, lse, token = kernels.linear_straight_through_embedding(h, head, [head.weight], 0.7)
+    embeddings, token = kernels.linear_straight_through_embedding(h, head, [head.weight], 0.7)
     assert torch.equal(token, expected.token)
     assert embeddings[0][2:].isnan().all()
-    assert lse[2:].isnan().all()
-    soft, _ = kernels.linear_soft_embedding(h, head, head.weight)
+    soft = kernels.linear_soft_embedding(h, head, head.weight)
     assert soft[2:].isnan().all()
     assert soft[:2].isfinite().all()
 
@@ -107,13 +106,12 @@ def test_views(view):
 def test_embeddings(shape, dtype, scale_cap, tau):
     h, head = make(shape, dtype, scale_cap)
     table = logits(6, shape[1], 40, dtype=dtype[1])
-    embeddings, lse, token = kernels.linear_straight_through_embedding(h, head, [table, head.weight], tau)
+    embeddings, token = kernels.linear_straight_through_embedding(h, head, [table, head.weight], tau)
     expected = reference.linear_straight_through_embedding(double(h), double(head), double([table, head.weight]), tau)
-    close([*embeddings, lse, token], [*expected[0], *expected[1:]], product_tolerance(*dtype))
-    soft, soft_lse = kernels.linear_soft_embedding(h, head, table, tau)
+    close([*embeddings, token], [*expected.embeddings, expected.token], product_tolerance(*dtype))
+    soft = kernels.linear_soft_embedding(h, head, table, tau)
     expected = reference.linear_soft_embedding(double(h), double(head), double(table), tau)
-    close(soft, expected[0], weight_tolerance(*dtype))
-    close(soft_lse, expected[1], product_tolerance(*dtype))
+    close(soft, expected, weight_tolerance(*dtype))
 
 
 @few(12)
@@ -125,11 +123,8 @@ def test_linear_relaxed_backward(shape, dtype, scale_cap, tau, which):
     tables = [head.weight if "tied" in which else own, logits(8, vocabulary, 24, dtype=dtype[1])]
     tables = tables if "reward" in which else tables[:1]
     vectors = [logits(9, rows, table.shape[1]) for table in tables]
-    lse = reference.linear_relaxed_stats(double(h), double(head), tau).lse
-    actual = kernels.linear_relaxed_backward(h, head, lse.float(), vectors, tables, tau)
-    expected = reference.linear_relaxed_backward(
-        double(h), double(head), lse, double(vectors), double(tables), tau
-    )  # fmt: skip
+    actual = kernels.linear_relaxed_backward(h, head, vectors, tables, tau)
+    expected = reference.linear_relaxed_backward(double(h), double(head), double(vectors), double(tables), tau)
     # The unit is the size of G, not of what is left when p (G - <p, G>) is summed.
     close(actual, expected, weight_tolerance(*dtype) / 4, unit=gradient_unit(vectors, tables, tau))
 
@@ -153,14 +148,12 @@ def test_blocks_of_rows(entries):
     with patch.object(blocks, "ENTRIES", entries):
         likelihood = kernels.log_likelihood_gradient(h, head, tokens, True)
         mixture = kernels.linear_soft_embedding(h, head, tables[0])
-        backward = kernels.linear_relaxed_backward(h, head, mixture[1], vectors, tables)
+        backward = kernels.linear_relaxed_backward(h, head, vectors, tables)
         norm = kernels.gradient_norm(factors, where)
         stats = kernels.linear_relaxed_stats(h, head)
     close_likelihood(likelihood, h, head, tokens)
     close(mixture, reference.linear_soft_embedding(double(h), double(head), double(tables[0])), 4e-5)
-    expected = reference.linear_relaxed_backward(
-        double(h), double(head), mixture[1].double(), double(vectors), double(tables)
-    )
+    expected = reference.linear_relaxed_backward(double(h), double(head), double(vectors), double(tables))
     close(backward, expected, unit=gradient_unit(vectors, tables, 1.0))
     close(norm, reference.gradient_norm(double(factors), double(where)), 4e-5)
     close_stats(stats, h, head)

@@ -1,4 +1,4 @@
-"""Random inputs of the operators, and comparisons with their meaning; for the tests and for benchmarks/."""
+"""Random inputs of the operators, their back ends by name, and comparisons with their meaning."""
 
 from __future__ import annotations
 
@@ -8,8 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.types import Head, Tables, TokenGradient
+from nabla_fast.ops import OPERATORS, DTOInputs, DTOOptions, DTOState, Head, Tables, TokenGradient, backends
 from nabla_fast.ops.reference import hard_tokens
+
+
+class Backend:
+    """The operators by one back end, without autograd: ``Backend("native").relaxed_stats(z)``."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __getattr__(self, operator: str) -> Any:
+        if operator not in OPERATORS:
+            raise AttributeError(f"no operator {operator!r}; there are {', '.join(OPERATORS)}")
+        return backends.implementation(OPERATORS[operator], self.name)
+
+
+def dto_arguments(
+    parameters: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    tokens: Tensor,
+    learning_rates: Tensor,
+    gradient: Tensor | TokenGradient,
+    tables: Tables,
+    *,
+    soft_noise: Tensor | None = None,
+    hard_noise: Tensor | None = None,
+    group: Tensor | None = None,
+    **options: Any,
+) -> tuple[DTOState, DTOInputs, Tables, DTOOptions]:
+    """The arguments of `dto_step` from what is in them; ``options`` are those of `DTOOptions`."""
+    state = DTOState(parameters, exp_avg, exp_avg_sq, step, tokens)
+    inputs = DTOInputs(learning_rates, gradient, soft_noise, hard_noise, group)
+    return state, inputs, tables, DTOOptions(**options)
 
 
 def randn(
