@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from nabla_fast.ops import triton as ops
-from nabla_fast.ops.triton import linear_state
+from nabla_fast.ops.triton import stats as linear_state
 from nabla_fast.ops.types import DTOInputs, DTOOptions, DTOState, Head, Tables, TokenGradient
 
 V, D, D_R = 151936, 3584, 2560

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nabla_fast.ops import reference
 from nabla_fast.ops import triton as kernels
-from nabla_fast.ops.triton import blocks
+from nabla_fast.ops.triton import _matmul as blocks
 from nabla_fast.ops.types import Head, Tables, TokenGradient
 from nabla_fast.testing.operators import close, double, dto_arguments, logits
 

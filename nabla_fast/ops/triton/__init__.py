@@ -1,20 +1,20 @@
-"""The Triton back end: the functions of `nabla_fast.ops.reference`, without autograd, for CUDA tensors.
+"""The Triton back end: the operators of `nabla_fast.ops` without autograd, for CUDA tensors.
 
 Importing it needs Triton; `TRITON_INTERPRET=1` in the environment, set before, makes it take CPU tensors instead.
 """
 
 from nabla_fast.ops.triton.dto_step import dto_step
-from nabla_fast.ops.triton.gradient_norm import gradient_norm
-from nabla_fast.ops.triton.linear_relaxed_backward import linear_relaxed_backward
-from nabla_fast.ops.triton.linear_relaxed_stats import linear_relaxed_stats
-from nabla_fast.ops.triton.log_likelihood_gradient import log_likelihood_gradient
-from nabla_fast.ops.triton.relaxed_backward import relaxed_backward
-from nabla_fast.ops.triton.relaxed_stats import relaxed_stats
-from nabla_fast.ops.triton.soft_embedding import linear_soft_embedding, soft_embedding
-from nabla_fast.ops.triton.straight_through_embedding import (
+from nabla_fast.ops.triton.embedding import (
+    linear_relaxed_backward,
+    linear_soft_embedding,
     linear_straight_through_embedding,
+    relaxed_backward,
+    soft_embedding,
     straight_through_embedding,
 )
+from nabla_fast.ops.triton.gradient_norm import gradient_norm
+from nabla_fast.ops.triton.likelihood import log_likelihood_gradient
+from nabla_fast.ops.triton.stats import linear_relaxed_stats, relaxed_stats
 from nabla_fast.ops.triton.token_diff import token_diff
 
 __all__ = [

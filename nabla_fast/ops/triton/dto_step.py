@@ -22,14 +22,29 @@ import torch
 from torch import Tensor
 
 from nabla_fast.ops.products import times_rows
-from nabla_fast.ops.triton.blocks import Scratch, logits_in_blocks, row_blocks, write_gradient
-from nabla_fast.ops.triton.dto_update import Rows
-from nabla_fast.ops.triton.launch import check
-from nabla_fast.ops.triton.one_row import OneRowPass, fits
-from nabla_fast.ops.triton.rows import row_state
-from nabla_fast.ops.triton.sources import at_tokens, from_factors
-from nabla_fast.ops.triton.weights import weight_dtypes, write_weights
-from nabla_fast.ops.types import DTOInputs, DTOOptions, DTOState, DTOStep, Tables, TokenGradient
+from nabla_fast.ops.triton._dto_one_row import OneRowPass, fits
+from nabla_fast.ops.triton._dto_rows import Rows
+from nabla_fast.ops.triton._gradient import at_tokens, from_factors
+from nabla_fast.ops.triton._launch import check
+from nabla_fast.ops.triton._matmul import (
+    Scratch,
+    logits_in_blocks,
+    row_blocks,
+    write_gradient,
+)
+from nabla_fast.ops.triton._softmax import (
+    weight_dtypes,
+    write_weights,
+)
+from nabla_fast.ops.triton.stats import row_state
+from nabla_fast.ops.types import (
+    DTOInputs,
+    DTOOptions,
+    DTOState,
+    DTOStep,
+    Tables,
+    TokenGradient,
+)
 
 # Entries of G that are kept from step to step: 1 GiB.
 KEPT = 2**28

@@ -11,11 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.triton.blocks import Scratch, logits_in_blocks, write_terms
-from nabla_fast.ops.triton.combine import combine
-from nabla_fast.ops.triton.launch import check, run, split
-from nabla_fast.ops.triton.rows import load_row, row_state
-from nabla_fast.ops.types import Tables, TokenGradient
+from nabla_fast.ops.triton._launch import check, run, split
+from nabla_fast.ops.triton._matmul import (
+    Scratch,
+    logits_in_blocks,
+    write_terms,
+)
+from nabla_fast.ops.triton._softmax import (
+    combine,
+    load_row,
+)
+from nabla_fast.ops.triton.stats import row_state
+from nabla_fast.ops.types import (
+    Tables,
+    TokenGradient,
+)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -8,8 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.triton.launch import check, run, strides
-from nabla_fast.ops.types import TokenDiff
+from nabla_fast.ops.triton._launch import check, run, strides
+from nabla_fast.ops.types import (
+    TokenDiff,
+)
 
 
 @triton.jit(do_not_specialize=["OLD_b", "NEW_b", "length"])

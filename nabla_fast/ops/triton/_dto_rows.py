@@ -8,10 +8,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.triton.combine import float_rows
-from nabla_fast.ops.triton.launch import run, strides
-from nabla_fast.ops.triton.online import merge, shift
-from nabla_fast.ops.types import DTOInputs, DTOOptions, DTOState
+from nabla_fast.ops.triton._launch import run, strides
+from nabla_fast.ops.triton._softmax import (
+    float_rows,
+    merge,
+    shift,
+)
+from nabla_fast.ops.types import (
+    DTOInputs,
+    DTOOptions,
+    DTOState,
+)
 
 
 @triton.jit(do_not_specialize=["rows", "splits", "made", "limit"])

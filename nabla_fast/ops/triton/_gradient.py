@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.triton.launch import same_table
+from nabla_fast.ops.triton._launch import same_table
 from nabla_fast.ops.types import Head, Tables, TokenGradient
 
 

@@ -10,12 +10,22 @@ import torch
 from torch import Tensor
 
 from nabla_fast.ops.products import times_rows
-from nabla_fast.ops.triton.blocks import Scratch, logits_in_blocks
-from nabla_fast.ops.triton.combine import Row, combine
-from nabla_fast.ops.triton.launch import check
-from nabla_fast.ops.triton.rows import row_state
-from nabla_fast.ops.triton.weights import weight_dtypes, write_weights
-from nabla_fast.ops.types import Head, LogLikelihood
+from nabla_fast.ops.triton._launch import check
+from nabla_fast.ops.triton._matmul import (
+    Scratch,
+    logits_in_blocks,
+)
+from nabla_fast.ops.triton._softmax import (
+    Row,
+    combine,
+    weight_dtypes,
+    write_weights,
+)
+from nabla_fast.ops.triton.stats import row_state
+from nabla_fast.ops.types import (
+    Head,
+    LogLikelihood,
+)
 
 
 def log_likelihood_gradient(h: Tensor, head: Head, tokens: Tensor, need_grad: bool) -> LogLikelihood:

@@ -1,4 +1,7 @@
-"""Blocks of rows whose logits lie in memory for a while.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Logits: a tile of them inside a kernel, and blocks of rows whose logits lie in memory for a while.
+
+A tile is BN rows by BV entries, z = softcap tanh(scale <h, W_v> / softcap), accumulated in float32.
 
 Whatever needs a logit twice (for its row's softmax, and then for its weight) has it computed once, by the matrix
 library, for so many rows as fit into a scratch of fixed size; the library also multiplies the weights with the tables.
@@ -11,17 +14,100 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from nabla_fast.ops.products import times_table
-from nabla_fast.ops.triton.combine import Row, combine, joined
-from nabla_fast.ops.triton.linear_state import fused, linear_state
-from nabla_fast.ops.triton.online import new_state
-from nabla_fast.ops.triton.rows import row_state
-from nabla_fast.ops.types import Head, Tables, TokenGradient
+from nabla_fast.ops.types import (
+    Head,
+    Tables,
+    TokenGradient,
+)
 
 # Entries of one scratch: 256 MiB of float32.
 ENTRIES = 2**26
+
+
+@triton.jit
+def _load_depth(X, offsets, depth, stride, D, EVEN: tl.constexpr):
+    at = X + offsets[:, None] + (depth.to(tl.int64) * stride)[None, :]
+    if EVEN:  # noqa: SIM108
+        values = tl.load(at)
+    else:
+        values = tl.load(at, mask=(depth < D)[None, :], other=0.0)
+    return values
+
+
+@triton.jit
+def products(
+    H,
+    H_n,
+    H_d,
+    W,
+    W_v,
+    W_d,
+    D,
+    row,
+    entry,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+    BD: tl.constexpr,
+    EVEN: tl.constexpr,
+    SWAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """<H_n, W_v> (BN, BV) for rows ``row`` and entries ``entry``, of one half-precision dtype.
+
+    SWAP: the operands change places, so that the table fills the wide side of the matrix unit. UPCAST: for the
+    interpreter, which multiplies float32 only.
+    """
+    if SWAP:  # noqa: SIM108
+        acc = tl.zeros([BV, BN], tl.float32)
+    else:
+        acc = tl.zeros([BN, BV], tl.float32)
+    h_rows = row * H_n
+    w_rows = entry.to(tl.int64) * W_v
+    for start in range(0, D, BD):
+        depth = start + tl.arange(0, BD)
+        h = _load_depth(H, h_rows, depth, H_d, D, EVEN)
+        w = _load_depth(W, w_rows, depth, W_d, D, EVEN)
+        if UPCAST:
+            h = h.to(tl.float32)
+            w = w.to(tl.float32)
+        if SWAP:  # noqa: SIM108
+            acc = tl.dot(w, tl.trans(h), acc)
+        else:
+            acc = tl.dot(h, tl.trans(w), acc)
+    if SWAP:
+        acc = tl.trans(acc)
+    return acc
+
+
+@triton.jit
+def tanh(x):
+    """tanh to float32 rounding, small x too."""
+    small = tl.exp(-2.0 * tl.abs(x))
+    large = tl.where(x < 0, -1.0, 1.0) * ((1.0 - small) / (1.0 + small))
+    xx = x * x
+    series = x * (1.0 + xx * (-1.0 / 3 + xx * (2.0 / 15 + xx * (-17.0 / 315 + xx * (62.0 / 2835)))))
+    return tl.where(tl.abs(x) < 0.2, series, large)
+
+
+@triton.jit
+def capped(product, scale, softcap, CAP: tl.constexpr):
+    """Logits from products with the head."""
+    z = product * scale
+    if CAP:
+        z = softcap * tanh(z / softcap)
+    return z
+
+
+@triton.jit
+def cap_slope(z, softcap):
+    """d(capped logits) / d(uncapped ones)."""
+    ratio = z / softcap
+    return 1.0 - ratio * ratio
 
 
 def row_blocks(rows: int, vocabulary: int) -> Iterator[slice]:
@@ -95,22 +181,3 @@ def logits_in_blocks(h: Tensor, head: Head, scratch: Scratch) -> Iterator[tuple[
     for rows in row_blocks(len(h), scratch.vocabulary):
         part = h[rows]
         yield rows, write_logits(scratch.take("logits", len(part)), part, head)
-
-
-def linear_row(
-    h: Tensor,
-    head: Head,
-    inv_tau: float,
-    entropy_threshold: float | None = None,
-    confidence_threshold: float | None = None,
-) -> Row:
-    """Statistics of the logits of h (N, d): from tiles where no logit need be written, else from blocks."""
-    thresholds = (entropy_threshold, confidence_threshold)
-    if fused(h, head):
-        return combine(linear_state(h, head, inv_tau), inv_tau, *thresholds)
-    scratch = Scratch(len(h), head.weight.shape[0], h.device)
-    found = [
-        combine(row_state(z, inv_tau, entropy=True), inv_tau, *thresholds)
-        for _, z in logits_in_blocks(h, head, scratch)
-    ]
-    return joined(found) if found else combine(new_state(1, 0, h.device), inv_tau)

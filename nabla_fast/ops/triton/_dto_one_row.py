@@ -18,12 +18,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.triton.launch import INTERPRET, run, split, strides
-from nabla_fast.ops.triton.online import new_state, shift, store_state
-from nabla_fast.ops.triton.rows import load_row
-from nabla_fast.ops.triton.sources import Gradient, at_tokens
-from nabla_fast.ops.triton.tiles import cap_slope, capped
-from nabla_fast.ops.types import Head
+from nabla_fast.ops.triton._gradient import Gradient, at_tokens
+from nabla_fast.ops.triton._launch import INTERPRET, run, split, strides
+from nabla_fast.ops.triton._matmul import (
+    cap_slope,
+    capped,
+)
+from nabla_fast.ops.triton._softmax import (
+    load_row,
+    new_state,
+    shift,
+    store_state,
+)
+from nabla_fast.ops.types import (
+    Head,
+)
 
 # What BV entries of all tables may take: bytes of one tile, and of all tiles in flight (an A100 has 163 KiB to share).
 _TILE_BYTES = 65536
@@ -102,10 +111,10 @@ def _one_row_kernel(
         depth2 = tl.arange(0, BD2)
         x2 = tl.load(X2 + row * D2 + depth2, mask=depth2 < D2, other=0.0).to(tl.float32)
     origin = tl.load(ORIGIN + row)
-    m = float("-inf")
-    s = 0.0
-    q = 0.0
-    y_max = float("-inf")
+    max = float("-inf")
+    sum_exp = 0.0
+    sum_exp_grad = 0.0
+    best = float("-inf")
     token = 0
     weighted = tl.zeros([BD], tl.float32)
     mean = tl.zeros([BD], tl.float32)
@@ -131,14 +140,14 @@ def _one_row_kernel(
         x = z
         if SOFT is not None:
             x = z + load_row(SOFT, row * SOFT_n, columns, SOFT_v, inside, 0.0)
-        m_new = tl.maximum(m, tl.max(x, axis=0))
-        base = shift(m_new)
-        factor = tl.exp((m - base) * inv_tau)
-        m = m_new
+        new_max = tl.maximum(max, tl.max(x, axis=0))
+        base = shift(new_max)
+        factor = tl.exp((max - base) * inv_tau)
+        max = new_max
         e = tl.exp((x - base) * inv_tau)
         eg = tl.where(e > 0, e * g, 0.0)
-        s = s * factor + tl.sum(e, axis=0)
-        q = q * factor + tl.sum(eg, axis=0)
+        sum_exp = sum_exp * factor + tl.sum(e, axis=0)
+        sum_exp_grad = sum_exp_grad * factor + tl.sum(eg, axis=0)
         if CAP:
             slope = cap_slope(tl.where(inside, z, 0.0), softcap)
             e *= slope
@@ -150,10 +159,10 @@ def _one_row_kernel(
             y = z + load_row(HARD, row * HARD_n, columns, HARD_v, inside, 0.0)
         high = tl.max(y, axis=0)
         lowest = tl.min(tl.where(y == high, columns, 2147483647), axis=0)
-        token = tl.where(high > y_max, lowest, token)
-        y_max = tl.maximum(y_max, high)
+        token = tl.where(high > best, lowest, token)
+        best = tl.maximum(best, high)
     splits = tl.num_programs(1)
-    store_state(STATE, TOKENS, split, splits, row, rows, None, m, s, 0.0, q, y_max, token)
+    store_state(STATE, TOKENS, split, splits, row, rows, None, max, sum_exp, 0.0, sum_exp_grad, best, token)
     at = SUMS + ((split.to(tl.int64) * rows + row) * 2) * D + depth
     tl.store(at, weighted, mask=depth < D)
     tl.store(at + D, mean, mask=depth < D)
