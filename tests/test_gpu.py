@@ -122,8 +122,7 @@ def test_the_drop_in_takes_what_transformers_gives_it() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-# Its mean is not that of its other arguments, and not all back ends need it.
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "linear_relaxed_backward_with_mean"])
+@pytest.mark.parametrize("name", NAMES)
 def test_operators_and_their_gradients(name: str, dtype: torch.dtype, backend: str) -> None:
     """Through the dispatcher, against the reference on the CPU."""
     if backend == "cuda" and backends.why_not(name.split("_factors")[0], "cuda", "cuda") is not None:

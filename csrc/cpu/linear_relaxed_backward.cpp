@@ -11,7 +11,7 @@ namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
 
 template <typename acc_t>
-Tensor backward(PassInput input, const Tensor& hidden, const Tensor& mean, const std::vector<GradientTerm>& terms) {
+Tensor backward(PassInput input, const Tensor& hidden, const std::vector<GradientTerm>& terms) {
   const int64_t rows = hidden.size(0);
   Tensor result = at::empty(hidden.sizes(), hidden.options().dtype(c10::CppTypeToScalarType<acc_t>::value));
   for (int64_t begin = 0; begin < rows; begin += kRowsPerPass) {
@@ -23,7 +23,6 @@ Tensor backward(PassInput input, const Tensor& hidden, const Tensor& mean, const
     for (const GradientTerm& term : terms) {
       input.terms.push_back({term.vectors.narrow(0, begin, count), term.table});
     }
-    if (mean.defined()) input.mean = mean.narrow(0, begin, count);
     result.narrow(0, begin, count).copy_(hidden_gradient<acc_t>(vocabulary_pass<acc_t>(input), input.tau));
   }
   return result;
@@ -32,13 +31,11 @@ Tensor backward(PassInput input, const Tensor& hidden, const Tensor& mean, const
 }  // namespace
 
 Tensor linear_relaxed_backward(const Tensor& h, const Tensor& weight, double scale, double softcap, const Tensor& lse,
-                               at::TensorList vectors, at::TensorList tables, const std::optional<Tensor>& mean,
-                               double tau) {
+                               at::TensorList vectors, at::TensorList tables, double tau) {
   const Check check("linear_relaxed_backward");
   check.product(h, "h", weight, "weight");
   // Only looked at: the pass takes the sum anew, and a log-sum-exp of large logits is rounded too far to normalise with.
   check.floats(lse, "lse", {h.size(0)});
-  if (mean) check.floats(*mean, "mean", {h.size(0)});
   check.vectors_and_tables(vectors, tables, h.size(0), weight.size(0));
   check.inverse_of(tau);
   const bool exact = h.scalar_type() == at::kDouble || weight.scalar_type() == at::kDouble;
@@ -54,9 +51,7 @@ Tensor linear_relaxed_backward(const Tensor& h, const Tensor& weight, double sca
   input.tau = tau;
   input.values = weight;
   input.through_cap = true;
-  const Tensor means = mean ? mean->to(at::kDouble).contiguous() : Tensor();
-  return (exact ? backward<double>(input, h, means, terms) : backward<float>(input, h, means, terms))
-      .mul_(scale);
+  return (exact ? backward<double>(input, h, terms) : backward<float>(input, h, terms)).mul_(scale);
 }
 
 }  // namespace nabla_fast::cpu::CPU_CAPABILITY

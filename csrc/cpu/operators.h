@@ -44,7 +44,7 @@ using EmbeddingsAndStatistics = std::tuple<std::vector<Tensor>, Tensor, Tensor>;
     (const Tensor& z, const Tensor& lse, at::TensorList vectors, at::TensorList tables, double tau))               \
   X(linear_relaxed_backward, Tensor,                                                                               \
     (const Tensor& h, const Tensor& weight, double scale, double softcap, const Tensor& lse,                       \
-     at::TensorList vectors, at::TensorList tables, const std::optional<Tensor>& mean, double tau))                \
+     at::TensorList vectors, at::TensorList tables, double tau))                                                   \
   X(dto_step, TwoTensors,                                                                                          \
     (const Tensor& parameters, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step,                \
      const Tensor& tokens, const Tensor& learning_rates, const std::optional<Tensor>& gradient,                    \

@@ -30,7 +30,7 @@ class PartPass {
         products_(products),
         tile_(tile),
         n_(static_cast<int64_t>(input.rows.size())),
-        blocks_(!input.values.defined() ? 0 : has_gradient() && !input.mean.defined() ? 2 : 1),
+        blocks_(!input.values.defined() ? 0 : has_gradient() ? 2 : 1),
         width_(blocks_ ? input.values.size(1) : 0),
         inverse_tau_(1 / input.tau),
         z_(optional_rows(input.z)),
@@ -44,10 +44,7 @@ class PartPass {
         slope_(tile),
         gradient_(tile),
         buffer_(tile),
-        sums(blocks_ * n_ * width_) {
-    if (!input.mean.defined()) return;
-    for (int64_t i = 0; i < n_; ++i) states[i].reference = input.mean.const_data_ptr<double>()[i];
-  }
+        sums(blocks_ * n_ * width_) {}
 
   void add_tile(int64_t start, int64_t count) {
     products_.load(start, count, workspace_);
@@ -123,7 +120,7 @@ class PartPass {
     const acc_t* gradient = read_gradient(i, row, start, count);
     if (max > state.max) {
       double reference = state.reference;
-      if (gradient && !input_.mean.defined()) {
+      if (gradient) {
         const acc_t own = gradient[std::find(x_.data(), x_.data() + count, max) - x_.data()];
         if (std::isfinite(own)) reference = own;
       }
@@ -183,7 +180,7 @@ class PartPass {
       const Vec e = power_or_zero<acc_t>((Vec::loadu(x_.data() + j) - max) * scale);
       const Vec slope = capped() ? Vec::loadu(slope_.data() + j) : Vec(acc_t(1));
       sum = sum + e;
-      if (!gradient || blocks_ == 2) (capped() ? e * slope : e).store(plain + j);
+      (capped() ? e * slope : e).store(plain + j);
       if (!gradient) continue;
       const Vec product = weighted(e, Vec::loadu(gradient + j) - reference);
       gradient_sum = gradient_sum + product;
@@ -212,7 +209,7 @@ class PartPass {
   const VocabularyProducts<acc_t>& products_;
   int64_t tile_;
   int64_t n_;
-  int64_t blocks_;  // weighted sums per row: none, one of e or of e (G - mean), or e (G - reference) before e
+  int64_t blocks_;  // weighted sums per row: none, one of e, or of e (G - reference) before e
   int64_t width_;
   double inverse_tau_;
   std::optional<StridedRows> z_, soft_, hard_, dense_;
@@ -234,31 +231,6 @@ Rescale raise_maximum(RowState& state, double max, double reference, double inve
   state.reference = reference;
   return by;
 }
-
-namespace {
-
-// Of G - mean only rounding is left to be subtracted, times the mixture. Any value will do for that, if only it is near
-// the mixture where that is known well, because one token holds nearly all of the weight: so, the likeliest token's.
-template <typename acc_t>
-at::Tensor likeliest_values(const PassInput& input, const std::vector<RowState>& states) {
-  const auto n = static_cast<int64_t>(states.size());
-  const int64_t columns = input.values.size(1);
-  const Table table(input.values);
-  at::Tensor result = at::zeros({n, columns}, at::dtype(c10::CppTypeToScalarType<acc_t>::value));
-  TableTile<acc_t> values;
-  for (int64_t i = 0; i < n; ++i) {
-    const RowState& state = states[i];
-    if (state.token < 0) continue;
-    values.load(table, state.token, 1);
-    const double slope = input.through_cap ? HeadTransform{1, input.softcap}.slope(state.best) : 1;
-    const auto weight = static_cast<acc_t>(state.sum * slope);
-    acc_t* line = result.mutable_data_ptr<acc_t>() + i * columns;
-    for (int64_t j = 0; j < columns; ++j) line[j] = weight * values.data()[j];
-  }
-  return result;
-}
-
-}  // namespace
 
 template <typename acc_t>
 PassOutput vocabulary_pass(const PassInput& input) {
@@ -286,10 +258,6 @@ PassOutput vocabulary_pass(const PassInput& input) {
     output.weighted = at::empty({n, columns}, options);
     std::copy_n(sums, n * columns, output.weighted.template mutable_data_ptr<acc_t>());
     sums += n * columns;
-  }
-  if (has_gradient && input.mean.defined()) {
-    output.mixture = likeliest_values<acc_t>(input, output.states);
-    return output;
   }
   output.mixture = at::empty({n, columns}, options);
   std::copy_n(sums, n * columns, output.mixture.template mutable_data_ptr<acc_t>());

@@ -50,7 +50,6 @@ struct PassInput {
   at::Tensor hard_noise;            // (N, V) or undefined
   at::Tensor gradient;              // dense G (N, V), or undefined
   std::vector<GradientTerm> terms;  // or G as terms
-  at::Tensor mean;                  // (n,) of double: the mean of G under the weights, where it is known, or undefined
   double tau = 1;
   at::Tensor values;          // (V, k): what is summed with the weights e; undefined for the tokens alone
   bool through_cap = false;   // weights carry the derivative of the softcap
@@ -58,7 +57,7 @@ struct PassInput {
 
 struct PassOutput {
   std::vector<RowState> states;
-  at::Tensor mixture;   // (n, k) sum of e * values, or a stand-in for it where the mean of G was known
+  at::Tensor mixture;   // (n, k) sum of e * values
   at::Tensor weighted;  // (n, k) sum of e * (G - reference) * values, with a gradient
 };
 

@@ -45,7 +45,7 @@ _SCHEMAS = (
     "(Tensor embedding, Tensor lse)",
     "native_relaxed_backward(Tensor z, Tensor lse, Tensor[] vectors, Tensor[] tables, float tau) -> Tensor",
     "native_linear_relaxed_backward(Tensor h, Tensor weight, float scale, float softcap, Tensor lse, Tensor[] vectors, "
-    "Tensor[] tables, Tensor? mean, float tau) -> Tensor",
+    "Tensor[] tables, float tau) -> Tensor",
     "native_dto_step(Tensor(a!) parameters, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor tokens, "
     "Tensor learning_rates, Tensor? gradient, Tensor? hidden, Tensor? embedding, Tensor? reward_embedding, "
     "Tensor weight, Tensor embedding_table, Tensor reward_table, float scale, float softcap, float nll_coeff, "
@@ -212,20 +212,11 @@ def relaxed_backward(
 
 
 def linear_relaxed_backward(
-    h: Tensor,
-    head: Head,
-    lse: Tensor,
-    vectors: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    tau: float = 1.0,
-    mean: Tensor | None = None,
+    h: Tensor, head: Head, lse: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tensor], tau: float = 1.0
 ) -> Tensor:
-    """`reference.linear_relaxed_backward`, by one pass over the vocabulary without an (N, V) tensor.
-
-    With ``mean``, the pass makes one product with the head less.
-    """
+    """`reference.linear_relaxed_backward`, by one pass over the vocabulary without an (N, V) tensor."""
     gradient: Tensor = torch.ops.nabla_fast.native_linear_relaxed_backward(
-        h, *head, lse, list(vectors), list(tables), mean, tau
+        h, *head, lse, list(vectors), list(tables), tau
     )
     return gradient
 

@@ -192,20 +192,9 @@ def relaxed_backward(
 
 
 def linear_relaxed_backward(
-    h: Tensor,
-    head: Head,
-    lse: Tensor,
-    vectors: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    tau: float = 1.0,
-    mean: Tensor | None = None,
+    h: Tensor, head: Head, lse: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tensor], tau: float = 1.0
 ) -> Tensor:
-    """`relaxed_backward` carried on to hidden states: dL/dh (N, d), by one pass over the vocabulary (identity (b)).
-
-    Args:
-        mean: (N,) <p, G> as the caller knows it already, up to rounding, or None; it may save work, never change the
-            result.
-    """
+    """`relaxed_backward` carried on to hidden states: dL/dh (N, d), by one pass over the vocabulary (identity (b))."""
     z = linear_logits(h, head)
     return _head_backward(relaxed_backward(z, lse, vectors, tables, tau), z, head)
 

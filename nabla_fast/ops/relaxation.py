@@ -233,14 +233,13 @@ def _linear_backward_kernel(
     first: Tensor,
     second_grad: Tensor | None,
     second: Tensor | None,
-    mean: Tensor | None,
     tau: float,
     backend: str,
 ) -> Any:
     vectors, tables = _pairs(first_grad, first, second_grad, second)
     kernel = implementation("linear_relaxed_backward", backend)
-    h = widened(h, weight, lse, mean, *vectors, *tables)
-    return kernel(h, Head(weight, scale, softcap), lse, vectors, tables, tau, mean).contiguous()
+    h = widened(h, weight, lse, *vectors, *tables)
+    return kernel(h, Head(weight, scale, softcap), lse, vectors, tables, tau).contiguous()
 
 
 def _linear_backward_check(
@@ -253,15 +252,12 @@ def _linear_backward_check(
     first: Tensor,
     second_grad: Tensor | None,
     second: Tensor | None,
-    mean: Tensor | None,
     tau: float,
     backend: str,
 ) -> None:
     checks.head(h, weight, scale, softcap)
     _check_gradients(h, weight.shape[0], lse, first_grad, first, second_grad, second)
-    checks.floats(mean, "mean")
-    checks.shape(mean, (h.shape[0],), "mean")
-    checks.one_device(**{"h": h, "head.weight": weight, "mean": mean})
+    checks.one_device(**{"h": h, "head.weight": weight})
     checks.temperature(tau)
 
 
@@ -307,7 +303,7 @@ _relaxed_backward = register(
 )
 _linear_relaxed_backward = register(
     f"linear_relaxed_backward(Tensor h, {HEAD}, Tensor lse, Tensor first_grad, Tensor first, Tensor? second_grad, "
-    "Tensor? second, Tensor? mean, float tau, str backend) -> Tensor",
+    "Tensor? second, float tau, str backend) -> Tensor",
     _linear_backward_kernel,
     _like_input_fake,
     check=_linear_backward_check,
@@ -338,7 +334,7 @@ def _linear_straight_through_backward(ctx: Any, first_grad: Tensor, second_grad:
     h, weight, lse, first, second = ctx.saved_tensors
     other = None if second is None else second_grad
     head = (weight, ctx.scale, ctx.softcap)
-    dh = _linear_relaxed_backward(h, *head, lse, first_grad, first, other, second, None, ctx.tau, ctx.backend)
+    dh = _linear_relaxed_backward(h, *head, lse, first_grad, first, other, second, ctx.tau, ctx.backend)
     return dh.to(h.dtype), None, None, None, None, None, None, None
 
 
@@ -363,8 +359,7 @@ def _linear_soft_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _linear_soft_backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
     h, weight, lse, table = ctx.saved_tensors
     head = (weight, ctx.scale, ctx.softcap)
-    # <p, G> is <mixture, grad>, but as a sum rounded at the size of G it would cost a nearly certain token its digits.
-    dh = _linear_relaxed_backward(h, *head, lse, grad, table, None, None, None, ctx.tau, ctx.backend)
+    dh = _linear_relaxed_backward(h, *head, lse, grad, table, None, None, ctx.tau, ctx.backend)
     return dh.to(h.dtype), None, None, None, None, None, None
 
 

@@ -21,15 +21,9 @@ from nabla_fast.ops.triton.weights import weight_dtypes, write_weights
 
 
 def linear_relaxed_backward(
-    h: Tensor,
-    head: Head,
-    lse: Tensor,
-    vectors: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    tau: float = 1.0,
-    mean: Tensor | None = None,
+    h: Tensor, head: Head, lse: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tensor], tau: float = 1.0
 ) -> Tensor:
-    """`reference.linear_relaxed_backward`; it does not need ``mean``, which comes with the state of the logits."""
+    """`reference.linear_relaxed_backward`."""
     check(h, head.weight, lse, *vectors, *tables)
     out = torch.empty(h.shape, dtype=torch.float32, device=h.device)
     scratch = Scratch(len(h), head.weight.shape[0], h.device)
