@@ -20,10 +20,17 @@ _Number = TypeVar("_Number", int, float)
 
 
 def floats(x: Tensor | None, name: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
-    """Raises TypeError for a tensor of another dtype."""
+    """Raises TypeError for a tensor of another dtype, or one that is not dense."""
+    dense(x, name)
     if x is not None and x.dtype not in dtypes:
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be a tensor of dtype {wanted}, got {x.dtype}")
+
+
+def dense(x: Tensor | None, name: str) -> None:
+    """Raises TypeError for a tensor without strides, as sparse and nested ones are."""
+    if x is not None and (x.layout != torch.strided or x.is_nested):
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else f'layout {x.layout}'}")
 
 
 def one_device(**tensors: Tensor | None) -> None:
@@ -78,6 +85,7 @@ def rows(x: Tensor | None, count: int, width: int, name: str) -> None:
 
 def integers(x: Tensor | None, count: int, name: str) -> None:
     """Checks an int64 tensor (N,)."""
+    dense(x, name)
     if x is not None and x.dtype != torch.int64:
         raise TypeError(f"{name} must be a tensor of dtype int64, got {x.dtype}")
     shape(x, (count,), name)

@@ -148,6 +148,7 @@ def _diff_kernel(old: Tensor, new: Tensor, backend: str) -> Any:
 
 def _diff_check(old: Tensor, new: Tensor, backend: str) -> None:
     for name, tokens in (("old", old), ("new", new)):
+        checks.dense(tokens, name)
         if tokens.dtype != torch.int64:
             raise TypeError(f"{name} must be a tensor of dtype int64, got {tokens.dtype}")
     checks.shape(old, ("B", "m"), "old")
@@ -188,12 +189,13 @@ def dto_step(
     gradient is computed in float64, and rounded to the parameters' dtype.
 
     Returns:
-        (N,) int64, each row's hard token now; (N,) bool, whether it differs from ``tokens``.
+        (N,) int64, each row's hard token now, -1 where it has none; (N,) bool, whether it differs from ``tokens`` or is
+        -1.
 
     Raises:
         IndexError: for a token that is not in the vocabulary, on the CPU.
         ValueError: for a negative step or a learning rate that is negative or not finite, on the CPU. On a GPU a row
-            with such a token or step makes no step.
+            with such a token or step makes no step, and counts as changed.
 
     Source: Alg. 2 of ∇-Reasoner.
     """

@@ -293,15 +293,24 @@ def dto_step(
         group: (N,) int64 in ascending order, which rows stop together; None lets every row go by itself.
         max_steps: most steps of this call.
 
+    A row whose logits have no meaning with either noise has token -1 and makes no step. So does one whose ``step`` is
+    negative. One whose ``tokens`` holds no id of the vocabulary makes no step, for its token differs.
+
     Returns:
-        (N,) int64, each row's hard token at its parameters as they are now, -1 where it has none or its step is
-        negative; (N,) bool, whether it differs from ``tokens``.
+        (N,) int64, each row's hard token at its parameters as they are now, or -1; (N,) bool, whether it differs from
+        ``tokens`` or is -1.
     """
     rows, vocabulary = parameters.shape[0], tables.head.weight.shape[0]
     group = torch.arange(rows, device=parameters.device) if group is None else group
     current = torch.cat(
         [
-            hard_tokens(parameters[r], tables.head, latents, None if hard_noise is None else hard_noise[r])
+            hard_tokens(
+                parameters[r],
+                tables.head,
+                latents,
+                None if hard_noise is None else hard_noise[r],
+                None if soft_noise is None else soft_noise[r],
+            )
             for r in row_chunks(rows, vocabulary)
         ]
     )
@@ -329,15 +338,25 @@ def dto_step(
             step[index] += 1
             _adam(row, m, v, grad, step[index], learning_rates, weight_decay)
             parameters[index], exp_avg[index], exp_avg_sq[index] = row, m, v
-            noise = None if hard_noise is None else hard_noise[index]
-            current[index] = hard_tokens(row, tables.head, latents, noise)
-    return current, current != tokens
+            noises = (None if noise is None else noise[index] for noise in (hard_noise, soft_noise))
+            current[index] = hard_tokens(row, tables.head, latents, *noises)
+    return current, (current != tokens) | (current < 0)
 
 
-def hard_tokens(parameters: Tensor, head: Head, latents: bool, hard_noise: Tensor | None = None) -> Tensor:
-    """argmax of the rows' logits plus ``hard_noise``: (N,) int64; -1 for a row without meaning."""
+def hard_tokens(
+    parameters: Tensor,
+    head: Head,
+    latents: bool,
+    hard_noise: Tensor | None = None,
+    soft_noise: Tensor | None = None,
+) -> Tensor:
+    """argmax of the rows' logits plus ``hard_noise``: (N,) int64; -1 for a row without meaning.
+
+    That is one whose logits have none with either noise: with ``soft_noise`` it has no softmax to step by.
+    """
     z = linear_logits(parameters, head) if latents else parameters
-    return hard_token(z if hard_noise is None else z + hard_noise)
+    token = hard_token(z if hard_noise is None else z + hard_noise)
+    return token if soft_noise is None else torch.where((z + soft_noise).amax(-1).isfinite(), token, -1)
 
 
 def token_diff(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ def dto_step(
     group: Tensor | None = None,
     max_steps: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.dto_step` on float32 parameters; a row without a hard token has token -1 and stops."""
+    """`reference.dto_step` on float32 parameters."""
     factors = [gradient] if isinstance(gradient, Tensor) else [*gradient, tables.embedding, tables.reward_embedding]
     check(parameters, exp_avg, exp_avg_sq, *factors, *([tables.head.weight] if latents else []))
     if parameters.dtype != torch.float32:
@@ -83,7 +83,7 @@ def dto_step(
     else:
         tokens_now(max_steps)
     step += rows.made
-    return rows.current, rows.current != tokens
+    return rows.current, (rows.current != tokens) | (rows.current < 0)
 
 
 def _one_row(problem: _Problem) -> tuple[Step, Step]:
@@ -136,8 +136,8 @@ def _latents_blocks(problem: _Problem) -> tuple[Step, Step]:
 
     def look(made: int) -> bool:
         for block, z in logits_in_blocks(parameters, head, scratch):
-            hard, held = _rows(problem.hard, block), rows.held[block]
-            rows.decide(row_state(z, problem.inv_tau, hard=hard, held=held), made, block)
+            soft, hard, held = _rows(problem.soft, block), _rows(problem.hard, block), rows.held[block]
+            rows.decide(row_state(z, problem.inv_tau, soft=soft, hard=hard, held=held), made, block)
         return True
 
     return move, look

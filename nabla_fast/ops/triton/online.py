@@ -4,7 +4,7 @@
 A state has five numbers: m the maximum of x, s = sum e, t = sum e (x - m) / tau, q = sum e G with
 e = exp((x - m) / tau), and y the maximum of the values whose argmax is the hard token. Differences are taken before
 the division by tau, so logits of 1e4 at tau = 0.05 lose nothing. A NaN or +inf needs no flag of its own: it makes s
-NaN, and s stays NaN (``tl.max`` drops NaN, ``tl.sum`` does not).
+NaN, and s stays NaN (``tl.max`` drops NaN, ``tl.sum`` does not), and y is +inf where such a value has a NaN.
 """
 
 from __future__ import annotations
