@@ -30,7 +30,7 @@ _LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 # Shapes by the names that schemas use: N rows, V entries, d and r widths, S steps, m positions.
 SHAPES = {
-    "z": "NV", "h": "Nd", "weight": "Vd", "table": "Vr", "lse": "N", "mean": "N", "hidden": "Nd", "embedding": "Nd",
+    "z": "NV", "h": "Nd", "weight": "Vd", "table": "Vr", "lse": "N", "hidden": "Nd", "embedding": "Nd",
     "reward_embedding": "Nr", "embedding_table": "Vd", "reward_table": "Vr", "gradient": "NV", "soft_noise": "NV",
     "hard_noise": "NV", "learning_rates": "S", "old": "Nm", "new": "Nm", "tokens": "N", "step": "N", "group": "N",
     "parameters": "NP", "exp_avg": "NP", "exp_avg_sq": "NP",
@@ -80,8 +80,6 @@ class Case:
         schema = getattr(torch.ops.nabla_fast, name).default._schema
         self.arguments = {argument.name: self.draw(argument.name) for argument in schema.arguments}
         self.arguments.update(self.lists())
-        if self.arguments.get("mean") is not None:
-            self.arguments["mean"] = guarded(self.mean())
 
     def draw(self, name: str) -> Any:
         scalars = {
@@ -101,7 +99,7 @@ class Case:
         factor = self.name == "native_dto_step" and name in ("hidden", "embedding", "reward_embedding")
         if (factor and self.dense) or (name == "gradient" and not self.dense):
             return None
-        if name in ("mean", "soft_noise", "hard_noise", "group") and self.rng.random() < 0.5:
+        if name in ("soft_noise", "hard_noise", "group") and self.rng.random() < 0.5:
             return None
         shape = [self.sizes[letter] for letter in SHAPES[name]]
         if name in INTEGERS:
@@ -127,14 +125,6 @@ class Case:
         n, v, widths = self.sizes["N"], self.sizes["V"], [self.sizes["d"], self.sizes["r"]][: self.rng.choice((1, 2))]
         lists = {"tables": [self.floats([v, w]) for w in widths], "vectors": [self.floats([n, w]) for w in widths]}
         return {name: value for name, value in lists.items() if name in self.arguments}
-
-    def mean(self) -> Tensor:
-        """<p, G>, which is an argument that may be known already."""
-        a = self.arguments
-        z = reference.linear_logits(a["h"].double(), Head(a["weight"].double(), a["scale"], a["softcap"]))
-        pairs = zip(a["vectors"], a["tables"], strict=True)
-        gradient = sum(vector.double() @ table.double().T for vector, table in pairs)
-        return (torch.softmax(z / a["tau"], -1) * gradient).sum(-1)
 
     def call(self) -> Any:
         return getattr(torch.ops.nabla_fast, self.name)(*self.arguments.values())
@@ -175,8 +165,6 @@ def flat(result: Any) -> list[Tensor]:
 
 
 def wrong_number(case: Case, result: Any) -> str | None:
-    if "mean" in case.arguments:
-        case.arguments["mean"] = None
     expected = meant(case)
     if expected is None:
         return None

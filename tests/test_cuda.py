@@ -270,6 +270,107 @@ def test_a_row_without_a_token_is_reported(place: Place, latents: bool, bad: flo
         torch.testing.assert_close(x, was, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(("latents", "blocks", "cluster"), [(False, 3, True), (False, 2, False), (True, 3, False)])
+@pytest.mark.parametrize("kind", ["nan", "+inf", "-inf"])
+@pytest.mark.parametrize("name", ["soft_noise", "hard_noise"])
+@pytest.mark.parametrize(("made", "max_steps"), [(0, 2), (0, 0), (20, 2)])
+def test_a_row_with_noise_without_meaning_makes_no_step(
+    place: Place, latents: bool, blocks: int, cluster: bool, kind: str, name: str, made: int, max_steps: int
+) -> None:
+    """Token -1 and no step, as for parameters without meaning, also where the row has no steps left."""
+    place.team(blocks, cluster)
+    case = make_case(place, latents, 61, hidden=24, rows=3, max_steps=max_steps)
+    case.state[3].fill_(made)
+    noise = case.options[name]
+    if kind == "-inf":
+        noise[1] = -math.inf
+    else:
+        noise[1, 60] = math.nan if kind == "nan" else math.inf
+    before = [x.clone() for x in case.state]
+    token, changed = case.run(place)
+    assert token[1] == -1
+    assert changed[1]
+    for x, was in zip(case.state, before, strict=True):
+        assert torch.equal(x[1], was[1])
+    assert (token[[0, 2]] >= 0).all()
+
+
+@pytest.mark.parametrize(("latents", "blocks", "cluster"), [(False, 3, True), (False, 2, False), (True, 3, False)])
+def test_a_row_at_a_token_outside_the_vocabulary_makes_no_step(
+    place: Place, latents: bool, blocks: int, cluster: bool
+) -> None:
+    """On a GPU nobody looks before the kernels do. Such a row has changed, even where it has no token either."""
+    place.team(blocks, cluster)
+    for outside in ([-1, 40, 2**40, -(2**62)], [-1, 2**63 - 1, -(2**63), 2**32 + 3]):
+        case = make_case(place, latents, 40, hidden=24, rows=4, noise=False)
+        case.tokens = torch.tensor(outside, device=place.device)
+        case.options["hard_noise"] = torch.zeros(4, 40, device=place.device)
+        case.options["hard_noise"][0, 5] = math.nan
+        before = [x.clone() for x in case.state]
+        token, changed = case.run(place)
+        assert (token >= 0).tolist() == [False, True, True, True]
+        assert changed.all()
+        for x, was in zip(case.state, before, strict=True):
+            assert torch.equal(x, was)
+
+
+@pytest.mark.parametrize(("latents", "blocks", "cluster"), [(False, 3, True), (False, 2, False), (True, 3, False)])
+@pytest.mark.parametrize("gap", [10.0, 14.0, 18.0])
+def test_the_gradient_of_a_nearly_certain_token(
+    place: Place, latents: bool, blocks: int, cluster: bool, gap: float
+) -> None:
+    """As exact, relative to its own size, as any: Adam follows it however small it is. Beside a bfloat16 head."""
+    place.team(blocks, cluster)
+    case = make_case(place, latents, 300, hidden=16, dtype=torch.bfloat16, noise=False, max_steps=1, tau=1.0)
+    parameters, weight = case.state[0], case.tables.head.weight
+    parameters *= 0.1
+    if latents:
+        parameters[:, 0], weight[:, 0], weight[277, 0] = 1.0, 0.0, gap + 6
+    else:
+        parameters[:, 277] = gap + 6
+    case.tokens.fill_(277)
+    case.gradient += 3
+    case.rates.fill_(1e-3)
+    for x in case.state[1:]:
+        x.zero_()
+    z = (parameters.double() @ weight.double().T) if latents else parameters.double()
+    p, difference = torch.softmax(z, -1), case.gradient.double() - case.gradient[:, 277:278].double()
+    meant = p * (difference - (p * difference).sum(-1, keepdim=True))
+    case.call(place)
+    ours = 10 * case.state[1].double()
+    if latents:
+        meant = meant @ weight.double()
+    else:
+        assert abs(float(ours[0, 277] / meant[0, 277]) - 1) < 2e-5
+    assert float((ours - meant).norm() / meant.norm()) < 2e-5
+
+
+@pytest.mark.parametrize(("latents", "blocks", "cluster"), [(False, 3, True), (False, 2, False), (True, 3, False)])
+def test_large_logits_lose_nothing_beside_a_small_tau(place: Place, latents: bool, blocks: int, cluster: bool) -> None:
+    """1e4 / 0.05 is rounded to more than a hundredth; what the softmax needs of it is a difference."""
+    place.team(blocks, cluster)
+    case = make_case(place, latents, 200, hidden=16, noise=False, max_steps=1, tau=0.05)
+    parameters, weight = case.state[0], case.tables.head.weight
+    if latents:
+        parameters[:, 0] = 1.0
+        weight.mul_(0.2).mul_(32).round_().div_(32)
+        weight[:, 0] = 8192.0
+        parameters.mul_(32).round_().div_(32)
+    else:
+        parameters.mul_(0.05).add_(1e4)
+    for x in case.state[1:]:
+        x.zero_()
+    case.tokens = reference.hard_tokens(parameters, case.tables.head, latents)
+    case.gradient *= 0.01
+    tables = case.tables._replace(head=Head(weight.double()))
+    exact = [*(x.double() for x in case.state[:3]), case.state[3].clone()]
+    reference.dto_step(*exact, case.tokens, case.rates.double(), case.gradient.double(), tables, **case.options)
+    case.call(place)
+    # The first entry of h is a difference of sums of 8192.
+    ours, meant = (x[:, int(latents) :] for x in (case.state[1], exact[1]))
+    assert float((ours - meant).norm() / meant.norm()) < 1e-4
+
+
 @pytest.mark.parametrize("latents", [False, True])
 def test_a_negative_step_count_looks_nothing_up(place: Place, latents: bool) -> None:
     case = make_case(place, latents, 30)

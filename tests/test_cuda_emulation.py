@@ -12,7 +12,7 @@ MISTAKES = {
     "no barrier before a read": "no barrier between them|nobody wrote",
     "no barrier before a write": "no barrier between them",
     "a shuffle for a barrier": "no barrier between them",
-    "one block too few": "no barrier between them",
+    "one block too few": "no barrier between them|nobody wrote",
     "one block too many": "wait for others that will not come",
     "a block leaves early": "no barrier between them|a block that has left",
     "a copy not waited for": "that a copy may be changing",

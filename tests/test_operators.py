@@ -65,14 +65,7 @@ def calls(rows, dtype, backend):
         "soft_embedding": (library.soft_embedding, (z, first, 0.7, backend)),
         "linear_soft_embedding": (library.linear_soft_embedding, (h, *weight, first, 0.7, backend)),
         "relaxed_backward": (library.relaxed_backward, (z, lse, *grads, 0.7, backend)),
-        "linear_relaxed_backward": (
-            library.linear_relaxed_backward,
-            (h, *weight, linear_lse, *grads, None, 0.7, backend),
-        ),
-        "linear_relaxed_backward_with_mean": (
-            library.linear_relaxed_backward,
-            (h, *weight, linear_lse, *grads, linear_lse, 0.7, backend),
-        ),
+        "linear_relaxed_backward": (library.linear_relaxed_backward, (h, *weight, linear_lse, *grads, 0.7, backend)),
         "linear_log_likelihood": (library.linear_log_likelihood, (h, *weight, tokens, True, backend)),
         "gradient_norm": (library.gradient_norm, (*factors(rows, dtype), *flat, backend)),
         "dto_step": (library.dto_step, (*step[:6], [step[6]], *flat, *options)),
@@ -133,7 +126,6 @@ OPERANDS = {
     "linear_soft_embedding": [((0,), FLOATS), ((1,), FLOATS), ((4,), FLOATS)],
     "relaxed_backward": [((0,), FLOATS), ((1,), MASTERS), ((2, 4), FLOATS), ((3, 5), FLOATS)],
     "linear_relaxed_backward": [((0,), FLOATS), ((1,), FLOATS), ((4, 5, 7), FLOATS), ((6, 8), FLOATS)],
-    "linear_relaxed_backward_with_mean": [((0,), FLOATS), ((1, 6, 8), FLOATS), ((4, 5, 7), FLOATS), ((9,), MASTERS)],
     "linear_log_likelihood": [((0,), FLOATS), ((1,), FLOATS)],
     "gradient_norm": [((0,), FLOATS), ((1, 2), FLOATS), ((3,), FLOATS), ((6, 7), FLOATS)],
     "dto_step": [((0, 1, 2), MASTERS), ((5,), MASTERS), ((6,), FLOATS), ((7,), FLOATS)],

@@ -34,10 +34,10 @@ void pass_block(DtoProblem& problem, const std::vector<int64_t>& rows, const at:
   input.weight = problem.weight;
   input.scale = problem.scale;
   input.softcap = problem.softcap;
+  input.soft_noise = problem.soft_noise;
   input.hard_noise = problem.hard_noise;
   input.tau = problem.tau;
   if (hidden_gradients.defined()) {
-    input.soft_noise = problem.soft_noise;
     input.gradient = problem.gradient;
     input.terms = select_terms(problem.terms, rows);
     input.values = problem.weight;

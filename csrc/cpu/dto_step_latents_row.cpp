@@ -133,7 +133,7 @@ class RowPass {
         gradient_(problem.gradient),
         with_gradient(row.hidden_gradient ? d_ : 0),
         plain(with_gradient.size()) {
-    if (problem.soft_noise.defined() && row.hidden_gradient) soft_.emplace(problem.soft_noise);
+    if (problem.soft_noise.defined()) soft_.emplace(problem.soft_noise);
     if (problem.hard_noise.defined()) hard_.emplace(problem.hard_noise);
     if (row.hidden_gradient) start_at(row.token);
   }
@@ -151,6 +151,7 @@ class RowPass {
       state.best = other.state.best;
       state.token = other.state.token;
     }
+    if (!row_.hidden_gradient) state.max = std::max(state.max, other.state.max);
     if (!row_.hidden_gradient || other.state.sum == 0) return;
     if (other.state.max > state.max) {
       raise(other.state.max, other.state.reference);
@@ -231,11 +232,15 @@ class RowPass {
       state.best = best;
       state.token = start + (std::find(lanes.values, lanes.values + rows, best) - lanes.values);
     }
-    if (!gradient) return;
+    if (!gradient && !soft) return;
 
     const Vec x = soft ? value + Vec::loadu(soft, rows) : value;
     const float max = soft ? horizontal_max(x) : hard ? horizontal_max(value) : best;
     if (!(max < kInfinity)) state.undefined = true;
+    if (!gradient) {
+      state.max = std::max<double>(state.max, max);
+      return;
+    }
     if (max > state.max) {
       const Lanes<float> lanes(x);
       const float reference = gradient[std::find(lanes.values, lanes.values + rows, max) - lanes.values];
@@ -321,7 +326,8 @@ int64_t run_pass(const DtoProblem& problem, const LatentsRow& row) {
   });
   RowPass<weight_t>& total = *passes[0];
   for (int64_t part = 1; part < parts; ++part) total.merge(*passes[part]);
-  if (total.state.undefined) return -1;
+  // Soft noise of nothing but -inf leaves no softmax.
+  if (total.state.undefined || (problem.soft_noise.defined() && std::isinf(total.state.max))) return -1;
   if (row.hidden_gradient) {
     const double mean = total.state.gradient_sum / total.state.sum;
     const double factor = problem.scale / (total.state.sum * problem.tau);

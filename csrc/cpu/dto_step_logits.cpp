@@ -131,8 +131,10 @@ class LogitsRows {
     state.token = -1;
     state.sum = state.gradient_sum = 0;
     state.undefined = false;
+    double max = -std::numeric_limits<double>::infinity();
     for (int64_t part = 0; part < parts_; ++part) {
       const Part& one = partial_[(row - first_) * parts_ + part];
+      max = std::max(max, one.max);
       state.undefined |= one.undefined;
       if (one.best > state.best) {
         state.best = one.best;
@@ -141,7 +143,8 @@ class LogitsRows {
       state.sum += one.sum;
       state.gradient_sum += one.gradient_sum;
     }
-    problem_.current[row] = state.undefined ? -1 : state.token;
+    // Soft noise of nothing but -inf leaves no softmax.
+    problem_.current[row] = state.undefined || std::isinf(max) ? -1 : state.token;
   }
 
   // The part that holds the row's maximum.

@@ -7,7 +7,8 @@
 namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
 
-// What one thread finds in its part of the vocabulary.
+// What one thread finds in its part of the vocabulary, each row's own token left out: of a nearly certain token,
+// 1 - p keeps no digits, and the sum of the other tokens' p does.
 template <typename acc_t>
 struct Part {
   std::vector<State> states;
@@ -37,13 +38,37 @@ class Pass {
     at::parallel_for(0, rows_.rows(), 16, [&](int64_t first, int64_t last) {
       TableTile<acc_t> target;
       for (int64_t row = first; row < last; ++row) {
-        log_likelihood[row] = static_cast<acc_t>(target_logits_[row] - merged[row].lse(1.0));
-        if (need_grad_) write_gradient(row, merged[row], target, gradient + row * table_.width);
+        const Whole whole(target_logits_[row], merged[row]);
+        log_likelihood[row] = static_cast<acc_t>(whole.log_likelihood);
+        if (need_grad_) write_gradient(row, whole, target, gradient + row * table_.width);
       }
     });
   }
 
  private:
+  // A row's own token beside the state of the others.
+  struct Whole {
+    double max;
+    double sum;  // of exp(logit - max)
+    double others;  // 1 - p of the token
+    double log_likelihood;
+
+    Whole(double logit, const State& state) {
+      // Others that are all -inf count as nothing, unless one of them is NaN.
+      const double top = state.token >= 0 ? state.max : -kInfinity;
+      const bool undefined = !std::isfinite(state.sum) || !(logit < kInfinity) || !(top < kInfinity) ||
+                             (logit == -kInfinity && top == -kInfinity);
+      max = std::max(logit, top);
+      const double rest = top == -kInfinity ? 0 : std::exp(top - max) * state.sum;
+      const double own = std::exp(logit - max);
+      sum = undefined ? std::numeric_limits<double>::quiet_NaN() : own + rest;
+      others = rest / sum;
+      log_likelihood = logit - max - (logit < top ? std::log(sum) : std::log1p(rest)) + 0 * sum;
+    }
+  };
+
+  static constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
   Part<acc_t> reduce_part(int64_t first, int64_t last) {
     Part<acc_t> part;
     part.states.resize(rows_.padded_rows());
@@ -64,12 +89,12 @@ class Pass {
         State* states = part.states.data() + panel * kPanel;
         rows_.multiply(table_, tile, begin, size, panel, logits.data(), false);
         transform_.apply(logits.data(), size * columns);
-        keep_targets(logits.data(), begin, size, panel, columns);
+        for (size_t i = 0; i < slopes.size(); ++i) slopes[i] = transform_.slope(logits[i]);
+        take_targets(logits.data(), begin, size, panel, columns);
         if (!need_grad_) {
           add_tile<false>(logits.data(), size, columns, begin, 1.0, states, factors.data());
           continue;
         }
-        for (size_t i = 0; i < slopes.size(); ++i) slopes[i] = transform_.slope(logits[i]);
         add_tile<true>(logits.data(), size, columns, begin, 1.0, states, factors.data());
         for (size_t i = 0; i < slopes.size(); ++i) logits[i] *= slopes[i];
         transpose_tile(logits.data(), size, columns, transposed.data(), size);
@@ -88,13 +113,15 @@ class Pass {
     return part;
   }
 
-  // The logits of the tokens that lie in this tile. No other thread has the same one.
-  void keep_targets(const acc_t* logits, int64_t begin, int64_t size, int64_t panel, int64_t columns) {
+  // Keeps the logits of the tokens that lie in this tile, and leaves -inf. No other thread has the same one.
+  void take_targets(acc_t* logits, int64_t begin, int64_t size, int64_t panel, int64_t columns) {
     const int64_t first = panel * kPanel;
     const int64_t count = std::min(columns, rows_.rows() - first);
     for (int64_t column = 0; column < count; ++column) {
       const int64_t v = tokens_[first + column] - begin;
-      if (v >= 0 && v < size) target_logits_[first + column] = logits[v * columns + column];
+      if (v < 0 || v >= size) continue;
+      target_logits_[first + column] = logits[v * columns + column];
+      logits[v * columns + column] = -std::numeric_limits<acc_t>::infinity();
     }
   }
 
@@ -107,17 +134,17 @@ class Pass {
     }
   }
 
-  // scale * (slope_y W_y - sum_v p_v slope_v W_v)
-  void write_gradient(int64_t row, const State& merged, TableTile<acc_t>& target, acc_t* gradient) const {
+  // scale * ((1 - p_y) slope_y W_y - sum over the others of p_v slope_v W_v)
+  void write_gradient(int64_t row, const Whole& whole, TableTile<acc_t>& target, acc_t* gradient) const {
     const acc_t scale = static_cast<acc_t>(transform_.scale);
-    const acc_t slope = transform_.slope(target_logits_[row]);
+    const acc_t own = static_cast<acc_t>(whole.others * transform_.slope(target_logits_[row]));
     target.load(table_, tokens_[row], 1);
-    for (int64_t i = 0; i < table_.width; ++i) gradient[i] = slope * target.data()[i];
+    for (int64_t i = 0; i < table_.width; ++i) gradient[i] = own * target.data()[i];
     for (const auto& part : parts_) {
       const State& state = part.states[row];
-      // A part without an entry above -inf adds nothing, unless the row is undefined and the sum NaN.
-      const double probability = state.token >= 0 ? std::exp(state.max - merged.max) / merged.sum : merged.sum * 0;
-      const acc_t factor = static_cast<acc_t>(merged.defined() ? probability : merged.lse(1.0));
+      // A part without an entry above -inf adds nothing.
+      if (state.token < 0) continue;
+      const acc_t factor = static_cast<acc_t>(std::exp(state.max - whole.max) / whole.sum);
       const acc_t* mixture = part.mixture.data() + row * table_.width;
       for (int64_t i = 0; i < table_.width; ++i) gradient[i] -= factor * mixture[i];
     }

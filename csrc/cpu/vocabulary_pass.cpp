@@ -68,6 +68,7 @@ class PartPass {
         a.best = b.best;
         a.token = b.token;
       }
+      if (!blocks_) a.max = std::max(a.max, b.max);
       if (b.sum == 0) continue;
       if (b.max > a.max) {
         rescale(i, raise_maximum(a, b.max, b.reference, inverse_tau_));
@@ -112,7 +113,10 @@ class PartPass {
       state.best = best;
       state.token = start + (std::find(y, y + count, best) - y);
     }
-    if (!blocks_) return;
+    if (!blocks_) {
+      state.max = std::max<double>(state.max, max);
+      return;
+    }
     if (state.undefined || (max == kMinusInfinity && state.max == kMinusInfinity)) {
       for (int64_t block = 0; block < blocks_; ++block) std::fill_n(weights(block, row), padded, acc_t(0));
       return;
@@ -249,6 +253,8 @@ PassOutput vocabulary_pass(const PassInput& input) {
 
   PassOutput output;
   output.states = std::move(total.states);
+  // Nothing but -inf, maybe by the soft noise alone, has no softmax.
+  for (RowState& state : output.states) state.undefined |= std::isinf(state.max);
   if (!input.values.defined()) return output;
   const int64_t columns = input.values.size(1);
   const auto options = at::dtype(c10::CppTypeToScalarType<acc_t>::value);

@@ -28,7 +28,7 @@ struct RowState {
   double gradient_sum = 0;                                 // of e (G - reference)
   double best = -std::numeric_limits<double>::infinity();  // of logit + hard noise
   int64_t token = -1;                                      // where `best` is, the lowest index of equals
-  bool undefined = false;                                  // NaN or +inf seen
+  bool undefined = false;                                  // NaN or +inf seen, or no x above -inf in the end
 };
 
 // The factors that bring the sums of a state, and what was accumulated with them, to another maximum and reference.

@@ -42,7 +42,7 @@ struct Place {
 struct Pass {
   int row, rank;  // of the block
   int begin, end;
-  float shift, tau, scale, softcap;
+  float shift, inverse_tau, scale, softcap;
   const float* gradient;
   const float* soft_noise;  // or null
   const float* hard_noise;  // or null
@@ -68,7 +68,7 @@ __device__ __forceinline__ Pass pass_of(const DtoRows& rows, const DtoHead& head
           begin,
           min(begin + size, vocabulary),
           gradient_shift(gradient, rows.tokens[row], vocabulary),
-          static_cast<float>(rows.tau),
+          static_cast<float>(1 / rows.tau),
           static_cast<float>(head.scale),
           static_cast<float>(head.softcap),
           gradient,

@@ -161,15 +161,15 @@ struct Worker {
       max = fmaxf(max, shuffle_xor(max, offset));
     }
     if (max > part.max) {
-      const float factor = rescale(part.max, max);
-      raise_max(part, max);
+      const float factor = rescale(part.max, max, shared->pass.inverse_tau);
+      raise_max(part, max, shared->pass.inverse_tau);
 #pragma unroll
       for (int i = 0; i < S::kColumns; ++i) {
         a[i] *= factor;
         b[i] *= factor;
       }
     }
-    const float e = relative_exp(x, part.max), weighted = weigh(e, gradient);
+    const float e = relative_exp(x, part.max, shared->pass.inverse_tau), weighted = weigh(e, gradient);
     part.sum += e;
     part.weighted += weighted;
     return {weighted * slope, e * slope};
@@ -192,7 +192,8 @@ struct Worker {
     }
   }
 
-  // One pass over the block's part of the vocabulary. Without `need_gradient` the hard token is all that is meant.
+  // One pass over the block's part of the vocabulary. Without `need_gradient` the hard token is all that is meant, and
+  // whether there is a softmax.
   __device__ __forceinline__ void run(bool need_gradient) {
     const int depth = place.groups * S::kDepth, tiles = (shared->pass.end - shared->pass.begin + depth - 1) / depth;
     part = Part{};
@@ -214,12 +215,15 @@ struct Worker {
       const int v = entry(tile) + lane_index() / S::kLanes;
       const bool valid = v < shared->pass.end;
       const Logit logit = head_logit(dot, shared->pass.scale, shared->pass.softcap);
+      const float x = valid ? logit.value + now.soft_noise : -INFINITY;
       if (valid) {
         add_hard(part, logit.value + now.hard_noise, v);
+        look_at_soft(part, x);
       }
       if (need_gradient) {
-        const float x = valid ? (logit.value + now.soft_noise) / shared->pass.tau : -INFINITY;
         add_to_sums(tile, add_to_softmax(x, now.gradient, valid ? logit.slope : 0.0f));
+      } else {
+        part.max = fmaxf(part.max, x);
       }
       copy_tile(tile + kStages);
     }
@@ -234,13 +238,13 @@ struct Worker {
     if (!place.active || place.member / 32 != 0 || lane_index() % S::kLanes != 0) {
       mine.sum = mine.weighted = 0;
     }
-    const Part all = block_merge(mine, shared->slots);
+    const Part all = block_merge(mine, shared->slots, shared->pass.inverse_tau);
     if (!need_gradient) {
       return all;
     }
     // block_merge was a barrier: nobody reads tiles any more.
     float* const staged = reinterpret_cast<float*>(shared->tiles);
-    const float factor = rescale(part.max, all.max);
+    const float factor = rescale(part.max, all.max, shared->pass.inverse_tau);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int hidden = static_cast<int>(head.hidden);

@@ -55,31 +55,30 @@ __device__ __forceinline__ void copy_slice(float* to, const float* from, int cou
   }
 }
 
-// x = (logit + soft noise) / tau
-__device__ __forceinline__ float softmax_input(const Slice& slice, int i, float logit, float tau) {
-  return (slice.soft_noise ? logit + slice.soft_noise[i] : logit) / tau;
+__device__ __forceinline__ float softmax_input(const Slice& slice, int i, float logit) {
+  return slice.soft_noise ? logit + slice.soft_noise[i] : logit;
 }
 
 __device__ __forceinline__ void add_entry(Part& part, const Slice& slice, int i, float logit, float gradient,
-                                          float tau) {
-  add_soft(part, softmax_input(slice, i, logit, tau), gradient);
+                                          float inverse_tau) {
+  add_soft(part, softmax_input(slice, i, logit), gradient, inverse_tau);
   add_hard(part, slice.hard_noise ? logit + slice.hard_noise[i] : logit, slice.first + i);
 }
 
 // One step of this thread's entries; what they say about the next one.
-__device__ __forceinline__ Part step_entries(const Slice& slice, const Part& row, float shift, float tau,
+__device__ __forceinline__ Part step_entries(const Slice& slice, const Part& row, float shift, float inverse_tau,
                                              const AdamStep& adam_numbers) {
   const float mean = row.weighted / row.sum;
   Part part;
   for (int i = thread_index(); i < slice.count; i += kThreads) {
     float logit = slice.logits[i], exp_avg = slice.exp_avg[i], exp_avg_sq = slice.exp_avg_sq[i];
     const float gradient = slice.gradient[i] - shift;
-    const float x = softmax_input(slice, i, logit, tau);
-    adam(logit, exp_avg, exp_avg_sq, logit_gradient(x, gradient, row.max, row.sum, mean, tau), adam_numbers);
+    const float x = softmax_input(slice, i, logit);
+    adam(logit, exp_avg, exp_avg_sq, logit_gradient(x, gradient, row.max, row.sum, mean, inverse_tau), adam_numbers);
     slice.logits[i] = logit;
     slice.exp_avg[i] = exp_avg;
     slice.exp_avg_sq[i] = exp_avg_sq;
-    add_entry(part, slice, i, logit, gradient, tau);
+    add_entry(part, slice, i, logit, gradient, inverse_tau);
   }
   return part;
 }
@@ -88,7 +87,7 @@ __device__ __forceinline__ Part step_entries(const Slice& slice, const Part& row
 // before all have passed the barrier after it was read.
 template <bool kCluster>
 __device__ __forceinline__ Part exchange(const Part& mine, LogitsShared* shared, const DtoRows& rows, int row, int rank,
-                                         int team, int round) {
+                                         int team, int round, float inverse_tau) {
   if constexpr (kCluster) {
     Part* const place = shared->exchange + round % 2;
     if (thread_index() == 0) {
@@ -96,7 +95,7 @@ __device__ __forceinline__ Part exchange(const Part& mine, LogitsShared* shared,
     }
     cluster_sync();
     const int lane = lane_index();
-    return warp_merge(lane < team ? *cluster_address(place, lane) : Part{});
+    return warp_merge(lane < team ? *cluster_address(place, lane) : Part{}, inverse_tau);
   } else {
     unsigned* const counter = static_cast<unsigned*>(rows.scratch) + row;
     Part* const places = reinterpret_cast<Part*>(static_cast<char*>(rows.scratch) + counter_bytes(rows.rows)) +
@@ -105,7 +104,7 @@ __device__ __forceinline__ Part exchange(const Part& mine, LogitsShared* shared,
       places[rank] = mine;
     }
     counter_barrier(counter, (round + 1) * team);
-    return team_merge(places, team);
+    return team_merge(places, team, inverse_tau);
   }
 }
 
@@ -114,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, 1) dto_logits_kernel(DtoRows rows, D
   const int team = static_cast<int>(plan.team), row = block_index() / team;
   const int rank = kCluster ? cluster_rank() : block_index() % team;
   LogitsShared* const shared = reinterpret_cast<LogitsShared*>(shared_memory());
-  const float tau = static_cast<float>(rows.tau);
+  const float inverse_tau = static_cast<float>(1 / rows.tau);
   const Progress progress = progress_of(rows, row);
   const float shift = gradient_shift(rows.gradient + row * rows.gradient_stride, progress.expected, rows.vocabulary);
 
@@ -138,10 +137,11 @@ __global__ void __launch_bounds__(kThreads, 1) dto_logits_kernel(DtoRows rows, D
   // A thread reads and writes its own entries only, so the arrays need no barrier.
   Part part;
   for (int i = thread_index(); i < slice.count; i += kThreads) {
-    add_entry(part, slice, i, slice.logits[i], slice.gradient[i] - shift, tau);
+    add_entry(part, slice, i, slice.logits[i], slice.gradient[i] - shift, inverse_tau);
   }
   for (int done = 0;; ++done) {
-    const Part all = exchange<kCluster>(block_merge(part, shared->slots), shared, rows, row, rank, team, done);
+    const Part mine = block_merge(part, shared->slots, inverse_tau);
+    const Part all = exchange<kCluster>(mine, shared, rows, row, rank, team, done, inverse_tau);
     const int token = token_of(all);
     if (progress.stops(token, done)) {
       if constexpr (kCluster) {
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 1) dto_logits_kernel(DtoRows rows, D
       }
       return;
     }
-    part = step_entries(slice, all, shift, tau, next_step(rows, progress.start, done));
+    part = step_entries(slice, all, shift, inverse_tau, next_step(rows, progress.start, done));
   }
 }
 

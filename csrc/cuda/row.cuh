@@ -15,35 +15,50 @@ namespace nabla_fast::cuda {
 
 // What one part of the vocabulary says about a row. Parts merge in any grouping; the empty part changes nothing.
 struct Part {
-  float max = -INFINITY;   // of x = (logit + soft noise) / tau; NaN shows in `sum` alone
-  float sum = 0;           // of exp(x - max)
-  float weighted = 0;      // of exp(x - max) * gradient
+  float max = -INFINITY;   // of x = logit + soft noise
+  float sum = 0;           // of exp((x - max) / tau)
+  float weighted = 0;      // of exp((x - max) / tau) * gradient
   float best = -INFINITY;  // of logit + hard noise
   int index = INT_MAX;     // the lowest one with `best`
-  int bad = 0;             // whether a hard value is NaN or +inf
+  int bad = 0;             // whether x or a hard value is NaN or +inf
 };
 
-// exp(from - to), the factor on sums when their maximum goes from `from` up to `to`. No NaN from (-inf) - (-inf).
-NABLA_FAST_BOTH float rescale(float from, float to) { return from == -INFINITY ? 0.0f : expf(from - to); }
+// Differences are taken before they are divided by tau: large logits would be rounded too far beside a small one.
 
-// exp(x - max) where max may still be -inf, and then so is x.
-NABLA_FAST_BOTH float relative_exp(float x, float max) { return expf(x - (max == -INFINITY ? 0.0f : max)); }
+// exp((from - to) / tau), the factor on sums when their maximum goes from `from` up to `to`. No NaN from
+// (-inf) - (-inf).
+NABLA_FAST_BOTH float rescale(float from, float to, float inverse_tau) {
+  return from == -INFINITY ? 0.0f : expf((from - to) * inverse_tau);
+}
+
+// exp((x - max) / tau) where max may still be -inf, and then so is x.
+NABLA_FAST_BOTH float relative_exp(float x, float max, float inverse_tau) {
+  return expf((x - (max == -INFINITY ? 0.0f : max)) * inverse_tau);
+}
 
 // 0 * inf would be NaN where a -inf logit meets an infinite gradient; such entries cannot move.
 NABLA_FAST_BOTH float weigh(float e, float gradient) { return e > 0 ? e * gradient : 0.0f; }
 
-NABLA_FAST_BOTH void raise_max(Part& part, float max) {
-  const float factor = rescale(part.max, max);
+NABLA_FAST_BOTH void raise_max(Part& part, float max, float inverse_tau) {
+  const float factor = rescale(part.max, max, inverse_tau);
   part.sum *= factor;
   part.weighted *= factor;
   part.max = max;
 }
 
-NABLA_FAST_BOTH void add_soft(Part& part, float x, float gradient) {
-  if (x > part.max) {
-    raise_max(part, x);
+// Of x, what says whether the row has a softmax.
+NABLA_FAST_BOTH void look_at_soft(Part& part, float x) {
+  if (!(x < INFINITY)) {
+    part.bad = 1;
   }
-  const float e = relative_exp(x, part.max);
+}
+
+NABLA_FAST_BOTH void add_soft(Part& part, float x, float gradient, float inverse_tau) {
+  look_at_soft(part, x);
+  if (x > part.max) {
+    raise_max(part, x, inverse_tau);
+  }
+  const float e = relative_exp(x, part.max, inverse_tau);
   part.sum += e;
   part.weighted += weigh(e, gradient);
 }
@@ -59,10 +74,10 @@ NABLA_FAST_BOTH void add_hard(Part& part, float value, int index) {
   }
 }
 
-NABLA_FAST_BOTH Part merge(const Part& a, const Part& b) {
+NABLA_FAST_BOTH Part merge(const Part& a, const Part& b, float inverse_tau) {
   Part out = a;
   out.max = fmaxf(a.max, b.max);
-  const float factor_a = rescale(a.max, out.max), factor_b = rescale(b.max, out.max);
+  const float factor_a = rescale(a.max, out.max, inverse_tau), factor_b = rescale(b.max, out.max, inverse_tau);
   out.sum = a.sum * factor_a + b.sum * factor_b;
   out.weighted = a.weighted * factor_a + b.weighted * factor_b;
   if (b.best > a.best || (b.best == a.best && b.index < a.index)) {
@@ -73,8 +88,10 @@ NABLA_FAST_BOTH Part merge(const Part& a, const Part& b) {
   return out;
 }
 
-// The hard token; -1 where the row holds NaN or +inf or is all -inf.
-NABLA_FAST_BOTH int token_of(const Part& row) { return row.bad || row.best == -INFINITY ? -1 : row.index; }
+// The hard token; -1 where the row, with either noise, holds NaN or +inf or is all -inf.
+NABLA_FAST_BOTH int token_of(const Part& row) {
+  return row.bad || row.best == -INFINITY || row.max == -INFINITY ? -1 : row.index;
+}
 
 // A constant on G changes nothing in p * (G - <p, G>), so G is taken relative to its value at the hard token, where
 // most of p usually is: less is lost when <p, G> is subtracted.
@@ -84,9 +101,9 @@ NABLA_FAST_BOTH float gradient_shift(const float* gradient, int64_t token, int64
 }
 
 // dL/dz of one entry, from its x and G and the row's statistics.
-NABLA_FAST_BOTH float logit_gradient(float x, float gradient, float max, float sum, float mean, float tau) {
-  const float p = relative_exp(x, max) / sum;
-  return (p > 0 ? p * (gradient - mean) : p * mean) / tau;
+NABLA_FAST_BOTH float logit_gradient(float x, float gradient, float max, float sum, float mean, float inverse_tau) {
+  const float p = relative_exp(x, max, inverse_tau) / sum;
+  return (p > 0 ? p * (gradient - mean) : p * mean) * inverse_tau;
 }
 
 struct Logit {

@@ -15,26 +15,26 @@ __host__ __device__ constexpr int64_t counter_bytes(int64_t rows) { return (rows
 
 // The whole warp's part, in every lane. The rounding of a merge depends on its order, so all take lane 0's result:
 // blocks that merge the same parts must come to the same decision.
-__device__ __forceinline__ Part warp_merge(Part part) {
+__device__ __forceinline__ Part warp_merge(Part part, float inverse_tau) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
     const Part other{shuffle_xor(part.max, offset),      shuffle_xor(part.sum, offset),
                      shuffle_xor(part.weighted, offset), shuffle_xor(part.best, offset),
                      shuffle_xor(part.index, offset),    shuffle_xor(part.bad, offset)};
-    part = merge(part, other);
+    part = merge(part, other, inverse_tau);
   }
   return {shuffle(part.max, 0),  shuffle(part.sum, 0),   shuffle(part.weighted, 0),
           shuffle(part.best, 0), shuffle(part.index, 0), shuffle(part.bad, 0)};
 }
 
 // The whole block's part, in every thread. `slots` has room for kWarps parts and is free again on return.
-__device__ __forceinline__ Part block_merge(const Part& part, Part* slots) {
-  const Part mine = warp_merge(part);
+__device__ __forceinline__ Part block_merge(const Part& part, Part* slots, float inverse_tau) {
+  const Part mine = warp_merge(part, inverse_tau);
   if (lane_index() == 0) {
     slots[warp_index()] = mine;
   }
   block_sync();
-  const Part all = warp_merge(lane_index() < kWarps ? slots[lane_index()] : Part{});
+  const Part all = warp_merge(lane_index() < kWarps ? slots[lane_index()] : Part{}, inverse_tau);
   block_sync();
   return all;
 }
@@ -47,13 +47,13 @@ __device__ __forceinline__ Part load_part(const Part* address) {
 }
 
 // The whole row's part, in every thread, from one part per block of the team in global memory.
-__device__ __forceinline__ Part team_merge(const Part* parts, int team) {
+__device__ __forceinline__ Part team_merge(const Part* parts, int team, float inverse_tau) {
   Part part;
 #pragma unroll 1
   for (int rank = lane_index(); rank < team; rank += 32) {
-    part = merge(part, load_part(parts + rank));
+    part = merge(part, load_part(parts + rank), inverse_tau);
   }
-  return warp_merge(part);
+  return warp_merge(part, inverse_tau);
 }
 
 // Where a row stands: the same in all threads of its team.

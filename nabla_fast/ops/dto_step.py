@@ -32,7 +32,7 @@ def dto_step(state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOpt
     Raises:
         IndexError: for a token that is not in the vocabulary, on the CPU.
         ValueError: for a negative step or a learning rate that is negative or not finite, on the CPU. On a GPU a row
-            with such a token or step makes no step.
+            with such a token or step makes no step, and counts as changed.
 
     Source: Alg. 2 of ∇-Reasoner.
     """

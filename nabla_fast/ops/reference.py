@@ -236,6 +236,9 @@ def dto_step(state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOpt
 
     with D = G - G(hard token), and Adam (betas 0.9 and 0.999, eps 1e-8). After the last step the token is taken once
     more. Rows of one group stop together, before the step that one of them cannot make.
+
+    A row whose logits have no meaning with either noise has token -1 and makes no step. So does one whose ``step`` is
+    negative. One whose ``tokens`` holds no id of the vocabulary makes no step, for its token differs.
     """
     parameters, exp_avg, exp_avg_sq, step, tokens = state
     learning_rates, gradient, soft_noise, hard_noise, group = inputs
@@ -244,7 +247,7 @@ def dto_step(state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOpt
     group = torch.arange(rows, device=parameters.device) if group is None else group
     current = torch.cat(
         [
-            hard_tokens(parameters[r], tables.head, latents, None if hard_noise is None else hard_noise[r])
+            hard_tokens(parameters[r], tables.head, latents, _rows(hard_noise, r), _rows(soft_noise, r))
             for r in row_chunks(rows, vocabulary)
         ]
     )
@@ -272,15 +275,29 @@ def dto_step(state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOpt
             step[index] += 1
             _adam(row, m, v, grad, step[index], learning_rates, weight_decay)
             parameters[index], exp_avg[index], exp_avg_sq[index] = row, m, v
-            noise = None if hard_noise is None else hard_noise[index]
-            current[index] = hard_tokens(row, tables.head, latents, noise)
-    return DTOStep(current, current != tokens)
+            noises = _rows(hard_noise, index), _rows(soft_noise, index)
+            current[index] = hard_tokens(row, tables.head, latents, *noises)
+    return DTOStep(current, (current != tokens) | (current < 0))
 
 
-def hard_tokens(parameters: Tensor, head: Head, latents: bool, hard_noise: Tensor | None = None) -> Tensor:
-    """argmax of the rows' logits plus ``hard_noise``: (N,) int64; -1 for a row without meaning."""
+def hard_tokens(
+    parameters: Tensor,
+    head: Head,
+    latents: bool,
+    hard_noise: Tensor | None = None,
+    soft_noise: Tensor | None = None,
+) -> Tensor:
+    """argmax of the rows' logits plus ``hard_noise``: (N,) int64; -1 for a row without meaning.
+
+    That is one whose logits have none with either noise: with ``soft_noise`` it has no softmax to step by.
+    """
     z = linear_logits(parameters, head) if latents else parameters
-    return hard_token(z if hard_noise is None else z + hard_noise)
+    token = hard_token(z if hard_noise is None else z + hard_noise)
+    return token if soft_noise is None else torch.where((z + soft_noise).amax(-1).isfinite(), token, -1)
+
+
+def _rows(x: Tensor | None, index: slice | Tensor) -> Tensor | None:
+    return None if x is None else x[index]
 
 
 def token_diff(old: Tensor, new: Tensor) -> TokenDiff:

@@ -176,7 +176,7 @@ class DTOStep(NamedTuple):
 
     Attributes:
         token: (N,) int64, each row's hard token at its parameters as they are now; -1 where it has none.
-        changed: (N,) bool, whether it differs from the tokens at which the gradient was taken.
+        changed: (N,) bool, whether it is -1 or differs from the token at which the gradient was taken.
     """
 
     token: Annotated[Tensor, "int64 N"]

@@ -30,6 +30,11 @@ def zeros(rows, width):
     return torch.zeros(rows, width), torch.zeros(rows, width), torch.zeros(rows, dtype=torch.long)
 
 
+def resolved(operator, backend):
+    """The back end's own name for it, which hands to Triton what it lacks on a GPU."""
+    return "triton" if backend == "cuda" and not hasattr(ops.backends._import("cuda"), operator) else backend
+
+
 def one_step(parameters, tokens, gradient, tables, backend, **options):
     """dL / d(parameters) as the first moment of a step has it."""
     m, v, step = zeros(*parameters.shape)
@@ -137,15 +142,84 @@ def test_steps_of_latents_of_a_nearly_certain_token(dense, rows, gap, backend):
     require_digits(one_step(h, tokens, gradient, tables, backend, latents=True), expected)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "native"])
-@pytest.mark.parametrize("gap", GAPS)
-def test_likelihood_of_a_nearly_certain_token(gap, backend):
+@every_back_end
+@pytest.mark.parametrize("gap", [*GAPS, 30.0])
+@pytest.mark.parametrize("token", [0, TOKEN, V - 1])
+def test_likelihood_of_a_nearly_certain_token(token, gap, backend):
     h, head = certain_hidden(gap)
+    head = Head(head.weight.roll(token - TOKEN, 0))
     h.requires_grad_()
-    (dh,) = torch.autograd.grad(ops.linear_log_likelihood(h, head, torch.full((2,), TOKEN), backend=backend).sum(), h)
+    log_pi = ops.linear_log_likelihood(h, head, torch.full((2,), token), backend=backend)
+    (dh,) = torch.autograd.grad(log_pi.sum(), h)
     weight = head.weight.double()
     p = torch.softmax(h.detach().double() @ weight.T, -1)
-    require_digits(dh, p @ (weight[TOKEN] - weight))
+    require_digits(dh, p @ (weight[token] - weight))
+
+
+# bfloat16 operands: what is rounded is rounded relative to itself, and the token's own weight takes part in nothing.
+
+
+def require_half_digits(actual, expected):
+    error = (actual.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.max().item() < 8e-3, error.tolist()
+
+
+@every_back_end
+@pytest.mark.parametrize("gap", GAPS)
+def test_gradients_of_a_nearly_certain_token_in_bfloat16(gap, backend):
+    half = torch.bfloat16
+    h, head = certain_hidden(gap)
+    h, head, table = h.to(half).requires_grad_(), Head(head.weight.to(half)), (logits(6, V, D) + 3).to(half)
+    vector = logits(5, 2, D).to(half).float()
+    weight = head.weight.double()
+    z = h.detach().double() @ weight.T
+    meant = gradient_at(z, vector.double() @ table.double().T) @ weight
+    for embedding in (
+        ops.linear_soft_embedding(h, head, table, backend=backend),
+        ops.linear_straight_through_embedding(h, head, table, backend=backend)[0],
+    ):
+        (dh,) = torch.autograd.grad((embedding * vector).sum(), h)
+        require_half_digits(dh, meant)
+    log_pi = ops.linear_log_likelihood(h, head, torch.full((2,), TOKEN), backend=backend)
+    (dh,) = torch.autograd.grad(log_pi.sum(), h)
+    require_half_digits(dh, torch.softmax(z, -1) @ (weight[TOKEN] - weight))
+    x = certain_logits(gap).to(half).requires_grad_()
+    meant = gradient_at(x.detach(), vector.double() @ table.double().T)
+    embedding = ops.straight_through_embedding(x, table, backend=backend)[0]
+    (dx,) = torch.autograd.grad((embedding * vector).sum(), x)
+    require_half_digits(dx, meant)
+    require_half_digits(dx[:, token_column], meant[:, token_column])
+
+
+@every_back_end
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_steps_beside_a_bfloat16_head_of_a_nearly_certain_token(rows, gap, backend):
+    h, head = certain_hidden(gap, rows)
+    head = Head(head.weight.bfloat16())
+    gradient, weight = logits(8, rows, V), head.weight.double()
+    tables = Tables(head, head.weight, head.weight, 0.0)
+    expected = gradient_at(h.double() @ weight.T, gradient) @ weight
+    step = one_step(h, torch.full((rows,), TOKEN), gradient, tables, backend, latents=True)
+    error = (step - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.max().item() < 1e-4, error.tolist()
+
+
+@every_back_end
+@pytest.mark.parametrize("tau", [1.0, 0.05])
+def test_no_gradient_is_normalised_by_the_log_sum_exp_that_it_is_given(tau, backend):
+    """Of large logits it is rounded too far; every pass takes the sum of its own weights."""
+    z = logits(1, 3, V) * tau + 1e4
+    h, head = logits(2, 3, D), Head(tau * logits(3, V, D))
+    table, vector = logits(6, V, D), logits(5, 3, D)
+    backward = ops.backends.implementation("relaxed_backward", resolved("relaxed_backward", backend))
+    linear = ops.backends.implementation("linear_relaxed_backward", resolved("linear_relaxed_backward", backend))
+    meant = ops.reference.relaxed_backward(z.double(), z[:, 0].double(), [vector.double()], [table.double()], tau)
+    for lse in (torch.zeros(3), torch.full((3,), math.nan)):
+        ours = backward(z, lse, [vector], [table], tau)
+        assert ((ours.double() - meant).norm(dim=-1) / meant.norm(dim=-1)).max() < 1e-5
+        one, other = (linear(h, head, x, [vector], [table], tau) for x in (lse, lse + 1))
+        assert torch.equal(one, other)
 
 
 # Rows without meaning
@@ -240,6 +314,54 @@ def test_a_row_without_meaning_makes_no_step(kinds, latents, seed):
         assert parameters[~bad].isfinite().all()
 
 
+BAD_NOISES = {
+    "nan": lambda noise: noise.index_fill(0, torch.tensor([7]), math.nan),
+    "+inf": lambda noise: noise.index_fill(0, torch.tensor([V - 1]), math.inf),
+    "-inf": lambda noise: torch.full_like(noise, -math.inf),
+}
+
+
+@every_back_end
+@pytest.mark.parametrize("kind", BAD_NOISES)
+@pytest.mark.parametrize("name", ["soft_noise", "hard_noise"])
+@pytest.mark.parametrize(("rows", "latents", "dense"), [(1, True, True), (9, True, True), (2, True, False),
+                                                        (3, False, True), (2, False, False)])  # fmt: skip
+def test_a_row_with_noise_without_meaning_makes_no_step(rows, latents, dense, name, kind, backend):
+    """As with parameters without meaning: token -1 and no step, for its group too, however many steps are left."""
+    start, weight = logits(1, rows, D if latents else V), logits(2, V, D)
+    tables, factors = (
+        Tables(Head(weight), weight, weight, 0.1),
+        TokenGradient(*(0.1 * logits(seed, rows, D) for seed in (7, 8, 9))),
+    )
+    gradient = 0.1 * logits(4, rows, V) if dense else factors
+    noises = {"soft_noise": logits(5, rows, V), "hard_noise": 0.1 * logits(6, rows, V)}
+    z = ops.linear_logits(start, tables.head) if latents else start
+    tokens = ops.relaxed_stats(z + noises["hard_noise"]).token
+    bad = noises[name].clone()
+    bad[0] = BAD_NOISES[kind](bad[0])
+    group = torch.arange(rows) // 2 if rows > 2 else None
+    for made, max_steps in ((0, 0), (0, 2), (2, 2)):
+        results = []
+        for noise in (noises, noises | {name: bad}):
+            state = (start.clone(), *zeros(*start.shape))
+            state[3].fill_(made)
+            out = ops.dto_step(
+                *state, tokens, torch.full((2,), 1e-4), gradient, tables, latents=latents, max_steps=max_steps,
+                group=group, backend=backend, **noise,
+            )  # fmt: skip
+            results.append((*out, *state))
+        (meant, *_, moved), (token, changed, *now, step) = results
+        assert moved.tolist() == [2 if max_steps else made] * rows
+        resting = 1 if group is None else 2
+        assert token.tolist() == [-1, *meant[1:].tolist()]
+        assert changed.tolist() == [True] + [False] * (rows - 1)
+        assert step.tolist() == [made] * resting + moved.tolist()[resting:]
+        assert torch.equal(now[0][:resting], start[:resting])
+        assert not now[1][:resting].any()
+        for x, y in zip(now, results[0][2:5], strict=True):
+            torch.testing.assert_close(x[resting:], y[resting:], rtol=1e-5, atol=1e-7)
+
+
 # Arguments without meaning
 
 
@@ -283,19 +405,47 @@ def test_an_id_outside_the_vocabulary_is_an_index_error(bad, backend):
 def test_an_id_outside_the_vocabulary_is_never_an_index(backend):
     """Below the check that only the CPU can afford: as a GPU would meet it."""
     h, head, tokens = logits(1, 3, D), Head(logits(2, V, D)), torch.tensor([1, -1, V])
-    kernel = ops.backends.implementation("log_likelihood_gradient", "triton" if backend == "cuda" else backend)
+    name = "log_likelihood_gradient"
+    kernel = ops.backends.implementation(name, resolved(name, backend))
     require_nan(torch.tensor([False, True, True]), *kernel(h, head, tokens, True))
     state = (h.clone(), *zeros(3, D))
     state[3][0] = -2
     tables = Tables(head, head.weight, head.weight, 0.1)
-    step = ops.backends.implementation("dto_step", "triton" if backend == "cuda" else backend)
     expected = ops.linear_relaxed_stats(h, head).token
     tokens = torch.tensor([int(expected[0]), -1, V])
-    token, changed = step(*state, tokens, torch.full((1,), 1e-3), logits(3, 3, V), tables, latents=True)
+    arguments = (tokens, torch.full((1,), 1e-3), logits(3, 3, V), tables)
+    token, changed = ops.backends.implementation("dto_step", backend)(*state, *arguments, latents=True)
     assert token.tolist() == [-1, *expected[1:].tolist()]
     assert changed.all()
     assert torch.equal(state[0], h)
     assert state[3].tolist() == [-2, 0, 0]
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "native"])
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("latents", [True, False])
+@pytest.mark.parametrize("rows", [3, 9])
+def test_a_row_at_a_token_outside_the_vocabulary_makes_no_step(rows, latents, dense, backend):
+    """Below the check that only the CPU can afford. It is not one that has not changed, not even without a token."""
+    outside = torch.tensor([-1, V, 2**40, -(2**62), 2**32 + TOKEN, -V, V + 1, 2**63 - 1, -(2**63)])[:rows]
+    start = logits(1, rows, D if latents else V)
+    start[0] = math.nan
+    head = Head(logits(2, V, D))
+    tables, factors = (
+        Tables(head, logits(3, V, D), logits(4, V, D), 0.1),
+        TokenGradient(*(logits(seed, rows, D) for seed in (5, 6, 7))),
+    )
+    state = (start.clone(), *zeros(*start.shape))
+    token, changed = ops.backends.implementation("dto_step", backend)(
+        *state, outside, torch.full((2,), 1e-3), logits(6, rows, V) if dense else factors, tables, latents=latents,
+        max_steps=2,
+    )  # fmt: skip
+    expected = ops.relaxed_stats(ops.linear_logits(start, head) if latents else start).token
+    assert torch.equal(token, expected)
+    assert int(token[0]) == -1
+    assert changed.all()
+    assert torch.equal(state[0].nan_to_num(7.0), start.nan_to_num(7.0))
+    assert not any(x.any() for x in state[1:])
 
 
 @on_the_host

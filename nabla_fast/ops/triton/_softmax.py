@@ -5,7 +5,7 @@ A state has six fields, named as in csrc/cpu/online_softmax.h: max, the maximum 
 sums sum_exp of e, sum_exp_logit of e (x - max) / tau and sum_exp_grad of e G; best, the maximum of the values whose
 argmax is the hard token; and that token. Differences are taken before the division by tau, so logits of 1e4 at
 tau = 0.05 lose nothing. A NaN or +inf needs no flag of its own: it makes sum_exp NaN, and sum_exp stays NaN (``tl.max``
-drops NaN, ``tl.sum`` does not).
+drops NaN, ``tl.sum`` does not); best is +inf where such a value is NaN.
 
 Then, what reaches the vocabulary's entries, from logits in memory: softmax weights, or the logits' gradients.
 

@@ -63,7 +63,7 @@ class _Problem(NamedTuple):
 
 
 def dto_step(state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOptions) -> DTOStep:
-    """`reference.dto_step` on float32 parameters; a row without a hard token has token -1 and stops."""
+    """`reference.dto_step` on float32 parameters."""
     parameters, gradient, latents = state.parameters, inputs.gradient, options.latents
     factors = [gradient] if isinstance(gradient, Tensor) else [*gradient, tables.embedding, tables.reward_embedding]
     check(*state[:3], *factors, *([tables.head.weight] if latents else []))
@@ -81,7 +81,7 @@ def dto_step(state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOpt
     else:
         tokens_now(options.max_steps)
     state.step.add_(rows.made)
-    return DTOStep(rows.current, rows.current != state.tokens)
+    return DTOStep(rows.current, (rows.current != state.tokens) | (rows.current < 0))
 
 
 def _one_row(problem: _Problem) -> tuple[Step, Step]:
@@ -134,8 +134,8 @@ def _latents_blocks(problem: _Problem) -> tuple[Step, Step]:
 
     def look(made: int) -> bool:
         for block, z in logits_in_blocks(parameters, head, scratch):
-            hard, held = _rows(problem.hard, block), rows.held[block]
-            rows.decide(row_state(z, problem.inv_tau, hard=hard, held=held), made, block)
+            soft, hard, held = _rows(problem.soft, block), _rows(problem.hard, block), rows.held[block]
+            rows.decide(row_state(z, problem.inv_tau, soft=soft, hard=hard, held=held), made, block)
         return True
 
     return move, look

@@ -103,7 +103,8 @@ def _tile(
         sum_exp_grad += tl.sum(tl.where(e > 0, e * gradient, 0.0), axis=0)
     high = top
     if HARD is not None:
-        high = tl.max(z + _load(HARD, row * HARD_n, columns, HARD_v, V, 0.0, MASKED), axis=0)
+        y = z + _load(HARD, row * HARD_n, columns, HARD_v, V, 0.0, MASKED)
+        high = tl.max(tl.where(y == y, y, float("inf")), axis=0)  # NaN is as bad as +inf, and a maximum drops it
     elif SOFT is not None:
         high = tl.max(z, axis=0)
     won = tl.where(high > best, first, won)
