@@ -7,6 +7,7 @@ reference; on a GPU, CUDA's, Triton's and the reference.
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from kernel_inputs import few
 
 from nabla_fast import ops
 from nabla_fast.ops.types import Head, Tables, TokenGradient
-from nabla_fast.testing.operators import logits
+from nabla_fast.testing.operators import Backend, dto_arguments, logits
 
 BACKENDS = ("reference", "native", "triton") if INTERPRETED else ("reference", "triton", "cuda")
 every_back_end = pytest.mark.parametrize("backend", BACKENDS)
@@ -30,16 +31,18 @@ def zeros(rows, width):
     return torch.zeros(rows, width), torch.zeros(rows, width), torch.zeros(rows, dtype=torch.long)
 
 
-def resolved(operator, backend):
-    """The back end's own name for it, which hands to Triton what it lacks on a GPU."""
-    return "triton" if backend == "cuda" and not hasattr(ops.backends._import("cuda"), operator) else backend
+def implementation(operator, backend):
+    """The back end's own; Triton's where CUDA's has none."""
+    lacks = backend == "cuda" and not hasattr(ops.backends._import("cuda"), operator)
+    return getattr(Backend("triton" if lacks else backend), operator)
 
 
 def one_step(parameters, tokens, gradient, tables, backend, **options):
     """dL / d(parameters) as the first moment of a step has it."""
     m, v, step = zeros(*parameters.shape)
     rates = torch.full((1,), 1e-3)
-    ops.dto_step(parameters.clone(), m, v, step, tokens, rates, gradient, tables, backend=backend, **options)
+    arguments = dto_arguments(parameters.clone(), m, v, step, tokens, rates, gradient, tables, **options)
+    ops.dto_step(*arguments, backend=backend)
     assert step.tolist() == [1] * len(step)
     return m.double() * 10
 
@@ -89,7 +92,7 @@ def test_embeddings_of_a_nearly_certain_token(soft, gap, backend):
     embedding = (
         ops.soft_embedding(z, table, backend=backend)
         if soft
-        else ops.straight_through_embedding(z, table, backend=backend)[0]
+        else ops.straight_through_embedding(z, [table], backend=backend)[0][0]
     )
     (dz,) = torch.autograd.grad((embedding * vector).sum(), z)
     expected = gradient_at(z.detach(), vector.double() @ table.double().T)
@@ -107,7 +110,7 @@ def test_linear_embeddings_of_a_nearly_certain_token(soft, gap, backend):
     embedding = (
         ops.linear_soft_embedding(h, head, table, backend=backend)
         if soft
-        else ops.linear_straight_through_embedding(h, head, table, backend=backend)[0]
+        else ops.linear_straight_through_embedding(h, head, [table], backend=backend)[0][0]
     )
     (dh,) = torch.autograd.grad((embedding * vector).sum(), h)
     weight = head.weight.double()
@@ -176,7 +179,7 @@ def test_gradients_of_a_nearly_certain_token_in_bfloat16(gap, backend):
     meant = gradient_at(z, vector.double() @ table.double().T) @ weight
     for embedding in (
         ops.linear_soft_embedding(h, head, table, backend=backend),
-        ops.linear_straight_through_embedding(h, head, table, backend=backend)[0],
+        ops.linear_straight_through_embedding(h, head, [table], backend=backend)[0][0],
     ):
         (dh,) = torch.autograd.grad((embedding * vector).sum(), h)
         require_half_digits(dh, meant)
@@ -185,7 +188,7 @@ def test_gradients_of_a_nearly_certain_token_in_bfloat16(gap, backend):
     require_half_digits(dh, torch.softmax(z, -1) @ (weight[TOKEN] - weight))
     x = certain_logits(gap).to(half).requires_grad_()
     meant = gradient_at(x.detach(), vector.double() @ table.double().T)
-    embedding = ops.straight_through_embedding(x, table, backend=backend)[0]
+    embedding = ops.straight_through_embedding(x, [table], backend=backend)[0][0]
     (dx,) = torch.autograd.grad((embedding * vector).sum(), x)
     require_half_digits(dx, meant)
     require_half_digits(dx[:, token_column], meant[:, token_column])
@@ -207,19 +210,12 @@ def test_steps_beside_a_bfloat16_head_of_a_nearly_certain_token(rows, gap, backe
 
 @every_back_end
 @pytest.mark.parametrize("tau", [1.0, 0.05])
-def test_no_gradient_is_normalised_by_the_log_sum_exp_that_it_is_given(tau, backend):
-    """Of large logits it is rounded too far; every pass takes the sum of its own weights."""
-    z = logits(1, 3, V) * tau + 1e4
-    h, head = logits(2, 3, D), Head(tau * logits(3, V, D))
-    table, vector = logits(6, V, D), logits(5, 3, D)
-    backward = ops.backends.implementation("relaxed_backward", resolved("relaxed_backward", backend))
-    linear = ops.backends.implementation("linear_relaxed_backward", resolved("linear_relaxed_backward", backend))
-    meant = ops.reference.relaxed_backward(z.double(), z[:, 0].double(), [vector.double()], [table.double()], tau)
-    for lse in (torch.zeros(3), torch.full((3,), math.nan)):
-        ours = backward(z, lse, [vector], [table], tau)
-        assert ((ours.double() - meant).norm(dim=-1) / meant.norm(dim=-1)).max() < 1e-5
-        one, other = (linear(h, head, x, [vector], [table], tau) for x in (lse, lse + 1))
-        assert torch.equal(one, other)
+def test_gradients_of_large_logits_are_normalised_by_their_own_sum(tau, backend):
+    """Their log-sum-exp is rounded too far for that."""
+    z, table, vector = logits(1, 3, V) * tau + 1e4, logits(6, V, D), logits(5, 3, D)
+    meant = ops.reference.relaxed_backward(z.double(), [vector.double()], [table.double()], tau)
+    ours = implementation("relaxed_backward", backend)(z, [vector], [table], tau)
+    assert ((ours.double() - meant).norm(dim=-1) / meant.norm(dim=-1)).max() < 1e-5
 
 
 # Rows without meaning
@@ -256,7 +252,7 @@ def test_logits_without_meaning(kinds, vocabulary, seed, tau):
         require_nan(bad, *stats[:3])
         assert torch.equal(stats.mask, ~bad)
         x = z.clone().requires_grad_()
-        hard, _, token = ops.straight_through_embedding(x, table, tau=tau, backend=backend)
+        (hard,), token = ops.straight_through_embedding(x, [table], tau=tau, backend=backend)
         soft = ops.soft_embedding(x, table, tau=tau, backend=backend)
         require_nan(bad, hard.detach(), soft.detach())
         for embedding in (hard, soft):
@@ -282,7 +278,7 @@ def test_hidden_states_without_meaning(kinds, vocabulary, seed):
         assert torch.equal(stats.mask, ~bad)
         assert torch.equal(stats.token == -1, bad)
         x = h.clone().requires_grad_()
-        hard, _, token = ops.linear_straight_through_embedding(x, head, table, backend=backend)
+        (hard,), token = ops.linear_straight_through_embedding(x, head, [table], backend=backend)
         assert torch.equal(token, stats.token)
         soft = ops.linear_soft_embedding(x, head, table, backend=backend)
         likelihood = ops.linear_log_likelihood(x, head, targets, backend=backend)
@@ -306,7 +302,9 @@ def test_a_row_without_meaning_makes_no_step(kinds, latents, seed):
         parameters, (m, v, step) = start.clone(), zeros(*start.shape)
         state = (parameters, m, v, step)
         rates = torch.full((1,), 1e-3)
-        token, changed = ops.dto_step(*state, tokens, rates, gradient, tables, latents=latents, backend=backend)
+        token, changed = ops.dto_step(
+            *dto_arguments(*state, tokens, rates, gradient, tables, latents=latents), backend=backend
+        )
         assert torch.equal(step == 0, bad)
         assert torch.equal(token == -1, bad)
         assert changed[bad].all()
@@ -345,10 +343,9 @@ def test_a_row_with_noise_without_meaning_makes_no_step(rows, latents, dense, na
         for noise in (noises, noises | {name: bad}):
             state = (start.clone(), *zeros(*start.shape))
             state[3].fill_(made)
-            out = ops.dto_step(
-                *state, tokens, torch.full((2,), 1e-4), gradient, tables, latents=latents, max_steps=max_steps,
-                group=group, backend=backend, **noise,
-            )  # fmt: skip
+            options = {"latents": latents, "max_steps": max_steps, "group": group, **noise}
+            arguments = dto_arguments(*state, tokens, torch.full((2,), 1e-4), gradient, tables, **options)
+            out = ops.dto_step(*arguments, backend=backend)
             results.append((*out, *state))
         (meant, *_, moved), (token, changed, *now, step) = results
         assert moved.tolist() == [2 if max_steps else made] * rows
@@ -374,11 +371,13 @@ def test_tau_is_a_positive_number(tau, backend):
     calls = (
         lambda: ops.relaxed_stats(z, tau, backend=backend),
         lambda: ops.linear_relaxed_stats(h, head, tau, backend=backend),
-        lambda: ops.straight_through_embedding(z, table, tau=tau, backend=backend),
-        lambda: ops.linear_straight_through_embedding(h, head, table, tau=tau, backend=backend),
+        lambda: ops.straight_through_embedding(z, [table], tau=tau, backend=backend),
+        lambda: ops.linear_straight_through_embedding(h, head, [table], tau=tau, backend=backend),
         lambda: ops.soft_embedding(z, table, tau=tau, backend=backend),
         lambda: ops.linear_soft_embedding(h, head, table, tau=tau, backend=backend),
-        lambda: ops.dto_step(z.clone(), m, v, step, tokens, rates, z, tables, latents=False, tau=tau, backend=backend),
+        lambda: ops.dto_step(
+            *dto_arguments(z.clone(), m, v, step, tokens, rates, z, tables, latents=False, tau=tau), backend=backend
+        ),
     )
     for call in calls:
         with pytest.raises(ValueError, match="tau must be a finite number above 0"):
@@ -397,7 +396,8 @@ def test_an_id_outside_the_vocabulary_is_an_index_error(bad, backend):
     tables = Tables(head, head.weight, head.weight, 0.1)
     with pytest.raises(IndexError, match=rf"tokens must hold token ids from 0 to {V - 1}, got {bad}"):
         ops.dto_step(
-            h, m, v, step, tokens, torch.full((1,), 1e-3), logits(3, 3, V), tables, latents=True, backend=backend
+            *dto_arguments(h, m, v, step, tokens, torch.full((1,), 1e-3), logits(3, 3, V), tables, latents=True),
+            backend=backend,
         )
 
 
@@ -405,8 +405,7 @@ def test_an_id_outside_the_vocabulary_is_an_index_error(bad, backend):
 def test_an_id_outside_the_vocabulary_is_never_an_index(backend):
     """Below the check that only the CPU can afford: as a GPU would meet it."""
     h, head, tokens = logits(1, 3, D), Head(logits(2, V, D)), torch.tensor([1, -1, V])
-    name = "log_likelihood_gradient"
-    kernel = ops.backends.implementation(name, resolved(name, backend))
+    kernel = implementation("log_likelihood_gradient", backend)
     require_nan(torch.tensor([False, True, True]), *kernel(h, head, tokens, True))
     state = (h.clone(), *zeros(3, D))
     state[3][0] = -2
@@ -414,7 +413,7 @@ def test_an_id_outside_the_vocabulary_is_never_an_index(backend):
     expected = ops.linear_relaxed_stats(h, head).token
     tokens = torch.tensor([int(expected[0]), -1, V])
     arguments = (tokens, torch.full((1,), 1e-3), logits(3, 3, V), tables)
-    token, changed = ops.backends.implementation("dto_step", backend)(*state, *arguments, latents=True)
+    token, changed = implementation("dto_step", backend)(*dto_arguments(*state, *arguments, latents=True))
     assert token.tolist() == [-1, *expected[1:].tolist()]
     assert changed.all()
     assert torch.equal(state[0], h)
@@ -436,10 +435,10 @@ def test_a_row_at_a_token_outside_the_vocabulary_makes_no_step(rows, latents, de
         TokenGradient(*(logits(seed, rows, D) for seed in (5, 6, 7))),
     )
     state = (start.clone(), *zeros(*start.shape))
-    token, changed = ops.backends.implementation("dto_step", backend)(
+    token, changed = implementation("dto_step", backend)(*dto_arguments(
         *state, outside, torch.full((2,), 1e-3), logits(6, rows, V) if dense else factors, tables, latents=latents,
         max_steps=2,
-    )  # fmt: skip
+    ))  # fmt: skip
     expected = ops.relaxed_stats(ops.linear_logits(start, head) if latents else start).token
     assert torch.equal(token, expected)
     assert int(token[0]) == -1
@@ -459,10 +458,11 @@ def test_steps_and_rates_are_looked_at(backend):
     def step(**changes):
         m, v, made = zeros(2, D)
         arguments = {"step": made, "learning_rates": torch.full((2,), 1e-3), "tokens": tokens} | changes
-        options = {"latents": True, "backend": backend} | {
+        options = {"latents": True} | {
             name: arguments.pop(name) for name in ("weight_decay", "max_steps", "group") if name in arguments
         }
-        return ops.dto_step(h.clone(), m, v, gradient=gradient, tables=tables, **arguments, **options)
+        arguments = dto_arguments(h.clone(), m, v, gradient=gradient, tables=tables, **arguments, **options)
+        return ops.dto_step(*arguments, backend=backend)
 
     step()
     for bad in (-0.1, math.nan, math.inf):
@@ -495,18 +495,22 @@ def test_other_dtypes_are_refused_by_name(dtype, backend):
         ],
         "head.weight": [lambda x: ops.linear_relaxed_stats(h, other, **options)],
         "table": [
-            lambda x: ops.straight_through_embedding(z, x, **options),
-            lambda x: ops.linear_straight_through_embedding(h, head, x, **options),
+            lambda x: ops.soft_embedding(z, x, **options),
+            lambda x: ops.linear_soft_embedding(h, head, x, **options),
         ],
-        "second": [lambda x: ops.straight_through_embedding(z, table, x, **options)],
+        "tables[0]": [lambda x: ops.straight_through_embedding(z, [x], **options)],
+        "tables[1]": [lambda x: ops.linear_straight_through_embedding(h, head, [table, x], **options)],
         "factors.embedding": [
             lambda x: ops.gradient_norm(factors._replace(embedding=x), Tables(head, table, table, 0.1), **options)
         ],
     }
-    inputs = {"z": z, "h": h, "head.weight": h, "table": table, "second": table, "factors.embedding": h}
+    inputs = {"z": z, "h": h, "head.weight": h, "table": table, "tables[0]": table, "tables[1]": table}
+    inputs["factors.embedding"] = h
     for name, functions in calls.items():
         for function in functions:
-            with pytest.raises(TypeError, match=rf"^{name} must be a tensor of dtype float32, .* got {dtype}"):
+            with pytest.raises(
+                TypeError, match=rf"^{re.escape(name)} must be a tensor of dtype float32, .* got {dtype}"
+            ):
                 function(inputs[name].to(dtype))
 
 
@@ -522,7 +526,7 @@ def test_shapes_that_do_not_fit_and_no_vocabulary_are_refused_by_name(backend):
         r"head.weight must have shape \(V, 7\), got \(257, 8\)": lambda: ops.linear_soft_embedding(
             h[:, :7], head, table, **options
         ),
-        r"table must have shape \(257, d\), got \(256, 8\)": lambda: ops.soft_embedding(z, table[1:], **options),
+        r"table must have shape \(257, e\), got \(256, 8\)": lambda: ops.soft_embedding(z, table[1:], **options),
         r"tokens must have shape \(2\), got \(3,\)": lambda: ops.linear_log_likelihood(
             h, head, torch.zeros(3, dtype=torch.long), **options
         ),
@@ -543,17 +547,15 @@ def test_shapes_that_do_not_fit_and_no_vocabulary_are_refused_by_name(backend):
 def test_no_rows_give_empty_results(backend):
     z, h, head, table = logits(1, 0, V), logits(2, 0, D), Head(logits(3, V, D)), logits(4, V, D)
     options = {"backend": backend}
-    none = torch.zeros(0, dtype=torch.long)
+    none, rates, tables = torch.zeros(0, dtype=torch.long), torch.full((1,), 1e-3), Tables(head, table, table, 0.1)
+    step = dto_arguments(h, h.clone(), h.clone(), none, none, rates, z, tables, latents=True)
     results = [
         *ops.relaxed_stats(z, **options), *ops.linear_relaxed_stats(h, head, **options),
         ops.soft_embedding(z, table, **options), ops.linear_soft_embedding(h, head, table, **options),
-        *ops.straight_through_embedding(z, table, table, **options),
-        *ops.linear_straight_through_embedding(h, head, table, table, **options),
+        *ops.straight_through_embedding(z, [table, table], **options)[0],
+        *ops.linear_straight_through_embedding(h, head, [table, table], **options)[0],
         ops.linear_log_likelihood(h, head, none, **options),
         ops.gradient_norm(TokenGradient(h, h, h), Tables(head, table, table, 0.1), **options),
-        *ops.dto_step(
-            h, h.clone(), h.clone(), none, none, torch.full((1,), 1e-3), z, Tables(head, table, table, 0.1),
-            latents=True, **options,
-        ),
+        *ops.dto_step(*step, **options),
     ]  # fmt: skip
     assert [len(x) for x in results] == [0] * len(results)
