@@ -13,7 +13,7 @@ from nabla_fast.ops import backends, cuda
 from nabla_fast.ops.reference import linear_logits
 from nabla_fast.ops.types import Head, TokenGradient
 from nabla_fast.testing import operators as operator_inputs
-from nabla_fast.testing.operators import randn, step_state
+from nabla_fast.testing.operators import dto_arguments, randn, step_state
 
 V, D, DR = 37, 8, 6
 CPU_BACKENDS = ("reference", "native")
@@ -31,57 +31,54 @@ def factors(rows, dtype=torch.float32):
     return operator_inputs.factors(rows, D, DR, dtype=dtype)
 
 
-def step_arguments(rows, dtype=torch.float32, latents=True, dense=True):
+def step_arguments(rows, dtype=torch.float32, latents=True, dense=True, **options):
     parameters = randn(rows, D if latents else V, dtype=dtype)
     gradient = randn(rows, V, dtype=dtype, seed=7) if dense else factors(rows, dtype)
     state = step_state(parameters, head(dtype), latents=latents)
-    return *state, torch.full((4,), 0.01), gradient, tables(dtype)
+    return dto_arguments(*state, torch.full((4,), 0.01), gradient, tables(dtype), latents=latents, **options)
 
 
 def calls(rows, dtype, backend):
     """One call of every operator, as (operator, positional arguments) below its Python wrapper."""
-    library = torch.ops.nabla_fast
     z, h = randn(rows, V, dtype=dtype), randn(rows, D, dtype=dtype, seed=8)
     first, second = randn(V, D, dtype=dtype, seed=2), randn(V, DR, dtype=dtype, seed=3)
-    weight = (head(dtype).weight, 1.5, 4.0)
-    grads = (randn(rows, D, dtype=dtype, seed=9), first, randn(rows, DR, dtype=dtype, seed=10), second)
-    lse = torch.logsumexp(z.float() / 0.7, -1).to(z.dtype if dtype == torch.float64 else torch.float32)
-    linear_lse = torch.logsumexp(linear_logits(h, Head(*weight)) / 0.7, -1)
+    own = Head(head(dtype).weight, 1.5, 4.0)
+    vectors = [randn(rows, D, dtype=dtype, seed=9), randn(rows, DR, dtype=dtype, seed=10)]
+    pair = [first, second]
     tokens = torch.arange(rows) % V
     old, new = torch.arange(3 * rows).view(rows, 3), torch.arange(3 * rows).view(rows, 3) // 2
-    step = step_arguments(rows, dtype)
-    where = step[-1]
-    flat = (*where.head, where.embedding, where.reward_embedding, where.nll_coeff)
-    options = (True, 0.7, 0.1, None, None, None, 2, backend)
+    steps = [step_arguments(rows, dtype, dense=d, tau=0.7, weight_decay=0.1, max_steps=2) for d in (True, False)]
+    values = {
+        "relaxed_stats": (z, 0.7, 0.5, 0.9),
+        "linear_relaxed_stats": (h, own, 0.7, None, 0.9),
+        "straight_through_embedding": (z, pair, 0.7),
+        "straight_through_embedding (one table)": (z, [first], 0.7),
+        "linear_straight_through_embedding": (h, own, pair, 0.7),
+        "soft_embedding": (z, first, 0.7),
+        "linear_soft_embedding": (h, own, first, 0.7),
+        "relaxed_backward": (z, vectors, pair, 0.7),
+        "linear_relaxed_backward": (h, own, vectors, pair, 0.7),
+        "log_likelihood_gradient": (h, own, tokens, True),
+        "gradient_norm": (factors(rows, dtype), tables(dtype)),
+        "dto_step": steps[0],
+        "dto_step (factors)": steps[1],
+        "token_diff": (old, new),
+    }
+    names = {name: name.split(" ")[0] for name in values}
     return {
-        "relaxed_stats": (library.relaxed_stats, (z, 0.7, 0.5, 0.9, backend)),
-        "linear_relaxed_stats": (library.linear_relaxed_stats, (h, *weight, 0.7, None, 0.9, backend)),
-        "straight_through_embedding": (library.straight_through_embedding, (z, first, second, 0.7, backend)),
-        "straight_through_embedding_one_table": (library.straight_through_embedding, (z, first, None, 0.7, backend)),
-        "linear_straight_through_embedding": (
-            library.linear_straight_through_embedding,
-            (h, *weight, first, second, 0.7, backend),
-        ),
-        "soft_embedding": (library.soft_embedding, (z, first, 0.7, backend)),
-        "linear_soft_embedding": (library.linear_soft_embedding, (h, *weight, first, 0.7, backend)),
-        "relaxed_backward": (library.relaxed_backward, (z, lse, *grads, 0.7, backend)),
-        "linear_relaxed_backward": (library.linear_relaxed_backward, (h, *weight, linear_lse, *grads, 0.7, backend)),
-        "linear_log_likelihood": (library.linear_log_likelihood, (h, *weight, tokens, True, backend)),
-        "gradient_norm": (library.gradient_norm, (*factors(rows, dtype), *flat, backend)),
-        "dto_step": (library.dto_step, (*step[:6], [step[6]], *flat, *options)),
-        "dto_step_factors": (library.dto_step, (*step[:6], list(factors(rows, dtype)), *flat, *options)),
-        "token_diff": (library.token_diff, (old, new, backend)),
+        name: (getattr(torch.ops.nabla_fast, names[name]), (*ops.OPERATORS[names[name]].flat(one), backend))
+        for name, one in values.items()
     }
 
 
 NAMES = list(calls(1, torch.float32, "reference"))
 DIFFERENTIABLE = {
     "straight_through_embedding",
-    "straight_through_embedding_one_table",
+    "straight_through_embedding (one table)",
     "linear_straight_through_embedding",
     "soft_embedding",
     "linear_soft_embedding",
-    "linear_log_likelihood",
+    "log_likelihood_gradient",
 }
 
 
@@ -105,7 +102,6 @@ def test_results_have_the_fake_kernels_shapes_and_dtypes(name, dtype, backend):
             arguments = (*(a.to(master) for a in arguments[:3]), *arguments[3:])
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-            fakes = [[mode.from_tensor(t) for t in a] if isinstance(a, list) else a for a in fakes]
             expected = operator(*fakes)
         got = operator(*arguments)
         for one, other in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (got, expected)), strict=True):
@@ -120,22 +116,18 @@ OPERANDS = {
     "relaxed_stats": [((0,), FLOATS)],
     "linear_relaxed_stats": [((0,), FLOATS), ((1,), FLOATS)],
     "straight_through_embedding": [((0,), FLOATS), ((1,), FLOATS), ((2,), FLOATS)],
-    "straight_through_embedding_one_table": [((0,), FLOATS), ((1,), FLOATS)],
+    "straight_through_embedding (one table)": [((0,), FLOATS), ((1,), FLOATS)],
     "linear_straight_through_embedding": [((0,), FLOATS), ((1,), FLOATS), ((4,), FLOATS), ((5,), FLOATS)],
     "soft_embedding": [((0,), FLOATS), ((1,), FLOATS)],
     "linear_soft_embedding": [((0,), FLOATS), ((1,), FLOATS), ((4,), FLOATS)],
-    "relaxed_backward": [((0,), FLOATS), ((1,), MASTERS), ((2, 4), FLOATS), ((3, 5), FLOATS)],
-    "linear_relaxed_backward": [((0,), FLOATS), ((1,), FLOATS), ((4, 5, 7), FLOATS), ((6, 8), FLOATS)],
-    "linear_log_likelihood": [((0,), FLOATS), ((1,), FLOATS)],
+    "relaxed_backward": [((0,), FLOATS), ((1, 2), FLOATS), ((3, 4), FLOATS)],
+    "linear_relaxed_backward": [((0,), FLOATS), ((1,), FLOATS), ((4, 5), FLOATS), ((6, 7), FLOATS)],
+    "log_likelihood_gradient": [((0,), FLOATS), ((1,), FLOATS)],
     "gradient_norm": [((0,), FLOATS), ((1, 2), FLOATS), ((3,), FLOATS), ((6, 7), FLOATS)],
-    "dto_step": [((0, 1, 2), MASTERS), ((5,), MASTERS), ((6,), FLOATS), ((7,), FLOATS)],
-    "dto_step_factors": [((0, 1, 2), MASTERS), ((6,), FLOATS), ((7,), FLOATS), ((10, 11), FLOATS)],
+    "dto_step": [((0, 1, 2), MASTERS), ((5,), MASTERS), ((6,), FLOATS), ((12,), FLOATS)],
+    "dto_step (factors)": [((0, 1, 2), MASTERS), ((6, 7, 8), FLOATS), ((12,), FLOATS), ((15, 16), FLOATS)],
     "token_diff": [],
 }
-
-
-def cast(argument, dtype):
-    return [x.to(dtype) for x in argument] if isinstance(argument, list) else argument.to(dtype)
 
 
 def with_dtypes(name, rows, chosen, backend):
@@ -144,8 +136,8 @@ def with_dtypes(name, rows, chosen, backend):
     mixed, wide = list(arguments), list(arguments)
     for (positions, _), dtype in zip(OPERANDS[name], chosen, strict=True):
         for i in positions:
-            mixed[i] = cast(arguments[i], dtype)
-            wide[i] = cast(mixed[i], torch.float64)
+            mixed[i] = arguments[i].to(dtype)
+            wide[i] = mixed[i].to(torch.float64)
     # A step writes into its arguments.
     return operator, copy.deepcopy(mixed), copy.deepcopy(wide)
 
@@ -157,7 +149,6 @@ def all_dtypes(name):
 def fake_results(operator, arguments):
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-        fakes = [[mode.from_tensor(t) for t in a] if isinstance(a, list) else a for a in fakes]
         results = operator(*fakes)
     return (results,) if isinstance(results, torch.Tensor) else results
 
@@ -194,7 +185,7 @@ def test_results_have_the_fake_kernels_strides_for_inputs_of_any_strides(name, b
     def transposed(x):
         return x.t().contiguous().t() if isinstance(x, torch.Tensor) and x.ndim == 2 else x
 
-    arguments = [[transposed(x) for x in a] if isinstance(a, list) else transposed(a) for a in arguments]
+    arguments = [transposed(x) for x in arguments]
     expected, got = fake_results(operator, arguments), operator(*arguments)
     for one, fake in zip((got,) if isinstance(got, torch.Tensor) else got, expected, strict=True):
         assert one.stride() == fake.stride()
@@ -223,9 +214,9 @@ def first_derivatives(backend):
     return {
         "soft_embedding": (lambda x: ops.soft_embedding(x, table, **options), z),
         "linear_soft_embedding": (lambda x: ops.linear_soft_embedding(x, own, table, **options), h),
-        "straight_through_embedding": (lambda x: ops.straight_through_embedding(x, table, **options)[0], z),
+        "straight_through_embedding": (lambda x: ops.straight_through_embedding(x, [table], **options)[0][0], z),
         "linear_straight_through_embedding": (
-            lambda x: ops.linear_straight_through_embedding(x, own, table, **options)[0],
+            lambda x: ops.linear_straight_through_embedding(x, own, [table], **options)[0][0],
             h,
         ),
         "linear_log_likelihood": (lambda x: ops.linear_log_likelihood(x, own, tokens, **options), h),
@@ -298,28 +289,29 @@ def test_vmap_is_a_loop(name, backend):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_a_step_writes_is_known_to_autograd(compiled, backend):
     def run(*arguments):
-        return ops.dto_step(*arguments, latents=True, backend=backend)
+        return ops.dto_step(*arguments, backend=backend)
 
     if compiled:
         run = torch.compile(run, fullgraph=True, backend="aot_eager")
     arguments = step_arguments(3)
+    state = arguments[0][:4]
     factor = torch.ones(3, D, requires_grad=True)
-    losses = [(factor * written).sum() for written in arguments[:3]]
-    versions = [written._version for written in arguments[:4]]
+    losses = [(factor * written).sum() for written in state[:3]]
+    versions = [written._version for written in state]
     run(*arguments)
-    assert all(written._version > before for written, before in zip(arguments[:4], versions, strict=True))
+    assert all(written._version > before for written, before in zip(state, versions, strict=True))
     for loss in losses:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
 
 def test_a_step_does_not_write_into_what_wants_a_gradient_or_shares_memory():
-    arguments = step_arguments(3)
-    with pytest.raises(RuntimeError, match=r"dto_step writes into parameters, .*: pass tensors"):
-        ops.dto_step(arguments[0].requires_grad_(), *arguments[1:], latents=True)
-    parameters = torch.zeros(1, D).expand(3, D)
-    with pytest.raises(ValueError, match="parameters is written to, so its entries must not share memory"):
-        ops.dto_step(parameters, *arguments[1:], latents=True)
+    state, *others = step_arguments(3)
+    with pytest.raises(RuntimeError, match=r"dto_step writes into state_parameters, .*: pass tensors"):
+        ops.dto_step(state._replace(parameters=state.parameters.clone().requires_grad_()), *others)
+    shared = state._replace(parameters=torch.zeros(1, D).expand(3, D))
+    with pytest.raises(ValueError, match="state.parameters is written to, so its entries must not share memory"):
+        ops.dto_step(shared, *others)
 
 
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, 0.0), (1.7, 0.0), (0.8, 3.0)])
@@ -353,11 +345,11 @@ def test_straight_through_takes_hard_tokens_forward_and_the_relaxation_backward(
         (meant,) = torch.autograd.grad(loss(p @ table, p @ other), x, retain_graph=True)
         function = ops.linear_straight_through_embedding if linear else ops.straight_through_embedding
         arguments = (x, own) if linear else (x,)
-        embedding, second, token = function(*arguments, table, other if two else None, tau=0.7, backend=backend)
+        embeddings, token = function(*arguments, [table, other] if two else [table], tau=0.7, backend=backend)
         assert torch.equal(token, z.argmax(-1))
-        assert torch.equal(embedding, table[token])
-        assert (second is None) is not two
-        (got,) = torch.autograd.grad(loss(embedding, second), x)
+        assert torch.equal(embeddings[0], table[token])
+        assert len(embeddings) == 1 + two
+        (got,) = torch.autograd.grad(loss(embeddings[0], embeddings[-1]), x)
         torch.testing.assert_close(got, meant, rtol=1e-9, atol=1e-11)
 
 
@@ -369,8 +361,8 @@ def test_every_operator_compiles_in_one_graph_for_any_number_of_rows(backend):
     def everything(z, h, tokens):
         stats = ops.relaxed_stats(z, 0.7, 0.5, 0.9, backend=backend)
         linear = ops.linear_relaxed_stats(h, own, backend=backend)
-        hard, _, token = ops.straight_through_embedding(z, table, backend=backend)
-        linear_hard, _, _ = ops.linear_straight_through_embedding(h, own, table, backend=backend)
+        (hard,), token = ops.straight_through_embedding(z, [table], backend=backend)
+        (linear_hard,), _ = ops.linear_straight_through_embedding(h, own, [table], backend=backend)
         soft = ops.soft_embedding(z, table, backend=backend) + ops.linear_soft_embedding(h, own, table, backend=backend)
         likelihood = ops.linear_log_likelihood(h, own, tokens, backend=backend)
         norm = ops.gradient_norm(TokenGradient(h, h, h[:, :DR]), where, backend=backend)
@@ -392,15 +384,14 @@ def test_every_operator_compiles_in_one_graph_for_any_number_of_rows(backend):
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_a_compiled_step_updates_in_place(backend):
-    def run(state, tokens, rates, gradient, where):
-        return ops.dto_step(*state, tokens, rates, gradient, where, latents=True, max_steps=3, backend=backend)
+    def run(*arguments):
+        return ops.dto_step(*arguments, backend=backend)
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    eager_args, compiled_args = step_arguments(3), step_arguments(3)
-    expected = run(eager_args[:4], *eager_args[4:])
-    got = compiled(compiled_args[:4], *compiled_args[4:])
-    assert not torch.equal(eager_args[0], step_arguments(3)[0]), "nothing moved"
-    for one, other in zip((*got, *compiled_args[:4]), (*expected, *eager_args[:4]), strict=True):
+    before, eager, own = (step_arguments(3, max_steps=3) for _ in range(3))
+    expected, got = run(*eager), compiled(*own)
+    assert not torch.equal(eager[0].parameters, before[0].parameters), "nothing moved"
+    for one, other in zip((*got, *own[0]), (*expected, *eager[0]), strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -456,7 +447,7 @@ def test_auto_on_a_gpu(monkeypatch, recwarn):
 def test_auto_on_a_gpu_falls_back_with_one_warning_a_back_end(monkeypatch):
     resolve = on_a_gpu(monkeypatch, missing=("cuda", "triton"))
     with pytest.warns(UserWarning, match="goes without its .* back end, and is slower: it is broken") as told:
-        chosen = {resolve(operator) for operator in 3 * backends.OPERATORS}
+        chosen = {resolve(operator) for operator in 3 * list(backends.OPERATORS)}
     assert chosen == {"reference"}
     assert len(told) == 2
 
@@ -491,3 +482,21 @@ def test_a_back_end_that_is_none_is_refused_by_the_operators_themselves(backend)
     tokens = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match=rf"^backend must be one of reference, .* got '{backend}'"):
         torch.ops.nabla_fast.token_diff(tokens, tokens, backend)
+
+
+def test_arguments_are_bound_as_python_binds_them():
+    z, table = randn(2, V), randn(V, D)
+    assert torch.equal(ops.relaxed_stats(z, backend="native", tau=0.7).lse, ops.relaxed_stats(z, 0.7).lse)
+    for call in (
+        lambda: ops.relaxed_stats(),
+        lambda: ops.relaxed_stats(z, temperature=1.0),
+        lambda: ops.relaxed_stats(z, z=z),
+    ):
+        with pytest.raises(TypeError, match=r"relaxed_stats\(\) takes \(z, tau, .*missing, given twice or unknown"):
+            call()
+    with pytest.raises(TypeError, match="got 6"):
+        ops.relaxed_stats(z, 1.0, None, None, "auto", 1)
+    with pytest.raises(ValueError, match="tables must hold from 1 to 2 tensors, got 0"):
+        ops.straight_through_embedding(z, [])
+    with pytest.raises(ValueError, match="vectors and tables must be as many, got 2 and 1"):
+        ops.relaxed_backward(z, [randn(2, D), randn(2, D)], [table])

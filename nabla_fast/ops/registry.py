@@ -77,7 +77,7 @@ class Operator:
     def __call__(self, *given: Any, **named: Any) -> Any:
         *values, backend = self._bound(given, named)
         leaves = [leaf for leaf in self._leaves(values) if isinstance(leaf.value, Tensor)]
-        flat = self._flat(values)
+        flat = self.flat(values)
         if self._derivative is not None:
             _require_reverse_mode(self.name, (leaf.value for leaf in leaves))
         elif not self._written:
@@ -131,7 +131,8 @@ class Operator:
             raise TypeError(f"{self.name}() takes ({', '.join(self._names)}); {what}")
         return [*given, *(named[n] if n in named else self._defaults[n] for n in rest)]
 
-    def _flat(self, values: Iterable[Any]) -> list[Any]:
+    def flat(self, values: Iterable[Any]) -> list[Any]:
+        """Its arguments, but for the back end, as the dispatcher takes them."""
         return [x for one, value in zip(self._fields, values, strict=True) for x in one.flat(value, False)]
 
     def _whole(self, flat: Iterable[Any]) -> list[Any]:
