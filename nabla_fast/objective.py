@@ -170,7 +170,7 @@ class Objective:
         if self.cache is None:
             return None
         stats = request.conversation.stats
-        entry = self.cache.find(request.conversation.cache_key(request.response), request.start).evaluation
+        entry = self.cache.find(request.conversation.cache_key(request.response), request.start)
         if entry is None:
             stats.cache_misses += 1
         else:
