@@ -10,8 +10,9 @@ STAMP := .venv/nabla_fast.stamp
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt tools/install_torch.sh $(shell find csrc -type f)
 
 VLLM_STAMP := .venv-vllm/nabla_fast.stamp
+DOCS_STAMP := .venv-docs/nabla_fast.stamp
 
-.PHONY: demo test test-fuzz test-vllm test-torch test-families lint bench bench-quick clean help
+.PHONY: demo test test-fuzz test-vllm test-torch test-families lint docs bench bench-quick clean help
 
 help:
 	@echo "make demo    set up .venv and answer a question with the demo models"
@@ -21,6 +22,7 @@ help:
 	@echo "make test-vllm  test against a real vLLM server, in an environment of its own (.venv-vllm)"
 	@echo "make test-torch  build against the oldest and the newest torch, and test what was built (some GB in .venv-torch)"
 	@echo "make lint    check style, format and types"
+	@echo "make docs    build the documentation into site/, in an environment of its own (.venv-docs)"
 	@echo "make bench   measure everything, about an hour on two cores; make bench-quick takes three minutes"
 	@echo "make clean   remove .venv and everything built"
 
@@ -52,6 +54,10 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
+# Sources are read, not imported, so neither torch nor the package is needed.
+docs: $(DOCS_STAMP)
+	.venv-docs/bin/python -m mkdocs build --strict
+
 bench: $(STAMP)
 	$(BIN)/nabla-fast bench
 
@@ -73,6 +79,10 @@ $(VLLM_STAMP): tools/install_vllm.sh tools/install_torch.sh
 	tools/install_vllm.sh .venv-vllm $(PYTHON)
 	@touch $@
 
+$(DOCS_STAMP): pyproject.toml tools/install_docs.sh
+	tools/install_docs.sh .venv-docs $(PYTHON)
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-vllm .venv-torch build dist *.egg-info nabla_fast/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-vllm .venv-torch .venv-docs site build dist *.egg-info nabla_fast/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find nabla_fast tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -65,7 +65,7 @@ class RandomRollouts:
         generator = torch.Generator(device).manual_seed((context.seed + begin) % 2**63)
         tokens = torch.randint(len(_SPECIAL), vocabulary, (context.limit - begin,), generator=generator, device=device)
         latents = torch.randn(len(tokens), width, generator=generator, device=device)
-        return Rollout(tokens, latents.to(self.weight.dtype))
+        return Rollout(tokens.cpu(), latents.to(self.weight.dtype))
 
 
 class _AtOnce:

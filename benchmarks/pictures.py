@@ -6,27 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tables import Record, best_of_ours, label, times_faster
+from tables import OURS, Record, best_of_ours, label, times_faster
+
+from nabla_fast.evaluation.plots import SPEED_COLOURS as COLOURS
 
 PICTURES = ("speedup", "roofline", "memory")
 DECODE_PICTURE = "phases"
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = {
-    "eager": "#0072B2",
-    "torch.compile": "#E69F00",
-    "Liger": "#009E73",
-    "cut-": "#CC79A7",
-    "published": "#0072B2",
-}
-BOUND = {"memory": "#0072B2", "arithmetic": "#E69F00"}
-# The two large phases get the most distinct ones.
+NAMES = {"Liger": "Liger-Kernel", "cut-": "cut-cross-entropy", "published": "published schedule"}
+BOUND = {"memory": "#56A0A3", "arithmetic": "#B9A06A"}
+# No method's colours. The two large phases get the most distinct ones.
 PHASE_COLOURS = {
-    "gradient": "#0072B2",
-    "dto": "#E69F00",
-    "selection": "#009E73",
-    "reward": "#CC79A7",
-    "resample": "#F0E442",
-    "other": "#999999",
+    "gradient": "#1F5F66",
+    "dto": "#B9A06A",
+    "selection": "#7FBFC2",
+    "reward": "#D8C8A0",
+    "resample": "#4A4A4A",
+    "other": "#C9C9C9",
 }
 
 
@@ -35,6 +30,7 @@ def draw(name: str, records: Sequence[Record], directory: Path) -> list[Path]:
     import matplotlib as mpl
 
     mpl.use("Agg")
+    directory.mkdir(parents=True, exist_ok=True)
     operators = [record for record in records if record["suite"] == "operators"]
     # Those against the published schedule; rollouts have tables alone.
     sides = [record for record in records if "published" in record["contenders"]]
@@ -55,7 +51,9 @@ def draw(name: str, records: Sequence[Record], directory: Path) -> list[Path]:
 def figure(draw_one: Any, records: Sequence[Record], name: str, path: Path) -> None:
     from matplotlib import pyplot as plt
 
-    plot, axes = plt.subplots(figsize=(11, 1.6 + 0.34 * len(records)), layout="constrained")
+    crowded = draw_one is draw_speedup and any(len(speedups(record)) > 2 for record in records)
+    height = 0.46 if crowded else 0.34
+    plot, axes = plt.subplots(figsize=(11, 1.6 + height * len(records)), layout="constrained")
     draw_one(axes, records)
     axes.set_yticks(range(len(records)), [label(record) for record in records], fontsize=8)
     axes.set_ylim(-0.6, len(records) - 0.4)
@@ -70,21 +68,22 @@ def figure(draw_one: Any, records: Sequence[Record], name: str, path: Path) -> N
     plt.close(plot)
 
 
+def speedups(record: Record) -> dict[str, float]:
+    """Kind of baseline, as in `COLOURS` → how many times faster ours is."""
+    found = {kind: times_faster(record, kind) for kind in COLOURS if kind != OURS}
+    return {kind: value for kind, value in found.items() if value is not None}
+
+
 def draw_speedup(axes: Any, records: Sequence[Record]) -> None:
     """How many times faster ours is than the best baseline of each kind; a line at 1."""
     for row, record in enumerate(records):
-        found = {kind: times_faster(record, kind) for kind in COLOURS}
-        shown = {kind: value for kind, value in found.items() if value is not None}
-        height = 0.8 / max(1, len(shown))
+        shown = speedups(record)
+        height = 0.84 / max(1, len(shown))
         for i, (kind, value) in enumerate(shown.items()):
-            y = row - 0.4 + (i + 0.5) * height
-            axes.barh(y, value - 1, left=1, height=height, color=COLOURS[kind], label=kind.strip("-"))
-            axes.annotate(
-                f"{value:.2g}", (max(value, 1), y), (3, 0), textcoords="offset points", va="center", fontsize=7
-            )
-    axes.set_xscale("log")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("times faster than the baseline (log scale)")
+            y = row - 0.42 + (i + 0.5) * height
+            axes.barh(y, value - 1, left=1, height=height, color=COLOURS[kind], label=NAMES.get(kind, kind))
+            annotate(axes, value, y, 7 if len(shown) < 3 else 6)
+    from_one(axes, "times faster than the baseline (log scale)")
 
 
 def draw_roofline(axes: Any, records: Sequence[Record]) -> None:
@@ -93,10 +92,27 @@ def draw_roofline(axes: Any, records: Sequence[Record]) -> None:
         value = best_of_ours(record)[1]["over_floor"]
         bound = record["floor"]["bound"]
         axes.barh(row, value - 1, left=1, height=0.7, color=BOUND[bound], label=f"bound by {bound}")
-        axes.annotate(f"{value:.2g}", (max(value, 1), row), (3, 0), textcoords="offset points", va="center", fontsize=7)
+        annotate(axes, value, row, 7)
+    from_one(axes, "time over the floor (log scale)")
+
+
+def annotate(axes: Any, value: float, y: float, size: float) -> None:
+    """Writes a ratio behind its bar."""
+    text = f"{value:.2g}" if value < 100 else f"{value:.0f}"
+    axes.annotate(text, (max(value, 1), y), (3, 0), textcoords="offset points", va="center", fontsize=size)
+
+
+def from_one(axes: Any, title: str) -> None:
+    """A logarithmic axis of ratios, with a line at 1."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     axes.set_xscale("log")
+    axes.margins(x=0.05)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("time over the floor (log scale)")
+    axes.set_xlabel(title)
 
 
 def draw_memory(axes: Any, records: Sequence[Record]) -> None:
@@ -104,7 +120,10 @@ def draw_memory(axes: Any, records: Sequence[Record]) -> None:
     for row, record in enumerate(records):
         baseline = "eager" if "eager" in record["contenders"] else "published"
         ours, theirs = best_of_ours(record)[1].get("peak_bytes"), record["contenders"][baseline].get("peak_bytes")
-        for offset, value, colour, who in ((-0.2, ours, "#009E73", "nabla_fast"), (0.2, theirs, "#0072B2", "baseline")):
+        for offset, value, colour, who in (
+            (-0.2, ours, COLOURS[OURS], OURS),
+            (0.2, theirs, COLOURS[baseline], baseline),
+        ):
             if value is not None:
                 axes.barh(row + offset, max(value / 2**20, 0.01), height=0.38, color=colour, label=who)
     axes.set_xscale("log")
@@ -127,6 +146,9 @@ def draw_phases(records: Sequence[Record], name: str, path: Path) -> None:
                 left += seconds
             axes.annotate(f"{left:.3g} s", (left, row), (3, 0), textcoords="offset points", va="center", fontsize=8)
         axes.set_yticks(range(len(contenders)), list(contenders), fontsize=8)
+        for tick, name_of in zip(axes.get_yticklabels(), contenders, strict=True):
+            if name_of == OURS:
+                tick.set(color=COLOURS[OURS], fontweight="bold")
         axes.margins(x=0.1)
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,12 +1,12 @@
-"""Draws the results, and fills the tables of benchmarks/README.md and README.md from them.
+"""Draws the results, and fills the tables of README.md, docs/speed.md and docs/quality.md from them.
 
-    python benchmarks/plots.py            # every machine in benchmarks/results/
+    python benchmarks/plots.py            # everything in benchmarks/results/
     python benchmarks/plots.py --check    # exit status 1 if a table does not say what the results say
 
 A table stands between ``<!-- results: WHICH -->`` and ``<!-- end -->``. WHICH is a kind of machine (cpu or gpu) and a
-suite, as in "cpu operators", with "in brief" behind it for a table of few rows and columns; or "improvements". A
-machine's directory may hold several runs; of every case the newest one counts, and quick runs never do. Cases that were
-never measured there are named below the table.
+suite, as in "cpu operators"; "speed in brief"; "improvements"; "quality in brief"; or "quality" and a task, as in
+"quality arithmetic". A machine's directory may hold several runs; of every case the newest one counts, and quick runs
+never do. Cases that were never measured there are named below the table.
 """
 
 from __future__ import annotations
@@ -21,17 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import pictures
+import quality_report
 import torch
 from cases import Setting
 from run import chosen_cases
-from tables import FORMAT, Record, brief, columns_and_rows, improvement_rows
+from tables import BRIEF, BRIEF_COLUMNS, FORMAT, Record, brief_cells, columns_and_rows, improvement_rows
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
 RESULTS = HERE / "results"
-DOCUMENTS = (HERE / "README.md", HERE.parent / "README.md")
+DOCS = ROOT / "docs"
+DOCUMENTS = (ROOT / "README.md", DOCS / "speed.md", DOCS / "quality.md")
+PICTURES = DOCS / "assets" / "speed"
+"""A folder for each machine; the documents with pictures are in docs/."""
 KINDS = ("cpu", "gpu")
 SUITES = ("operators", "dto", "generate", "rollouts")
 IMPROVEMENTS = "improvements"
+SPEED_IN_BRIEF, QUALITY_IN_BRIEF, QUALITY = "speed in brief", "quality in brief", "quality "
 NOT_MEASURED = "not measured"
 
 
@@ -61,21 +67,30 @@ def machines(kind: str) -> dict[str, list[dict[str, Any]]]:
     return {name: some for name, some in wanted.items() if some}
 
 
-def section(kind: str, suite: str, in_brief: bool = False, results: str = "results") -> str:
-    """The Markdown of one suite on all machines of a kind, in a document from which ``results`` is the way there."""
+def section(kind: str, suite: str) -> str:
+    """The Markdown of one suite on all machines of a kind."""
     parts = []
     for name, some in machines(kind).items():
         records = newest_records(some)
         if not any(record["suite"] == suite for record in records):
             continue
-        in_full = suite == "operators" and not in_brief
-        columns, rows = brief(records) if suite == "operators" and in_brief else columns_and_rows(records, suite)
-        parts.append(f"{described(name, some, suite, results)}\n\n{markdown(columns, rows)}")
-        if not in_brief and (missing := lacking(kind, suite, records)):
+        parts.append(f"{described(name, some, suite)}\n\n{markdown(*columns_and_rows(records, suite))}")
+        if missing := lacking(kind, suite, records):
             parts.append(f"Not measured there: {', '.join(f'`{case}`' for case in missing)}.")
-        titles = pictures.PICTURES if in_full else (pictures.DECODE_PICTURE,) if suite == "generate" else ()
-        parts += [f"![{title} on {name}]({results}/{name}/{title}.png)" for title in titles]
+        titles = {"operators": pictures.PICTURES, "generate": (pictures.DECODE_PICTURE,)}.get(suite, ())
+        parts += [f"![{title} on {name}]({PICTURES.relative_to(DOCS)}/{name}/{title}.png)" for title in titles]
     return "\n\n".join(parts) or NOT_MEASURED
+
+
+def speed_in_brief() -> str:
+    """The Markdown of the cases that `tables.BRIEF` names."""
+    rows = []
+    for kind, cases in BRIEF.items():
+        found = {r["case"]: (r, hardware(some)) for some in machines(kind).values() for r in newest_records(some)}
+        rows += [
+            brief_cells(*found[case]) if case in found else [case, "", kind, *[NOT_MEASURED] * 4] for case in cases
+        ]
+    return markdown(BRIEF_COLUMNS, rows)
 
 
 def lacking(kind: str, suite: str, records: Iterable[Record]) -> list[str]:
@@ -101,13 +116,17 @@ def improvements() -> str:
     return f"{markdown(*improvement_rows(found))}\n\n```sh\n{commands}\n```"
 
 
-def described(name: str, some: Sequence[dict[str, Any]], suite: str, results: str) -> str:
+def described(name: str, some: Sequence[dict[str, Any]], suite: str) -> str:
     """The machine, and the files behind a table with the commits that they measured."""
     behind = [run for run in some if any(record.get("suite") == suite for record in run["records"])]
-    last = behind[-1]
-    machine = last["machine"].get("gpu", {}).get("name") or f"{last['machine']['processor']}, {last['threads']} threads"
-    files = ", ".join(f"`{results}/{name}/{run['file']}` at {run['commit']}" for run in behind)
-    return f"{machine}, torch {last['versions']['torch']} ({files}):"
+    files = ", ".join(f"`benchmarks/results/{name}/{run['file']}` at {run['commit']}" for run in behind)
+    return f"{hardware(behind)}, torch {behind[-1]['versions']['torch']} ({files}):"
+
+
+def hardware(some: Sequence[dict[str, Any]]) -> str:
+    """The GPU or processor that runs on one machine were made on."""
+    last = some[-1]
+    return last["machine"].get("gpu", {}).get("name") or f"{last['machine']['processor']}, {last['threads']} threads"
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -116,28 +135,41 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("*", "\\*") for cell in line) + " |" for line in lines)
 
 
-def filled(text: str, results: str = "results") -> str:
-    """``text`` with the tables that its markers name; ``results`` is the way from it to benchmarks/results."""
+def filled(text: str) -> str:
+    """``text`` with the tables that its markers name."""
 
     def fill(match: re.Match[str]) -> str:
-        kind, _, suite = match["which"].removesuffix(" in brief").partition(" ")
-        if match["which"] == IMPROVEMENTS:
-            table = improvements()
-        elif kind in KINDS and suite in SUITES:
-            table = section(kind, suite, match["which"].endswith(" in brief"), results)
-        else:
-            raise ValueError(
-                f"the marker {match['begin']} must name one of {KINDS} and one of {SUITES}, or {IMPROVEMENTS!r}"
-            )
-        return f"{match['begin']}\n\n{table}\n\n<!-- end -->"
+        return f"{match['begin']}\n\n{table(match['which'])}\n\n<!-- end -->"
 
     return re.sub(r"(?P<begin><!-- results: (?P<which>[^>]+) -->).*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def table(which: str) -> str:
+    """The Markdown that stands between a marker and its end.
+
+    Raises:
+        ValueError: if there is no such table.
+    """
+    whole = {SPEED_IN_BRIEF: speed_in_brief, IMPROVEMENTS: improvements}
+    kind, _, suite = which.partition(" ")
+    if which in whole:
+        return whole[which]()
+    if kind in KINDS and suite in SUITES:
+        return section(kind, suite)
+    if which == QUALITY_IN_BRIEF:
+        return quality_report.in_brief(RESULTS / "quality")
+    if which.startswith(QUALITY) and (RESULTS / "quality" / f"{suite}.json").exists():
+        return quality_report.of_task(RESULTS / "quality" / f"{suite}.json")
+    raise ValueError(
+        f"the marker {which!r} must name one of {KINDS} and one of {SUITES}, or be one of {*whole, QUALITY_IN_BRIEF}, "
+        f"or {QUALITY!r} and a task in {RESULTS / 'quality'}"
+    )
 
 
 def outdated() -> dict[Path, str]:
     """Documents whose tables are not what the results say → what they should be."""
     texts = {path: path.read_text() for path in DOCUMENTS}
-    made = {path: filled(text, RESULTS.relative_to(path.parent).as_posix()) for path, text in texts.items()}
+    made = {path: filled(text) for path, text in texts.items()}
     return {path: made[path] for path, text in texts.items() if made[path] != text}
 
 
@@ -154,8 +186,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path.write_text(text)
     for kind in KINDS:
         for name, some in machines(kind).items():
-            for path in pictures.draw(name, newest_records(some), RESULTS / name):
+            for path in pictures.draw(name, newest_records(some), PICTURES / name):
                 print(path)
+    for file in sorted((RESULTS / "quality").glob("*.json")):
+        for path in quality_report.draw(file, DOCS):
+            print(path)
     return 0
 
 

@@ -179,7 +179,7 @@ class PublishedSchedule:
             (new,) = rollout(self.rollouts, [Start(state.context(prefix))], self.config.rollout, self.stop)
         state.stats.rollouts += 1
         state.stats.generated_tokens += len(new.tokens)
-        tokens = torch.cat([prefix, new.tokens])
+        tokens = torch.cat([prefix, new.tokens.to(prefix.device)])
         latents = torch.cat([state.trajectory.latents[: len(prefix)], new.latents]) if len(prefix) else new.latents
         with self.clock.phase("reward", [state.stats]):
             ids = torch.tensor([*state.opening, *tokens.tolist(), *self._closing(state, tokens)], device=tokens.device)

@@ -6,7 +6,8 @@
     python benchmarks/quality.py smollm2 --work DIR     products and gcd, 100 problems
     python benchmarks/quality.py judge --work DIR --reward-model DIR    Best-of-N by a judge without a useful gradient
     python benchmarks/quality.py timing --work DIR      seconds, on a machine that does nothing else meanwhile
-    python benchmarks/quality.py report --work DIR --output benchmarks/results/quality --readme README.md
+    python benchmarks/quality.py report --work DIR --output benchmarks/results/quality --page docs/quality_arms.md
+    python benchmarks/plots.py                         the tables of README.md and docs/quality.md, from those files
 
 Every stage can be stopped and started again: DIR keeps every answer.
 """
@@ -233,11 +234,11 @@ def smollm2(
 @app.command("report")
 def write_report(
     work: Work,
-    output: Annotated[Path, typer.Option(help="Directory of the tables and plots.")],
-    readme: Annotated[Path | None, typer.Option(help="File to write the short table into.")] = None,
+    output: Annotated[Path, typer.Option(help="Directory of the JSON files.")],
+    page: Annotated[Path, typer.Option(help="File to write the tables of every arm into; plots go beside it.")],
 ) -> None:
     """Writes summaries, tables and plots of all that was measured."""
-    write_reports(work, output, readme)
+    write_reports(work, output, page)
 
 
 def _accuracy(summary: dict[str, Any]) -> float:

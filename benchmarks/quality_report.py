@@ -1,4 +1,8 @@
-"""Summaries, tables and plots of what `quality.py` measured."""
+"""Summaries, tables and plots of what `quality.py` measured.
+
+`quality.py report` writes JSON files and docs/quality_arms.md; `plots.py` makes the other tables and all plots from the
+JSON files.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from nabla_fast.evaluation import plots, report
 from nabla_fast.evaluation.journal import Record
 
 COSTS = {"model_calls": "model calls", "flops": "FLOPs", "seconds": "seconds"}
-# What plots and the README show, and what they call it; the tables have every arm.
+# What plots and docs/quality.md show, and what they call it; docs/quality_arms.md has every arm.
 SHOWN = {
     "greedy": "greedy",
     "self-consistency": "self-consistency",
@@ -25,13 +29,24 @@ SHOWN = {
     "latents-argmax": "∇-Reasoner, published anchor",
     "judge": "best-of-n, a reward taught to judge alone",
 }
-# All n in the README; of the others, which are there for comparison, the largest alone.
+# All n in docs/quality.md; of the others, which are there for comparison, the largest alone.
 WHOLE = ("best-of-n", "judge", "latents-rollout")
 SECONDS = (
     "Seconds are to be compared in `arithmetic-timing`, which is for a machine that does nothing else; the other runs "
     "may share theirs."
 )
-OPENING, CLOSING = "<!-- quality: by benchmarks/quality.py report -->", "<!-- /quality -->"
+# What README.md shows: file → what its problems are called, and the arms.
+BRIEF = {
+    "arithmetic": (
+        "arithmetic, bundled pair",
+        *("greedy", "best-of-n 4", "best-of-n 8", "best-of-n 16", "latents-rollout 2", "latents-rollout 16"),
+        *("latents-rollout-control 16", "judge 16"),
+    ),
+    "smollm2-products": (
+        "one-digit products, SmolLM2-135M",
+        *("greedy", "best-of-n 4", "best-of-n 8", "latents-rollout 8", "latents-rollout-control 8"),
+    ),
+}
 # Runs that differ in one thing: what it is → (with, without).
 PAIRS = {
     "the reward's gradient, latents, anchor rollout": ("latents-rollout", "latents-rollout-control"),
@@ -46,12 +61,13 @@ PAIRS = {
 }
 
 
-def write_reports(work: Path, output: Path, readme: Path | None = None) -> None:
-    """Writes a JSON file, a table and plots for each task that ``work`` has runs of; a short table into ``readme``."""
+def write_reports(work: Path, output: Path, page: Path) -> None:
+    """Writes what ``work`` has runs of: a JSON file for each task, ``page`` with every arm, and plots beside it."""
     lines = [
-        "# Quality",
+        "# Quality: every arm",
         "",
-        "Made by `python benchmarks/quality.py report`; nothing here is typed by hand.",
+        "Made by `python benchmarks/quality.py report`; nothing here is typed by hand. [Quality](quality.md) says what",
+        "the arms are and what came out.",
         "",
         SECONDS,
         "",
@@ -63,13 +79,11 @@ def write_reports(work: Path, output: Path, readme: Path | None = None) -> None:
         if runs:
             summary = merged(runs)
             write(output / f"{name}.json", {**summary, **_machine()})
-            pictures = output / name
-            pictures.mkdir(parents=True, exist_ok=True)
-            drawn = plots.draw({**summary, "arms": _shown(summary)}, pictures)
+            drawn = draw(output / f"{name}.json", page.parent)
             lines += [
                 *_section(name, summary),
                 *_differences(runs),
-                *(f"![{file.stem}]({name}/{file.name})" for file in drawn),
+                *(f"![{file.stem}]({file.relative_to(page.parent).as_posix()})" for file in drawn),
                 "",
             ]
     tuning = sorted((work / "tune").glob("*"))
@@ -78,12 +92,17 @@ def write_reports(work: Path, output: Path, readme: Path | None = None) -> None:
         tuned = {file.stem: json.loads(file.read_text()) for file in sorted((work / "tuned").glob("*.json"))}
         write(output / "tuning.json", {"tuned": tuned, "runs": sweep, **_machine()})
         lines += _tuning(sweep)
-    (output / "README.md").write_text("\n".join(lines))
-    if readme is not None and (output / "arithmetic.json").exists():
-        text = readme.read_text()
-        before, rest = text.split(OPENING)
-        table = "\n".join(_short(json.loads((output / "arithmetic.json").read_text())))
-        readme.write_text(f"{before}{OPENING}\n\n{table}\n\n{CLOSING}{rest.split(CLOSING)[1]}")
+    page.write_text("\n".join(lines))
+
+
+def draw(file: Path, docs: Path) -> list[Path]:
+    """Plots of a JSON file that `write_reports` wrote, into ``docs``; nothing for other files."""
+    summary = json.loads(file.read_text())
+    if "against_best_of_n" not in summary:
+        return []
+    directory = docs / "assets" / "quality" / file.stem
+    directory.mkdir(parents=True, exist_ok=True)
+    return plots.draw({**summary, "arms": _shown(summary)}, directory)
 
 
 def merged(runs: Mapping[str, Path]) -> dict[str, Any]:
@@ -155,19 +174,44 @@ def _shown(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{arm['method']} {arm['n']}": arm for arm in found}
 
 
-def _short(summary: Mapping[str, Any]) -> list[str]:
-    """The table of the project's README."""
+def of_task(file: Path) -> str:
+    """The table of the arms that the plots show, from a JSON file that `write_reports` wrote."""
+    summary = json.loads(file.read_text())
     header = ["method", "accuracy", "95 %", "model calls", "FLOPs", "minus Best-of-N at equal calls, points"]
     lines = _row(header) + _row(["---"] * len(header))
     arms = [(label, arm) for label, arm in summary["arms"].items() if arm["method"] in SHOWN]
     for label, arm in sorted(arms, key=lambda item: [*SHOWN].index(item[1]["method"])):
         if arm["method"] in WHOLE or arm["n"] == max(a["n"] for _, a in arms if a["method"] == arm["method"]):
-            accuracy = arm["accuracy"]
-            name = SHOWN[arm["method"]] + (f", n = {arm['n']}" if arm["method"] != "greedy" else "")
-            cells = [name, _percent(accuracy["mean"]), f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}"]
-            cells += [f"{arm['model_calls']['mean']:.0f}", f"{arm['flops']['mean']:.1e}"]
-            lines += _row([*cells, _points(summary["against_best_of_n"].get(label, {}).get("model_calls"))])
-    return lines
+            against = summary["against_best_of_n"].get(label, {}).get("model_calls")
+            lines += _row([_shown_name(arm), *_figures(arm), _points(against)])
+    return "\n".join(lines)
+
+
+def in_brief(results: Path) -> str:
+    """The table of README.md."""
+    header = ["problems", "method", "accuracy", "95 %", "model calls", "FLOPs"]
+    lines = _row(header) + _row(["---"] * len(header))
+    for name, (problems, *labels) in BRIEF.items():
+        summary = json.loads((results / f"{name}.json").read_text())
+        count = summary["task"]["problems"]
+        for label in labels:
+            arm = summary["arms"][label]
+            lines += _row([f"{count}, {problems}", _shown_name(arm), *_figures(arm)])
+    return "\n".join(lines)
+
+
+def _shown_name(arm: Mapping[str, Any]) -> str:
+    return SHOWN[arm["method"]] + (f", n = {arm['n']}" if arm["method"] != "greedy" else "")
+
+
+def _figures(arm: Mapping[str, Any]) -> list[str]:
+    accuracy = arm["accuracy"]
+    return [
+        _percent(accuracy["mean"]),
+        f"{100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f}",
+        f"{arm['model_calls']['mean']:.0f}",
+        f"{arm['flops']['mean']:.1e}",
+    ]
 
 
 def _differences(runs: Mapping[str, Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What is read off a record, and the tables that show it: in the terminal, and in benchmarks/README.md.
+"""What is read off a record, and the tables that show it: in the terminal, in README.md and in docs/speed.md.
 
 python benchmarks/tables.py DIR    # everything that gpu.sh left in a directory, as one table
 """
@@ -21,8 +21,12 @@ NO_CACHE, CHECKPOINTED = f"{OURS}, no cache", f"{OURS}, checkpointed"
 ALONE, NO_DRAFTS = "one after the other", "without drafts"
 """What the package as a whole goes by where it is a contender, and variants of its settings."""
 OPERATOR_COLUMNS = ("case", "ours", "time", "time/floor", "× eager", "× compiled", "× library", "memory")
-BRIEF_COLUMNS = ("× eager", "× compiled", "memory")
-_OF_THE_MODEL = ("V", "d", "d_r")
+BRIEF_COLUMNS = ("what", "model", "machine", "nabla_fast", "published schedule", "times faster", "peak memory")
+BRIEF = {
+    "cpu": ("generate-question-1-rollout", "generate-question-2-rollout", "dto-one-256", "dto-all-256"),
+    "gpu": ("generate-batch-1", "dto-one-64"),
+}
+"""Kind of machine → the cases that README.md shows."""
 SIDE_COLUMNS = (
     *("case", "nabla_fast", "without cache", "published", "times faster", "memory"),
     *("checkpointed: time", "memory of that", "gradients", "host waits", "difference"),
@@ -142,32 +146,20 @@ def columns_and_rows(records: list[Record], suite: str) -> tuple[tuple[str, ...]
     return tuple(columns[i] for i in known), [[row[i] for i in known] for row in rows]
 
 
-def brief(records: list[Record]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """The operators at the first model's size, a row each, the figures of all floating dtypes beside each other."""
-    some = [record for record in records if record["suite"] == "operators" and "float" in record["dtype"]]
-    some = [record for record in some if record["model"] == some[0]["model"]]
-    dtypes = list(dict.fromkeys(record["dtype"] for record in some))
-    operators: dict[str, dict[str, Record]] = {}
-    for record in some:
-        sizes = ", ".join(f"{name} {value}" for name, value in record["shape"].items() if name not in _OF_THE_MODEL)
-        operators.setdefault(f"{record['name']} · {sizes}", {})[record["dtype"]] = record
-    columns = ("operator", "ours", *(f"{dtype}: {column}" for dtype in dtypes for column in BRIEF_COLUMNS))
-    return columns, [
-        [
-            name,
-            best_of_ours(next(iter(found.values())))[0],
-            *(c for dtype in dtypes for c in brief_cells(found.get(dtype))),
-        ]
-        for name, found in operators.items()
+def brief_cells(record: Record, machine: str) -> list[str]:
+    """One cell for each of `BRIEF_COLUMNS`; of a case against the published schedule."""
+    cells = dict(zip(SIDE_COLUMNS, side_cells(record), strict=True))
+    what, model, sizes = cells["case"].split(" · ")
+    memory = memory_share(record, "published")
+    return [
+        f"{what} ({sizes})",
+        model,
+        machine,
+        cells["nabla_fast"],
+        cells["published"],
+        cells["times faster"],
+        "not measured" if memory is None else f"{100 * memory:.0f} %",
     ]
-
-
-def brief_cells(record: Record | None) -> list[str]:
-    """One cell for each of `BRIEF_COLUMNS`."""
-    if record is None:
-        return ["-"] * len(BRIEF_COLUMNS)
-    cells = dict(zip(OPERATOR_COLUMNS, operator_cells(record), strict=True))
-    return [cells[column] + (" *" if column == "× eager" and not clean(record) else "") for column in BRIEF_COLUMNS]
 
 
 def improvement_rows(found: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]:

@@ -54,7 +54,8 @@ def ours(loaded: Loaded, chat: Any, config: nf.NablaConfig, tokens: Tensor, late
     (seed,) = sequence_seeds(config.seed, [prompt])
     objective = Objective(pair.language_model, pair.reward_model, config)
     conversation = Conversation(prompt, pair.reward_model.chat_frame(chat), len(tokens))
-    problem = dto.Problem(conversation, tokens[:0], latents, seed, rollout=tokens)
+    rollout = tokens.cpu()
+    problem = dto.Problem(conversation, rollout[:0], latents, seed, rollout=rollout)
     with torch.no_grad():
         (done,) = dto.optimize_batch([problem], objective)
     return {"gradient_evaluations": done.gradient_evaluations, "result": done.logits[0].float()}

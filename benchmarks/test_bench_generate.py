@@ -69,7 +69,7 @@ def _outcome(stats: list[Any], tokens: list[torch.Tensor]) -> Outcome:
         **{name: counters[name] for name in _COUNTED},
         "seconds": {phase: seconds for phase, seconds in totals.seconds.items() if phase != "rollout"},
         "uncharged_seconds": totals.seconds["rollout"],
-        "result": torch.cat(tokens),
+        "result": torch.cat(tokens).cpu(),
     }
 
 

@@ -34,8 +34,7 @@ void register_cpu(torch::Library& m) {
 void register_gradient_cache(torch::Library& m) {
   using nabla_fast::GradientCache;
   m.class_<GradientCache>("GradientCache")
-      .def(torch::init<int64_t, int64_t, bool>(), "",
-           {torch::arg("max_bytes"), torch::arg("hash_bits") = 64, torch::arg("on_device") = false})
+      .def(torch::init<int64_t>())
       .def("find", &GradientCache::find)
       .def("find_reward", &GradientCache::find_reward)
       .def("insert", &GradientCache::insert)

@@ -185,7 +185,7 @@ def sample(
                 conversations = [part[i][0] for i in ended]
                 scores = objective.rewards(conversations, list(ended.values())) if scored else []
                 rewards.update(zip((first + i for i in ended), scores, strict=False))
-                sequences.update((first + i, tokens.cpu()) for i, tokens in ended.items())
+                sequences.update((first + i, tokens) for i, tokens in ended.items())
                 for conversation in conversations:
                     conversation.reward = None  # keys and values of a scored answer: nobody asks for them again
                 for i in sorted({(first + j) // n for j in ended}):

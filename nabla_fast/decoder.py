@@ -39,9 +39,9 @@ class Trajectory:
     """A complete response.
 
     Attributes:
-        tokens: (n,) int64.
+        tokens: (n,) int64, on the CPU.
         latents: (n, d) the hidden state that predicts each token.
-        hard: (n,) int64 what DTO takes the tokens ahead to be, before its first step.
+        hard: (n,) int64 what DTO takes the tokens ahead to be, before its first step; on the CPU.
         uncertain: (n,) bool, True where entropy and confidence ask for optimisation.
         reward: of the whole response.
     """
@@ -297,15 +297,16 @@ class Decoder:
         thresholds = (config.entropy_threshold, config.confidence_threshold)
         stats = ops.linear_relaxed_stats(new.latents, head, 1.0, *thresholds, config.backend)
         kept = len(tokens) - len(new.tokens)
-        latents, hard, uncertain = new.latents, stats.token, stats.mask
-        if config.gumbel_noise and len(latents):
-            hard = dto.start_tokens(latents, True, sequence.seed, kept, head, config)
+        latents, hard, uncertain = new.latents, tokens, stats.mask
+        if config.anchor == "argmax":
+            noisy = config.gumbel_noise and len(latents)
+            drawn = dto.start_tokens(latents, True, sequence.seed, kept, head, config) if noisy else stats.token
+            hard = torch.cat([tokens[:kept], drawn.cpu()])  # what is kept is committed
         if kept:
             old = sequence.current
             latents = torch.cat([old.latents[:kept], latents])
-            hard = torch.cat([old.hard[:kept], hard])
             uncertain = torch.cat([old.uncertain[:kept], uncertain])
-        return Trajectory(tokens, latents, tokens if config.anchor == "rollout" else hard, uncertain, reward)
+        return Trajectory(tokens, latents, hard, uncertain, reward)
 
     def _problem(self, sequence: Sequence) -> dto.Problem:
         """What DTO starts from at the sequence's position: the rows that move, and the hard tokens of all."""

@@ -61,7 +61,7 @@ class DTOResult:
 
 @dataclass
 class Problem:
-    """One sequence to optimise.
+    """One sequence to optimise; its tokens are on the CPU.
 
     Attributes:
         conversation: prompt and counters.
@@ -173,7 +173,12 @@ def optimize_batch(problems: Sequence[Problem], objective: Objective) -> list[DT
 
 
 class _Rows:
-    """The moving rows of a batch of problems, flattened, with their Adam state and gradients."""
+    """The moving rows of a batch of problems, flattened, with their Adam state and gradients.
+
+    Attributes:
+        tokens: (B, m) int64 on the CPU, the hard tokens ahead of each problem, padded.
+        moving: (N,) int64 on the models' device, those of the N rows that move.
+    """
 
     def __init__(self, problems: Sequence[Problem], objective: Objective) -> None:
         config = objective.config
@@ -193,6 +198,8 @@ class _Rows:
         self.tokens = torch.nn.utils.rnn.pad_sequence(
             [self._start_tokens(i) for i in range(len(problems))], batch_first=True
         )
+        moved = [self.tokens[i, : span.stop - span.start] for i, span in enumerate(self.spans)]
+        self.moving = torch.cat(moved).to(self.parameters.device)
         self.gradient: Tensor | ops.TokenGradient | None = None
         rates = learning_rates(config)
         self.learning_rates = torch.tensor(rates, dtype=dtype, device=self.parameters.device)
@@ -230,22 +237,21 @@ class _Rows:
             FloatingPointError: if the steps left a row without a token.
         """
         assert self.gradient is not None
-        tokens_now = torch.cat([self.tokens[i, : span.stop - span.start] for i, span in enumerate(self.spans)])
         config = self.config
         moved, _ = ops.dto_step(
-            ops.DTOState(self.parameters, self.exp_avg, self.exp_avg_sq, self.step, tokens_now),
+            ops.DTOState(self.parameters, self.exp_avg, self.exp_avg_sq, self.step, self.moving),
             ops.DTOInputs(self.learning_rates, self.gradient, self.soft_noise, self.hard_noise, self.group),
             self.objective.tables,
             ops.DTOOptions(self.latents, config.tau, config.weight_decay, max_steps=len(self.learning_rates)),
             config.backend,
         )
+        read = torch.cat([self.step[[span.start for span in self.spans]], moved]).cpu()
+        made, own = read.split([len(self.spans), len(moved)])
         tokens = self.tokens.clone()
         for i, span in enumerate(self.spans):
-            tokens[i, : span.stop - span.start] = moved[span]
-        _, changed = ops.token_diff(self.tokens, tokens, backend=self.config.backend)
-        self.tokens = tokens
-        made = self.step[[span.start for span in self.spans]]
-        lost = (tokens < 0).any(1)
+            tokens[i, : span.stop - span.start] = own[span]
+        changed, lost = (tokens != self.tokens).sum(1), (tokens < 0).any(1)
+        self.tokens, self.moving = tokens, moved
         for i, (steps, changes, without_token) in enumerate(torch.stack([made, changed, lost], dim=1).tolist()):
             if without_token:
                 raise FloatingPointError(
@@ -275,7 +281,7 @@ class _Rows:
         return DTOResult(
             parameters=torch.cat([moved, unmoved]),
             logits=ops.linear_logits(moved, self.objective.tables.head) if self.latents else moved.clone(),
-            tokens=self.tokens[i, : problem.ahead].clone(),
+            tokens=self.tokens[i, : problem.ahead].to(moved.device, copy=True),
             gradient_evaluations=problem.conversation.stats.gradient_evaluations - evaluated_before,
             iterations=len(problem.trace),
             trace=tuple(problem.trace),
@@ -305,6 +311,7 @@ class _Rows:
         known = None
         if all(d is not None for d in drawn):
             known = torch.cat([d[: s.stop - s.start] for d, s in zip(drawn, self.spans, strict=True)])  # type: ignore[index]
+            known = known.to(self.parameters.device)
         return anchor_noise(self._logits(), self.config.rollout, self.keys, known)
 
     def _start_tokens(self, i: int) -> Tensor:
@@ -312,9 +319,8 @@ class _Rows:
         if problem.tokens is not None:
             return problem.tokens
         start = problem.start.to(self.parameters.dtype)
-        return start_tokens(
-            start, self.latents, problem.seed, problem.position, self.objective.tables.head, self.config
-        )
+        head = self.objective.tables.head
+        return start_tokens(start, self.latents, problem.seed, problem.position, head, self.config).cpu()
 
 
 def start_tokens(start: Tensor, latents: bool, seed: int, position: int, head: ops.Head, config: NablaConfig) -> Tensor:
@@ -356,7 +362,7 @@ def _check_prefix(prefix_ids: Sequence[int] | Tensor, model: LanguageModel) -> T
         raise ValueError(f"prefix_ids must be (n,) integer token ids, got {tuple(ids.shape)} {ids.dtype}")
     if bool(((ids < 0) | (ids >= model.vocab_size)).any()):
         raise ValueError(f"prefix_ids must hold token ids from 0 to {model.vocab_size - 1}, got {ids.tolist()}")
-    return ids.to(model.device, torch.long)
+    return ids.to("cpu", torch.long)
 
 
 def _check_messages(messages: Sequence[dict[str, Any]]) -> None:

@@ -170,7 +170,7 @@ def run(
         objective = Objective(pair.language_model, pair.reward_model, config)
         for ended in Decoder(objective, pair.rollouts(config, sampler), sampler, stop, observer).finishing(sequences):
             on_end(ended)
-    tokens = [s.current.tokens.cpu() for s in sequences]
+    tokens = [s.current.tokens for s in sequences]
     return NablaOutput(
         texts=[pair.tokenizer.decode(t, skip_special_tokens=True) for t in tokens],
         sequences=tokens,

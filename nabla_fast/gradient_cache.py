@@ -7,13 +7,14 @@ and the first step of DTO, for as long as no token changes.
 from __future__ import annotations
 
 import math
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nabla_fast.gradient_cache_python import PythonGradientCache
 from nabla_fast.ops import TokenGradient, native
 
 
@@ -63,63 +64,50 @@ class Evaluation:
         return position - self.start
 
 
-class Found(NamedTuple):
-    """What `GradientCache.find` found.
-
-    Attributes:
-        evaluation: of exactly the tokens asked for; None on a miss.
-        common_prefix: leading tokens in common with the nearest entry: all n on a hit, 0 if there is no entry. All n on
-            a miss too, where the nearest entry has more tokens, or these but starts too late.
-        changed: int64 on the tokens' device, positions where the nearest entry has another token, up to the end of
-            the shorter one.
-    """
-
-    evaluation: Evaluation | None
-    common_prefix: int
-    changed: Tensor
-
-
 class GradientCache:
     """Maps token ids to evaluations and rewards under a byte budget. Safe to share between threads.
 
-    ``tokens`` is (n,) int64 on any device, everything that the gradient depends on: prompt and response. Tokens not on
-    the CPU are not copied there, unless the native library is missing. Entries of another device than the tokens'
-    are never found.
+    ``tokens`` is (n,) int64 on the CPU, everything that the gradient depends on: prompt and response. Only exactly the
+    same tokens are found, and no look-up waits for a device.
 
     The tokens are copied, an evaluation's tensors are kept and returned as they are: nobody may write to them, and a
     view would keep alive what it is a view of. An entry counts the bytes of its tokens and of these tensors.
 
-    Every method raises TypeError where tokens are not an int64 tensor, ValueError where they are not 1-D.
+    Every method raises TypeError where ``tokens`` are anything else.
 
     Args:
         max_bytes: budget; the least recently used entries go first. An entry larger than it is not kept, and leaves
             everything as it was.
+
+    Raises:
+        ValueError: if ``max_bytes`` is negative.
     """
 
     def __init__(self, max_bytes: int) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"GradientCache: max_bytes must be 0 or more, got {max_bytes}")
         self._cache: Any = (
-            torch.classes.nabla_fast.GradientCache(max_bytes) if native.available() else PythonGradientCache(max_bytes)
+            torch.classes.nabla_fast.GradientCache(max_bytes) if native.available() else _PythonCache(max_bytes)
         )
 
-    def find(self, tokens: Tensor, start: int) -> Found:
-        """The evaluation of exactly these tokens that covers response positions from ``start`` on, or what is near.
-
-        A hit is a use. On a miss, the nearest entry is that with the longest common prefix (of several, the one used
-        last), counted as a partial hit if there is one; state computed for it can be reused up to the first change.
+    def find(self, tokens: Tensor, start: int) -> Evaluation | None:
+        """The evaluation of exactly these tokens that covers response positions from ``start`` on, or None; a use.
 
         Raises:
             ValueError: if ``start`` is negative.
         """
-        entry_start, values, reward, common_prefix, changed = self._cache.find(_tensor(tokens), start)
-        if not values:
-            return Found(None, common_prefix, changed)
-        *factors, log_likelihoods = values
-        evaluation = Evaluation(entry_start, TokenGradient(*factors), log_likelihoods, reward)
-        return Found(evaluation, common_prefix, changed)
+        _check_tokens("find", tokens)
+        _check_start("find", start)
+        found = self._cache.find(tokens, start)
+        if found is None:
+            return None
+        entry_start, (*factors, log_likelihoods), reward = found
+        return Evaluation(entry_start, TokenGradient(*factors), log_likelihoods, reward)
 
     def find_reward(self, tokens: Tensor) -> float | None:
         """The reward of exactly these tokens, or None; a use of its entry."""
-        reward: float | None = self._cache.find_reward(_tensor(tokens))
+        _check_tokens("find_reward", tokens)
+        reward: float | None = self._cache.find_reward(tokens)
         return reward
 
     def insert(self, tokens: Tensor, evaluation: Evaluation) -> None:
@@ -128,24 +116,28 @@ class GradientCache:
         An older one that stays counts as used.
 
         Raises:
-            TypeError: if the log-likelihoods are not float64.
-            ValueError: if the start is negative, or the shapes do not fit together or to the number of tokens.
+            TypeError: if the factors are not strided float tensors, or the log-likelihoods not a float64 one.
+            ValueError: if the start is negative, a tensor holds no data, or the shapes do not fit together or to the
+                number of tokens.
         """
+        _check_tokens("insert", tokens)
+        _check_start("insert", evaluation.start)
         values = [*evaluation.factors, evaluation.log_likelihoods]
-        self._cache.insert(_tensor(tokens), evaluation.start, values, float(evaluation.reward))
+        _check_values(values, evaluation.start, len(tokens))
+        self._cache.insert(tokens, evaluation.start, values, float(evaluation.reward))
 
     def insert_reward(self, tokens: Tensor, reward: float) -> None:
         """Keeps a reward: of an entry that is there, next to its evaluation, else on its own; a use of the entry."""
-        self._cache.insert_reward(_tensor(tokens), float(reward))
+        _check_tokens("insert_reward", tokens)
+        self._cache.insert_reward(tokens, float(reward))
 
     def clear(self) -> None:
         """Drops every entry; the counters stay."""
         self._cache.clear()
 
     def stats(self) -> dict[str, int]:
-        """Counters since the start: ``hits``, ``misses``, ``partial_hits`` (misses with a common prefix),
-        ``reward_hits``, ``reward_misses``, ``evictions`` (entries that made room for others); and ``entries`` and
-        ``bytes`` held now.
+        """Counters since the start: ``hits``, ``misses``, ``reward_hits``, ``reward_misses``, ``evictions`` (entries
+        that made room for others); and ``entries`` and ``bytes`` held now.
         """
         return dict(self._cache.stats())
 
@@ -158,7 +150,146 @@ class GradientCache:
         return self.stats()["bytes"]
 
 
-def _tensor(tokens: Tensor) -> Tensor:
-    if not isinstance(tokens, Tensor):
-        raise TypeError(f"GradientCache: tokens must be an int64 tensor of shape (n,), got {type(tokens).__name__}")
-    return tokens
+def _check_tokens(method: str, tokens: Tensor) -> None:
+    strided = isinstance(tokens, Tensor) and tokens.layout == torch.strided
+    if not strided or tokens.dtype != torch.int64 or not tokens.is_cpu or tokens.ndim != 1:
+        wanted = "tokens must be an int64 tensor of shape (n,) on the CPU"
+        raise TypeError(f"GradientCache.{method}: {wanted}, got {_described(tokens)}")
+
+
+def _check_start(method: str, start: int) -> None:
+    if start < 0:
+        raise ValueError(f"GradientCache.{method}: start must be 0 or more, got {start}")
+
+
+_PARTS = {
+    "hidden": "a strided float tensor of shape (m, d) that holds data",
+    "embedding": "a strided float tensor of shape (m, d) that holds data",
+    "reward_embedding": "a strided float tensor of shape (m, d_r) that holds data",
+    "log_likelihoods": "a strided float64 tensor of shape (m,) on the CPU",
+}
+
+
+def _check_values(values: list[Tensor], start: int, length: int) -> None:
+    if len(values) != len(_PARTS):
+        raise TypeError(f"GradientCache.insert: factors must be a TokenGradient, got {len(values) - 1} tensors")
+    most = max(0, length - start)
+    for (name, wanted), value in zip(_PARTS.items(), values, strict=True):
+        fault = _fault(value, name == "log_likelihoods")
+        if fault is not None:
+            raise fault(f"GradientCache.insert: {name} must be {wanted}, got {_described(value)}")
+        rows, wanted_rows = value.shape[0], values[0].shape[0]
+        if rows != wanted_rows:
+            raise ValueError(f"GradientCache.insert: {name} must have {wanted_rows} rows as hidden does, got {rows}")
+        if rows > most:
+            raise ValueError(
+                f"GradientCache.insert: {name} must have at most {most} rows, for positions {start} to {length}, got "
+                f"{rows}"
+            )
+
+
+def _fault(value: Tensor, likelihoods: bool) -> type[Exception] | None:
+    """What to raise if the cache cannot hold a tensor."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_nested:
+        return TypeError
+    if likelihoods:
+        if value.dtype != torch.float64:
+            return TypeError
+        return None if value.ndim == 1 and value.is_cpu else ValueError
+    if not value.is_floating_point():
+        return TypeError
+    return None if value.ndim == 2 and not value.is_meta else ValueError
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.is_nested:
+        return "a nested tensor"
+    return f"{value.dtype} of shape {tuple(value.shape)}, {value.layout}, on {value.device}"
+
+
+@dataclass
+class _Entry:
+    start: int
+    values: list[Tensor]  # empty where only the reward is known
+    reward: float
+    nbytes: int
+
+
+class _PythonCache:
+    """``torch.classes.nabla_fast.GradientCache`` in Python, for where the native library is missing; slower."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._counters = dict.fromkeys(("hits", "misses", "reward_hits", "reward_misses", "evictions"), 0)
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # most recently used last
+        self._lock = threading.Lock()
+
+    def find(self, tokens: Tensor, start: int) -> tuple[int, list[Tensor], float] | None:
+        with self._lock:
+            entry = self._entries.get(key := _key(tokens))
+            if entry is None or not entry.values or entry.start > start:
+                self._counters["misses"] += 1
+                return None
+            self._counters["hits"] += 1
+            self._entries.move_to_end(key)
+            return entry.start, list(entry.values), entry.reward
+
+    def find_reward(self, tokens: Tensor) -> float | None:
+        with self._lock:
+            entry = self._entries.get(key := _key(tokens))
+            self._counters["reward_misses" if entry is None else "reward_hits"] += 1
+            if entry is None:
+                return None
+            self._entries.move_to_end(key)
+            return entry.reward
+
+    def insert(self, tokens: Tensor, start: int, values: list[Tensor], reward: float) -> None:
+        key = _key(tokens)
+        entry = _Entry(start, values, reward, len(key) + sum(value.nbytes for value in values))
+        dropped: list[_Entry] = []  # dies after the lock is given back: a tensor's last owner may have code to run
+        with self._lock:
+            old = self._entries.get(key)
+            if old is not None and old.values and old.start < start:
+                self._entries.move_to_end(key)
+            else:
+                self._add(key, entry, dropped)
+
+    def insert_reward(self, tokens: Tensor, reward: float) -> None:
+        key = _key(tokens)
+        dropped: list[_Entry] = []
+        with self._lock:
+            old = self._entries.get(key)
+            if old is not None:
+                old.reward = reward
+                self._entries.move_to_end(key)
+            else:
+                self._add(key, _Entry(0, [], reward, len(key)), dropped)
+
+    def clear(self) -> None:
+        with self._lock:
+            dropped, self._entries, self._bytes = self._entries, OrderedDict(), 0  # see insert
+        del dropped
+
+    def stats(self) -> dict[str, int]:
+        with self._lock:
+            return {**self._counters, "entries": len(self._entries), "bytes": self._bytes}
+
+    def _add(self, key: bytes, entry: _Entry, dropped: list[_Entry]) -> None:
+        """Puts an entry in place of another one of its key and makes room for it, if it fits into the budget at all."""
+        if entry.nbytes > self._max_bytes:
+            return
+        if key in self._entries:
+            dropped.append(self._entries.pop(key))
+        self._entries[key] = entry
+        self._bytes += entry.nbytes - sum(old.nbytes for old in dropped)
+        while self._bytes > self._max_bytes:
+            dropped.append(self._entries.popitem(last=False)[1])
+            self._bytes -= dropped[-1].nbytes
+            self._counters["evictions"] += 1
+
+
+def _key(tokens: Tensor) -> bytes:
+    return tokens.numpy().tobytes()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -49,22 +49,23 @@ class Conversation:
     reward: Track | None = None
 
     def __post_init__(self) -> None:
-        separator = self.frame.key.new_tensor([_SEPARATOR])
-        prompt = self.frame.key.new_tensor(self.prompt_ids)
-        self._key = torch.cat([self.frame.key, separator, prompt, separator])
+        self._key = torch.tensor([*self.frame.key, _SEPARATOR, *self.prompt_ids, _SEPARATOR])
 
     def release(self) -> None:
         """Gives back the keys and values; a later pass would compute them again."""
         self.language = self.reward = None
 
     def cache_key(self, response: Tensor) -> Tensor:
-        """Every token that the gradient of ``response`` (n,) depends on: (k,) int64 on the models' device."""
+        """Every token that the gradient of ``response`` (n,) int64 depends on: (k,) int64. Both are on the CPU."""
         return torch.cat([self._key, response])
 
 
 @dataclass(frozen=True)
 class Request:
-    """Asks for the gradient at ``response`` (n,) int64 with respect to its positions ``start`` < n and later."""
+    """Asks for the gradient at ``response`` (n,) int64 with respect to its positions ``start`` < n and later.
+
+    The response is on the CPU, where the cache looks it up; whoever evaluates it copies it to the models.
+    """
 
     conversation: Conversation
     response: Tensor
@@ -120,7 +121,7 @@ class Objective:
         self._reward_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def rewards(self, conversations: Sequence[Conversation], responses: Sequence[Tensor]) -> list[float]:
-        """Rewards of complete responses (n_b,): from the cache, and one batched call for the rest.
+        """Rewards of complete responses (n_b,) int64 on the CPU: from the cache, and one batched call for the rest.
 
         Raises:
             FloatingPointError: if a reward is NaN or infinite.
@@ -169,7 +170,7 @@ class Objective:
         if self.cache is None:
             return None
         stats = request.conversation.stats
-        entry = self.cache.find(request.conversation.cache_key(request.response), request.start).evaluation
+        entry = self.cache.find(request.conversation.cache_key(request.response), request.start)
         if entry is None:
             stats.cache_misses += 1
         else:
@@ -180,6 +181,7 @@ class Objective:
         return None if self.cache is None else self.cache.find_reward(conversation.cache_key(response))
 
     def _compute(self, requests: Sequence[Request]) -> list[Evaluation]:
+        requests = [replace(r, response=r.response.to(self.language_model.device)) for r in requests]
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -288,6 +290,7 @@ class Objective:
 
     def _score(self, conversations: Sequence[Conversation], responses: Sequence[Tensor]) -> list[float]:
         model = self.reward_model
+        responses = [response.to(self.language_model.device) for response in responses]
         with self._joined(), self._reward_side(), frozen(self._parameters), fast_layers(self.language_model.device):
             tracks = [self._reward_track(c) for c in conversations]
             states, inputs = [], []

@@ -20,8 +20,8 @@ class Candidates:
 
     Attributes:
         conversation: prompt and counters.
-        tokens: (n,) the whole response as it stands.
-        hard: (n,) the tokens that DTO starts from at each position.
+        tokens: (n,) int64 the whole response as it stands, on the CPU.
+        hard: (n,) int64 the tokens that DTO starts from at each position, on the CPU.
         mask: (n,) bool, True where entropy and confidence pass.
         position: the first position ahead.
     """

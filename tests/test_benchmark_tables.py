@@ -83,20 +83,12 @@ def test_tables_are_filled_with_the_newest_full_run(results):
     assert plots.filled(filled) == filled
 
 
-def test_a_brief_table_has_the_dtypes_of_the_first_model_beside_each_other(results):
-    compiled = {"native": contender(0.5, True), "eager": contender(1.0, False), "torch.compile": contender(0.25, False)}
-    add(
-        results,
-        operator(0.001, case="half", dtype="bfloat16"),
-        operator(0.001, case="more", shape={"N": 8, "V": 9}, dtype="bfloat16", contenders=compiled),
-        operator(0.001, case="other model", model="L", shape={"N": 5, "V": 7}),
-        operator(0.001, case="no floats", dtype="int64", shape={"B": 4}),
-    )
-    head, _, *rows = plots.section("cpu", "operators", in_brief=True).split("\n\n")[1].splitlines()
-    assert head.split(" | ")[1:5] == ["ours", "float32: × eager", "float32: × compiled", "float32: memory"]
-    assert rows == [
-        "| relaxed_stats · N 2 | native | 4 | - | 0.25 | 4 | - | 0.25 |",
-        "| relaxed_stats · N 8 | native | - | - | - | 2 | 0.5 | 1 |",
+def test_the_brief_table_names_what_was_not_measured(results, monkeypatch):
+    monkeypatch.setattr(plots, "BRIEF", {"cpu": ("dto",), "gpu": ("generate",)})
+    add(results, side("dto", 1.0))
+    assert plots.speed_in_brief().splitlines()[2:] == [
+        "| dto (m 64) | M float32 | P, 2 threads | 1 s | 9 s | 9 | 12 % |",
+        "| generate |  | gpu | not measured | not measured | not measured | not measured |",
     ]
 
 
@@ -109,18 +101,17 @@ def test_a_table_of_whole_runs_has_the_variants_that_were_measured(results):
         *("gradients", "difference"),
     ]
     assert dto[-1] == "| dto · M float32 · m 64 | 1 s | 9 s | 9 | 0.12 | 2 s | 0.12 | 3, 7 | 0 |"
-    generate = plots.section("cpu", "generate", results="way/there")
+    generate = plots.section("cpu", "generate")
     # The variant counts as one even where it was faster.
     assert "| generate · M float32 · m 64 | 2 s | 500 ms | 18 s | 9 | 0.12 | 3, 7 | 0 |" in generate
-    assert "way/there/p/phases.png" in generate
-    assert "`way/there/p/more.json`" in generate
+    assert "(assets/speed/p/phases.png)" in generate
+    assert "`benchmarks/results/p/more.json`" in generate
 
 
 def test_cases_that_were_not_measured_are_named(results, monkeypatch):
     monkeypatch.setattr(plots, "case_names", lambda kind, suite: [f"{kind} {suite}", "a", "b"])
     missing = "Not measured there: `cpu operators`, `b`."  # b failed
     assert plots.section("cpu", "operators").split("\n\n")[2] == missing
-    assert missing not in plots.section("cpu", "operators", in_brief=True)
     assert plots.section("gpu", "operators") == plots.NOT_MEASURED
 
 
@@ -136,7 +127,7 @@ def test_a_gpu_has_tables_of_its_own(results):
     assert "4 ms" not in plots.section("cpu", "operators")
 
 
-@pytest.mark.parametrize("which", ["tpu operators", "cpu speed", "cpu", "improvements in brief"])
+@pytest.mark.parametrize("which", ["tpu operators", "cpu speed", "cpu", "improvements in brief", "quality chess"])
 def test_a_marker_of_an_unknown_table_is_refused(results, which):
     with pytest.raises(ValueError, match="must name one of"):
         plots.filled(f"<!-- results: {which} --><!-- end -->")
@@ -156,13 +147,15 @@ def test_the_phases_of_a_decode_add_up_to_its_time():
 
 
 def test_check_tells_a_table_that_is_not_what_the_results_say(results, monkeypatch, capsys):
+    monkeypatch.setattr(plots, "DOCS", results)
+    monkeypatch.setattr(plots, "PICTURES", results / "pictures")
     document = results / "README.md"
     document.write_text("<!-- results: cpu operators --><!-- end -->\n<!-- results: improvements --><!-- end -->")
     monkeypatch.setattr(plots, "DOCUMENTS", (document,))
     assert plots.main(["--check"]) == 1
     assert str(document) in capsys.readouterr().out
     assert plots.main([]) == 0
-    assert "`./p/2026-01-02.json`" in document.read_text()
+    assert "`benchmarks/results/p/2026-01-02.json`" in document.read_text()
     assert plots.main(["--check"]) == 0
     add(results, operator(0.004))
     assert plots.main(["--check"]) == 1
@@ -172,21 +165,20 @@ def test_the_documents_say_what_the_results_say():
     assert list(plots.outdated()) == [], "run python benchmarks/plots.py"
 
 
-def test_every_suite_has_a_table_in_both_documents():
-    for document in plots.DOCUMENTS:
-        text = document.read_text()
-        for kind in plots.KINDS:
-            for suite in plots.SUITES:
-                assert f"<!-- results: {kind} {suite}" in text, document
+def test_every_table_stands_once():
+    text = "".join(document.read_text() for document in plots.DOCUMENTS)
+    suites = [f"{kind} {suite}" for kind in plots.KINDS for suite in plots.SUITES]
+    others = [plots.IMPROVEMENTS, plots.SPEED_IN_BRIEF, plots.QUALITY_IN_BRIEF, "quality arithmetic"]
+    for which in (*suites, *others):
+        assert text.count(f"<!-- results: {which} -->") == 1, which
     assert set(plots.SUITES) == set(run.SUITES)
 
 
 def test_a_disturbed_case_has_a_star():
     record = operator(0.001)
-    assert "*" not in "".join([*tables.operator_cells(record), *tables.brief_cells(record)])
+    assert "*" not in "".join(tables.operator_cells(record))
     record["contenders"]["eager"]["clean"] = 0
     assert tables.operator_cells(record)[3] == "1.50 *"
-    assert tables.brief_cells(record)[0] == "4 *"
 
 
 def test_what_the_gpu_script_left_is_one_table(tmp_path):

@@ -125,7 +125,7 @@ def test_counters_of_a_greedy_decode_are_those_counted_by_hand() -> None:
     assert (stats.rollouts, stats.reward_calls, stats.revisions) == (1, 1, [])
     assert stats.model_calls == positions + 4 + 1
     cache = output.stats.cache
-    assert (cache["hits"], cache["misses"], cache["partial_hits"]) == (2 * positions - 1, 1, 0)
+    assert (cache["hits"], cache["misses"]) == (2 * positions - 1, 1)
     assert (cache["entries"], cache["evictions"]) == (1, 0)
     assert cache["bytes"] > 0
     uncached = generate(config.replace(gradient_cache=False), prompts=PROMPTS[:1])

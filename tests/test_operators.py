@@ -310,7 +310,7 @@ def test_a_step_does_not_write_into_what_wants_a_gradient_or_shares_memory():
     with pytest.raises(RuntimeError, match=r"dto_step writes into state_parameters, .*: pass tensors"):
         ops.dto_step(state._replace(parameters=state.parameters.clone().requires_grad_()), *others)
     shared = state._replace(parameters=torch.zeros(1, D).expand(3, D))
-    with pytest.raises(ValueError, match="state.parameters is written to, so its entries must not share memory"):
+    with pytest.raises(ValueError, match=r"state\.parameters is written to, so its entries must not share memory"):
         ops.dto_step(shared, *others)
 
 

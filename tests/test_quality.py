@@ -49,13 +49,13 @@ def test_tuning_measuring_and_reporting(tmp_path, capsys):
     with pytest.raises(typer.BadParameter, match="--runs names nothing; use some of baselines, latents-rollout"):
         quality.measure(work, threads=1, problems=3, runs="nothing")
 
-    quality.write_report(work, output)
+    quality.write_report(work, output, page := tmp_path / "docs" / "arms.md")
     summary = json.loads((output / "arithmetic.json").read_text())
     arms = {"greedy", "self-consistency 2", "best-of-n 1", "best-of-n 2"}
     assert set(summary["arms"]) == arms | {
         f"{run} 2" for run in ("latents-rollout", "latents-rollout-control", "blind", "fresh")
     }
-    text = (output / "README.md").read_text()
+    text = page.read_text()
     with_and_without = "| the reward's gradient, latents, anchor rollout | 2 |"
     for row in ("| latents-rollout 2 |", with_and_without, "| logits-argmax-learning_rate-0.3 |"):
         assert row in text
@@ -63,7 +63,7 @@ def test_tuning_measuring_and_reporting(tmp_path, capsys):
         summary["arms"][f"{run} 2"]["accuracy"]["mean"] for run in ("latents-rollout", "latents-rollout-control")
     )
     assert f"{with_and_without} {100 * (on - off):+.1f} (" in text
-    assert (output / "arithmetic" / "accuracy_over_model_calls.png").stat().st_size > 10_000
+    assert (tmp_path / "docs/assets/quality/arithmetic/accuracy_over_model_calls.png").stat().st_size > 10_000
 
 
 @pytest.mark.usefixtures("one_thread")

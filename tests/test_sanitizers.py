@@ -71,4 +71,4 @@ def run(command: list[str]) -> str:
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_gradient_cache(sanitizers: str) -> None:
     output = run([str(build(sanitizers) / "gradient_cache_test")])
-    assert output.count("passed") == 6
+    assert output == "passed\n"

@@ -1,4 +1,4 @@
-"""Checks every family of causal language models in transformers and writes what came out to docs/models.md.
+"""Checks every family of causal language models in transformers and writes what came out to docs/model_families.md.
 
     python tools/model_families.py            all families; goes on where an earlier run stopped
     python tools/model_families.py --only llama,mamba --fresh
@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "model_families.json"
-PAGE = ROOT / "docs" / "models.md"
+PAGE = ROOT / "docs" / "model_families.md"
 SECONDS = 240
 BYTES = 6 * 2**30
 
@@ -137,7 +137,7 @@ def _counts(families: dict[str, dict[str, str]]) -> dict[str, int]:
 
 
 _PARTS = ("loads", "gradients", "greedy", "decode", "reward")
-_TEXT = """# Models
+_TEXT = """# Model families
 
 Every family of causal language models that transformers has, as a tiny model with random weights in float64 that has
 each of the family's kinds of layers ({versions}). `python tools/model_families.py` makes this page again.

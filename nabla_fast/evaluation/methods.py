@@ -157,7 +157,7 @@ def nabla(batch: Batch, sampler: Sampler | None = None) -> list[Answer]:
     def end(response: Response) -> None:
         reward, stats = response.current.reward, response.stats
         first = stats.revisions[0].old_reward if stats.revisions else reward
-        tokens = response.current.tokens.cpu()
+        tokens = response.current.tokens
         answers[response.index] = _answer(batch, response.index, tokens, (first, reward), stats, conversations=1)
         batch.on_answer(response.index, answers[response.index])
 

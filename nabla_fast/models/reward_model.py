@@ -29,12 +29,12 @@ class RewardFrame:
     Attributes:
         opening: the P tokens before the response.
         closing: the c tokens after it.
-        key: (k,) int64, what tells this frame from another one over the same prompt.
+        key: k token ids, what tells this frame from another one over the same prompt.
     """
 
     opening: Inputs
     closing: Inputs
-    key: Tensor
+    key: tuple[int, ...]
 
 
 class RewardModel:
@@ -119,11 +119,11 @@ class RewardModel:
     def chat_frame(self, chat: Chat, template_kwargs: Mapping[str, Any] | None = None) -> RewardFrame:
         """The frame that the reward tokenizer's chat template puts around a response to ``chat``."""
         frame = conversation_frame(self.tokenizer, chat, template_kwargs, self._language_tokenizer)
-        return RewardFrame(self._read(frame.opening), self._read(frame.closing), self._ids(frame.opening))
+        return RewardFrame(self._read(frame.opening), self._read(frame.closing), tuple(frame.opening))
 
     def prompt_frame(self, prompt_ids: Sequence[int]) -> RewardFrame:
         """A frame over the language model's own prompt ids, closed as the reward tokenizer's template closes."""
-        return RewardFrame(self.table.inputs(self._ids(prompt_ids)), self._read(self._closing), self._ids(()))
+        return RewardFrame(self.table.inputs(self._ids(prompt_ids)), self._read(self._closing), ())
 
     @property
     def incremental(self) -> bool:

@@ -34,10 +34,13 @@ class Track:
         self.state: State | None = None
 
     def keep(self, tokens: Tensor, state: State | None) -> None:
-        """Remembers ``state`` up to what the opening and ``tokens`` (k,) cover, where it can be cut there."""
+        """Remembers ``state`` up to what the opening and ``tokens`` (k,) cover, where it can be cut there.
+
+        The tokens may be on any device.
+        """
         kept = None if state is None else state.crop(len(self.opening) + len(tokens))
         if kept is not None:
-            self.tokens, self.state = tokens[: len(kept) - len(self.opening)], kept
+            self.tokens, self.state = tokens[: len(kept) - len(self.opening)].to(self.tokens.device), kept
 
     def before(self, length: int) -> State | None:
         """The state of the opening and the first ``length`` response tokens, where this one reaches so far and can be

@@ -52,7 +52,7 @@ class Rollout:
     """A continuation.
 
     Attributes:
-        tokens: (k,) int64 new tokens, none if the sequence had already ended.
+        tokens: (k,) int64 new tokens, on the CPU; none if the sequence had already ended.
         latents: (k, d) the hidden state that predicted each.
         state: the language model's state of prompt and response without the last token, or of less of it, where the
             back end has one.

@@ -93,7 +93,7 @@ class _Row:
 
     def result(self, state: PrefixState) -> Rollout:
         before, after = self.start.context.response, self.context.response
-        tokens = torch.tensor(after[len(before) :], dtype=torch.long, device=state.hidden.device)
+        tokens = torch.tensor(after[len(before) :], dtype=torch.long)
         kept = None
         if self.start.track is not None:
             # Copies: a view would keep the whole batch alive.
@@ -221,14 +221,14 @@ class _AloneStream:
                 break
             latents.append(row.step(token))
         new = context.response[len(start.context.response) :]
-        tokens = torch.tensor(new, dtype=torch.long, device=model.device)
+        tokens = torch.tensor(new, dtype=torch.long)
         return Rollout(tokens, torch.cat(latents), row.start, calls=len(new))
 
 
 def _nothing(model: LanguageModel) -> Rollout:
     """The rollout of a sequence that had ended."""
     weight = model.head.weight
-    return Rollout(torch.empty(0, dtype=torch.long, device=weight.device), weight.new_zeros(0, weight.shape[1]))
+    return Rollout(torch.empty(0, dtype=torch.long), weight.new_zeros(0, weight.shape[1]))
 
 
 def _require_readable(model: LanguageModel, logits: Tensor, contexts: Sequence[Context]) -> None:

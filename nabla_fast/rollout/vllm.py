@@ -210,7 +210,7 @@ class VLLMStream:
     def _rollouts(self, ended: Sequence[_Progress]) -> list[Rollout]:
         """The tokens, and latents from one prefill of all together."""
         device, weight = self._model.device, self._model.head.weight
-        tokens = [torch.tensor(progress.tokens, dtype=torch.long, device=device) for progress in ended]
+        tokens = [torch.tensor(progress.tokens, dtype=torch.long) for progress in ended]
         moved = [i for i, new in enumerate(tokens) if len(new)]
         starts = [ended[i].start for i in moved]
         tracks = [start.track or self._model.track(start.context.prompt_ids) for start in starts]
