@@ -80,7 +80,7 @@ class Operator:
         flat = self.flat(values)
         if self._derivative is not None:
             _require_reverse_mode(self.name, (leaf.value for leaf in leaves))
-        elif not self._written:
+        elif not self._written and torch.is_grad_enabled():
             flat = [x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in flat]
         wide = _sum_dtype(leaves)
         results = self._overload(*flat, backends.resolve(self.name, backend, leaves[0].value.device, wide))
@@ -206,7 +206,7 @@ class Operator:
             values, result = self._whole(flat[:-1]), self._results(results[0] if self._single else results)
             gradient = self._derivative(*values, flat[-1], result=result).to(flat[0].dtype)
         if torch.is_grad_enabled():  # create_graph=True
-            gradient = _without_derivative(self.name, gradient)
+            gradient = _Once.apply(self.name, gradient, flat[0], *grads)
         return gradient, *[None] * (len(flat) - 1)
 
 
@@ -228,14 +228,20 @@ def _doubled(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) else type(value)(*(x.double() for x in value))
 
 
-def _without_derivative(name: str, gradient: Tensor) -> Tensor:
-    """``gradient`` as the result of something whose derivative is an error."""
-    message = (
-        f"nabla_fast has no second derivative of {name}: take the gradient without create_graph=True, or compute with "
-        "plain PyTorch (nabla_fast.ops.linear_logits and torch.softmax) where you need one"
-    )
-    result: Tensor = torch._C._functions.DelayedError(message.encode(), 1)(gradient.detach().requires_grad_())
-    return result
+class _Once(torch.autograd.Function):
+    """A gradient that depends on an operator's first argument and on what is sent back, by a derivative that raises."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, gradient: Tensor, *_: Tensor) -> Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            f"nabla_fast has no second derivative of {ctx.name}: take the gradient without create_graph=True, or "
+            "compute with plain PyTorch (nabla_fast.ops.linear_logits and torch.softmax) where you need one"
+        )
 
 
 _FORWARD_MODE = (

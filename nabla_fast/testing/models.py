@@ -217,16 +217,17 @@ def _draw_weights(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def _norm_in_own_dtype(model: nn.Module) -> None:
+    module: Any
     for module in model.modules():
         name = type(module).__name__
         if name.endswith("RMSNorm"):
-            epsilon = getattr(module, "variance_epsilon", None) or module.eps  # type: ignore[union-attr]
+            epsilon = getattr(module, "variance_epsilon", None) or module.eps
             offset = 1.0 if name.startswith("Gemma") else 0.0
-            module.forward = functools.partial(_rms_norm, module, float(epsilon), offset)  # type: ignore[method-assign]
+            module.forward = functools.partial(_rms_norm, module, float(epsilon), offset)
 
 
-def _rms_norm(module: nn.Module, epsilon: float, offset: float, x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * (module.weight + offset)  # type: ignore[operator]
+def _rms_norm(module: Any, epsilon: float, offset: float, x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * (module.weight + offset)
 
 
 def _exact_eager_attention(
