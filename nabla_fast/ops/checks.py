@@ -28,9 +28,9 @@ def floats(x: Tensor | None, name: str, dtypes: tuple[torch.dtype, ...] = FLOATS
 
 
 def dense(x: Tensor | None, name: str) -> None:
-    """Raises TypeError for a tensor without strides, as sparse and nested ones are."""
-    if x is not None and (x.layout != torch.strided or x.is_nested):
-        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else f'layout {x.layout}'}")
+    """Raises TypeError for a tensor without strides, as sparse ones are."""
+    if x is not None and x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
 
 
 def one_device(**tensors: Tensor | None) -> None:

@@ -43,12 +43,18 @@ def _likelihood_backward_check(grad: Tensor, gradient: Tensor, h: Tensor) -> Non
         checks.floats(x, name)
     checks.shape(gradient, tuple(h.shape), "gradient (of the forward pass, with need_grad)")
     checks.shape(grad, (h.shape[0],), "grad")
+    checks.one_device(grad=grad, gradient=gradient, h=h)
+
+
+def _likelihood_gradient_kernel(grad: Tensor, gradient: Tensor, h: Tensor) -> Tensor:
+    dtype = statistic_dtype(grad, gradient, h)
+    return (grad.to(dtype).unsqueeze(-1) * gradient.to(dtype)).to(h.dtype)
 
 
 # An operator for the sake of its derivative, which is an error: without h, the gradient would look like a constant.
 _likelihood_gradient = register(
     "log_likelihood_backward(Tensor grad, Tensor gradient, Tensor h) -> Tensor",
-    lambda grad, gradient, h: (grad.unsqueeze(-1) * gradient).to(h.dtype),
+    _likelihood_gradient_kernel,
     lambda grad, gradient, h: h.new_empty(h.shape),
     check=_likelihood_backward_check,
     backward=second_refused("linear_log_likelihood"),

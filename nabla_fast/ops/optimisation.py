@@ -99,6 +99,7 @@ def _step_check(
     for name, x in state.items():
         checks.floats(x, name, (parameters.dtype,))
         checks.shape(x, (rows, width), name)
+    for name, x in {**state, "step": step}.items():
         checks.separate(name, x)
     for name, ids in {"step": step, "tokens": tokens, "group": group}.items():
         checks.integers(ids, rows, name)
