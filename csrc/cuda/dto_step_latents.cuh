@@ -38,7 +38,7 @@ __device__ __forceinline__ void update_columns(const DtoRows& rows, const DtoHea
       float& parameter = rows.parameters[row * rows.parameters_stride + column];
       adam(parameter, rows.exp_avg[row * rows.exp_avg_stride + column],
            rows.exp_avg_sq[row * rows.exp_avg_sq_stride + column],
-           outer * (a - mean * b) * static_cast<float>(1 / rows.tau), adam_numbers);
+           outer * (a - mean * b) / static_cast<float>(rows.tau), adam_numbers);
     }
     block_sync();
   }
@@ -84,8 +84,7 @@ __global__ void __launch_bounds__(kThreads, 1) dto_latents_kernel(DtoRows rows, 
       scratch.parts[rank] = mine;
     }
     counter_barrier(scratch.counter, (2 * done + 1) * team);
-    const float inverse_tau = shared->pass.inverse_tau;
-    const Part all = team_merge(scratch.parts, team, inverse_tau);
+    const Part all = team_merge(scratch.parts, team, shared->pass.inverse_tau);
     const int token = token_of(all);
     if (shared->progress.stops(token, done)) {
       if (rank == 0 && thread_index() == 0) {
@@ -95,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 1) dto_latents_kernel(DtoRows rows, 
     }
     if (thread_index() < team) {
       shared->weights[thread_index()] =
-          rescale(load_part(scratch.parts + thread_index()).max, all.max, inverse_tau) / all.sum;
+          rescale(load_part(scratch.parts + thread_index()).max, all.max, shared->pass.inverse_tau) / all.sum;
     }
     block_sync();
     update_columns(rows, head, row, rank, team, all, shared->weights, scratch.vectors,

@@ -161,8 +161,7 @@ struct Worker {
       max = fmaxf(max, shuffle_xor(max, offset));
     }
     if (max > part.max) {
-      const float factor = rescale(part.max, max, shared->pass.inverse_tau);
-      raise_max(part, max, shared->pass.inverse_tau);
+      const float factor = raise_max(part, max, shared->pass.inverse_tau);
 #pragma unroll
       for (int i = 0; i < S::kColumns; ++i) {
         a[i] *= factor;
@@ -218,12 +217,11 @@ struct Worker {
       const float x = valid ? logit.value + now.soft_noise : -INFINITY;
       if (valid) {
         add_hard(part, logit.value + now.hard_noise, v);
-        look_at_soft(part, x);
       }
       if (need_gradient) {
         add_to_sums(tile, add_to_softmax(x, now.gradient, valid ? logit.slope : 0.0f));
       } else {
-        part.max = fmaxf(part.max, x);
+        look_at_soft(part, x);
       }
       copy_tile(tile + kStages);
     }

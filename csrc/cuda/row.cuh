@@ -15,12 +15,12 @@ namespace nabla_fast::cuda {
 
 // What one part of the vocabulary says about a row. Parts merge in any grouping; the empty part changes nothing.
 struct Part {
-  float max = -INFINITY;   // of x = logit + soft noise
+  float max = -INFINITY;   // of x = logit + soft noise; NaN shows in `sum`
   float sum = 0;           // of exp((x - max) / tau)
   float weighted = 0;      // of exp((x - max) / tau) * gradient
   float best = -INFINITY;  // of logit + hard noise
   int index = INT_MAX;     // the lowest one with `best`
-  int bad = 0;             // whether x or a hard value is NaN or +inf
+  int bad = 0;             // whether a hard value is NaN or +inf
 };
 
 // Differences are taken before they are divided by tau: large logits would be rounded too far beside a small one.
@@ -39,22 +39,19 @@ NABLA_FAST_BOTH float relative_exp(float x, float max, float inverse_tau) {
 // 0 * inf would be NaN where a -inf logit meets an infinite gradient; such entries cannot move.
 NABLA_FAST_BOTH float weigh(float e, float gradient) { return e > 0 ? e * gradient : 0.0f; }
 
-NABLA_FAST_BOTH void raise_max(Part& part, float max, float inverse_tau) {
+// The factor on what was summed with the part, too.
+NABLA_FAST_BOTH float raise_max(Part& part, float max, float inverse_tau) {
   const float factor = rescale(part.max, max, inverse_tau);
   part.sum *= factor;
   part.weighted *= factor;
   part.max = max;
+  return factor;
 }
 
-// Of x, what says whether the row has a softmax.
-NABLA_FAST_BOTH void look_at_soft(Part& part, float x) {
-  if (!(x < INFINITY)) {
-    part.bad = 1;
-  }
-}
+// Of x where no softmax is wanted, what says whether there is one.
+NABLA_FAST_BOTH void look_at_soft(Part& part, float x) { part.max = fmaxf(part.max, x == x ? x : INFINITY); }
 
 NABLA_FAST_BOTH void add_soft(Part& part, float x, float gradient, float inverse_tau) {
-  look_at_soft(part, x);
   if (x > part.max) {
     raise_max(part, x, inverse_tau);
   }
@@ -90,7 +87,8 @@ NABLA_FAST_BOTH Part merge(const Part& a, const Part& b, float inverse_tau) {
 
 // The hard token; -1 where the row, with either noise, holds NaN or +inf or is all -inf.
 NABLA_FAST_BOTH int token_of(const Part& row) {
-  return row.bad || row.best == -INFINITY || row.max == -INFINITY ? -1 : row.index;
+  const bool softmax = fabsf(row.max) < INFINITY && row.sum == row.sum;
+  return row.bad || row.best == -INFINITY || !softmax ? -1 : row.index;
 }
 
 // A constant on G changes nothing in p * (G - <p, G>), so G is taken relative to its value at the hard token, where
