@@ -35,7 +35,8 @@ NAMES = {
 PREFIXES = ("tables_head_", "head_", "tables_", "factors_", "state_", "inputs_", "options_")
 # Shapes by those names: N rows, V entries, d, e and r widths, S steps, m positions.
 SHAPES = {
-    "z": "NV", "h": "Nd", "weight": "Vd", "table": "Vr", "hidden": "Nd", "embedding": "Ve", "reward_embedding": "Vr", "gradient": "NV",
+    "z": "NV", "h": "Nd", "weight": "Vd", "table": "Vr", "hidden": "Nd", "embedding": "Ve",
+    "reward_embedding": "Vr", "gradient": "NV",
     "soft_noise": "NV", "hard_noise": "NV", "learning_rates": "S", "old": "Nm", "new": "Nm", "tokens": "N",
     "step": "N", "group": "N", "parameters": "NP", "exp_avg": "NP", "exp_avg_sq": "NP", "first": "Ve", "second": "Vr",
     "first_grad": "Ne", "second_grad": "Nr", "embedding_grad": "Ne", "reward_grad": "Nr",

@@ -312,6 +312,25 @@ def test_a_step_does_not_write_into_what_wants_a_gradient_or_shares_memory():
     shared = state._replace(parameters=torch.zeros(1, D).expand(3, D))
     with pytest.raises(ValueError, match=r"state\.parameters is written to, so its entries must not share memory"):
         ops.dto_step(shared, *others)
+    shared = step_arguments(3)[0]._replace(step=torch.zeros(1, dtype=torch.int64).expand(3))
+    with pytest.raises(ValueError, match=r"state\.step is written to, so its entries must not share memory"):
+        ops.dto_step(shared, *others)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_what_is_not_dense_is_refused_by_name(backend):
+    h, own, tokens = randn(3, D), head(torch.float32, 1.0, 0.0), torch.tensor([1, 2, 3])
+    sparse = Head(own.weight.to_sparse())
+    calls = {
+        "h": lambda: ops.linear_relaxed_stats(h.to_sparse(), own, backend=backend),
+        "head.weight": lambda: ops.linear_relaxed_stats(h, sparse, backend=backend),
+        "z": lambda: ops.relaxed_stats(h.to_sparse(), backend=backend),
+        "tokens": lambda: ops.linear_log_likelihood(h, own, tokens.to_sparse(), backend=backend),
+        "old": lambda: ops.token_diff(torch.zeros(2, 2, dtype=torch.long).to_sparse(), tokens[None], backend=backend),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f"^{name} must be a dense tensor, got "):
+            call()
 
 
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, 0.0), (1.7, 0.0), (0.8, 3.0)])

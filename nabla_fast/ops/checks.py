@@ -19,9 +19,9 @@ _TAUS = (2.0**-126, 2.0**126)
 
 
 def dtype(name: str, x: Tensor, wanted: tuple[torch.dtype, ...]) -> None:
-    """Raises TypeError for a tensor of another dtype, or without strides, as sparse and nested ones are."""
-    if x.layout != torch.strided or x.is_nested:
-        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else f'layout {x.layout}'}")
+    """Raises TypeError for a tensor of another dtype, or without strides, as sparse ones are."""
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
     if x.dtype not in wanted:
         names = ", ".join(str(one).removeprefix("torch.") for one in wanted)
         raise TypeError(f"{name} must be a tensor of dtype {names}, got {x.dtype}")
