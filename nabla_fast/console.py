@@ -229,7 +229,7 @@ def evaluate(
         raise
     failed = [record for record in records if record["error"] is not None]
     if profile is not None:
-        (profile / profiling.PHASE_TABLE).write_text(runner.phase_tables(records))
+        profiling.write(profile / profiling.PHASE_TABLE, runner.phase_tables(records))
     try:
         summary = report.write_report(out)
     except ImportError as error:

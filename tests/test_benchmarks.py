@@ -373,6 +373,26 @@ def test_a_file_that_is_no_runs_is_left_alone(setting, tmp_path, text, capsys):
     assert (tmp_path / "out.json").read_text() == text
 
 
+@pytest.mark.parametrize("kind", ["link", "folder", "below a file", "full"])
+def test_an_output_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path, monkeypatch, capsys, kind):
+    precious, output = tmp_path / "precious", tmp_path / "[" / "b].json"
+    output.parent.mkdir()
+    precious.write_text("{}")
+    if kind == "link":
+        output.symlink_to(precious)
+    elif kind == "folder":
+        output.mkdir()
+    elif kind == "below a file":
+        output = precious / "out.json"
+    else:
+        output = Path("/proc/out.json")
+    monkeypatch.setattr(run, "description", lambda *_: {})
+    monkeypatch.setattr(run, "rated_dtypes", lambda *_: pytest.fail("something was measured"))
+    assert run.main(["--quick", "--device", "cpu", "--output", str(output)]) == 2
+    assert " ".join(capsys.readouterr().out.split()).startswith(f"error: --output is {output}, where nothing can be")
+    assert precious.read_text() == "{}"
+
+
 def test_a_device_that_is_not_here_is_refused(capsys):
     assert run.main(["--device", "tpu"]) == 2
     assert "use auto, cpu, cuda or cuda:N" in capsys.readouterr().out

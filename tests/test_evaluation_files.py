@@ -10,8 +10,9 @@ from test_evaluation_runner import made_up, make_task, plan_of, run  # noqa: F40
 
 from nabla_fast.evaluation import journal as journal_module
 from nabla_fast.evaluation import report, runner
-from nabla_fast.evaluation.journal import Journal, part_of, read_records, require_own_files, write_file, write_json
+from nabla_fast.evaluation.journal import Journal, read_records
 from nabla_fast.evaluation.plots import FILES
+from nabla_fast.whole_files import part_of, require_own_files, write_file, write_json
 
 
 @pytest.fixture

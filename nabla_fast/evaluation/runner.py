@@ -12,13 +12,14 @@ from torch.profiler import record_function
 
 from nabla_fast import profiling
 from nabla_fast.config import NablaConfig
-from nabla_fast.evaluation.journal import Journal, Record, part_of, require_own_files, write_json
+from nabla_fast.evaluation.journal import Journal, Record
 from nabla_fast.evaluation.methods import MAX_ROLLOUTS, METHODS, Models
 from nabla_fast.evaluation.plots import FILES as PLOTS
 from nabla_fast.evaluation.records import Key, key, latest, require_records
 from nabla_fast.evaluation.tasks import Problem, Task
 from nabla_fast.evaluation.worker import Arm, Piece, Worker
 from nabla_fast.stats import PHASES
+from nabla_fast.whole_files import part_of, require_own_files, write_json
 
 CONFIG = "config.json"
 RESULTS = "results.jsonl"
