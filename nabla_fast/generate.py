@@ -56,17 +56,18 @@ class Pair:
         """Where trajectories come from; ``sampler`` None applies what the model's generation config asks for.
 
         Raises:
-            ValueError: if there are logits processors, which vLLM cannot run.
+            ValueError: if there are logits processors other than a repetition penalty, which vLLM cannot run.
         """
         sampler = self.sampler if sampler is None else sampler
         if self.vllm is None:
             return HFRollout(self.language_model, sampler, config.draft_tokens)
-        if sampler.names:
+        if sampler.repetition_penalty is None:
             raise ValueError(
-                "logits_processor cannot be used with rollouts from vLLM, and the call or model.generation_config asks "
-                f"for {', '.join(sampler.names)}; use rollout_backend='hf', or leave them out"
+                "logits_processor cannot be used with rollouts from vLLM, which knows repetition_penalty alone, and "
+                f"the call or model.generation_config asks for {', '.join(sampler.names)}; use rollout_backend='hf', "
+                "or leave them out"
             )
-        return self.vllm
+        return self.vllm.penalised(sampler.repetition_penalty)
 
     @functools.cached_property
     def sampler(self) -> Sampler:
