@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,8 +23,6 @@ _RUN = "Run"
 _ENGINE = "Engine"
 _MODELS = "Models"
 
-# What a shell reports for a command that a signal stopped is this and the signal's number.
-_STOPPED = 128
 _ARITHMETIC = "arithmetic"
 
 
@@ -186,7 +183,6 @@ def evaluate(
     require_models(model, reward_model, pair)
     from nabla_fast import console
     from nabla_fast.evaluation.runner import describe, make_plan, open_run
-    from nabla_fast.evaluation.stopping import StoppedError, stoppable
 
     cluster = _cluster(engine, ray_address, workers, cpus_per_worker, device)
     _prepare(profile, cluster)
@@ -201,13 +197,7 @@ def evaluate(
     with open_run(out, describe(plan, problems, source), plan.keys(problems.problems)) as journal:
         named = (_absolute(model), _absolute(reward_model), pair, device, dtype, attn_implementation)
         load = partial(_load, *named, config)
-        try:
-            with stoppable():
-                failed = run(load, problems, plan, journal, out)
-        except StoppedError as stopped:
-            raise typer.Exit(_STOPPED + stopped.number) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(_STOPPED + signal.SIGINT) from None
+        failed = run(load, problems, plan, journal, out)
     raise typer.Exit(1 if failed else 0)
 
 

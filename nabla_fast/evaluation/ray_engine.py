@@ -18,9 +18,9 @@ from nabla_fast.evaluation.journal import Journal, Record
 from nabla_fast.evaluation.methods import Models
 from nabla_fast.evaluation.records import latest
 from nabla_fast.evaluation.runner import Plan, left_to_do
-from nabla_fast.evaluation.stopping import kept_handlers
 from nabla_fast.evaluation.tasks import Task
 from nabla_fast.evaluation.worker import Piece, Worker
+from nabla_fast.stopping import kept_handlers
 
 # A piece that was running on so many workers when they died is taken to be what kills them.
 _DEATHS_OF_A_PIECE = 3
