@@ -35,6 +35,7 @@ from nabla_fast.whole_files import part_of, require_own_files
 RESULTS = Path(__file__).parent / "results"
 # What two parts of one run have in common.
 _SAME = ("format", "commit", "quick", "device", "machine", "versions", "threads")
+_MOST = 1024
 SUITES = {
     "operators": (
         "relaxed_stats",
@@ -70,9 +71,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    """A whole number of at least 1, which threads and turns are not more of than a machine can bear."""
+    if not (text.isdecimal() and len(text) <= 4 and 1 <= int(text) <= _MOST):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1 and at most {_MOST}")
     return int(text)
 
 
@@ -236,4 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -142,6 +142,7 @@ _Attention = Annotated[str, typer.Option(help="auto, flash_attention_2, sdpa or 
 
 @partial(with_config_options, without=("seed", "max_batch_size"))
 def evaluate(
+    context: typer.Context,
     task: _Task = None,
     task_option: _TaskOption = None,
     max_problems: _MaxProblems = None,
@@ -172,8 +173,7 @@ def evaluate(
 ) -> None:
     """Measures accuracy and cost of greedy decoding, self-consistency, Best-of-N and ∇-Reasoner on a task."""
     if compare is not None:
-        if task or out or profile:
-            raise ValueError("--compare shows two finished runs; leave out --task, --out and --profile")
+        _refuse_others(context)
         _compare(*compare, as_json)
         return
     pair = choose_pair(demo, bundled)
@@ -277,6 +277,14 @@ def _source(
         "dtype": str(kind).removeprefix("torch."),
         "attn_implementation": attn_implementation,
     }
+
+
+def _refuse_others(context: typer.Context) -> None:
+    """Raises ValueError for an option that means nothing beside --compare, which would seem to have been heard."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name != "DEFAULT" and parameter.name not in ("compare", "as_json"):
+            raise ValueError(f"--compare shows two finished runs as they are; leave out {parameter.opts[0]}")
 
 
 def _compare(first: Path, second: Path, as_json: bool) -> None:

@@ -32,8 +32,9 @@ def prepare(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise NotADirectoryError(f"--profile: {directory} is not a directory and cannot be made one") from None
-    except PermissionError:
-        raise PermissionError(f"--profile: {directory} cannot be made here; name a directory of your own") from None
+    except OSError as error:
+        why = f"{directory} cannot be made here ({error.strerror}); name a directory of your own"
+        raise PermissionError(f"--profile: {why}") from None
     if not os.access(directory, os.W_OK):
         raise PermissionError(f"--profile: {directory} cannot be written to; name a directory of your own")
     whole = [directory / name for name in (TRACE, PHASE_TABLE, OPERATOR_TABLE)]

@@ -414,6 +414,11 @@ def test_bench_hands_its_options_over(monkeypatch, tmp_path):
     assert parsed.output == tmp_path / "o.json"
 
 
+def test_a_benchmark_that_a_signal_ended_has_the_exit_code_of_a_shell(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, -11))
+    assert CliRunner().invoke(cli.app, ["bench"]).exit_code == 139
+
+
 def test_bench_needs_a_checkout(tmp_path):
     with pytest.raises(FileNotFoundError, match="needs a source checkout"):
         cli_bench.find_runner(tmp_path)
@@ -424,6 +429,8 @@ def test_bench_needs_a_checkout(tmp_path):
     [
         (["--suite", "speed"], "invalid choice: 'speed'"),
         (["--threads", "0"], "'0' is not a whole number of at least 1"),
+        (["--threads", "100000"], "'100000' is not a whole number of at least 1 and at most 1024"),
+        (["--threads", "9" * 30], "and at most 1024"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused(arguments, message, capsys):

@@ -106,6 +106,8 @@ def with_(**changes):
         (with_(problem=["a"]), r"has the \"problem\" .*, which is not text"),
         (with_(reward="high"), 'has the "reward"'),
         (with_(seconds=None), 'has the "seconds"'),
+        (with_(rollouts=-1), "has the \"rollouts\" '-1', which is not a number of at least 0"),
+        (with_(phases={"rollout": -1.0}), 'has the "phases"'),
         (with_(phases={"sleep": 1.0}), r'has the "phases" .* not seconds of rollout'),
         (with_(method="beam"), "is of beam .*, which is no part of this run"),
         (with_(n=99), "is of .* 99, seed 0, .*, which is no part of this run"),
