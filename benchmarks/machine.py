@@ -15,6 +15,7 @@ import torch
 
 import nabla_fast
 from nabla_fast.ops import native
+from nabla_fast.whole_files import write_file
 
 _PACKAGE = Path(nabla_fast.__file__).parent
 _PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy")
@@ -91,8 +92,6 @@ def resident(field: str) -> int:
 
 
 def write(path: Path, result: Any) -> None:
-    """Replaces the JSON file at once, so that a run that is cut leaves a whole file."""
+    """Replaces the JSON file at once, so that a run that is cut leaves a whole file; links are not written through."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(result, indent=2) + "\n")
-    unfinished.replace(path)
+    write_file(path, (json.dumps(result, indent=2) + "\n").encode())

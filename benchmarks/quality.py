@@ -29,11 +29,11 @@ from nabla_fast.config import ANCHORS, PARAMETERIZATIONS, NablaConfig
 from nabla_fast.demo import arithmetic, example
 from nabla_fast.demo.tasks import TASKS
 from nabla_fast.evaluation import methods, report
-from nabla_fast.evaluation.journal import write_json
 from nabla_fast.evaluation.methods import Models
 from nabla_fast.evaluation.runner import Arm, Plan, describe, evaluate, open_run, read_json
 from nabla_fast.evaluation.tasks import ARITHMETIC, GYM_PREFIX, Task, load_task
 from nabla_fast.models.loading import load_reward_model
+from nabla_fast.whole_files import write_json
 
 PLAIN = dict(methods.METHODS)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -29,9 +30,12 @@ from measure import steady_allocator
 from rich.console import Console
 from tables import FORMAT, summary
 
+from nabla_fast.whole_files import part_of, require_own_files
+
 RESULTS = Path(__file__).parent / "results"
 # What two parts of one run have in common.
 _SAME = ("format", "commit", "quick", "device", "machine", "versions", "threads")
+_MOST = 1024
 SUITES = {
     "operators": (
         "relaxed_stats",
@@ -67,9 +71,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    """A whole number of at least 1, which threads and turns are not more of than a machine can bear."""
+    if not (text.isdecimal() and len(text) <= 4 and 1 <= int(text) <= _MOST):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1 and at most {_MOST}")
     return int(text)
 
 
@@ -106,9 +110,10 @@ def begin(setting: Setting, threads: int, output: Path) -> dict[str, Any]:
     """What is run, and on what; and what was measured before, if ``output`` is the file of the same run.
 
     Raises:
-        ValueError: if it is another file.
+        ValueError: if it is another file, or cannot be written.
     """
     result = description(setting, threads)
+    require_place(output)
     if output.exists():
         before = read(output)
         other = [name for name in _SAME if before.get(name) != json.loads(json.dumps(result[name]))]
@@ -122,6 +127,17 @@ def begin(setting: Setting, threads: int, output: Path) -> dict[str, Any]:
         result["records"] = [record for record in before["records"] if "error" not in record]
     result["ceilings"] = {str(t).removeprefix("torch."): setting.ceilings(t) for t in rated_dtypes(setting)}
     return result
+
+
+def require_place(output: Path) -> None:
+    """Raises ValueError or OSError where nothing can be written: not to be found out when a case is measured."""
+    try:
+        require_own_files([output, part_of(output)])
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=output.parent):
+            pass
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--output is {output}, where nothing can be written: {error}") from error
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -181,11 +197,12 @@ def free_memory() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    # Names of cases and files may hold "[/b]".
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
     try:
         device = choose_device(options.device)
     except ValueError as error:
-        console.print(f"[red]error:[/] {error}")
+        console.print(f"error: {error}", soft_wrap=True)
         return 2
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -195,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = begin(setting, torch.get_num_threads(), output)
     except ValueError as error:
-        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        console.print(f"error: {error}", soft_wrap=True)
         return 2
     known = {record["case"] for record in result["records"]}
     for case in chosen_cases(setting, options.suite or list(SUITES), options.only):
@@ -204,16 +221,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         console.print(f"{case.name} …", end=" ")
         record = run_case(case)
-        console.print(record.get("error") or f"{record['wall_seconds']:.0f} s", markup=False, soft_wrap=True)
+        console.print(record.get("error") or f"{record['wall_seconds']:.0f} s", soft_wrap=True)
         result["records"].append(record)
         result["load_average"]["after"] = os.getloadavg()
-        write(output, result)
+        try:
+            write(output, result)
+        except (ValueError, OSError) as error:
+            console.print(f"error: {output} cannot be written ({error}); what it holds is kept", soft_wrap=True)
+            return 2
     if not result["records"]:
-        console.print(f"[red]error:[/] no case has {options.only!r} in its name")
+        console.print(f"error: no case has {options.only!r} in its name", soft_wrap=True)
         return 2
     console.print(*summary(result), f"written to {output}", sep="\n")
     return int(any("error" in record for record in result["records"]))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -14,6 +14,7 @@ from nabla_fast.cli_bench import bench
 from nabla_fast.cli_config import configured, with_config_options
 from nabla_fast.cli_eval import evaluate
 from nabla_fast.cli_models import choose_pair, load_models, pair_defaults
+from nabla_fast.stopping import StoppedError, stoppable
 from nabla_fast.text_files import parse_json_line, read_lines
 
 app = typer.Typer(
@@ -31,11 +32,14 @@ def main() -> None:
     terminal.tolerate_any_text()
     try:
         try:
-            app()
+            with stoppable():
+                app()
         finally:
             # Here and not when Python ends, where what goes wrong can no longer be told.
             if sys.stdout is not None:
                 sys.stdout.flush()
+    except StoppedError as stopped:
+        sys.exit(stopped.exit_code)
     except BrokenPipeError:
         # Whoever read the output has seen enough of it.
         _discard_output()
@@ -116,11 +120,7 @@ def generate(
         profiling.prepare(profile)
     with terminal.status("loading the models"):
         models = load_models(model, reward_model, pair, device, dtype, attn_implementation)
-    outcome = console.answer(models, questions, config, compare_greedy=pair is not None, profile=profile)
-    if as_json:
-        terminal.print_json(outcome.to_dict())
-    else:
-        outcome.show()
+    console.answer(models, questions, config, compare_greedy=pair is not None, profile=profile, as_json=as_json)
 
 
 app.command("eval")(evaluate)

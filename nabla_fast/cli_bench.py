@@ -18,7 +18,9 @@ def bench(context: typer.Context) -> None:
     """
     # A process of its own: nothing that this one has loaded or set weighs on what is measured.
     command = [sys.executable, str(find_runner(_CHECKOUT)), *context.args]
-    raise typer.Exit(subprocess.run(command).returncode)
+    code = subprocess.run(command).returncode
+    # Of a process that a signal ended, as a shell reports it.
+    raise typer.Exit(code if code >= 0 else 128 - code)
 
 
 def find_runner(checkout: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,8 +23,6 @@ _RUN = "Run"
 _ENGINE = "Engine"
 _MODELS = "Models"
 
-# What a shell reports for a command that a signal stopped is this and the signal's number.
-_STOPPED = 128
 _ARITHMETIC = "arithmetic"
 
 
@@ -145,6 +142,7 @@ _Attention = Annotated[str, typer.Option(help="auto, flash_attention_2, sdpa or 
 
 @partial(with_config_options, without=("seed", "max_batch_size"))
 def evaluate(
+    context: typer.Context,
     task: _Task = None,
     task_option: _TaskOption = None,
     max_problems: _MaxProblems = None,
@@ -175,8 +173,7 @@ def evaluate(
 ) -> None:
     """Measures accuracy and cost of greedy decoding, self-consistency, Best-of-N and ∇-Reasoner on a task."""
     if compare is not None:
-        if task or out or profile:
-            raise ValueError("--compare shows two finished runs; leave out --task, --out and --profile")
+        _refuse_others(context)
         _compare(*compare, as_json)
         return
     pair = choose_pair(demo, bundled)
@@ -186,7 +183,6 @@ def evaluate(
     require_models(model, reward_model, pair)
     from nabla_fast import console
     from nabla_fast.evaluation.runner import describe, make_plan, open_run
-    from nabla_fast.evaluation.stopping import StoppedError, stoppable
 
     cluster = _cluster(engine, ray_address, workers, cpus_per_worker, device)
     _prepare(profile, cluster)
@@ -201,13 +197,7 @@ def evaluate(
     with open_run(out, describe(plan, problems, source), plan.keys(problems.problems)) as journal:
         named = (_absolute(model), _absolute(reward_model), pair, device, dtype, attn_implementation)
         load = partial(_load, *named, config)
-        try:
-            with stoppable():
-                failed = run(load, problems, plan, journal, out)
-        except StoppedError as stopped:
-            raise typer.Exit(_STOPPED + stopped.number) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(_STOPPED + signal.SIGINT) from None
+        failed = run(load, problems, plan, journal, out)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -287,6 +277,14 @@ def _source(
         "dtype": str(kind).removeprefix("torch."),
         "attn_implementation": attn_implementation,
     }
+
+
+def _refuse_others(context: typer.Context) -> None:
+    """Raises ValueError for an option that means nothing beside --compare, which would seem to have been heard."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name != "DEFAULT" and parameter.name not in ("compare", "as_json"):
+            raise ValueError(f"--compare shows two finished runs as they are; leave out {parameter.opts[0]}")
 
 
 def _compare(first: Path, second: Path, as_json: bool) -> None:

@@ -18,6 +18,10 @@ _OWN_TEMPLATE_ARGUMENTS = {
     *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
 BACKENDS = ("auto", "reference", "native", "triton", "cuda")
+# Logits divided by less would leave the range of half precision, or of float32 itself.
+_LEAST_TEMPERATURE = 1e-4
+# The most that C++ takes, and that an operating system waits: a day.
+_MOST_BYTES, _MOST_SECONDS = 2**63 - 1, 86400.0
 PRESETS = ("math500", "aime", "amc")
 
 
@@ -26,7 +30,8 @@ class Sampling:
     """How tokens are drawn from logits.
 
     Attributes:
-        temperature: divides the logits; 0 takes the argmax.
+        temperature: divides the logits; 0 takes the argmax, and what lies between it and 0.0001 is refused: logits
+            divided by it are not finite any more, or nearly.
         top_p: keep the smallest set of tokens whose probability reaches this; None or 1 keeps all.
         top_k: keep this many most probable tokens; None keeps all.
     """
@@ -37,6 +42,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _require_number("temperature", self.temperature, minimum=0.0)
+        if 0 < self.temperature < _LEAST_TEMPERATURE:
+            raise ValueError(f"temperature must be 0 or at least {_LEAST_TEMPERATURE:g}, got {self.temperature!r}")
         if self.top_p is not None:
             _require_number("top_p", self.top_p, minimum=0.0, maximum=1.0, open_minimum=True)
         if self.top_k is not None:
@@ -158,7 +165,7 @@ class NablaConfig:
         _require_int("max_new_tokens", self.max_new_tokens, minimum=1)
         _require_int("max_batch_size", self.max_batch_size, minimum=1)
         _require_int("draft_tokens", self.draft_tokens, minimum=0)
-        _require_int("gradient_cache_bytes", self.gradient_cache_bytes, minimum=0)
+        _require_int("gradient_cache_bytes", self.gradient_cache_bytes, minimum=0, maximum=_MOST_BYTES)
         _require_choice("backend", self.backend, BACKENDS)
         _require_choice("rollout_backend", self.rollout_backend, ROLLOUT_BACKENDS)
         self._check_server()
@@ -181,7 +188,7 @@ class NablaConfig:
         object.__setattr__(self, "chat_template_kwargs", dict(kwargs))
 
     def _check_server(self) -> None:
-        _require_number("vllm_timeout", self.vllm_timeout, minimum=0.0, open_minimum=True)
+        _require_number("vllm_timeout", self.vllm_timeout, minimum=0.0, maximum=_MOST_SECONDS, open_minimum=True)
         if self.vllm_model is not None and not (isinstance(self.vllm_model, str) and self.vllm_model):
             raise TypeError(f"vllm_model must be a name or None, got {self.vllm_model!r}")
         if self.vllm_api_key is not None:
@@ -283,11 +290,13 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _require_int(name: str, value: object, minimum: int | None = None) -> None:
+def _require_int(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> None:
     if not _is_int(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if minimum is not None and value < minimum:  # type: ignore[operator]
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+    if maximum is not None and value > maximum:  # type: ignore[operator]
+        raise ValueError(f"{name} must be at most {maximum}, got {value!r}")
 
 
 def _require_number(
@@ -308,7 +317,7 @@ def _interval(minimum: float, maximum: float, open_minimum: bool) -> str:
     if math.isinf(minimum):
         return "a finite number"
     lower = f"above {minimum:g}" if open_minimum else f"at least {minimum:g}"
-    return lower if math.isinf(maximum) else f"{lower} and at most {maximum:g}"
+    return f"{lower} and finite" if math.isinf(maximum) else f"{lower} and at most {maximum:g}"
 
 
 def _require_choice(name: str, value: object, choices: Collection[str]) -> None:

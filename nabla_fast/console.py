@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+from nabla_fast.stopping import StoppedError
 from nabla_fast.terminal import ERR, OUT, plain, print_json, print_warning, status
 
 # What loads torch and transformers is imported where it is used: `nabla-fast doctor` needs little of it.
@@ -82,6 +83,7 @@ class Outcome:
         refined: answers of ∇-Reasoner.
         greedy: greedy answers to compare with, or None.
         tokenizer: spells the revised tokens.
+        unanswered: further questions, whose answers were not finished when the command ended early.
     """
 
     questions: list[Any]
@@ -89,6 +91,14 @@ class Outcome:
     refined: NablaOutput
     greedy: NablaOutput | None
     tokenizer: Any
+    unanswered: tuple[Any, ...] = ()
+
+    def present(self, *, as_json: bool) -> None:
+        """Prints it in one way or the other."""
+        if as_json:
+            print_json(self.to_dict())
+        else:
+            self.show()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -99,7 +109,8 @@ class Outcome:
                 entry["greedy"] = {**_answer(self.greedy, i), "stats": self.greedy.stats.sequences[i].to_dict()}
             answers.append(entry)
         told = self.refined.stats.to_dict()
-        return {"config": self.config.to_dict(), "answers": answers, "totals": told["totals"], "cache": told["cache"]}
+        whole = {"config": self.config.to_dict(), "answers": answers, "totals": told["totals"], "cache": told["cache"]}
+        return whole | ({"unanswered": list(self.unanswered)} if self.unanswered else {})
 
     def show(self) -> None:
         """Prints answers and tables."""
@@ -146,13 +157,15 @@ def answer(
     *,
     compare_greedy: bool,
     profile: Path | None = None,
-) -> Outcome:
-    """Answers questions under a progress bar.
+    as_json: bool = False,
+) -> None:
+    """Answers questions under a progress bar, and prints the answers: those that are finished, whatever ends it.
 
     Args:
         models: the first four arguments of `nabla_fast.generate`.
         compare_greedy: whether to answer greedily as well.
         profile: a directory for `nabla_fast.profiling`, for the refined answers; None profiles nothing.
+        as_json: print one JSON object instead of panels and tables.
     """
     from nabla_fast import baselines, profiling
     from nabla_fast.generate import generate
@@ -163,18 +176,48 @@ def answer(
         warnings.showwarning = _show_warning
         if compare_greedy:
             greedy = _under_progress("greedy", baselines.greedy, models, questions, config)
-        method = generate if profile is None else partial(profiling.profile, profile, generate)
+        finished: dict[int, NablaOutput] = {}
+        method = partial(generate, on_answer=finished.__setitem__)
+        method = method if profile is None else partial(profiling.profile, profile, method)
         try:
             refined = _under_progress("∇-Reasoner", method, models, questions, config)
-        except RolloutError as error:
-            _show_unfinished(questions, error, models[1])
+        except BaseException as error:
+            if finished:
+                _some(finished, questions, config, greedy, models[1]).present(as_json=as_json)
+            if isinstance(error, RolloutError):
+                _show_unfinished(questions, error, models[1], finished)
+            if finished or isinstance(error, KeyboardInterrupt | StoppedError):
+                ERR.print(f"stopped with {len(finished)} of {len(questions)} answers")
             raise
-    return Outcome(questions, config, refined, greedy, models[1])
+    Outcome(questions, config, refined, greedy, models[1]).present(as_json=as_json)
 
 
-def _show_unfinished(questions: list[Any], error: RolloutError, tokenizer: Any) -> None:
-    """Prints what a decode had come to when its rollouts were lost."""
-    for question, tokens, committed in zip(questions, error.responses, error.committed, strict=False):
+def _some(
+    finished: Mapping[int, NablaOutput],
+    questions: list[Any],
+    config: NablaConfig,
+    greedy: NablaOutput | None,
+    tokenizer: Any,
+) -> Outcome:
+    """What there is when not all questions are answered."""
+    from nabla_fast.generate import joined
+
+    places = sorted(finished)
+    return Outcome(
+        [questions[i] for i in places],
+        config,
+        joined([finished[i] for i in places]),
+        None if greedy is None else joined([greedy.only(i) for i in places]),
+        tokenizer,
+        tuple(question for i, question in enumerate(questions) if i not in finished),
+    )
+
+
+def _show_unfinished(questions: list[Any], error: RolloutError, tokenizer: Any, finished: Collection[int]) -> None:
+    """Prints what the other questions of a decode had come to when its rollouts were lost."""
+    for i, (question, tokens, committed) in enumerate(zip(questions, error.responses, error.committed, strict=False)):
+        if i in finished:
+            continue
         ERR.print(Panel(plain(_text(question)), title="question", title_align="left"))
         title = f"unfinished: {len(committed)} of {len(tokens)} tokens are committed"
         text = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -223,13 +266,13 @@ def evaluate(
         with warnings.catch_warnings(), bars.progress:
             warnings.showwarning = _show_warning
             records = engine(retry_failed=retry_failed, on_record=bars.on_record)
-    except (KeyboardInterrupt, ServerLostError):
+    except (KeyboardInterrupt, StoppedError, ServerLostError):
         done, total = len(runner.latest(journal.records)), len(plan.keys(task.problems))
         ERR.print(f"stopped with {done} of {total} answers in {out}; the same command goes on from there")
         raise
     failed = [record for record in records if record["error"] is not None]
     if profile is not None:
-        (profile / profiling.PHASE_TABLE).write_text(runner.phase_tables(records))
+        profiling.write(profile / profiling.PHASE_TABLE, runner.phase_tables(records))
     try:
         summary = report.write_report(out)
     except ImportError as error:

@@ -41,6 +41,20 @@ class NablaOutput:
     rewards: list[float]
     stats: Stats
 
+    def only(self, i: int) -> NablaOutput:
+        """The answer to the i-th prompt alone."""
+        return NablaOutput([self.texts[i]], [self.sequences[i]], [self.rewards[i]], Stats([self.stats.sequences[i]]))
+
+
+def joined(outputs: Seq[NablaOutput]) -> NablaOutput:
+    """Several outputs as one, without what the cache said."""
+    return NablaOutput(
+        [text for output in outputs for text in output.texts],
+        [tokens for output in outputs for tokens in output.sequences],
+        [reward for output in outputs for reward in output.rewards],
+        Stats([record for output in outputs for record in output.stats.sequences]),
+    )
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -56,17 +70,18 @@ class Pair:
         """Where trajectories come from; ``sampler`` None applies what the model's generation config asks for.
 
         Raises:
-            ValueError: if there are logits processors, which vLLM cannot run.
+            ValueError: if there are logits processors other than a repetition penalty, which vLLM cannot run.
         """
         sampler = self.sampler if sampler is None else sampler
         if self.vllm is None:
             return HFRollout(self.language_model, sampler, config.draft_tokens)
-        if sampler.names:
+        if sampler.repetition_penalty is None:
             raise ValueError(
-                "logits_processor cannot be used with rollouts from vLLM, and the call or model.generation_config asks "
-                f"for {', '.join(sampler.names)}; use rollout_backend='hf', or leave them out"
+                "logits_processor cannot be used with rollouts from vLLM, which knows repetition_penalty alone, and "
+                f"the call or model.generation_config asks for {', '.join(sampler.names)}; use rollout_backend='hf', "
+                "or leave them out"
             )
-        return self.vllm
+        return self.vllm.penalised(sampler.repetition_penalty)
 
     @functools.cached_property
     def sampler(self) -> Sampler:
@@ -98,6 +113,7 @@ def generate(
     config: NablaConfig | None = None,
     *,
     observer: Observer | None = None,
+    on_answer: Callable[[int, NablaOutput], None] | None = None,
 ) -> NablaOutput:
     """Answers prompts with ∇-Reasoner (Alg. 1 and 3), up to ``max_batch_size`` together; each gets what it gets alone.
 
@@ -113,6 +129,7 @@ def generate(
             lengths do not count, since ``config`` has them; end tokens and stop strings do where ``config`` has none,
             penalties and all other logits processors always.
         observer: hears of progress.
+        on_answer: hears of each prompt's index and answer when it is finished, while others are under way.
 
     Raises:
         ValueError, TypeError: for arguments that cannot be used; the message names the argument.
@@ -123,7 +140,12 @@ def generate(
     chats = as_chats(prompts)
     pair = make_pair(model, tokenizer, reward_model, reward_tokenizer, config)
     prompt_ids, frames = pair.prompts(chats, config)
-    return run(pair, prompt_ids, frames, config, stop_rule(pair, config), observer=observer)
+
+    def end(sequence: Sequence) -> None:
+        if on_answer is not None:
+            on_answer(sequence.index, _output(pair, [sequence]))
+
+    return run(pair, prompt_ids, frames, config, stop_rule(pair, config), observer=observer, on_end=end)
 
 
 def make_pair(model: Any, tokenizer: Any, reward_model: Any, reward_tokenizer: Any, config: NablaConfig) -> Pair:
@@ -170,12 +192,17 @@ def run(
         objective = Objective(pair.language_model, pair.reward_model, config)
         for ended in Decoder(objective, pair.rollouts(config, sampler), sampler, stop, observer).finishing(sequences):
             on_end(ended)
+    return _output(pair, sequences, {} if objective.cache is None else objective.cache.stats())
+
+
+def _output(pair: Pair, sequences: Seq[Sequence], cache: dict[str, int] | None = None) -> NablaOutput:
+    """The answers that finished sequences are."""
     tokens = [s.current.tokens for s in sequences]
     return NablaOutput(
         texts=[pair.tokenizer.decode(t, skip_special_tokens=True) for t in tokens],
         sequences=tokens,
         rewards=[s.current.reward for s in sequences],
-        stats=Stats([s.stats for s in sequences], {} if objective.cache is None else objective.cache.stats()),
+        stats=Stats([s.stats for s in sequences], cache or {}),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from nabla_fast.sampling import Context, LogitsProcessor, Processors, Sampler
 
@@ -80,6 +81,17 @@ class GenerationSampler(Sampler):
         """The classes of all processors."""
         made = self._make((0, 0), 1)
         return tuple(_name(p) for p in (*made.before, *made.warpers, *made.after))
+
+    @property
+    def repetition_penalty(self) -> float | None:
+        """See `Sampler.repetition_penalty`; one that leaves part of the prompt out is another penalty."""
+        made = self._make((0, 0), 1)
+        found: list[Any] = [*made.before, *made.warpers, *made.after]
+        if not found:
+            return 1.0
+        if len(found) > 1 or type(found[0]) is not RepetitionPenaltyLogitsProcessor:
+            return None
+        return None if getattr(found[0], "prompt_ignore_length", None) else float(found[0].penalty)
 
     @property
     def width(self) -> int:

@@ -78,6 +78,11 @@ class Sampler:
         return tuple(getattr(p, "__name__", type(p).__name__) for p in (*self.before, *self.after))
 
     @property
+    def repetition_penalty(self) -> float | None:
+        """1 without logits processors, the penalty where they are a repetition penalty alone, else None."""
+        return None if self.names else 1.0
+
+    @property
     def width(self) -> int:
         """Entries of the scores that processors see, where that is more than those of the logits."""
         return 0

@@ -37,8 +37,8 @@ class Answerer:
     def tokens(self, prompt: Sequence[int], asked: dict[str, Any]) -> Iterator[tuple[int, str | None]]:
         """Each token, and why it is the last."""
         sampling = Sampling(asked["temperature"], asked["top_p"], asked["top_k"] or None)
-        penalties = asked["repetition_penalty"] - 1, asked["presence_penalty"], asked["frequency_penalty"]
-        assert not any((*penalties, asked["min_p"], asked["min_tokens"])), "this server does not know penalties"
+        penalties = asked["presence_penalty"], asked["frequency_penalty"]
+        assert not any((*penalties, asked["min_p"], asked["min_tokens"])), "this server does not know them"
         ends = {*asked["stop_token_ids"], *(() if asked["ignore_eos"] else self.eos_token_ids)}
         longest = min(asked["max_tokens"], self.cap)
         answer: list[int] = []
@@ -46,7 +46,8 @@ class Answerer:
             if len(answer) < len(self.forced):
                 answer.append(self.forced[len(answer)])
             else:
-                logits = self.logits([*prompt, *answer])[-1:]
+                ids = [*prompt, *answer]
+                logits = penalised(self.logits(ids)[-1:], ids, asked["repetition_penalty"])
                 answer.append(int(sample(warp(logits, sampling), [(asked["seed"], len(answer))])))
             text = self.tokenizer.decode(answer, skip_special_tokens=asked["skip_special_tokens"])
             stopped = answer[-1] in ends or any(stop in text for stop in asked["stop"])
@@ -67,6 +68,13 @@ class Answerer:
             return self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
 
 
+def penalised(logits: torch.Tensor, ids: Sequence[int], penalty: float) -> torch.Tensor:
+    """Logits (1, V) as vLLM's apply_repetition_penalties makes them, by the tokens of prompt and output."""
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    seen[0, list(ids)] = True
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
 class FakeVLLM:
     """The server, on a free port of 127.0.0.1, in threads of this process.
 
@@ -74,8 +82,9 @@ class FakeVLLM:
         answerer: makes the answers.
         faults: what happens to the next completions instead, one each: an HTTP status; "silent", "cut" (the connection
             breaks after two tokens), "error" (an error within the stream), "no ids", "no json", or what never ends:
-            "tokens", "pings", "line"; None for no fault. The last one stays where ``faulty_forever``.
-        listing: what happens to requests for the list of models: "silent", "endless", or None.
+            "tokens", "pings", "line", and, a few bytes at a time, "chunk", "size" (of a chunk), "trailer", "head"; None
+            for no fault. The last one stays where ``faulty_forever``.
+        listing: what happens to requests for the list of models: "silent", "endless", "chunk", "head", or None.
         api_key: what requests must bring; None asks for nothing.
         defaults: parameters of sampling that a request gets where it names none, as from the model's own
             ``generation_config``.
@@ -131,6 +140,15 @@ class FakeVLLM:
         self.thread.join()
 
 
+_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+_DRIPPED = {
+    "chunk": (_HEAD + b"fffff\r\n", b"x"),
+    "size": (_HEAD, b"0"),
+    "trailer": (_HEAD + b"0\r\n", b"x: y\r\n"),
+    "head": (b"HTTP/1.1 200 OK\r\n", b"x"),
+}
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     # Small pieces would otherwise wait for the client's acknowledgement of the piece before.
@@ -156,6 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.fake.listing is not None:
             with contextlib.suppress(OSError):
+                if self.fake.listing in _DRIPPED:
+                    self._drip(*_DRIPPED[self.fake.listing])
                 self._never_ends(self.fake.listing)
             self.close_connection = True
             return
@@ -201,6 +221,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"choices": [{"text": "", "prompt_logprobs": answerer.log_probabilities(prompt)}]})
 
     def _complete(self, asked: dict[str, Any], fault: Any) -> None:
+        if fault in _DRIPPED:
+            self._drip(*_DRIPPED[fault])
+            return
         if fault == "silent":
             self.fake.closing.wait()
             self.close_connection = True
@@ -236,6 +259,13 @@ class _Handler(BaseHTTPRequestHandler):
                 self._chunk(b": ping\n\n")
             elif kind in ("line", "endless"):
                 self._chunk(b"x" * 2**16)
+        self.close_connection = True
+
+    def _drip(self, first: bytes, then: bytes) -> None:
+        """Some bytes, and then others again and again."""
+        self.wfile.write(first)
+        while not self.fake.closing.wait(0.01):
+            self.wfile.write(then)
         self.close_connection = True
 
     def _answer(self, asked: dict[str, Any], fault: Any) -> None:

@@ -373,6 +373,26 @@ def test_a_file_that_is_no_runs_is_left_alone(setting, tmp_path, text, capsys):
     assert (tmp_path / "out.json").read_text() == text
 
 
+@pytest.mark.parametrize("kind", ["link", "folder", "below a file", "full"])
+def test_an_output_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path, monkeypatch, capsys, kind):
+    precious, output = tmp_path / "precious", tmp_path / "[" / "b].json"
+    output.parent.mkdir()
+    precious.write_text("{}")
+    if kind == "link":
+        output.symlink_to(precious)
+    elif kind == "folder":
+        output.mkdir()
+    elif kind == "below a file":
+        output = precious / "out.json"
+    else:
+        output = Path("/proc/out.json")
+    monkeypatch.setattr(run, "description", lambda *_: {})
+    monkeypatch.setattr(run, "rated_dtypes", lambda *_: pytest.fail("something was measured"))
+    assert run.main(["--quick", "--device", "cpu", "--output", str(output)]) == 2
+    assert " ".join(capsys.readouterr().out.split()).startswith(f"error: --output is {output}, where nothing can be")
+    assert precious.read_text() == "{}"
+
+
 def test_a_device_that_is_not_here_is_refused(capsys):
     assert run.main(["--device", "tpu"]) == 2
     assert "use auto, cpu, cuda or cuda:N" in capsys.readouterr().out
@@ -394,6 +414,11 @@ def test_bench_hands_its_options_over(monkeypatch, tmp_path):
     assert parsed.output == tmp_path / "o.json"
 
 
+def test_a_benchmark_that_a_signal_ended_has_the_exit_code_of_a_shell(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, -11))
+    assert CliRunner().invoke(cli.app, ["bench"]).exit_code == 139
+
+
 def test_bench_needs_a_checkout(tmp_path):
     with pytest.raises(FileNotFoundError, match="needs a source checkout"):
         cli_bench.find_runner(tmp_path)
@@ -404,6 +429,8 @@ def test_bench_needs_a_checkout(tmp_path):
     [
         (["--suite", "speed"], "invalid choice: 'speed'"),
         (["--threads", "0"], "'0' is not a whole number of at least 1"),
+        (["--threads", "100000"], "'100000' is not a whole number of at least 1 and at most 1024"),
+        (["--threads", "9" * 30], "and at most 1024"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused(arguments, message, capsys):

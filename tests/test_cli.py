@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import nabla_fast as nf
+import nabla_fast.baselines  # before a test takes the place of what it imports
 from nabla_fast import cli, cli_config, terminal
 from nabla_fast.testing.models import save_pair, tiny_tokenizer
 
@@ -61,6 +63,109 @@ def test_what_was_decoded_is_shown_when_the_rollouts_are_lost(monkeypatch, capsy
     assert "2 of 3 tokens are committed" in shown
     assert tokenizer.decode([5, 6, 7]) in shown
     assert "0 of 0 tokens are committed" in shown
+
+
+# Sends itself a signal when two prompts are answered, as if a user had.
+_STOPPED = """
+import os, sys, importlib
+from nabla_fast import cli
+module = importlib.import_module("nabla_fast.generate")
+whole, number = module.generate, int(sys.argv.pop(1))
+def generate(*arguments, on_answer, **options):
+    heard = []
+    def hear(i, answer):
+        on_answer(i, answer)
+        heard.append(i)
+        if len(heard) == 2:
+            os.kill(os.getpid(), number)
+    return whole(*arguments, on_answer=hear, **options)
+module.generate = generate
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_signal_leaves_the_answers_that_are_finished_and_the_cursor(pair, tmp_path, number, as_json):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("is it on\nthe user\nwhat is 3\nwhat is 4\n")
+    command = [sys.executable, "-c", _STOPPED, str(int(number)), "generate", "--model", pair[0], "--reward-model"]
+    command += [pair[1], "--prompts", prompts, *FAST, "--max-batch-size", "1", *(["--json"] if as_json else [])]
+    terminal, theirs = os.openpty()
+    done = subprocess.run(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "xterm"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    os.close(theirs)
+    told, shown = done.stdout.decode(), os.read(terminal, 2**16).decode(errors="replace")
+    os.close(terminal)
+    assert done.returncode == 128 + number, shown
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l") >= 0, "the cursor is hidden"
+    assert "Traceback" not in shown
+    assert "stopped with 2 of 4 answers" in shown
+    if as_json:
+        told = json.loads(told)
+        assert [answer["prompt"] for answer in told["answers"]] == ["is it on", "the user"]
+        assert all(answer["stats"]["gradient_evaluations"] for answer in told["answers"])
+        assert told["unanswered"] == ["what is 3", "what is 4"]
+    else:
+        assert told.count("∇-Reasoner ─") == 2
+        assert "is it on" in told
+        assert "seconds per phase" in told
+
+
+def test_a_model_that_goes_wrong_leaves_the_answers_before_it(pair, monkeypatch, capsys):
+    import importlib
+
+    from nabla_fast import console
+    from nabla_fast.models.loading import load_language_model, load_reward_model
+
+    module = importlib.import_module("nabla_fast.generate")
+    whole = module.generate
+
+    def generate(*arguments, on_answer, **options):
+        def hear(i, answer):
+            on_answer(i, answer)
+            raise FloatingPointError("model gave NaN")
+
+        return whole(*arguments, on_answer=hear, **options)
+
+    monkeypatch.setattr(module, "generate", generate)
+    models = (*load_language_model(pair[0]), *load_reward_model(pair[1]))
+    config = nf.NablaConfig(max_new_tokens=4, max_rollouts=2, max_iters=2, gradient_threshold=None, max_batch_size=1)
+    with pytest.raises(FloatingPointError):
+        console.answer(models, ["is it on", "the user"], config, compare_greedy=True, as_json=True)
+    printed = capsys.readouterr()
+    (answer,) = json.loads(printed.out)["answers"]
+    assert answer["prompt"] == "is it on"
+    assert answer["text"] == whole(*models, "is it on", config).texts[0]
+    assert answer["greedy"]["stats"]["rollouts"] == 1
+    assert "stopped with 1 of 2 answers" in printed.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_anything_is_answered_is_an_exit_code(number):
+    script = f"""
+import os, sys
+from nabla_fast import cli, cli_models
+cli.load_models = lambda *_: os.kill(os.getpid(), {int(number)})
+sys.argv = ["nabla-fast", "generate", "--bundled"]
+cli.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        timeout=120,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert done.returncode == 128 + number
+    assert done.stdout == b""
+    assert b"Traceback" not in done.stderr
+    assert b"Abort" not in done.stderr
 
 
 def test_json_holds_what_the_library_returns(pair, tmp_path):

@@ -102,6 +102,9 @@ def test_is_immutable():
         ("eos_token_ids", (-1,), ValueError),
         ("eos_token_ids", 2, ValueError),
         ("gradient_cache_bytes", -1, ValueError),
+        ("gradient_cache_bytes", 2**63, ValueError),
+        ("vllm_timeout", 0.0, ValueError),
+        ("vllm_timeout", 1e300, ValueError),
         ("backend", "tpu", ValueError),
         ("seed", 1.0, TypeError),
         ("rollout", 0.6, TypeError),
@@ -115,11 +118,23 @@ def test_a_bad_value_is_refused_by_name_with_the_value(name, value, error):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.1), ("top_k", 0), ("temperature", math.inf)],
+    [
+        ("temperature", -1.0),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", 0),
+        ("temperature", math.inf),
+        ("temperature", 1e-300),
+    ],
 )
 def test_a_bad_sampling_value_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name):
         nf.Sampling(**{name: value})
+
+
+def test_what_is_not_finite_is_told_so():
+    with pytest.raises(ValueError, match="learning_rate must be at least 0 and finite, got inf"):
+        nf.NablaConfig(learning_rate=math.inf)
 
 
 def test_replace_validates_and_lists_known_names():

@@ -168,6 +168,11 @@ def test_a_lost_server_is_told_how_to_go_on(pair, problems, tmp_path, monkeypatc
             "is 'http://u', but",
         ),
         (("--compare", "a", "b", "--out", "o"), "--compare shows two finished runs"),
+        (("--compare", "a", "b", "--n", "4"), "--compare shows two finished runs as they are; leave out --n"),
+        (("--compare", "a", "b", "--bundled"), "leave out --bundled"),
+        (("--compare", "a", "b", "--learning-rate", "1"), "leave out --learning-rate"),
+        (("--bundled", "--out", "x" * 300), "which cannot be made (File name too long); give another directory"),
+        (("--bundled", "--out", "/proc/x"), "--out is /proc/x, which cannot be made"),
         (("--compare", "a", "b"), "there is no config.json in a"),
     ],
 )

@@ -10,8 +10,9 @@ from test_evaluation_runner import made_up, make_task, plan_of, run  # noqa: F40
 
 from nabla_fast.evaluation import journal as journal_module
 from nabla_fast.evaluation import report, runner
-from nabla_fast.evaluation.journal import Journal, part_of, read_records, require_own_files, write_file, write_json
+from nabla_fast.evaluation.journal import Journal, read_records
 from nabla_fast.evaluation.plots import FILES
+from nabla_fast.whole_files import part_of, require_own_files, write_file, write_json
 
 
 @pytest.fixture
@@ -105,6 +106,8 @@ def with_(**changes):
         (with_(problem=["a"]), r"has the \"problem\" .*, which is not text"),
         (with_(reward="high"), 'has the "reward"'),
         (with_(seconds=None), 'has the "seconds"'),
+        (with_(rollouts=-1), "has the \"rollouts\" '-1', which is not a number of at least 0"),
+        (with_(phases={"rollout": -1.0}), 'has the "phases"'),
         (with_(phases={"sleep": 1.0}), r'has the "phases" .* not seconds of rollout'),
         (with_(method="beam"), "is of beam .*, which is no part of this run"),
         (with_(n=99), "is of .* 99, seed 0, .*, which is no part of this run"),

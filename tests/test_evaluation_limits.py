@@ -17,8 +17,8 @@ from test_evaluation_cli import ENVIRONMENT, FAST, pair, problems  # noqa: F401
 from nabla_fast.evaluation import math_process
 from nabla_fast.evaluation.grading import MathGrader
 from nabla_fast.evaluation.runner import RESULTS
-from nabla_fast.evaluation.stopping import StoppedError, kept_handlers, stoppable
 from nabla_fast.evaluation.tasks import load_task
+from nabla_fast.stopping import StoppedError, kept_handlers, stoppable
 
 
 def in_a_thread(work):

@@ -56,8 +56,11 @@ class FakeModels:
         return tuple(problem.chat[0]["content"].encode())
 
 
-def load(deadly=()):
-    """Models whose methods write down problem and noise, and die of some problems; patched in the worker's process."""
+def load(deadly=(), endless=()):
+    """Models whose methods write down problem and noise, die of some problems and never finish others.
+
+    Patched in the worker's process.
+    """
     import os
     import time
     from types import SimpleNamespace
@@ -67,15 +70,20 @@ def load(deadly=()):
     from nabla_fast.stats import SequenceStats
 
     def make_batch(models, asked, seeds, grader, config, n, size, on_answer):
-        return SimpleNamespace(problems=asked, seeds=seeds, n=n)
+        return SimpleNamespace(problems=asked, seeds=seeds, n=n, on_answer=on_answer)
 
     def method(batch):
         time.sleep(0.02)
-        for problem in batch.problems:
+        answers = []
+        for i, (problem, seed) in enumerate(zip(batch.problems, batch.seeds, strict=True)):
             if problem.id in deadly:
+                time.sleep(0.3)  # until what was told is on its way
                 os._exit(1)
-        texts = [f"{p.id} {seed} {batch.n}" for p, seed in zip(batch.problems, batch.seeds, strict=True)]
-        return [Answer(text, 3, 1.0, 0.5, SequenceStats(), 7.0) for text in texts]
+            if problem.id in endless:
+                time.sleep(1e6)
+            answers.append(Answer(f"{problem.id} {seed} {batch.n}", 3, 1.0, 0.5, SequenceStats(), 7.0))
+            batch.on_answer(i, answers[-1])
+        return answers
 
     worker.make_batch = make_batch
     worker.METHODS = dict.fromkeys(worker.METHODS, method)
@@ -126,6 +134,33 @@ def test_a_killed_worker_is_replaced_and_its_problems_are_run_again(tmp_path):
         for r in records:
             assert r["seed"] != seed or r["text"] == f"{r['problem']} {noise[r['problem']]} {r['n']}"
     assert run(tmp_path, task, unloadable, (0, 1), on_record=pytest.fail) is not None, "nothing was left to do"
+
+
+def test_an_answer_is_on_the_disk_while_others_of_its_piece_are_under_way(tmp_path):
+    class KilledError(Exception):
+        pass
+
+    def on_record(record):
+        written = read_records(tmp_path / RESULTS)
+        assert key(written[-1]) == key(record), "heard of before it was on the disk"
+        if len(written) == 4:
+            raise KilledError  # what a kill would be
+
+    # Two pieces of four problems, of which the last one never comes.
+    with pytest.raises(KilledError):
+        run(tmp_path, made_up(8), partial(load, endless=("p2", "p6")), methods=["nabla"], on_record=on_record)
+    assert sorted(r["problem"] for r in read_records(tmp_path / RESULTS)) == ["p0", "p1", "p4", "p5"]
+    records = run(tmp_path, made_up(8), load, methods=["nabla"])
+    assert len(records) == len(read_records(tmp_path / RESULTS)) == 8
+
+
+def test_what_a_worker_told_before_it_died_is_not_done_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_engine, "_DEATHS_OF_A_PIECE", 1)
+    records = run(tmp_path, made_up(4), partial(load, ("p3",)), methods=["nabla"])
+    written = read_records(tmp_path / RESULTS)
+    assert sorted(r["problem"] for r in written) == ["p0", "p1", "p2", "p3"]
+    assert [r["problem"] for r in records if r["error"]] == ["p3"]
+    assert "1 workers died on it" in written[-1]["error"], "not taken for the culprit before it was alone"
 
 
 def test_a_problem_that_kills_its_workers_is_recorded_as_failed_and_the_others_are_not(tmp_path, monkeypatch):

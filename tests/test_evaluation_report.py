@@ -14,9 +14,10 @@ from rich.console import Console
 from nabla_fast.evaluation import plots, report
 from nabla_fast.evaluation.bootstrap import interval, paired_difference
 from nabla_fast.evaluation.equal_cost import Point, difference
-from nabla_fast.evaluation.journal import Journal, write_json
+from nabla_fast.evaluation.journal import Journal
 from nabla_fast.evaluation.runner import CONFIG, RESULTS, SUMMARY, Arm
 from nabla_fast.stats import SequenceStats
+from nabla_fast.whole_files import write_json
 
 ARMS = (
     Arm("greedy", 1),

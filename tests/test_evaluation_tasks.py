@@ -139,7 +139,12 @@ def test_options_are_literals_or_text():
 
 @pytest.mark.parametrize(
     ("texts", "message"),
-    [(["min_digits"], "'min_digits'; give NAME=VALUE"), (["=2"], "give NAME=VALUE"), (["a=1", "a=2"], "given twice")],
+    [
+        (["min_digits"], "'min_digits'; give NAME=VALUE"),
+        (["=2"], "give NAME=VALUE"),
+        (["a=1", "a=2"], "given twice"),
+        *(([f"a={value}"], "the value must be finite, and plain data") for value in ("NaN", "[1e999]", "{1}", "b'a'")),
+    ],
 )
 def test_an_option_that_cannot_be_read_is_named(texts, message):
     with pytest.raises(ValueError, match=message):
@@ -155,6 +160,7 @@ def test_an_option_that_cannot_be_read_is_named(texts, message):
         ("reasoning_gym:products", {"options": {"digits": 2}}, "--task-option is digits, .*max_digits"),
         ("reasoning_gym:products", {"options": {"min_digits": 9}}, "refuses .*min_digits=9.*max_digits must be"),
         ("reasoning_gym:products", {"options": {"min_digits": "x"}}, "refuses .*min_digits='x'"),
+        ("reasoning_gym:gcd", {"options": {"size": 0}}, "has no problem with size=0; give at least 1"),
         ("reasoning_gym:products", {"split": "test"}, "--split is 'test', but reasoning_gym:products has no columns"),
         ("reasoning_gym:products", {"max_problems": 0}, "--max-problems is 0"),
         ("math500", {"options": {"a": 1}}, "--task-option is a, but only reasoning_gym:NAME tasks"),
@@ -191,6 +197,8 @@ def test_a_file_gives_problems_with_stable_ids(tmp_path):
         (({"prompt": "", "answer": "1"},), "line 1 of .* has a prompt that cannot be used"),
         (({"prompt": 7, "answer": "1"},), "line 1 of .* has a prompt that cannot be used"),
         (({"prompt": "x", "answer": None},), "line 1 of .* has the answer None"),
+        (('{"prompt": "x", "answer": NaN}',), "line 1 of .* has the answer nan; an answer is text or a finite number"),
+        (('{"prompt": "x", "answer": 1e999}',), "line 1 of .* has the answer inf"),
         (({"prompt": "x", "answer": "1", "id": "a"}, {"prompt": "y", "answer": "1", "id": "a"}), 'the "id" a'),
         (("", ""), "holds no problem"),
     ],

@@ -255,6 +255,8 @@ def test_a_slow_answer_is_waited_for_and_silence_is_not(model, server):
         ("tokens", r"gave 9 tokens and more where max_tokens is 8"),
         ("pings", r"gave no token for 0\.3 s, 1 attempt"),
         ("line", r"sends a line of more than 1048576 bytes; it must be that of a vLLM server"),
+        *((fault, r"gave no token for 0\.3 s, 1 attempt") for fault in ("chunk", "size", "trailer")),
+        ("head", r"gave no sign of life for 0\.3 s, 1 attempt"),
         ("no json", r"broke off \(\[1\]\), 3 attempts"),
     ],
 )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
+
+from nabla_fast.whole_files import json_line, require_own_files
 
 Record = dict[str, Any]
 
@@ -23,22 +24,6 @@ def read_records(file: Path) -> list[Record]:
     """
     lines = file.read_bytes().split(b"\n")[:-1]
     return [_record(file, number, line) for number, line in enumerate(lines, start=1)]
-
-
-def require_own_files(files: Iterable[Path]) -> None:
-    """Raises ValueError if one of them is there and is no regular file: writing would change what a link points to."""
-    for file in files:
-        try:
-            mode = file.lstat().st_mode
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        if stat.S_ISLNK(mode):
-            raise ValueError(
-                f"{file} is a symbolic link to {os.readlink(file)}, and links are not written through; remove it, or "
-                "give another directory"
-            )
-        if not stat.S_ISREG(mode):
-            raise ValueError(f"{file} is not a regular file, so nothing is written to it; give another directory")
 
 
 class Journal:
@@ -84,7 +69,7 @@ class Journal:
             OSError: if it cannot be written; the message names the file.
         """
         # In one piece, so that no part of a line can follow another one.
-        data = memoryview(_encoded(json.dumps(record, ensure_ascii=False, allow_nan=False)))
+        data = memoryview(json_line(record))
         try:
             while data:
                 data = data[self._stream.write(data) :]
@@ -104,37 +89,6 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Writes JSON as `write_file` does."""
-    write_file(file, _encoded(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2)))
-
-
-def write_file(file: Path, data: bytes) -> None:
-    """Writes ``data`` so that ``file`` holds either what it held before or all of it.
-
-    Raises:
-        ValueError: if ``file``, or the file of that name with ``.part``, is a link or no regular file.
-    """
-    part = part_of(file)
-    require_own_files([file, part])
-    part.unlink(missing_ok=True)  # of a run that was killed
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(file)
-
-
-def part_of(file: Path) -> Path:
-    """Where `write_file` writes what is not complete yet."""
-    return file.with_name(f".{file.name}.part")
-
-
-def _encoded(text: str) -> bytes:
-    """A line of JSON; half of a surrogate pair, which UTF-8 cannot say, stands in it as JSON escapes it."""
-    return (text + "\n").encode(errors="backslashreplace")
 
 
 def _record(file: Path, number: int, line: bytes) -> Record:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from nabla_fast.evaluation.journal import write_file
+from nabla_fast.whole_files import write_file
 
 STYLES = {
     "greedy": ("#8A8A8A", "D"),

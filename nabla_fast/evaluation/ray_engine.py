@@ -6,19 +6,21 @@ import logging
 import socket
 import subprocess
 import sys
+import threading
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 from nabla_fast.evaluation.journal import Journal, Record
 from nabla_fast.evaluation.methods import Models
 from nabla_fast.evaluation.records import latest
 from nabla_fast.evaluation.runner import Plan, left_to_do
-from nabla_fast.evaluation.stopping import kept_handlers
 from nabla_fast.evaluation.tasks import Task
 from nabla_fast.evaluation.worker import Piece, Worker
+from nabla_fast.stopping import kept_handlers
 
 # A piece that was running on so many workers when they died is taken to be what kills them.
 _DEATHS_OF_A_PIECE = 3
@@ -63,8 +65,9 @@ def evaluate(
 ) -> list[Record]:
     """Does what is left to do on a cluster; results are what `nabla_fast.evaluation.runner.evaluate` gives.
 
-    Lines come in the order in which workers finish. A lost worker is replaced wherever Ray finds room, and its problems
-    are run again; a problem that is lost with three workers is recorded as failed.
+    Lines come in the order in which answers are finished, each while others are under way. A lost worker is replaced
+    wherever Ray finds room, and what it had not told is run again; a problem that is lost with three workers is
+    recorded as failed.
 
     Args:
         load: makes the models; called once in each worker, on its machine.
@@ -84,10 +87,11 @@ def evaluate(
         actor = ray.remote(_Actor).options(num_cpus=cpus, num_gpus=1 if cluster.gpu else 0, max_restarts=0)
         shared = ray.put((load, task, plan.config, plan.batch_size, cpus))
         todo = left_to_do(plan, task, journal, retry_failed=retry_failed)
-        for record in _results(ray, lambda: actor.remote(shared), size, todo):
-            journal.append(record)
-            if on_record is not None:
-                on_record(record)
+        with closing(_results(ray, lambda: actor.remote(shared), size, todo)) as records:
+            for record in records:
+                journal.append(record)
+                if on_record is not None:
+                    on_record(record)
     return latest(journal.records)
 
 
@@ -109,59 +113,126 @@ class _Actor:
         """Returns when the models are loaded: None, or why they could not be."""
         return self._error
 
-    def run(self, piece: Piece) -> list[Record]:
-        """The records of a piece."""
-        records: list[Record] = []
-        self._worker.run(piece, records.append)
-        return records
+    def run(self, piece: Piece) -> Iterator[Record]:
+        """Each record of a piece as soon as it is there."""
+        told: SimpleQueue[Record | BaseException | None] = SimpleQueue()
 
-
-def _results(ray: Any, start: Callable[[], Any], size: int, todo: Iterable[Piece]) -> Iterator[Record]:
-    """Records as workers finish; every free worker gets the next piece, a new worker when its models are loaded."""
-    queue = deque(todo)
-    lost: Counter[Hashable] = Counter()
-    # Since anything was finished: problems that workers died on, alone, and how often one died while it loaded.
-    suspects: set[str] = set()
-    unloaded = 0
-    idle: list[Any] = []
-    # Reference of a call → its worker, and the piece it is on; None while the worker loads its models.
-    running: dict[Any, tuple[Any, Piece | None]] = {}
-    starting = min(size, len(queue))
-    while queue or any(piece is not None for _, piece in running.values()):
-        for _ in range(starting):
-            worker = start()
-            running[worker.ready.remote()] = worker, None
-        starting = 0
-        (reference,), _ = ray.wait(list(running), num_returns=1)
-        worker, piece = running.pop(reference)
-        try:
-            told = ray.get(reference)
-        except ray.exceptions.RayActorError as error:
-            starting = 1
-            if piece is None:
-                unloaded += 1
-            elif len(piece.problems) > 1:
-                queue.extendleft(piece.split())
+        def work() -> None:
+            try:
+                self._worker.run(piece, told.put)
+            except BaseException as error:  # raised where Ray sees it
+                told.put(error)
             else:
-                lost[piece.key] += 1
-                suspects.add(piece.problems[0].id)
-                if lost[piece.key] < _DEATHS_OF_A_PIECE:
-                    queue.appendleft(piece)
+                told.put(None)
+
+        # The worker calls whoever hears of its records, and Ray asks for them.
+        threading.Thread(target=work, daemon=True).start()
+        while (one := told.get()) is not None:
+            if isinstance(one, BaseException):
+                raise one
+            yield one
+
+
+@dataclass
+class _Call:
+    """What a worker is doing.
+
+    Attributes:
+        worker: the actor.
+        piece: what it is on; None while it loads its models.
+        told: problems of the piece whose records have come.
+    """
+
+    worker: Any
+    piece: Piece | None = None
+    told: set[str] = field(default_factory=set)
+
+    def left(self) -> list[Piece]:
+        """What is left of the piece, a problem each."""
+        split = [] if self.piece is None else self.piece.split()
+        return [one for one in split if one.problems[0].id not in self.told]
+
+
+class _Deaths:
+    """How often workers died, and of what.
+
+    Args:
+        size: how many workers there are to be.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._lost: Counter[Hashable] = Counter()
+        self.forget()
+
+    def forget(self) -> None:
+        """Something was finished: problems that workers died on, alone, and deaths while loading count anew."""
+        self._suspects: set[str] = set()
+        self._unloaded = 0
+
+    def after(self, call: _Call, error: Exception) -> tuple[list[Piece], list[Record]]:
+        """What is to be done again after the worker of ``call`` was lost, and what is given up."""
+        if call.piece is None:
+            self._unloaded += 1
+            return [], []
+        left = call.left()
+        if len(call.piece.problems) > 1 or not left:
+            return left, []
+        self._lost[call.piece.key] += 1
+        self._suspects.add(call.piece.problems[0].id)
+        if self._lost[call.piece.key] < _DEATHS_OF_A_PIECE:
+            return left, []
+        return [], call.piece.failed(WorkerLostError(f"{self._lost[call.piece.key]} workers died on it; {error}"))
+
+    def require_hope(self, error: Exception) -> None:
+        """Raises WorkerLostError where workers only ever die."""
+        if len(self._suspects) >= _PROBLEMS_IN_A_ROW or self._unloaded >= _LOADS_IN_A_ROW * self._size:
+            raise WorkerLostError(f"--engine ray: workers die one after the other; the last: {error}") from error
+
+
+def _results(ray: Any, start: Callable[[], Any], size: int, todo: Iterable[Piece]) -> Generator[Record, None, None]:
+    """Records as they come; every free worker gets the next piece, a new worker when its models are loaded."""
+    queue = deque(todo)
+    deaths = _Deaths(size)
+    idle: list[Any] = []
+    # What Ray waits for: the answer of a worker that loads, the stream of records of one that is on a piece.
+    running: dict[Any, _Call] = {}
+    starting = min(size, len(queue))
+    try:
+        while queue or any(call.piece is not None for call in running.values()):
+            for _ in range(starting):
+                worker = start()
+                running[worker.ready.remote()] = _Call(worker)
+            starting = 0
+            (waited,), _ = ray.wait(list(running), num_returns=1)
+            call = running.pop(waited)
+            try:
+                told = ray.get(waited if call.piece is None else next(waited))
+            except StopIteration:
+                idle.append(call.worker)
+            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+                starting = 1
+                again, failed = deaths.after(call, error)
+                queue.extendleft(again)
+                yield from failed
+                deaths.require_hope(error)
+            else:
+                if call.piece is not None:
+                    deaths.forget()
+                    running[waited] = call
+                    call.told.add(told["problem"])
+                    yield told
+                elif told is None:
+                    idle.append(call.worker)
                 else:
-                    yield from piece.failed(WorkerLostError(f"{lost[piece.key]} workers died on it; {error}"))
-            if len(suspects) >= _PROBLEMS_IN_A_ROW or unloaded >= _LOADS_IN_A_ROW * size:
-                raise WorkerLostError(f"--engine ray: workers die one after the other; the last: {error}") from error
-        else:
-            if piece is not None:
-                suspects.clear()
-                unloaded = 0
-                yield from told
-            elif told is not None:
-                raise RuntimeError(f"--engine ray: a worker cannot load the models: {told}")
-            idle.append(worker)
-        while idle and queue:
-            worker, piece = idle.pop(), queue.popleft()
-            running[worker.run.remote(piece)] = worker, piece
+                    raise RuntimeError(f"--engine ray: a worker cannot load the models: {told}")
+            while idle and queue:
+                worker, piece = idle.pop(), queue.popleft()
+                running[worker.run.options(num_returns="streaming").remote(piece)] = _Call(worker, piece)
+    finally:
+        # Whoever ends early: without a word a worker would first do all that it was given.
+        for worker in (*idle, *(call.worker for call in running.values())):
+            ray.kill(worker)
 
 
 @contextmanager

@@ -71,12 +71,16 @@ def _is_amount(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_natural(value: Any) -> bool:
+    return _is_amount(value) and value >= 0
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
 def _are_phases(value: Any) -> bool:
-    return isinstance(value, Mapping) and set(value) <= set(PHASES) and all(map(_is_amount, value.values()))
+    return isinstance(value, Mapping) and set(value) <= set(PHASES) and all(map(_is_natural, value.values()))
 
 
 def _or_null(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -86,7 +90,7 @@ def _or_null(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
 _Field = tuple[Callable[[Any], bool], str]
 _TEXT: _Field = (_is_text, "text")
 _COUNT: _Field = (_is_count, "a whole number")
-_AMOUNT: _Field = (_is_amount, "a number")
+_NATURAL: _Field = (_is_natural, "a number of at least 0")
 
 _ALWAYS: dict[str, _Field] = {
     "method": _TEXT,
@@ -98,7 +102,7 @@ _ALWAYS: dict[str, _Field] = {
 }
 _ANSWERED: dict[str, _Field] = {
     "text": _TEXT,
-    **dict.fromkeys((*COUNTERS, "flops", "seconds"), _AMOUNT),
+    **dict.fromkeys((*COUNTERS, "flops", "seconds"), _NATURAL),
     **dict.fromkeys(("reward", "reward_before"), (_or_null(_is_amount), "a number or null")),
     "phases": (_are_phases, f"seconds of {', '.join(PHASES)}"),
 }

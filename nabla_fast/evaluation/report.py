@@ -12,9 +12,10 @@ from rich.text import Text
 
 from nabla_fast.evaluation import equal_cost, plots
 from nabla_fast.evaluation.bootstrap import LEVEL, RESAMPLES, interval, paired_difference
-from nabla_fast.evaluation.journal import Record, read_records, write_json
+from nabla_fast.evaluation.journal import Record, read_records
 from nabla_fast.evaluation.records import COUNTERS, latest, require_records
 from nabla_fast.evaluation.runner import CONFIG, RESULTS, SUMMARY, read_json
+from nabla_fast.whole_files import write_json
 
 # Name in the summary → name in a record. Each gets an interval over problems.
 _MEASURES = {

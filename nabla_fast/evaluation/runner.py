@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,13 +13,14 @@ from torch.profiler import record_function
 
 from nabla_fast import profiling
 from nabla_fast.config import NablaConfig
-from nabla_fast.evaluation.journal import Journal, Record, part_of, require_own_files, write_json
+from nabla_fast.evaluation.journal import Journal, Record
 from nabla_fast.evaluation.methods import MAX_ROLLOUTS, METHODS, Models
 from nabla_fast.evaluation.plots import FILES as PLOTS
 from nabla_fast.evaluation.records import Key, key, latest, require_records
 from nabla_fast.evaluation.tasks import Problem, Task
 from nabla_fast.evaluation.worker import Arm, Piece, Worker
 from nabla_fast.stats import PHASES
+from nabla_fast.whole_files import part_of, require_own_files, write_json
 
 CONFIG = "config.json"
 RESULTS = "results.jsonl"
@@ -142,6 +144,7 @@ def open_run(out: Path, description: Mapping[str, Any], keys: Collection[Key]) -
         ValueError: if ``out`` holds another run, results without a configuration, results that are not this run's, or
             a link where a file of this run is to be; nothing is overwritten.
         NotADirectoryError: if ``out`` is a file, or within one.
+        OSError: if it cannot be made or written to.
         BlockingIOError: if another process is writing to it.
     """
     try:
@@ -150,6 +153,10 @@ def open_run(out: Path, description: Mapping[str, Any], keys: Collection[Key]) -
         raise NotADirectoryError(
             f"--out is {out}, {'' if out.is_file() else 'within '}a file; give a directory"
         ) from None
+    except OSError as error:
+        raise OSError(f"--out is {out}, which cannot be made ({error.strerror}); give another directory") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out is {out}, where nothing can be written; give another directory")
     file = out / CONFIG
     whole = [out / name for name in (CONFIG, SUMMARY, *PLOTS)]
     require_own_files([*whole, *map(part_of, whole), out / RESULTS])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
@@ -153,6 +154,10 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
         if name.strip() in options:
             raise ValueError(f"--task-option {name.strip()} is given twice")
         options[name.strip()] = _literal(value.strip())
+        try:
+            json.dumps(options, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError(f"--task-option is {text!r}; the value must be finite, and plain data") from None
     return options
 
 
@@ -202,6 +207,8 @@ def _gym_task(task: str, options: dict[str, Any], max_problems: int | None) -> T
     except (AssertionError, TypeError, ValueError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in settings.items())
         raise ValueError(f"--task-option: {task} refuses {given}: {error}") from error
+    if not entries:
+        raise ValueError(f"--task-option: {task} has no problem with size={settings['size']!r}; give at least 1")
     suffix = "" if numbers else _TAGGED
     problems = [
         Problem(key, ({"role": "user", "content": entry["question"] + suffix},), str(entry["answer"]))
@@ -257,8 +264,9 @@ def _require_distinct(problems: Sequence[Problem], file: Path) -> None:
 
 
 def _problem(problem_id: str, prompt: Any, answer: Any, where: str, suffix: str = "") -> Problem:
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
-        raise ValueError(f"{where} has the answer {answer!r}; an answer is text or a number")
+    number = isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer)
+    if not number and not (isinstance(answer, str) and answer.strip()):
+        raise ValueError(f"{where} has the answer {answer!r}; an answer is text or a finite number")
     try:
         (chat,) = as_chats(prompt + suffix if isinstance(prompt, str) and prompt.strip() else prompt)
     except (TypeError, ValueError) as error:

@@ -22,6 +22,9 @@ class TokenRequest:
         seed: of its noise, below 2^63.
         sampling: how tokens are drawn.
         stop_strings, stop_token_ids: what may end the answer before ``max_tokens``; both stay in it.
+        repetition_penalty: on the logits of all tokens of prompt and answer, before anything else, as transformers has
+            it. Penalties that count a token's occurrences in the answer have no place here: an answer that is continued
+            is part of the prompt.
     """
 
     prompt_ids: tuple[int, ...]
@@ -30,9 +33,10 @@ class TokenRequest:
     sampling: Sampling
     stop_strings: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0
 
     @classmethod
-    def of(cls, context: Context, sampling: Sampling, stop: StopRule) -> TokenRequest:
+    def of(cls, context: Context, sampling: Sampling, stop: StopRule, repetition_penalty: float = 1.0) -> TokenRequest:
         """What continues ``context`` as far as it may go; the seed depends on (sequence seed, position) alone."""
         key = f"{context.seed}:{len(context.response)}".encode()
         return cls(
@@ -43,6 +47,7 @@ class TokenRequest:
             sampling=sampling,
             stop_strings=stop.stop_strings,
             stop_token_ids=tuple(sorted(stop.eos_token_ids)),
+            repetition_penalty=repetition_penalty,
         )
 
     def parameters(self) -> dict[str, Any]:
@@ -58,7 +63,7 @@ class TokenRequest:
             "top_k": self.sampling.top_k or 0,
             "min_p": 0.0,
             "min_tokens": 0,
-            "repetition_penalty": 1.0,
+            "repetition_penalty": self.repetition_penalty,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "stop": list(self.stop_strings),

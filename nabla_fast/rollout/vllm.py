@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -45,11 +46,20 @@ class VLLMRollout:
     def __init__(self, language_model: LanguageModel, engine: str | Engine, *, tolerance: float = 0.25) -> None:
         self.language_model = language_model
         self.engine: Engine = VLLMServer(engine) if isinstance(engine, str) else engine
+        self.repetition_penalty = 1.0
         require_same_model(self.engine, language_model, tolerance)
+
+    def penalised(self, repetition_penalty: float) -> VLLMRollout:
+        """The same with a repetition penalty, see `TokenRequest`."""
+        if repetition_penalty == self.repetition_penalty:
+            return self
+        other = copy.copy(self)
+        other.repetition_penalty = repetition_penalty
+        return other
 
     def open(self, sampling: Sampling, stop: StopRule) -> VLLMStream:
         """See `nabla_fast.rollout.base.RolloutBackend`."""
-        return VLLMStream(self.language_model, self.engine, sampling, stop)
+        return VLLMStream(self.language_model, self.engine, sampling, stop, self.repetition_penalty)
 
 
 def chosen(language_model: LanguageModel, config: NablaConfig) -> VLLMRollout | None:
@@ -133,11 +143,19 @@ class _Progress:
 class VLLMStream:
     """See `nabla_fast.rollout.base.RolloutStream`."""
 
-    def __init__(self, language_model: LanguageModel, engine: Engine, sampling: Sampling, stop: StopRule) -> None:
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        engine: Engine,
+        sampling: Sampling,
+        stop: StopRule,
+        repetition_penalty: float = 1.0,
+    ) -> None:
         self._model = language_model
         self._engine = engine
         self._sampling = sampling
         self._stop = stop
+        self._repetition_penalty = repetition_penalty
         self._requests = engine.open()
         self._under_way: dict[int, _Progress] = {}
         self._ended: list[tuple[int, _Progress]] = []
@@ -176,7 +194,8 @@ class VLLMStream:
 
     def _send(self, key: int, progress: _Progress) -> None:
         progress.requests += 1
-        self._requests.send(key, TokenRequest.of(progress.context, self._sampling, self._stop))
+        request = TokenRequest.of(progress.context, self._sampling, self._stop, self._repetition_penalty)
+        self._requests.send(key, request)
 
     def _extend(self, progress: _Progress, completion: Completion) -> bool:
         """Appends what vLLM gave up to where the response ends; whether it ends there."""

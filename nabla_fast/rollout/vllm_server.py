@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import json
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from http.client import HTTPException
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
 from typing import Any, TypeVar
@@ -93,6 +97,7 @@ class VLLMServer:
             maxsize=concurrency,
             headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
         )
+        self._pool.ConnectionCls = _bounded(self._pool.ConnectionCls)
         self._slots = threading.BoundedSemaphore(concurrency)
         self.model, self.context_length = self._served(model)
 
@@ -160,16 +165,17 @@ class VLLMServer:
 
     def _lines(self, response: urllib3.BaseHTTPResponse, tokens: Sequence[int]) -> Iterator[bytes]:
         """Lines of a stream, as long as there are more and more ``tokens``."""
-        line, last, deadline = b"", len(tokens), monotonic() + self._timeout
-        for piece in response.stream(_PIECE):
-            *whole, line = (line + piece).split(b"\n")
-            yield from whole
-            if len(tokens) != last:
-                last, deadline = len(tokens), monotonic() + self._timeout
-            elif monotonic() > deadline:
-                raise TimeoutError(f"no token for {self._timeout:g} s")
-            if len(line) > _MAX_LINE:
-                raise self._no_vllm(f"sends a line of more than {_MAX_LINE} bytes")
+        line, last = b"", len(tokens)
+        silence = TimeoutError(f"no token for {self._timeout:g} s")
+        with _limited(self._timeout, partial(_interrupt, response), silence) as postpone:
+            for piece in _pieces(response):
+                *whole, line = (line + piece).split(b"\n")
+                yield from whole
+                if len(tokens) != last:
+                    last = len(tokens)
+                    postpone()
+                if len(line) > _MAX_LINE:
+                    raise self._no_vllm(f"sends a line of more than {_MAX_LINE} bytes")
         yield line
 
     def _served(self, wanted: str | None) -> tuple[str, int]:
@@ -196,20 +202,20 @@ class VLLMServer:
 
     def _whole(self, response: urllib3.BaseHTTPResponse) -> bytes:
         """The body of an answer that comes in one piece."""
-        data, deadline = b"", monotonic() + self._timeout
+        data = bytearray()
+        slow = TimeoutError(f"no whole answer for {self._timeout:g} s")
         try:
-            for piece in response.stream(_PIECE):
-                data += piece
-                if len(data) > _MAX_BODY:
-                    raise self._no_vllm(f"answers with more than {_MAX_BODY} bytes")
-                if monotonic() > deadline:
-                    raise TimeoutError(f"no whole answer in {self._timeout:g} s")
+            with _limited(self._timeout, partial(_interrupt, response), slow):
+                for piece in _pieces(response):
+                    data += piece
+                    if len(data) > _MAX_BODY:
+                        raise self._no_vllm(f"answers with more than {_MAX_BODY} bytes")
         except BaseException:
             response.close()
             raise
         finally:
             response.release_conn()
-        return data
+        return bytes(data)
 
     def _ask(
         self,
@@ -382,6 +388,61 @@ def _token(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{value!r} is no token id")
     return value
+
+
+def _pieces(response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
+    """The body as it comes. ``stream`` would wait for whole chunks, and read a chunk's size however long it is."""
+    while piece := response.read1(_PIECE):
+        yield piece
+
+
+@contextlib.contextmanager
+def _limited(seconds: float, interrupt: Callable[[], None], error: Exception) -> Iterator[Callable[[], None]]:
+    """Within, ``interrupt`` is called after so many seconds, and ``error`` raised; what is yielded begins them anew.
+
+    A read has a time-out of its own, which a server that sends a byte now and then never exceeds.
+    """
+    over = threading.Event()
+    deadline, expired = monotonic() + seconds, False
+
+    def postpone() -> None:
+        nonlocal deadline
+        deadline = monotonic() + seconds
+
+    def watch() -> None:
+        nonlocal expired
+        while (left := deadline - monotonic()) > 0:
+            if over.wait(left):
+                return
+        expired = True
+        interrupt()
+
+    threading.Thread(target=watch, name="watching-vllm", daemon=True).start()
+    try:
+        yield postpone
+    except (HTTPError, HTTPException, OSError):
+        if expired:
+            raise error from None
+        raise
+    finally:
+        over.set()
+    if expired:
+        raise error
+
+
+def _bounded(kind: Any) -> Any:
+    """A kind of connection whose answers' heads must come within the time-out, and not only each of their bytes."""
+
+    class Bounded(kind):
+        def getresponse(self) -> Any:
+            def interrupt() -> None:
+                with contextlib.suppress(OSError, AttributeError):
+                    self.sock.shutdown(socket.SHUT_RDWR)
+
+            with _limited(self.timeout, interrupt, builtins.TimeoutError()):
+                return super().getresponse()
+
+    return Bounded
 
 
 def _interrupt(response: urllib3.BaseHTTPResponse) -> None:
