@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast.ops import cuda, reference
-from nabla_fast.ops.types import Head, Tables
+from nabla_fast.ops.types import DTOInputs, DTOOptions, DTOState, Head, Tables
 from nabla_fast.testing.operators import dto_arguments
 
 ROOT = Path(__file__).parent.parent
@@ -89,23 +89,21 @@ class Case:
             torch.testing.assert_close(actual, meant.to(actual.dtype), rtol=rtol, atol=atol)
         return ours
 
+    @property
+    def arguments(self) -> tuple[DTOState, DTOInputs, Tables, DTOOptions]:
+        return dto_arguments(*self.state, self.tokens, self.rates, self.gradient, self.tables, **self.options)
+
     def call(self, place: Place) -> tuple[Tensor, Tensor]:
         """`cuda.dto_step`, which may not wait for the GPU."""
         if place.emulated:
-            return cuda.dto_step(
-                *dto_arguments(*self.state, self.tokens, self.rates, self.gradient, self.tables, **self.options)
-            )
-        cuda.dto_step(
-            *dto_arguments(  # plans and modules are made by the first call
-                *(x.clone() for x in self.state), self.tokens, self.rates, self.gradient, self.tables, **self.options
-            )
-        )
+            return cuda.dto_step(*self.arguments)
+        # Plans and modules are made by the first call.
+        state, *others = self.arguments
+        cuda.dto_step(DTOState(*(x.clone() for x in state)), *others)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return cuda.dto_step(
-                *dto_arguments(*self.state, self.tokens, self.rates, self.gradient, self.tables, **self.options)
-            )
+            return cuda.dto_step(*self.arguments)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

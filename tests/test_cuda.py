@@ -22,9 +22,10 @@ from test_gpu import require_same_decodes
 from torch import Tensor
 
 from nabla_fast.config import Sampling
-from nabla_fast.ops import cuda, native, reference
-from nabla_fast.ops.types import Head, TokenGradient
+from nabla_fast.ops import OPERATORS, cuda, reference
+from nabla_fast.ops.types import DTOOptions, Head, TokenGradient
 from nabla_fast.sampling import anchor_noise, gumbel
+from nabla_fast.testing.operators import dto_arguments
 
 NO_GPU = cuda.why_missing()
 
@@ -364,7 +365,9 @@ def test_large_logits_lose_nothing_beside_a_small_tau(place: Place, latents: boo
     case.gradient *= 0.01
     tables = case.tables._replace(head=Head(weight.double()))
     exact = [*(x.double() for x in case.state[:3]), case.state[3].clone()]
-    reference.dto_step(*exact, case.tokens, case.rates.double(), case.gradient.double(), tables, **case.options)
+    reference.dto_step(
+        *dto_arguments(*exact, case.tokens, case.rates.double(), case.gradient.double(), tables, **case.options)
+    )
     case.call(place)
     # The first entry of h is a difference of sums of 8192.
     ours, meant = (x[:, int(latents) :] for x in (case.state[1], exact[1]))
@@ -392,8 +395,10 @@ def test_dtypes_are_checked(place: Place, name: str) -> None:
         case.options[name] = torch.zeros(2, 30, dtype=torch.int64, device=place.device)
     else:
         setattr(case, name, getattr(case, name).int())
-    with pytest.raises(TypeError, match=f"{name} must be {'torch.int64' if integers else 'of a float dtype'}, got"):
-        cuda.dto_step(*case.state, case.tokens, case.rates, case.gradient, case.tables, **case.options)
+    with pytest.raises(
+        TypeError, match=f"{name} must be a tensor of dtype {'int64' if integers else 'float32, .*'}, got"
+    ):
+        cuda.dto_step(*case.arguments)
 
 
 @pytest.mark.parametrize("latents", [False, True])
@@ -417,9 +422,9 @@ def test_a_constant_on_the_gradient_changes_nothing(place: Place, latents: bool)
 
 
 def test_what_the_kernels_do_not_take_goes_to_triton(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[dict[str, Any]] = []
+    calls: list[DTOOptions] = []
     stand_in = types.ModuleType("triton")
-    stand_in.dto_step = lambda *_, **options: calls.append(options)  # type: ignore[attr-defined]
+    stand_in.dto_step = lambda *arguments: calls.append(arguments[-1])  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "nabla_fast.ops.triton", stand_in)
     monkeypatch.setattr("nabla_fast.ops.triton", stand_in, raising=False)
     case = make_case(place, True, 30, hidden=16, rows=2)
@@ -430,7 +435,7 @@ def test_what_the_kernels_do_not_take_goes_to_triton(place: Place, monkeypatch: 
         state: list[Tensor] = case.state, gradient: Any = case.gradient, w: Tensor = weight, **options: Any
     ) -> None:
         tables = case.tables._replace(head=Head(w))
-        cuda.dto_step(*state, case.tokens, case.rates, gradient, tables, **case.options | options)
+        cuda.dto_step(*dto_arguments(*state, case.tokens, case.rates, gradient, tables, **case.options | options))
 
     call(gradient=factors)
     call(group=torch.zeros(2, dtype=torch.int64, device=place.device))
@@ -441,9 +446,9 @@ def test_what_the_kernels_do_not_take_goes_to_triton(place: Place, monkeypatch: 
     call(w=torch.randn(30, 17, device=place.device)[:, 1:])
     assert len(calls) == 7
     many = make_case(place, True, 30, rows=5)
-    cuda.dto_step(*many.state, many.tokens, many.rates, many.gradient, many.tables, **many.options)
+    cuda.dto_step(*many.arguments)
     assert len(calls) == 8
-    assert calls[1]["max_steps"] == 3
+    assert calls[1].max_steps == 3
 
 
 @pytest.mark.parametrize("name", ["exp_avg", "step", "tokens", "gradient", "hard_noise"])
@@ -457,7 +462,7 @@ def test_shapes_are_checked(place: Place, name: str) -> None:
     else:
         setattr(case, name, getattr(case, name)[:1])
     with pytest.raises(ValueError, match=name):
-        cuda.dto_step(*case.state, case.tokens, case.rates, case.gradient, case.tables, **case.options)
+        cuda.dto_step(*case.arguments)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1), (5, 7), (3, 1000)])
@@ -493,7 +498,7 @@ def test_a_decode(place: Place, variant: dict[str, Any], monkeypatch: pytest.Mon
         return call
 
     for name in calls:
-        monkeypatch.setattr(native, name, counted(name))
+        monkeypatch.setattr(OPERATORS[name], "native", counted(name))
     require_same_decodes(("reference", "native"), place.device, config)
     assert min(calls.values()) > 10
 
@@ -527,7 +532,7 @@ def test_in_a_cuda_graph(latents: bool) -> None:
     meant = [x.clone() for x in case.state]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        token, changed = cuda.dto_step(*case.state, case.tokens, case.rates, case.gradient, case.tables, **case.options)
+        token, changed = cuda.dto_step(*case.arguments)
     for x, was in zip(case.state, start, strict=True):
         x.copy_(was)
     graph.replay()
