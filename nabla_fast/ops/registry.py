@@ -27,7 +27,7 @@ from nabla_fast.ops.arguments import KINDS, Array, Leaf, field
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_LIBRARY = torch.library.Library("nabla_fast", "FRAGMENT")
+LIBRARY = torch.library.Library("nabla_fast", "FRAGMENT")
 
 
 def operator(
@@ -103,18 +103,18 @@ class Operator:
         # A result cannot be None: what is missing there is an empty tensor.
         self._may_miss = [spelled.startswith("Tensor?") for spelled in given]
         results = ", ".join(given).replace("?", "")
-        _LIBRARY.define(f"{self.name}({', '.join([*taken, 'str backend'])}) -> ({results})")
+        LIBRARY.define(f"{self.name}({', '.join([*taken, 'str backend'])}) -> ({results})")
         self._overload = getattr(torch.ops.nabla_fast, self.name).default
-        _LIBRARY.impl(self.name, self._kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"nabla_fast::{self.name}", self._fake, lib=_LIBRARY)
+        LIBRARY.impl(self.name, self._kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"nabla_fast::{self.name}", self._fake, lib=LIBRARY)
         if self._derivative is not None:
             kinds = [leaf.kind for leaf in _arrays(self._result)]
             self._constant = [i for i, kind in enumerate(kinds) if kind != "sum"]
             torch.library.register_autograd(
-                f"nabla_fast::{self.name}", self._backward, setup_context=self._setup, lib=_LIBRARY
+                f"nabla_fast::{self.name}", self._backward, setup_context=self._setup, lib=LIBRARY
             )
         if self._written:
-            _LIBRARY.impl(self.name, self._announce, "ADInplaceOrView", with_keyset=True)
+            LIBRARY.impl(self.name, self._announce, "ADInplaceOrView", with_keyset=True)
         arguments_, results_ = (", ".join(schema(fields, True)) for fields in (self._fields, [self._result]))
         self._native = native.define(f"native_{self.name}({arguments_}) -> ({results_})")
 
