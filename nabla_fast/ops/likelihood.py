@@ -8,12 +8,24 @@ import torch
 from torch import Tensor
 
 from nabla_fast.ops import reference
-from nabla_fast.ops.registry import operator
+from nabla_fast.ops.registry import LIBRARY, operator
 from nabla_fast.ops.types import Head, LogLikelihood
 
 
+# Not an `operator`: it has no back ends. It takes h so that a compiled graph knows that the gradient depends on it, and a
+# second derivative is an error there too, where otherwise it would silently be nothing.
+LIBRARY.define("log_likelihood_backward(Tensor grad, Tensor gradient, Tensor h) -> Tensor")
+LIBRARY.impl(
+    "log_likelihood_backward", lambda grad, gradient, h: grad.unsqueeze(-1) * gradient, "CompositeExplicitAutograd"
+)
+torch.library.register_fake(
+    "nabla_fast::log_likelihood_backward", lambda grad, gradient, h: torch.empty_like(gradient), lib=LIBRARY
+)
+
+
 def _derivative(h: Tensor, head: Head, tokens: Tensor, need_grad: bool, backend: str, result: LogLikelihood) -> Tensor:
-    return result.log_likelihood.unsqueeze(-1) * result.gradient
+    gradient: Tensor = torch.ops.nabla_fast.log_likelihood_backward(result.log_likelihood, result.gradient, h)
+    return gradient
 
 
 @operator(derivative=_derivative)
