@@ -11,8 +11,7 @@ from nabla_fast.ops import reference
 from nabla_fast.ops.registry import LIBRARY, operator
 from nabla_fast.ops.types import Head, LogLikelihood
 
-
-# Not an `operator`: it has no back ends. It takes h so that a compiled graph knows that the gradient depends on it, and a
+# Not an `operator`: it has no back ends. It takes h so that a compiled graph knows that the gradient depends on it: a
 # second derivative is an error there too, where otherwise it would silently be nothing.
 LIBRARY.define("log_likelihood_backward(Tensor grad, Tensor gradient, Tensor h) -> Tensor")
 LIBRARY.impl(
