@@ -239,7 +239,7 @@ def test_a_password_in_the_url_is_refused_unprinted(url):
     [
         ({"vllm_model": "m"}, "vllm_model is given, but vllm_url is not"),
         ({"vllm_api_key": "k"}, "vllm_api_key is given, but vllm_url is not"),
-        ({"vllm_timeout": 0}, "vllm_timeout must be above 0, got 0"),
+        ({"vllm_timeout": 0}, "vllm_timeout must be above 0 and at most 86400, got 0"),
         ({"vllm_timeout": float("inf")}, "vllm_timeout must be above 0"),
         ({"vllm_url": "http://a", "vllm_model": ""}, "vllm_model must be a name or None"),
         ({"vllm_url": "http://a b"}, "is not a URL"),
