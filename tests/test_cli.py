@@ -160,7 +160,7 @@ cli.main()
         [sys.executable, "-c", script],
         capture_output=True,
         timeout=120,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     assert done.returncode == 128 + number
     assert done.stdout == b""
