@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 
 import pytest
 import torch
@@ -315,6 +316,33 @@ def test_a_step_does_not_write_into_what_wants_a_gradient_or_shares_memory():
     shared = step_arguments(3)[0]._replace(step=torch.zeros(1, dtype=torch.int64).expand(3))
     with pytest.raises(ValueError, match=r"state\.step is written to, so its entries must not share memory"):
         ops.dto_step(shared, *others)
+    state = step_arguments(3)[0]
+    for backend in CPU_BACKENDS:
+        with pytest.raises(ValueError, match=r"state\.exp_avg_sq must not share memory with state\.exp_avg,"):
+            ops.dto_step(state._replace(exp_avg_sq=state.exp_avg), *others, backend=backend)
+
+
+def test_what_is_no_tensor_and_no_named_tuple_is_refused_by_name():
+    z, h, own, table = randn(3, V), randn(3, D), head(), randn(V, D)
+    state, inputs, where, options = step_arguments(3)
+    calls = {
+        "z must be a tensor, got list": lambda: ops.relaxed_stats([1.0]),
+        "z must be a tensor, got NoneType": lambda: ops.relaxed_stats(None),
+        "head must be a Head, got Tensor": lambda: ops.linear_relaxed_stats(h, own.weight),
+        "head must be a Head, got tuple": lambda: ops.linear_relaxed_stats(h, tuple(own)),
+        "tables must be a tensor or a list of tensors, got NoneType": lambda: ops.straight_through_embedding(z, None),
+        "tables must hold tensors, got NoneType": lambda: ops.straight_through_embedding(z, [table, None]),
+        "tables must be a Tables, got DTOOptions": lambda: ops.dto_step(state, inputs, options, where),
+        "inputs.gradient must be a tensor or a TokenGradient, got tuple": lambda: ops.dto_step(
+            state, inputs._replace(gradient=(h, h)), where, options
+        ),
+        "inputs.group must be a tensor or None, got list": lambda: ops.dto_step(
+            state, inputs._replace(group=[0, 0, 1]), where, options
+        ),
+    }
+    for message, call in calls.items():
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            call()
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

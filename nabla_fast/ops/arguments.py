@@ -98,6 +98,8 @@ class Array:
         self.sizes = tuple(sizes)
 
     def flat(self, value: Any, lists: bool) -> Iterator[Any]:
+        if not isinstance(value, Tensor) and not (value is None and self._optional):
+            raise TypeError(f"{self.name} must be a tensor{' or None' * self._optional}, got {type(value).__name__}")
         yield value
 
     def whole(self, values: list[Any], lists: bool) -> Any:
@@ -122,9 +124,14 @@ class Arrays:
         self.name, self.one, self.most, self._group = name, one, most, group
 
     def flat(self, value: Any, lists: bool) -> Iterator[Any]:
+        other = "a list of tensors" if self._group is None else f"a {self._group.type.__name__}"
+        if not isinstance(value, (Tensor, list, tuple) if self._group is None else (Tensor, self._group.type)):
+            raise TypeError(f"{self.name} must be a tensor or {other}, got {type(value).__name__}")
         parts = [value] if isinstance(value, Tensor) else [*value]
         if not 1 <= len(parts) <= self.most:
             raise ValueError(f"{self.name} must hold from 1 to {self.most} tensors, got {len(parts)}")
+        if wrong := [part for part in parts if not isinstance(part, Tensor)]:
+            raise TypeError(f"{self.name} must hold tensors, got {type(wrong[0]).__name__}")
         if lists:
             yield parts
         else:
@@ -164,6 +171,8 @@ class Group:
         self.fields = [field(f"{name}.{n}" if name else n, hints[n]) for n in kind._fields]
 
     def flat(self, value: Any, lists: bool) -> Iterator[Any]:
+        if not isinstance(value, self.type):
+            raise TypeError(f"{self.name} must be a {self.type.__name__}, got {type(value).__name__}")
         for one, part in zip(self.fields, value, strict=True):
             yield from one.flat(part, lists)
 
@@ -229,11 +238,22 @@ def check(leaves: Sequence[Leaf]) -> dict[str, int]:
 
 
 def check_values(leaves: Sequence[Leaf], sizes: dict[str, int]) -> None:
-    """Checks what is in the tensors of a call, where they are on the CPU."""
+    """Checks what is in the tensors of a call, where they are on the CPU, and that none is written to twice.
+
+    Raises:
+        IndexError, ValueError: as the kinds of the tensors say.
+    """
+    written: dict[int, str] = {}
     for leaf in leaves:
-        values = KINDS[leaf.field.kind].values if isinstance(leaf.field, Array) else None
-        if values is not None and leaf.value.device.type == "cpu":
-            values(leaf.name, leaf.value, sizes.get("V", 0))
+        if not isinstance(leaf.field, Array):
+            continue
+        kind = KINDS[leaf.field.kind]
+        if kind.values is not None and leaf.value.device.type == "cpu":
+            kind.values(leaf.name, leaf.value, sizes.get("V", 0))
+        if kind.written and leaf.value.numel():
+            other = written.setdefault(leaf.value.data_ptr(), leaf.name)
+            if other != leaf.name:
+                raise ValueError(f"{leaf.name} must not share memory with {other}, since both are written to")
 
 
 def empty(result: Field, sizes: dict[str, int], wide: torch.dtype, like: Tensor) -> Iterator[Tensor]:

@@ -76,8 +76,8 @@ class Operator:
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         *values, backend = self._bound(given, named)
-        leaves = [leaf for leaf in self._leaves(values) if isinstance(leaf.value, Tensor)]
         flat = self.flat(values)
+        leaves = [leaf for leaf in self._leaves(values) if isinstance(leaf.value, Tensor)]
         if self._derivative is not None:
             _require_reverse_mode(self.name, (leaf.value for leaf in leaves))
         elif not self._written and torch.is_grad_enabled():
@@ -160,15 +160,15 @@ class Operator:
     def _kernel(self, *flat: Any) -> Any:
         values, leaves, sizes = self._checked(flat)
         arguments.check_values(leaves, sizes)
-        if not self._written and _sum_dtype(leaves) == torch.float64:
+        wide = _sum_dtype(leaves)
+        if not self._written and wide == torch.float64:
             values[0] = _doubled(values[0])
         results = backends.implementation(self, flat[-1])(*values)
         if self._single:
             return results.contiguous()
         like = leaves[0].value
-        flat_results = self._result.flat(results, False)
-        wide = _sum_dtype(leaves)
-        return tuple(like.new_empty(0, dtype=wide) if x is None else x.contiguous() for x in flat_results)
+        parts = self._result.flat(results, False)
+        return tuple(like.new_empty(0, dtype=wide) if x is None else x.contiguous() for x in parts)
 
     def _fake(self, *flat: Any) -> Any:
         _, leaves, sizes = self._checked(flat)

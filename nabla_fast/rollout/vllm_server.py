@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import json
 import os
-import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from http.client import HTTPException
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
 from typing import Any, TypeVar
@@ -28,6 +25,7 @@ from urllib3.exceptions import (
 from nabla_fast.config import Sampling, require_api_key, require_server_url
 from nabla_fast.rollout.base import RolloutError, ServerLostError
 from nabla_fast.rollout.engine import Completion, TokenRequest
+from nabla_fast.rollout.patience import bounded, interrupt, limited, pieces
 
 API_KEY_VARIABLE = "VLLM_API_KEY"
 """The environment variable that holds a server's key where none is given; vLLM's server takes its own from it, too."""
@@ -42,7 +40,6 @@ _STREAM_INTERVAL = 8
 _CLOSING_SECONDS = 1.0
 # A list of models is there at once, or the address is that of something else.
 _LISTING_SECONDS = 20.0
-_PIECE = 2**16
 # Longest line of a stream and longest answer in one piece, which is the log-probabilities of the probe.
 _MAX_LINE, _MAX_BODY = 2**20, 2**26
 
@@ -97,7 +94,7 @@ class VLLMServer:
             maxsize=concurrency,
             headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
         )
-        self._pool.ConnectionCls = _bounded(self._pool.ConnectionCls)
+        self._pool.ConnectionCls = bounded(self._pool.ConnectionCls)
         self._slots = threading.BoundedSemaphore(concurrency)
         self.model, self.context_length = self._served(model)
 
@@ -167,8 +164,8 @@ class VLLMServer:
         """Lines of a stream, as long as there are more and more ``tokens``."""
         line, last = b"", len(tokens)
         silence = TimeoutError(f"no token for {self._timeout:g} s")
-        with _limited(self._timeout, partial(_interrupt, response), silence) as postpone:
-            for piece in _pieces(response):
+        with limited(self._timeout, partial(interrupt, response), silence) as postpone:
+            for piece in pieces(response):
                 *whole, line = (line + piece).split(b"\n")
                 yield from whole
                 if len(tokens) != last:
@@ -205,8 +202,8 @@ class VLLMServer:
         data = bytearray()
         slow = TimeoutError(f"no whole answer for {self._timeout:g} s")
         try:
-            with _limited(self._timeout, partial(_interrupt, response), slow):
-                for piece in _pieces(response):
+            with limited(self._timeout, partial(interrupt, response), slow):
+                for piece in pieces(response):
                     data += piece
                     if len(data) > _MAX_BODY:
                         raise self._no_vllm(f"answers with more than {_MAX_BODY} bytes")
@@ -335,7 +332,7 @@ class ServerRequests:
         with self._lock:
             self._closed = True
             for response in self._reading:
-                _interrupt(response)
+                interrupt(response)
         deadline = monotonic() + _CLOSING_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - monotonic()))
@@ -388,64 +385,3 @@ def _token(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{value!r} is no token id")
     return value
-
-
-def _pieces(response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
-    """The body as it comes. ``stream`` would wait for whole chunks, and read a chunk's size however long it is."""
-    while piece := response.read1(_PIECE):
-        yield piece
-
-
-@contextlib.contextmanager
-def _limited(seconds: float, interrupt: Callable[[], None], error: Exception) -> Iterator[Callable[[], None]]:
-    """Within, ``interrupt`` is called after so many seconds, and ``error`` raised; what is yielded begins them anew.
-
-    A read has a time-out of its own, which a server that sends a byte now and then never exceeds.
-    """
-    over = threading.Event()
-    deadline, expired = monotonic() + seconds, False
-
-    def postpone() -> None:
-        nonlocal deadline
-        deadline = monotonic() + seconds
-
-    def watch() -> None:
-        nonlocal expired
-        while (left := deadline - monotonic()) > 0:
-            if over.wait(left):
-                return
-        expired = True
-        interrupt()
-
-    threading.Thread(target=watch, name="watching-vllm", daemon=True).start()
-    try:
-        yield postpone
-    except (HTTPError, HTTPException, OSError):
-        if expired:
-            raise error from None
-        raise
-    finally:
-        over.set()
-    if expired:
-        raise error
-
-
-def _bounded(kind: Any) -> Any:
-    """A kind of connection whose answers' heads must come within the time-out, and not only each of their bytes."""
-
-    class Bounded(kind):
-        def getresponse(self) -> Any:
-            def interrupt() -> None:
-                with contextlib.suppress(OSError, AttributeError):
-                    self.sock.shutdown(socket.SHUT_RDWR)
-
-            with _limited(self.timeout, interrupt, builtins.TimeoutError()):
-                return super().getresponse()
-
-    return Bounded
-
-
-def _interrupt(response: urllib3.BaseHTTPResponse) -> None:
-    # It may have come to its end in this very moment.
-    with contextlib.suppress(ValueError, RuntimeError, OSError):
-        response.shutdown()
