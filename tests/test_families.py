@@ -20,6 +20,7 @@ BATCHED = "batches behind prefixes"
 FAST = (
     "llama",
     "qwen3",
+    "gemma2",
     "gemma3_text",
     "gemma3n_text",
     "gemma4_text",
