@@ -345,6 +345,17 @@ def test_what_is_no_tensor_and_no_named_tuple_is_refused_by_name():
             call()
 
 
+@pytest.mark.parametrize("latents", [False, True])
+def test_rows_of_a_step_are_as_wide_as_the_head_and_their_moments_of_their_dtype(latents):
+    state, *others = step_arguments(3, latents=latents)
+    width = D if latents else V
+    wide = [torch.zeros(3, width + 1) for _ in range(3)]
+    with pytest.raises(ValueError, match=rf"state\.parameters must have shape \(3, {width}\), got \(3, {width + 1}\)"):
+        ops.dto_step(state._replace(**dict(zip(state._fields[:3], wide, strict=True))), *others)
+    with pytest.raises(TypeError, match=r"state\.exp_avg_sq must be a tensor of dtype float32, got torch.float64"):
+        ops.dto_step(state._replace(exp_avg_sq=state.exp_avg_sq.double()), *others)
+
+
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_what_is_not_dense_is_refused_by_name(backend):
     h, own, tokens = randn(3, D), head(torch.float32, 1.0, 0.0), torch.tensor([1, 2, 3])
