@@ -64,7 +64,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=16, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(FAMILIES), configs, st.sampled_from([1, 5]))
 def test_tokens_and_rewards_do_not_depend_on_what_was_kept(family: str, config: nf.NablaConfig, batch: int) -> None:
     """Cache and prefix, prefix alone, neither: whole sequences evaluated anew every time."""

@@ -80,7 +80,7 @@ def require_digits(actual, expected, columns=slice(None)):
     assert error.max().item() < 2e-5, error.tolist()
 
 
-GAPS = [10.0, 14.0, 18.0]
+GAPS = [10.0, 18.0]
 token_column = slice(TOKEN, TOKEN + 1)
 
 

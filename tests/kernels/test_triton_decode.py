@@ -20,8 +20,7 @@ pytestmark = pytest.mark.skipif(
     [
         {},
         {"parameterization": "logits", "anchor": "rollout"},
-        {"update_postfix": True, "max_new_tokens": 6},
-        {"gumbel_noise": 0.5, "gradient_threshold": 0.3},
+        {"update_postfix": True, "max_new_tokens": 6, "gumbel_noise": 0.5, "gradient_threshold": 0.3},
     ],
     ids=str,
 )
