@@ -149,7 +149,8 @@ TwoTensors dto_step NABLA_FAST_DTO_STEP_ARGUMENTS {
   if (dense) {
     problem.gradient = gradient[0];
   } else {
-    problem.terms = gradient_terms(gradient[0], gradient[1], gradient[2], problem, embedding_table, reward_table, nll_coeff);
+    problem.terms =
+        gradient_terms(gradient[0], gradient[1], gradient[2], problem, embedding_table, reward_table, nll_coeff);
   }
 
   if (rows > 0) {

@@ -25,7 +25,8 @@ Tensor mixtures(PassInput input, int64_t rows, const Tensor& hidden) {
     for (int64_t i = 0; i < count; ++i) {
       const RowState& state = output.states[i];
       const bool defined = !state.undefined && state.sum > 0;
-      mixture[begin + i].copy_(output.mixture[i]).mul_(defined ? 1 / state.sum : std::numeric_limits<double>::quiet_NaN());
+      const double nan = std::numeric_limits<double>::quiet_NaN();
+      mixture[begin + i].copy_(output.mixture[i]).mul_(defined ? 1 / state.sum : nan);
     }
   }
   return mixture;

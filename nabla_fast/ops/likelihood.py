@@ -27,7 +27,7 @@ def _derivative(h: Tensor, head: Head, tokens: Tensor, need_grad: bool, backend:
     return gradient
 
 
-@operator(derivative=_derivative)
+@operator(derivative=_derivative, called="linear_log_likelihood")
 def log_likelihood_gradient(
     h: Annotated[Tensor, "float N d"],
     head: Head,

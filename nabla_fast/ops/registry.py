@@ -31,7 +31,10 @@ LIBRARY = torch.library.Library("nabla_fast", "FRAGMENT")
 
 
 def operator(
-    *, derivative: Callable[..., Tensor] | None = None, check: Callable[..., None] | None = None
+    *,
+    derivative: Callable[..., Tensor] | None = None,
+    check: Callable[..., None] | None = None,
+    called: str | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declares the decorated function as an operator, and puts in its place what calls the operator.
 
@@ -40,10 +43,11 @@ def operator(
             ``result`` with their gradients in the place of those that have one. It has no derivative itself: a second
             derivative, or one in forward mode, is an error.
         check: takes the operator's arguments, and raises for those that no back end takes although their types do.
+        called: what errors about derivatives call it, where users call it by another function.
     """
 
     def declare(function: Callable[P, R]) -> Callable[P, R]:
-        return cast("Callable[P, R]", update_wrapper(Operator(function, derivative, check), function))
+        return cast("Callable[P, R]", update_wrapper(Operator(function, derivative, check, called), function))
 
     return declare
 
@@ -61,8 +65,10 @@ class Operator:
         function: Callable[..., Any],
         derivative: Callable[..., Tensor] | None,
         check: Callable[..., None] | None,
+        called: str | None,
     ) -> None:
         self.name, self.body = function.__name__, function
+        self._called = called or self.name
         self._derivative, self._check = derivative, check
         hints = get_type_hints(function, include_extras=True)
         parameters = list(inspect.signature(function).parameters.values())
@@ -79,7 +85,7 @@ class Operator:
         flat = self.flat(values)
         leaves = [leaf for leaf in self._leaves(values) if isinstance(leaf.value, Tensor)]
         if self._derivative is not None:
-            _require_reverse_mode(self.name, (leaf.value for leaf in leaves))
+            _require_reverse_mode(self._called, (leaf.value for leaf in leaves))
         elif not self._written and torch.is_grad_enabled():
             flat = [x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in flat]
         wide = _sum_dtype(leaves)
@@ -154,7 +160,7 @@ class Operator:
         sizes = arguments.check(leaves)
         if self._check is not None:
             self._check(*values)
-        _refuse_forward_mode(self.name, (leaf.value for leaf in leaves if isinstance(leaf.value, Tensor)))
+        _refuse_forward_mode(self._called, (leaf.value for leaf in leaves if isinstance(leaf.value, Tensor)))
         return values, leaves, sizes
 
     def _kernel(self, *flat: Any) -> Any:
@@ -206,7 +212,7 @@ class Operator:
             values, result = self._whole(flat[:-1]), self._results(results[0] if self._single else results)
             gradient = self._derivative(*values, flat[-1], result=result).to(flat[0].dtype)
         if torch.is_grad_enabled():  # create_graph=True
-            gradient = _Once.apply(self.name, gradient, flat[0], *grads)
+            gradient = _Once.apply(self._called, gradient, flat[0], *grads)
         return gradient, *[None] * (len(flat) - 1)
 
 
