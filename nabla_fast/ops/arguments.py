@@ -2,7 +2,7 @@
 
 PyTorch's dispatcher knows tensors and numbers. What an operator takes may also be a named tuple of them or a short list
 of tensors: each of the classes below says how one kind of argument is taken apart, put together, spelled in a schema,
-and what is to be checked in it.
+and what is to be checked in it. ``slots`` has what each argument of the schema is: an `Array`, or None for a number.
 
 A tensor is annotated as ``Annotated[Tensor, "float N V"]``: its kind, one of `KINDS` or `RESULTS`, and its shape.
 Letters are sizes, the same wherever they stand in one call. ``d_k`` is a size that every tensor of a list has for
@@ -48,6 +48,7 @@ KINDS = {
     "counts": Kind(_INT64, values=checks.numbers, written=True),
     "ascending": Kind(_INT64, values=checks.ascending),
 }
+_OF_A_RESULT = Kind(())
 # Of results; None is float64 where a wide argument is, else float32. "constant" is one without a derivative.
 RESULTS = {"sum": None, "constant": None, "int64": torch.int64, "bool": torch.bool}
 _NUMBERS = {float: "float", int: "SymInt", bool: "bool"}
@@ -74,6 +75,7 @@ class Number:
 
     def __init__(self, name: str, kind: type, optional: bool, check: Callable[[str, Any], None] | None) -> None:
         self.name, self.check = name, check
+        self.slots: list[Array | None] = [None]
         self._type = _NUMBERS[kind] + ("?" if optional else "")
 
     def flat(self, value: Any, lists: bool) -> Iterator[Any]:
@@ -96,6 +98,8 @@ class Array:
         self.name, self._optional = name, optional
         self.kind, *sizes = annotation.split()
         self.sizes = tuple(sizes)
+        self.rule = KINDS.get(self.kind, _OF_A_RESULT)
+        self.slots: list[Array | None] = [self]
 
     def flat(self, value: Any, lists: bool) -> Iterator[Any]:
         if not isinstance(value, Tensor) and not (value is None and self._optional):
@@ -106,7 +110,7 @@ class Array:
         return values.pop(0)
 
     def schema(self, letters: Iterator[str], lists: bool) -> Iterator[str]:
-        written = f"({next(letters)}!)" if self.kind in KINDS and KINDS[self.kind].written else ""
+        written = f"({next(letters)}!)" if self.rule.written else ""
         yield f"Tensor{written}{'?' if self._optional else ''} {_flat_name(self.name)}"
 
     def leaves(self, value: Any) -> Iterator[Leaf]:
@@ -122,6 +126,7 @@ class Arrays:
 
     def __init__(self, name: str, one: Array, most: int, group: Group | None) -> None:
         self.name, self.one, self.most, self._group = name, one, most, group
+        self.slots: list[Array | None] = [one] * most if group is None else group.slots
 
     def flat(self, value: Any, lists: bool) -> Iterator[Any]:
         other = "a list of tensors" if self._group is None else f"a {self._group.type.__name__}"
@@ -169,6 +174,7 @@ class Group:
         self.name, self.type = name, kind
         hints = get_type_hints(kind, include_extras=True)
         self.fields = [field(f"{name}.{n}" if name else n, hints[n]) for n in kind._fields]
+        self.slots: list[Array | None] = [slot for one in self.fields for slot in one.slots]
 
     def flat(self, value: Any, lists: bool) -> Iterator[Any]:
         if not isinstance(value, self.type):
@@ -223,17 +229,19 @@ def check(leaves: Sequence[Leaf]) -> dict[str, int]:
             if leaf.field.check is not None:
                 leaf.field.check(leaf.name, leaf.value)
             continue
-        kind = KINDS[leaf.field.kind]
-        checks.dtype(leaf.name, leaf.value, kind.dtypes)
-        letters = [_letter(size, leaf.place) for size in leaf.field.sizes]
-        checks.shape(leaf.name, leaf.value, tuple(sizes.get(letter, letter) for letter in letters))
-        sizes.update(zip(letters, leaf.value.shape, strict=True))
+        array, name, value, place = leaf.field, leaf.name, leaf.value, leaf.place
+        checks.dtype(name, value, array.rule.dtypes)
+        letters = [_letter(size, place) for size in array.sizes] if place else array.sizes
+        checks.shape(name, value, [sizes.get(letter, letter) for letter in letters])
+        sizes.update(zip(letters, value.shape, strict=True))
         if "V" in letters:
-            checks.vocabulary(leaf.name, leaf.value, sizes["V"])
-        if kind.written:
-            checks.separate(leaf.name, leaf.value)
-        first = first or leaf
-        checks.device(leaf.name, leaf.value, first.name, first.value)
+            checks.vocabulary(name, value, sizes["V"])
+        if array.rule.written:
+            checks.separate(name, value)
+        if first is None:
+            first = leaf
+        else:
+            checks.device(name, value, first.name, first.value)
     return sizes
 
 
@@ -247,10 +255,10 @@ def check_values(leaves: Sequence[Leaf], sizes: dict[str, int]) -> None:
     for leaf in leaves:
         if not isinstance(leaf.field, Array):
             continue
-        kind = KINDS[leaf.field.kind]
-        if kind.values is not None and leaf.value.device.type == "cpu":
-            kind.values(leaf.name, leaf.value, sizes.get("V", 0))
-        if kind.written and leaf.value.numel():
+        rule = leaf.field.rule
+        if rule.values is not None and leaf.value.device.type == "cpu":
+            rule.values(leaf.name, leaf.value, sizes.get("V", 0))
+        if rule.written and leaf.value.numel():
             other = written.setdefault(leaf.value.data_ptr(), leaf.name)
             if other != leaf.name:
                 raise ValueError(f"{leaf.name} must not share memory with {other}, since both are written to")

@@ -8,6 +8,7 @@ makes no step, and nothing is indexed with it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def dtype(name: str, x: Tensor, wanted: tuple[torch.dtype, ...]) -> None:
         raise TypeError(f"{name} must be a tensor of dtype {names}, got {x.dtype}")
 
 
-def shape(name: str, x: Tensor, wanted: tuple[int | str, ...]) -> None:
+def shape(name: str, x: Tensor, wanted: Sequence[int | str]) -> None:
     """Raises ValueError where a size differs from the one wanted; a letter stands for any size."""
     fits = x.ndim == len(wanted)
     if not fits or any(not isinstance(n, str) and size != n for size, n in zip(x.shape, wanted, strict=True)):

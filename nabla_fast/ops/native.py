@@ -78,9 +78,13 @@ def define(schema: str) -> Any:
 
 def has(operator: str) -> bool:
     """Whether the library has a kernel of ``operator``."""
-    return why_missing() is None and torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"nabla_fast::native_{operator}", "CPU"
-    )
+    return why_missing() is None and _has_kernel(f"nabla_fast::native_{operator}")
+
+
+# It is asked in every call, and takes longer than many a kernel.
+@functools.cache
+def _has_kernel(name: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
 
 
 def _load_and_call(name: str) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ goes through such an operator, and `torch.library.opcheck` passes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import update_wrapper
 from typing import Annotated, Any, ParamSpec, TypeVar, cast, get_origin, get_type_hints
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from nabla_fast.ops import arguments, backends, native
-from nabla_fast.ops.arguments import KINDS, Array, Leaf, field
+from nabla_fast.ops.arguments import Leaf, field
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,18 +83,17 @@ class Operator:
     def __call__(self, *given: Any, **named: Any) -> Any:
         *values, backend = self._bound(given, named)
         flat = self.flat(values)
-        leaves = [leaf for leaf in self._leaves(values) if isinstance(leaf.value, Tensor)]
         if self._derivative is not None:
-            _require_reverse_mode(self._called, (leaf.value for leaf in leaves))
+            _require_reverse_mode(self._called, flat)
         elif not self._written and torch.is_grad_enabled():
             flat = [x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in flat]
-        wide = _sum_dtype(leaves)
-        results = self._overload(*flat, backends.resolve(self.name, backend, leaves[0].value.device, wide))
-        return self._results(results)
+        # Every operator's first argument is a tensor, or begins with one.
+        chosen = backends.resolve(self.name, backend, flat[0].device, self._sum_dtype(flat))
+        return self._results(self._overload(*flat, chosen))
 
     def native(self, *given: Any, **named: Any) -> Any:
         """The operator by the native library."""
-        values = self._bound(given, named)[:-1]
+        values = given if len(given) == len(self._fields) else self._bound(given, named)[:-1]
         flat = [x for one, value in zip(self._fields, values, strict=True) for x in one.flat(value, True)]
         results = self._native(*flat)
         return results if self._single else self._result.whole([*results], True)
@@ -105,7 +104,9 @@ class Operator:
             return [spelled for one in fields for spelled in one.schema(letters, lists)]
 
         taken, given = schema(self._fields, False), schema([self._result], False)
-        self._written = [i for i, spelled in enumerate(taken) if "!)" in spelled]
+        slots = [slot for one in self._fields for slot in one.slots]
+        self._written = [i for i, slot in enumerate(slots) if slot is not None and slot.rule.written]
+        self._wide = [i for i, slot in enumerate(slots) if slot is not None and slot.rule.wide]
         # A result cannot be None: what is missing there is an empty tensor.
         self._may_miss = [spelled.startswith("Tensor?") for spelled in given]
         results = ", ".join(given).replace("?", "")
@@ -114,8 +115,7 @@ class Operator:
         LIBRARY.impl(self.name, self._kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"nabla_fast::{self.name}", self._fake, lib=LIBRARY)
         if self._derivative is not None:
-            kinds = [leaf.kind for leaf in _arrays(self._result)]
-            self._constant = [i for i, kind in enumerate(kinds) if kind != "sum"]
+            self._constant = [i for i, slot in enumerate(self._result.slots) if slot is None or slot.kind != "sum"]
             torch.library.register_autograd(
                 f"nabla_fast::{self.name}", self._backward, setup_context=self._setup, lib=LIBRARY
             )
@@ -130,6 +130,8 @@ class Operator:
         Raises:
             TypeError: for one too many, or too few.
         """
+        if len(given) == len(self._names) and not named:
+            return [*given]
         rest = self._names[len(given) :]
         wrong = [n for n in named if n not in rest] or [n for n in rest if n not in named and n not in self._defaults]
         if wrong or len(given) > len(self._names):
@@ -148,6 +150,8 @@ class Operator:
     def _results(self, results: Any) -> Any:
         if self._single:
             return results
+        if not any(self._may_miss):
+            return self._result.whole([*results], False)
         empty = ((may and x is not None and x.ndim == 1) for may, x in zip(self._may_miss, results, strict=True))
         return self._result.whole([None if e else x for e, x in zip(empty, results, strict=True)], False)
 
@@ -160,26 +164,32 @@ class Operator:
         sizes = arguments.check(leaves)
         if self._check is not None:
             self._check(*values)
-        _refuse_forward_mode(self._called, (leaf.value for leaf in leaves if isinstance(leaf.value, Tensor)))
+        _refuse_forward_mode(self._called, flat)
         return values, leaves, sizes
 
     def _kernel(self, *flat: Any) -> Any:
         values, leaves, sizes = self._checked(flat)
         arguments.check_values(leaves, sizes)
-        wide = _sum_dtype(leaves)
+        wide = self._sum_dtype(flat)
         if not self._written and wide == torch.float64:
             values[0] = _doubled(values[0])
         results = backends.implementation(self, flat[-1])(*values)
         if self._single:
             return results.contiguous()
-        like = leaves[0].value
         parts = self._result.flat(results, False)
-        return tuple(like.new_empty(0, dtype=wide) if x is None else x.contiguous() for x in parts)
+        return tuple(flat[0].new_empty(0, dtype=wide) if x is None else x.contiguous() for x in parts)
 
     def _fake(self, *flat: Any) -> Any:
-        _, leaves, sizes = self._checked(flat)
-        results = tuple(arguments.empty(self._result, sizes, _sum_dtype(leaves), leaves[0].value))
+        _, _, sizes = self._checked(flat)
+        results = tuple(arguments.empty(self._result, sizes, self._sum_dtype(flat), flat[0]))
         return results[0] if self._single else results
+
+    def _sum_dtype(self, flat: Sequence[Any]) -> torch.dtype:
+        """What sums and logits are kept in: float64 where an argument is that has a say in it, else float32."""
+        for i in self._wide:
+            if flat[i] is not None and flat[i].dtype == torch.float64:
+                return torch.float64
+        return torch.float32
 
     def _announce(self, keyset: Any, *flat: Any) -> Any:
         """Tells autograd what is written into."""
@@ -216,19 +226,6 @@ class Operator:
         return gradient, *[None] * (len(flat) - 1)
 
 
-def _arrays(result: Any) -> list[Array]:
-    """One for each tensor of a result."""
-    if isinstance(result, arguments.Group):
-        return [array for one in result.fields for array in _arrays(one)]
-    return [result] if isinstance(result, Array) else [result.one] * result.most
-
-
-def _sum_dtype(leaves: Iterable[Leaf]) -> torch.dtype:
-    """What sums and logits are kept in: float64 where an argument is that has a say in it, else float32."""
-    tensors = (leaf for leaf in leaves if isinstance(leaf.field, Array) and KINDS[leaf.field.kind].wide)
-    return torch.float64 if any(leaf.value.dtype == torch.float64 for leaf in tensors) else torch.float32
-
-
 def _doubled(value: Any) -> Any:
     """A tensor, or a named tuple of tensors, in float64."""
     return value.double() if isinstance(value, Tensor) else type(value)(*(x.double() for x in value))
@@ -256,20 +253,21 @@ _FORWARD_MODE = (
 )
 
 
-def _require_reverse_mode(name: str, tensors: Iterable[Tensor]) -> None:
+def _require_reverse_mode(name: str, flat: Iterable[Any]) -> None:
     """Raises RuntimeError for any other derivative, which only the caller sees: torch.func wraps its tensors."""
     if not torch.compiler.is_compiling():
-        _refuse_forward_mode(name, tensors)
+        _refuse_forward_mode(name, flat)
     elif forward_ad._current_level >= 0:
         raise RuntimeError(_FORWARD_MODE.format(name))
 
 
-def _refuse_forward_mode(name: str, tensors: Iterable[Tensor]) -> None:
+def _refuse_forward_mode(name: str, flat: Iterable[Any]) -> None:
     """Raises RuntimeError for a tensor with a tangent, which would be lost, or one that torch.func differentiates."""
-    functorch = torch._C._functorch
-    for x in tensors:
-        inner = x
+    functorch, dual = torch._C._functorch, forward_ad._current_level >= 0
+    for inner in flat:
+        if not isinstance(inner, Tensor):
+            continue
         while functorch.is_functorch_wrapped_tensor(inner) and not functorch.is_gradtrackingtensor(inner):
             inner = functorch.get_unwrapped(inner)
-        if functorch.is_gradtrackingtensor(inner) or forward_ad.unpack_dual(inner).tangent is not None:
+        if functorch.is_gradtrackingtensor(inner) or (dual and forward_ad.unpack_dual(inner).tangent is not None):
             raise RuntimeError(_FORWARD_MODE.format(name))
