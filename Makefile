@@ -35,10 +35,10 @@ test: $(STAMP)
 # Random examples come from fresh seeds here, and are the same in every other run.
 test-fuzz: $(STAMP)
 	NABLA_FAST_REQUIRE_NATIVE=1 NABLA_FAST_FRESH_EXAMPLES=1 NABLA_FAST_FUZZ_CALLS=400 NABLA_FAST_FUZZ_SEED=$$(date +%s) \
-		$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $$(grep -l "hypothesis\|NABLA_FAST_FUZZ" tests/test_*.py)
+		$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $$(grep -rl "hypothesis\|NABLA_FAST_FUZZ" tests --include="test_*.py")
 
 test-families: $(STAMP)
-	NABLA_FAST_REQUIRE_NATIVE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m families -n $(WORKERS) --maxprocesses 4 -rA tests/test_families.py
+	NABLA_FAST_REQUIRE_NATIVE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m families -n $(WORKERS) --maxprocesses 4 -rA tests/models/test_families.py
 
 test-vllm: $(STAMP) $(VLLM_STAMP)
 	tools/test_vllm.sh .venv-vllm $(BIN)/python

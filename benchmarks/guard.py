@@ -1,4 +1,4 @@
-"""Ratios of ours over eager that must not fall: what `tests/test_benchmark_guard.py` holds against `guard.json`.
+"""Ratios of ours over eager that must not fall: `tests/benchmarks/test_benchmark_guard.py` compares with guard.json.
 
     python benchmarks/guard.py             # measure and compare
     python benchmarks/guard.py --record    # measure ten times and write guard.json; on a quiet machine

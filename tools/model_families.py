@@ -4,8 +4,8 @@
     python tools/model_families.py --only llama,mamba --fresh
     python tools/model_families.py --table    the table alone, from the results there are
 
-Each family runs in a process of its own, with limits on its time and memory. `tests/families.py` makes the models,
-`tests/family_checks.py` says what is checked.
+Each family runs in a process of its own, with limits on its time and memory. `tests/models/families.py` makes the
+models, `tests/models/family_checks.py` says what is checked.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def _families() -> list[str]:
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "models"))
     from families import families
 
     return families()
@@ -52,7 +52,7 @@ def _families() -> list[str]:
 
 def outcome_of(family: str) -> dict[str, str]:
     """What came out of a family, checked in a process of its own; `family_checks.check` says what."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "models"))
     import family_checks  # noqa: F401, loaded once for all processes
 
     # Forked, since loading torch and transformers takes longer than most families.

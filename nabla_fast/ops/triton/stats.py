@@ -309,7 +309,7 @@ def linear_state(h: Tensor, head: Head, inv_tau: float) -> tuple[Tensor, Tensor]
 
 
 def tile_shape(rows: int, device: torch.device) -> dict[str, Any]:
-    """Tile shape (BN, BV, BD) and launch options that spill nowhere (`tests/test_triton_compile.py` holds them to it).
+    """Tile shape (BN, BV, BD) and launch options that spill nowhere (`tests/ops/test_triton_compile.py`).
 
     Few rows take a 16-row tile with the operands swapped. Blackwell hands a finished product to the registers at
     once, which is too much for the widest tiles.

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import pytest
-import typer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import quality
 import quality_methods
+import typer
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Arguments of the CUDA `dto_step`, and the device to run it on: a GPU, or the emulated one of tests/cuda_emulation."""
+"""Arguments of the CUDA `dto_step`, and the device to run it on: a GPU, or the one of tests/ops/cuda_emulation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nabla_fast.ops import cuda, reference
 from nabla_fast.ops.types import DTOInputs, DTOOptions, DTOState, Head, Tables
 from nabla_fast.testing.operators import dto_arguments
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc" / "cuda"
 
 
@@ -31,7 +31,7 @@ def emulation() -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None or sys.platform != "linux":
         pytest.skip("the emulated device needs g++ on Linux")
-    source, folder = ROOT / "tests" / "cuda_emulation", Path(tempfile.mkdtemp())
+    source, folder = ROOT / "tests" / "ops" / "cuda_emulation", Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     # Kernels report what they read and write; device.cpp brings the functions that the sanitizer's code calls.
     flags = dict.fromkeys(("launchers", "mistakes"), "-O1 -fsanitize=thread") | {"device": "-O2 -U_FORTIFY_SOURCE"}

@@ -1,8 +1,9 @@
 """The CUDA back end against the reference.
 
-Every test runs twice: on a GPU, where there is one, and on the emulated device of tests/cuda_emulation, which compiles
-the same kernels for the host. The emulation shows that what they compute is right, and that between every two threads
-that touch the same memory there is a barrier; not that they are fast, nor that a barrier does on the GPU what it says.
+Every test runs twice: on a GPU, where there is one, and on the emulated device of tests/ops/cuda_emulation, which
+compiles the same kernels for the host. The emulation shows that what they compute is right, and that between every two
+threads that touch the same memory there is a barrier; not that they are fast, nor that a barrier does on the GPU what
+it says.
 """
 
 from __future__ import annotations

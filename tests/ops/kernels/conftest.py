@@ -1,4 +1,4 @@
-"""Tests of Triton kernels, on a GPU or in the interpreter. `tests/test_triton.py` runs each file in the interpreter.
+"""Tests of Triton kernels, on a GPU or in the interpreter, where `tests/ops/test_triton.py` runs each file.
 
 Triton reads TRITON_INTERPRET when a kernel is decorated, for the whole process, and inductor decorates kernels too; so
 where the variable is not set, these files are collected only if there is a GPU, and then all tensors are on it.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
+SOURCES = sorted((Path(__file__).parents[2] / "csrc" / "cuda").glob("*.cu"))
 NVCC = shutil.which("nvcc")
 
 # One entry of what `ptxas -v` says.

@@ -191,7 +191,7 @@ def test_an_engine_in_process_gives_the_same_greedy_tokens(backend, prompts, tmp
     given, results = tmp_path / "prompts.json", tmp_path / "results.json"
     given.write_text(json.dumps([list(prompt) for prompt in prompts]))
     python, model = os.environ["NABLA_FAST_VLLM_PYTHON"], os.environ["NABLA_FAST_VLLM_MODEL"]
-    path = os.pathsep.join([str(script.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(script.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     log = tmp_path / "log"
     with log.open("w") as file:
         # Not into a pipe, which would stay open for as long as any process of vLLM's does.

@@ -12,8 +12,19 @@ import sys
 import time
 from pathlib import Path
 
+import cases
+import measure
+import pairs
+import pictures
 import pytest
+import run
+import tables
+import test_bench_dto
+import test_bench_generate
+import test_bench_relaxed_stats
+import test_bench_sampling
 import torch
+from shapes import Shape
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
@@ -22,23 +33,9 @@ from nabla_fast import cli, cli_bench
 from nabla_fast.generate import make_pair
 from nabla_fast.testing.models import tiny_language_model, tiny_reward_model, tiny_tokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import cases
-import measure
-import pairs
-import pictures
-import run
-import tables
-import test_bench_dto
-import test_bench_generate
-import test_bench_relaxed_stats
-import test_bench_sampling
-from shapes import Shape
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 CPU = torch.device("cpu")
 SMALL = Shape("small", 517, 24, True, reward_width=16)

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import functools
-import sys
-from pathlib import Path
 
+import guard
 import pytest
 
 from nabla_fast.ops import native
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import guard
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLOORS = {name: entry["floor"] for name, entry in guard.recorded()["operators"].items()}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from itertools import islice
 from pathlib import Path
 
+import demo_pair_data
+import demo_pair_verifier
+import evaluate_demo_pair
 import pytest
 import torch
+import train_demo_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -26,14 +29,8 @@ from nabla_fast.evaluation import methods
 from nabla_fast.evaluation.tasks import ARITHMETIC, load_task
 from nabla_fast.models.chat import conversation_frame, generation_prompt_ids
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import demo_pair_data
-import demo_pair_verifier
-import evaluate_demo_pair
-import train_demo_pair
-
 MEGABYTE = 10**6
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "quality"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "quality"
 
 
 def ask(problem):

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from functools import lru_cache
-from pathlib import Path
 
 import pytest
+from published_schedule import Models, PublishedSchedule, State
 
 import nabla_fast as nf
 from nabla_fast.generate import make_pair, stop_rule
 from nabla_fast.rollout import HFRollout
 from nabla_fast.testing.models import tiny_language_model, tiny_reward_model, tiny_tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from published_schedule import Models, PublishedSchedule, State
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,7 @@ import pytest
 from families import families, tiny_model, tiny_reward_model
 from family_checks import check
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "model_families.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "model_families.py"
 BATCHED = "batches behind prefixes"
 FAST = (
     "llama",

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-
-import pytest
-from rich.console import Console
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import pictures
 import plots
+import pytest
 import run
 import tables
+from rich.console import Console
 
 
 def contender(taken: float, ours: bool, **figures):

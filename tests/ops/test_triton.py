@@ -1,4 +1,4 @@
-"""The Triton kernels in the interpreter: each file of `tests/kernels` in a process with TRITON_INTERPRET=1.
+"""The Triton kernels in the interpreter: each file of `tests/ops/kernels` in a process with TRITON_INTERPRET=1.
 
 Processes of their own, because Triton reads the variable once for all kernels of a process, inductor's included. Where
 there is a GPU, pytest finds the files by itself as well and runs them there.

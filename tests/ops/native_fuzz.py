@@ -1,6 +1,6 @@
 """Calls every operator with right and wrong arguments, each behind a page nobody may touch.
 
-    python tests/native_fuzz.py SEED CALLS
+    python tests/ops/native_fuzz.py SEED CALLS
 
 The operators of the native back end, and the public ones by "native" and by "reference". What an operator does not
 write to is read-only memory; where it writes into a view, what lies between must stay. Every operator runs in a process

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import cases
+import pytest
 import test_bench_dto
+import torch
 from tables import CHECKPOINTED, memory_share
 
 pytestmark = [

@@ -7,15 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import improvement
 import plots
+import pytest
 import tables
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = ["--before", "HEAD", "--after", "HEAD", "--suite", "operators", "--case", "token_diff"]
 
 needs_git = pytest.mark.skipif(

@@ -135,7 +135,7 @@ def test_packed_training_scores_are_the_separate_ones(
 ) -> None:
     pytest.importorskip("reasoning_gym")
     peft = pytest.importorskip("peft")
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
     import reward_data
     import train_reward
 
@@ -169,7 +169,7 @@ def test_packed_training_scores_are_the_separate_ones(
     [([3.0, 2.0, 1.0], [True, False, False], 1.0), ([1.0, 1.0], [True, False], 0.5), ([1.0, 2.0], [True, False], 0.0)],
 )
 def test_auroc(monkeypatch: pytest.MonkeyPatch, scores: list[float], rights: list[bool], expected: float) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
     import evaluate_reward
 
     assert evaluate_reward.auroc(scores, rights) == expected

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOOL_PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
 CMAKE, NINJA = (shutil.which(name, path=TOOL_PATH) for name in ("cmake", "ninja"))
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
