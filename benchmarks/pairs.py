@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ import nabla_fast as nf
 from nabla_fast.cli_models import quiet_transformers
 from nabla_fast.generate import Pair, make_pair
 from nabla_fast.models.chat import Message
-from nabla_fast.rollout import Rollout, RolloutBackend, RolloutStream, Start, StopRule, rollout
-from nabla_fast.sampling import Context
+from nabla_fast.rollout import Rollout, RolloutBackend, RolloutStream, StopRule, rollout
+from nabla_fast.sequence import Sequence
 
 _TEMPLATE = (
     "{% for m in messages %}<|start|> {{ m['role'] }} {{ m['content'] }} <|end|> {% endfor %}"
@@ -33,14 +33,14 @@ class Replay:
 
     def open(self, sampling: nf.Sampling, stop: StopRule) -> RolloutStream:
         """See `RolloutBackend.open`."""
-        return _AtOnce(lambda starts: self._replay(starts, sampling, stop))
+        return _AtOnce(lambda sequences: self._replay(sequences, sampling, stop))
 
-    def _replay(self, starts: Sequence[Start], sampling: nf.Sampling, stop: StopRule) -> list[Rollout]:
-        contexts = [start.context for start in starts]
-        keys = [(context.prompt_ids, context.response, context.seed) for context in contexts]
+    def _replay(self, sequences: list[Sequence], sampling: nf.Sampling, stop: StopRule) -> list[Rollout]:
+        keys = [(s.prompt_ids, s.prefix, s.seed) for s in sequences]
         missing = [i for i, key in enumerate(keys) if key not in self.drawn]
-        # Without tracks, so that neither side gets keys and values that it has not paid for.
-        new = rollout(self.source, [Start(contexts[i]) for i in missing], sampling, stop)
+        # Without caches, so that neither side gets keys and values that it has not paid for.
+        bare = [Sequence(*keys[i], sequences[i].limit) for i in missing]
+        new = rollout(self.source, bare, sampling, stop)
         self.drawn.update({keys[i]: drawn for i, drawn in zip(missing, new, strict=True)})
         return [self.drawn[key] for key in keys]
 
@@ -57,13 +57,13 @@ class RandomRollouts:
 
     def open(self, sampling: nf.Sampling, stop: StopRule) -> RolloutStream:
         """See `RolloutBackend.open`."""
-        return _AtOnce(lambda starts: [self._one(start.context) for start in starts])
+        return _AtOnce(lambda sequences: [self._one(sequence) for sequence in sequences])
 
-    def _one(self, context: Context) -> Rollout:
+    def _one(self, sequence: Sequence) -> Rollout:
         vocabulary, width = self.weight.shape
-        begin, device = len(context.response), self.weight.device
-        generator = torch.Generator(device).manual_seed((context.seed + begin) % 2**63)
-        tokens = torch.randint(len(_SPECIAL), vocabulary, (context.limit - begin,), generator=generator, device=device)
+        begin, device = len(sequence.prefix), self.weight.device
+        generator = torch.Generator(device).manual_seed((sequence.seed + begin) % 2**63)
+        tokens = torch.randint(len(_SPECIAL), vocabulary, (sequence.limit - begin,), generator=generator, device=device)
         latents = torch.randn(len(tokens), width, generator=generator, device=device)
         return Rollout(tokens.cpu(), latents.to(self.weight.dtype))
 
@@ -71,17 +71,16 @@ class RandomRollouts:
 class _AtOnce:
     """A stream whose rollouts end as soon as they are asked for; ``draw`` makes those of all that were submitted."""
 
-    def __init__(self, draw: Callable[[list[Start]], list[Rollout]]) -> None:
+    def __init__(self, draw: Callable[[list[Sequence]], list[Rollout]]) -> None:
         self.draw = draw
-        self.submitted: list[tuple[int, Start]] = []
+        self.submitted: list[Sequence] = []
 
-    def submit(self, key: int, start: Start) -> None:
-        self.submitted.append((key, start))
+    def submit(self, sequence: Sequence) -> None:
+        self.submitted.append(sequence)
 
-    def collect(self) -> list[tuple[int, Rollout]]:
+    def collect(self) -> list[tuple[Sequence, Rollout]]:
         submitted, self.submitted = self.submitted, []
-        drawn = self.draw([start for _, start in submitted])
-        return [(key, rollout) for (key, _), rollout in zip(submitted, drawn, strict=True)]
+        return list(zip(submitted, self.draw(submitted), strict=True))
 
     def close(self) -> None:
         self.submitted = []

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,9 @@ from torch import Tensor
 
 from nabla_fast.config import NablaConfig
 from nabla_fast.models.chat import Chat, conversation_frame, generation_prompt_ids
-from nabla_fast.rollout import RolloutBackend, Start, StopRule, rollout
-from nabla_fast.sampling import Context, Sampler, anchor_noise, gumbel, sequence_seeds
+from nabla_fast.rollout import RolloutBackend, StopRule, rollout
+from nabla_fast.sampling import Sampler, anchor_noise, gumbel, sequence_seeds
+from nabla_fast.sequence import Sequence
 from nabla_fast.stats import Clock, Revision, SequenceStats
 
 
@@ -102,8 +103,9 @@ class State:
         """(position,) int64."""
         return self.trajectory.tokens[: self.position]
 
-    def context(self, response: Tensor) -> Context:
-        return Context(self.prompt, tuple(response.tolist()), self.seed, self.limit)
+    def sequence(self, prefix: Tensor) -> Sequence:
+        """As rollouts and samplers take it: with a prefix to continue, without anything computed of it."""
+        return Sequence(self.prompt, tuple(prefix.tolist()), self.seed, self.limit)
 
 
 @dataclass
@@ -176,7 +178,7 @@ class PublishedSchedule:
     def roll_out(self, state: State, prefix: Tensor) -> Trajectory:
         """Continues the response ids ``prefix`` to a complete, scored trajectory."""
         with self.clock.phase("rollout", [state.stats]):
-            (new,) = rollout(self.rollouts, [Start(state.context(prefix))], self.config.rollout, self.stop)
+            (new,) = rollout(self.rollouts, [state.sequence(prefix)], self.config.rollout, self.stop)
         state.stats.rollouts += 1
         state.stats.generated_tokens += len(new.tokens)
         tokens = torch.cat([prefix, new.tokens.to(prefix.device)])
@@ -307,7 +309,8 @@ class PublishedSchedule:
     def resample(self, state: State, logits: Tensor) -> int:
         """Draws the next token anew, from the optimised logits (V,)."""
         with self.clock.phase("resample", [state.stats]):
-            return int(self.sampler(logits[None], self.config.resample, [state.context(state.committed)]))
+            sequence = state.sequence(state.committed)
+            return int(self.sampler(logits[None], self.config.resample, [sequence], [sequence.prefix]))
 
     # 5
     def propose(self, state: State, token: int) -> None:
@@ -330,7 +333,7 @@ class PublishedSchedule:
         keys = [(state.seed, state.position + row) for row in range(len(z))]
         return (z + self._soft_noise(keys, z)).argmax(-1)
 
-    def _soft_noise(self, keys: Sequence[tuple[int, int]], z: Tensor) -> Tensor | float:
+    def _soft_noise(self, keys: Seq[tuple[int, int]], z: Tensor) -> Tensor | float:
         if not self.config.gumbel_noise:
             return 0.0
         return self.config.gumbel_noise * gumbel(keys, z.shape[-1], z.device)

@@ -6,7 +6,8 @@ larger ``max_rollouts`` too. Counters and seconds are those of the decode that a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from nabla_fast.baselines import Samples
 from nabla_fast.evaluation import methods
 from nabla_fast.evaluation.methods import MAX_ROLLOUTS, Answer, Batch
-from nabla_fast.sampling import Context, Sampler
+from nabla_fast.sampling import Sampler
+from nabla_fast.sequence import Sequence
 
 SAMPLES = (1, 2, 4, 8, 16, 32)
 BLIND, FRESH = "blind-resampling", "nabla-fresh-noise"
@@ -28,11 +30,13 @@ class FreshNoise(Sampler):
 
     resample: Any = None
 
-    def __call__(self, logits: torch.Tensor, sampling: Any, contexts: Sequence[Context]) -> torch.Tensor:
+    def __call__(
+        self, logits: torch.Tensor, sampling: Any, sequences: Seq[Sequence], responses: Seq[tuple[int, ...]]
+    ) -> torch.Tensor:
         """See `Sampler.__call__`."""
         if sampling is self.resample:
-            contexts = [replace(context, seed=context.seed ^ 0x5DEECE66D) for context in contexts]
-        return super().__call__(logits, sampling, contexts)
+            sequences = [replace(sequence, seed=sequence.seed ^ 0x5DEECE66D) for sequence in sequences]
+        return super().__call__(logits, sampling, sequences, responses)
 
 
 def fresh(batch: Batch) -> list[Answer]:
@@ -87,7 +91,7 @@ def _once(method: Method) -> Method:
     return run
 
 
-def _only(batch: Batch, rows: Sequence[int]) -> Batch:
+def _only(batch: Batch, rows: Seq[int]) -> Batch:
     """Some problems of a batch."""
     names = ("problems", "prompt_ids", "frames", "seeds")
     return replace(batch, **{name: [getattr(batch, name)[i] for i in rows] for name in names})

@@ -8,12 +8,14 @@ well, which takes less memory and more time.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
+import published_schedule
 import torch
 from cases import Case, Record, Setting
 from pairs import Loaded, numbered_chat, random_pair, smollm2
-from published_schedule import PublishedSchedule, Trajectory
+from published_schedule import PublishedSchedule
 from sides import Outcome, compare, side_record
 from tables import CHECKPOINTED, OURS
 from torch import Tensor
@@ -22,9 +24,10 @@ import nabla_fast as nf
 from nabla_fast import dto
 from nabla_fast.generate import stop_rule
 from nabla_fast.models.chat import generation_prompt_ids
-from nabla_fast.objective import Conversation, Objective
+from nabla_fast.objective import Objective
 from nabla_fast.rollout import HFRollout
 from nabla_fast.sampling import sequence_seeds
+from nabla_fast.sequence import Sequence, Trajectory
 
 STEPS = 20
 AHEAD = (64, 256, 1024)
@@ -53,11 +56,13 @@ def ours(loaded: Loaded, chat: Any, config: nf.NablaConfig, tokens: Tensor, late
     prompt = tuple(generation_prompt_ids(pair.tokenizer, chat))
     (seed,) = sequence_seeds(config.seed, [prompt])
     objective = Objective(pair.language_model, pair.reward_model, config)
-    conversation = Conversation(prompt, pair.reward_model.chat_frame(chat), len(tokens))
-    rollout = tokens.cpu()
-    problem = dto.Problem(conversation, rollout[:0], latents, seed, rollout=rollout)
+    sequence = Sequence(prompt, (), seed, len(tokens), pair.reward_model.chat_frame(chat))
+    head = pair.language_model.head
     with torch.no_grad():
-        (done,) = dto.optimize_batch([problem], objective)
+        hard = tokens if config.anchor == "rollout" else dto.start_tokens(latents, True, seed, 0, head, config)
+        uncertain = torch.ones(len(tokens), dtype=torch.bool)
+        sequence.trajectory = Trajectory(tokens.cpu(), latents, hard.cpu(), uncertain, math.nan)
+        (done,) = dto.optimize_batch([sequence], [latents], objective)
     return {"gradient_evaluations": done.gradient_evaluations, "result": done.logits[0].float()}
 
 
@@ -65,7 +70,7 @@ def published(loaded: Loaded, chat: Any, config: nf.NablaConfig, tokens: Tensor,
     rollouts = HFRollout(loaded.pair.language_model)  # none is drawn
     schedule = PublishedSchedule(loaded.models, rollouts, config, stop_rule(loaded.pair, config))
     state = schedule.start(chat)
-    state.trajectory = Trajectory(tokens, latents, 0.0)
+    state.trajectory = published_schedule.Trajectory(tokens, latents, 0.0)
     with torch.no_grad():
         logits = schedule.optimise(state)
     return {"gradient_evaluations": state.stats.gradient_evaluations, "result": logits.float()}

@@ -23,9 +23,9 @@ import nabla_fast as nf
 from nabla_fast import decoder
 from nabla_fast.generate import stop_rule
 from nabla_fast.models.chat import generation_prompt_ids
-from nabla_fast.objective import Conversation, Objective
+from nabla_fast.objective import Objective
 from nabla_fast.rollout import HFRollout
-from nabla_fast.sampling import Sampler, sequence_seeds
+from nabla_fast.sampling import Sampler
 
 # To either of these SmolLM2 writes an answer of 256 tokens and more.
 QUESTIONS = (
@@ -44,11 +44,7 @@ def ours(loaded: Loaded, chats: list[Any], config: nf.NablaConfig, rollouts: Any
     pair = loaded.pair
     prompts = [tuple(generation_prompt_ids(pair.tokenizer, chat)) for chat in chats]
     frames = [pair.reward_model.chat_frame(chat) for chat in chats]
-    seeds = sequence_seeds(config.seed, prompts)
-    sequences = [
-        decoder.Sequence(i, Conversation(prompt, frame, config.max_new_tokens), seed)
-        for i, (prompt, frame, seed) in enumerate(zip(prompts, frames, seeds, strict=True))
-    ]
+    sequences = pair.sequences(prompts, frames, config)
     with torch.no_grad():
         objective = Objective(pair.language_model, pair.reward_model, config)
         decoder.Decoder(objective, rollouts, Sampler(), stop_rule(pair, config)).decode(sequences)

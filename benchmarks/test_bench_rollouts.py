@@ -17,12 +17,12 @@ from tables import ALONE, NO_DRAFTS, OURS
 from test_bench_dto import load
 
 import nabla_fast as nf
-from nabla_fast.decoder import Decoder, Sequence
+from nabla_fast.decoder import Decoder
 from nabla_fast.generate import stop_rule
-from nabla_fast.models.chat import generation_prompt_ids
-from nabla_fast.objective import Conversation, Objective
-from nabla_fast.rollout import HFRollout, Rollout, RolloutStream, Start, rollout
-from nabla_fast.sampling import Context, Sampler, sequence_seeds
+from nabla_fast.objective import Objective
+from nabla_fast.rollout import HFRollout, Rollout, RolloutStream, rollout
+from nabla_fast.sampling import Sampler
+from nabla_fast.sequence import Sequence
 
 # Arithmetic with its steps, and open questions.
 QUESTIONS = (
@@ -37,22 +37,18 @@ QUESTIONS = (
 )
 
 
-def prompts(loaded: Loaded, chats: list[Any]) -> list[tuple[int, ...]]:
-    return [tuple(generation_prompt_ids(loaded.pair.tokenizer, chat)) for chat in chats]
+def begun(loaded: Loaded, chats: list[Any], config: nf.NablaConfig) -> list[Sequence]:
+    return loaded.pair.sequences(*loaded.pair.prompts(chats, config), config)
 
 
 def together(loaded: Loaded, chats: list[Any], config: nf.NablaConfig, at_once: int) -> Outcome:
     """First rollouts of all prompts, ``at_once`` of them in a batch."""
-    ids = prompts(loaded, chats)
-    starts = [
-        Start(Context(prompt, (), seed, config.max_new_tokens))
-        for prompt, seed in zip(ids, sequence_seeds(config.seed, ids), strict=True)
-    ]
+    sequences = begun(loaded, chats, config)
     backend, stop = HFRollout(loaded.pair.language_model), stop_rule(loaded.pair, config)
     drawn = [
         one
-        for begin in range(0, len(starts), at_once)
-        for one in rollout(backend, starts[begin : begin + at_once], config.rollout, stop)
+        for first in range(0, len(sequences), at_once)
+        for one in rollout(backend, sequences[first : first + at_once], config.rollout, stop)
     ]
     return {"tokens": sum(len(one.tokens) for one in drawn), "result": torch.cat([one.tokens for one in drawn]).cpu()}
 
@@ -63,21 +59,21 @@ class Proposals:
     def __init__(self, backend: HFRollout) -> None:
         self.backend = backend
         self.counted: dict[str, int] = dict.fromkeys(("tokens", "calls", "drafted", "accepted"), 0)
-        self.proposals: set[int] = set()
+        self.proposals: set[Sequence] = set()
 
     def open(self, sampling: nf.Sampling, stop: Any) -> Proposals:
         self.stream: RolloutStream = self.backend.open(sampling, stop)
         return self
 
-    def submit(self, key: int, start: Start) -> None:
-        if start.context.response:
-            self.proposals.add(key)
-        self.stream.submit(key, start)
+    def submit(self, sequence: Sequence) -> None:
+        if sequence.prefix:
+            self.proposals.add(sequence)
+        self.stream.submit(sequence)
 
-    def collect(self) -> list[tuple[int, Rollout]]:
+    def collect(self) -> list[tuple[Sequence, Rollout]]:
         ended = self.stream.collect()
-        for key, drawn in ended:
-            if key in self.proposals:
+        for sequence, drawn in ended:
+            if sequence in self.proposals:
                 self.counted["tokens"] += len(drawn.tokens)
                 for name in ("calls", "drafted", "accepted"):
                     self.counted[name] += getattr(drawn, name)
@@ -90,11 +86,7 @@ class Proposals:
 def decode(loaded: Loaded, chats: list[Any], config: nf.NablaConfig) -> Outcome:
     """A whole decode; its rollouts alone are charged."""
     pair = loaded.pair
-    ids = prompts(loaded, chats)
-    sequences = [
-        Sequence(i, Conversation(prompt, pair.reward_model.chat_frame(chat), config.max_new_tokens), seed)
-        for i, (prompt, chat, seed) in enumerate(zip(ids, chats, sequence_seeds(config.seed, ids), strict=True))
-    ]
+    sequences = begun(loaded, chats, config)
     rollouts = Proposals(HFRollout(pair.language_model, draft_tokens=config.draft_tokens))
     with torch.no_grad():
         objective = Objective(pair.language_model, pair.reward_model, config)

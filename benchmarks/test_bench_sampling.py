@@ -9,7 +9,7 @@ sides draw with different noise, so either is held to draw from the nucleus.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 
 import torch
 from cases import Case, Contest, Inputs, Setting, with_compiled
@@ -18,7 +18,8 @@ from tables import OURS
 from torch import Tensor
 
 import nabla_fast as nf
-from nabla_fast.sampling import Context, Sampler
+from nabla_fast.sampling import Sampler
+from nabla_fast.sequence import Sequence
 from nabla_fast.testing.operators import randn
 
 ROWS = (1, 8, 32)
@@ -27,11 +28,12 @@ PEAKED = 7.0
 """Standard deviation of the logits."""
 
 
-def ours(logits: Tensor, contexts: Sequence[Context]) -> Tensor:
-    return Sampler()(logits, PUBLISHED, contexts[: len(logits)])
+def ours(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
+    rows = sequences[: len(logits)]
+    return Sampler()(logits, PUBLISHED, rows, [sequence.prefix for sequence in rows])
 
 
-def eager(logits: Tensor, _: Sequence[Context]) -> Tensor:
+def eager(logits: Tensor, _: Seq[Sequence]) -> Tensor:
     """What `generate` of transformers does, by its own warpers."""
     from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -41,14 +43,14 @@ def eager(logits: Tensor, _: Sequence[Context]) -> Tensor:
     return torch.multinomial(logits.softmax(-1), 1)[:, 0]
 
 
-def nucleus(logits: Tensor, _: Sequence[Context]) -> Tensor:
+def nucleus(logits: Tensor, _: Seq[Sequence]) -> Tensor:
     """Whether each token (N, V) is one of the fewest whose probability reaches top-p."""
     ordered, index = (logits / PUBLISHED.temperature).softmax(-1).sort(dim=-1, descending=True)
     inside = ordered.cumsum(-1) - ordered < PUBLISHED.top_p
     return inside.scatter(-1, index, inside)
 
 
-def check_drawn(contest: Contest, name: str, inputs: Inputs, meant: Sequence[Tensor]) -> dict[str, float]:
+def check_drawn(contest: Contest, name: str, inputs: Inputs, meant: Seq[Tensor]) -> dict[str, float]:
     """AssertionError if a contender's first tokens are not in the nucleus."""
     function = contest.ours.get(name) or contest.baselines[name]
     (inside,) = meant
@@ -61,8 +63,8 @@ def check_drawn(contest: Contest, name: str, inputs: Inputs, meant: Sequence[Ten
 
 def inputs(seed: int, setting: Setting, shape: Shape, rows: int) -> Inputs:
     logits = randn(rows, shape.vocabulary, seed=seed, scale=PEAKED, device=setting.device)
-    contexts = [Context((1,), tuple(range(row)), 1000 * seed + row, 10**6) for row in range(rows)]
-    return Inputs((logits,), (contexts,))
+    sequences = [Sequence((1,), tuple(range(row)), 1000 * seed + row, 10**6) for row in range(rows)]
+    return Inputs((logits,), (sequences,))
 
 
 def contest(setting: Setting, shape: Shape, rows: int) -> Contest:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from nabla_fast.config import NablaConfig, Sampling
 from nabla_fast.decoder import Observer
-from nabla_fast.generate import NablaOutput, Pair, generate, make_pair, response_limit, stop_rule
+from nabla_fast.generate import NablaOutput, Pair, generate, make_pair, stop_rule
 from nabla_fast.models.chat import as_chats
 from nabla_fast.models.reward_model import RewardFrame
-from nabla_fast.objective import Conversation, Objective
-from nabla_fast.rollout import Start, StopRule
-from nabla_fast.sampling import Context, sequence_seeds
+from nabla_fast.objective import Objective
+from nabla_fast.rollout import StopRule
+from nabla_fast.sampling import sequence_seeds
+from nabla_fast.sequence import Sequence
 from nabla_fast.stats import SequenceStats, Stats
 
 T = TypeVar("T")
@@ -165,14 +166,12 @@ def sample(
     for name, value in (("n", n), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    limits = [response_limit(pair, i, *prompt, config) for i, prompt in enumerate(zip(prompt_ids, frames, strict=True))]
-    seeds = sequence_seeds(config.seed, prompt_ids) if seeds is None else seeds
     rows = [
-        (Conversation(ids, frame, limit), seed)
-        for ids, frame, limit, first in zip(prompt_ids, frames, limits, seeds, strict=True)
-        for seed in _sample_seeds(first, ids, n)
+        Sequence(prompt.prompt_ids, (), seed, prompt.limit, prompt.frame, index=prompt.index * n + j)
+        for prompt in pair.sequences(prompt_ids, frames, config, seeds)
+        for j, seed in enumerate(_sample_seeds(prompt.seed, prompt.prompt_ids, n))
     ]
-    sequences: dict[int, Tensor] = {}
+    drawn: dict[int, Tensor] = {}
     rewards: dict[int, float] = {}
     groups: dict[int, Samples] = {}
     # A caller's inference mode would make tensors that the reward model's autograd cannot use.
@@ -182,18 +181,17 @@ def sample(
         for first in range(0, len(rows), batch_size or len(rows)):
             part = rows[first : first + (batch_size or len(rows))]
             for ended in _draw(pair, objective, part, config.rollout, stop_rule(pair, config)):
-                conversations = [part[i][0] for i in ended]
-                scores = objective.rewards(conversations, list(ended.values())) if scored else []
-                rewards.update(zip((first + i for i in ended), scores, strict=False))
-                sequences.update((first + i, tokens) for i, tokens in ended.items())
-                for conversation in conversations:
-                    conversation.reward = None  # keys and values of a scored answer: nobody asks for them again
-                for i in sorted({(first + j) // n for j in ended}):
+                scores = objective.rewards([*ended], [*ended.values()]) if scored else []
+                rewards.update((sequence.index, reward) for sequence, reward in zip(ended, scores, strict=False))
+                drawn.update((sequence.index, tokens) for sequence, tokens in ended.items())
+                for sequence in ended:
+                    sequence.release()  # nobody asks for the caches of a scored answer again
+                for i in sorted({sequence.index // n for sequence in ended}):
                     own = range(i * n, (i + 1) * n)
-                    if all(j in sequences for j in own):
+                    if all(j in drawn for j in own):
                         scored_own = [rewards[j] for j in own] if scored else None
-                        records = [rows[j][0].stats for j in own]
-                        groups[i] = _samples(pair, [sequences[j] for j in own], scored_own, records)
+                        records = [rows[j].stats for j in own]
+                        groups[i] = _samples(pair, [drawn[j] for j in own], scored_own, records)
                         on_group(i, groups[i])
     return [groups[i] for i in range(len(prompt_ids))]
 
@@ -204,22 +202,22 @@ def _sample_seeds(first: int, prompt_ids: tuple[int, ...], n: int) -> list[int]:
 
 
 def _draw(
-    pair: Pair, objective: Objective, rows: Seq[tuple[Conversation, int]], sampling: Sampling, stop: StopRule
-) -> Iterator[dict[int, Tensor]]:
-    """Row → its tokens, of the rows that ended together, until all have."""
-    running = {i: conversation.stats for i, (conversation, _) in enumerate(rows)}
+    pair: Pair, objective: Objective, rows: Seq[Sequence], sampling: Sampling, stop: StopRule
+) -> Iterator[dict[Sequence, Tensor]]:
+    """Sequence → its tokens, of those that ended together, until all have."""
+    running = set(rows)
     with closing(pair.rollouts(objective.config).open(sampling, stop)) as stream:
-        for i, (conversation, seed) in enumerate(rows):
-            stream.submit(i, Start(Context(conversation.prompt_ids, (), seed, conversation.limit)))
+        for sequence in rows:
+            stream.submit(sequence)
         while running:
-            with objective.clock.phase("rollout", list(running.values())):
+            with objective.clock.phase("rollout", [sequence.stats for sequence in running]):
                 ended = stream.collect()
-            for i, drawn in ended:
-                stats = running.pop(i)
-                stats.rollouts += 1
-                stats.generated_tokens += len(drawn.tokens)
-                stats.rollout_calls += drawn.calls
-            yield {i: drawn.tokens for i, drawn in ended}
+            for sequence, drawn in ended:
+                running.remove(sequence)
+                sequence.stats.rollouts += 1
+                sequence.stats.generated_tokens += len(drawn.tokens)
+                sequence.stats.rollout_calls += drawn.calls
+            yield {sequence: drawn.tokens for sequence, drawn in ended}
 
 
 def _samples(pair: Pair, sequences: list[Tensor], rewards: list[float] | None, records: list[SequenceStats]) -> Samples:

@@ -6,10 +6,9 @@ The steps are numbered as in the design: 1 roll out, 2 select, 3 optimise, 4 res
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -17,11 +16,12 @@ from torch import Tensor
 
 from nabla_fast import dto, ops
 from nabla_fast.config import NablaConfig
-from nabla_fast.objective import Conversation, Objective
-from nabla_fast.rollout import Rollout, RolloutBackend, RolloutError, RolloutStream, Start, StopRule
-from nabla_fast.sampling import Context, Sampler
-from nabla_fast.selection import Candidates, select
-from nabla_fast.stats import Revision, SequenceStats
+from nabla_fast.objective import Objective
+from nabla_fast.rollout import Rollout, RolloutBackend, RolloutError, RolloutStream, StopRule
+from nabla_fast.sampling import Sampler
+from nabla_fast.selection import select
+from nabla_fast.sequence import Sequence, Trajectory
+from nabla_fast.stats import Revision
 
 
 class Observer(Protocol):
@@ -32,69 +32,6 @@ class Observer(Protocol):
 
     def on_commit(self, index: int, tokens: list[int], length: int) -> None:
         """Sequence ``index`` has committed ``tokens`` of a response that is ``length`` tokens long as it stands."""
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """A complete response.
-
-    Attributes:
-        tokens: (n,) int64, on the CPU.
-        latents: (n, d) the hidden state that predicts each token.
-        hard: (n,) int64 what DTO takes the tokens ahead to be, before its first step; on the CPU.
-        uncertain: (n,) bool, True where entropy and confidence ask for optimisation.
-        reward: of the whole response.
-    """
-
-    tokens: Tensor
-    latents: Tensor
-    hard: Tensor
-    uncertain: Tensor
-    reward: float
-
-
-@dataclass
-class Sequence:
-    """One response in the making.
-
-    Attributes:
-        index: in the batch.
-        conversation: prompt and counters.
-        seed: of its noise.
-        position: number of committed tokens.
-        trajectory: the committed tokens and those ahead; None before the first rollout.
-        prefix: response tokens that the rollout under way goes on from.
-        drawn: every complete response so far, the current one first.
-    """
-
-    index: int
-    conversation: Conversation
-    seed: int
-    position: int = 0
-    trajectory: Trajectory | None = None
-    prefix: tuple[int, ...] = ()
-    drawn: list[tuple[int, ...]] = field(default_factory=list)
-
-    @property
-    def current(self) -> Trajectory:
-        assert self.trajectory is not None, "the first rollout has not been drawn"
-        return self.trajectory
-
-    @property
-    def stats(self) -> SequenceStats:
-        return self.conversation.stats
-
-    @property
-    def committed(self) -> tuple[int, ...]:
-        return tuple(self.current.tokens[: self.position].tolist())
-
-    def context(self, response: tuple[int, ...]) -> Context:
-        """This sequence after ``response``, waiting for its next token."""
-        return Context(self.conversation.prompt_ids, response, self.seed, self.conversation.limit)
-
-    @property
-    def finished(self) -> bool:
-        return self.position >= len(self.current.tokens)
 
 
 class Decoder:
@@ -146,22 +83,21 @@ class Decoder:
 
     def _decode(self, sequences: Seq[Sequence]) -> Iterator[Sequence]:
         waiting = deque(sequences)
-        rolling: dict[int, Sequence] = {}
+        rolling: set[Sequence] = set()
         with closing(self.rollouts.open(self.config.rollout, self.stop)) as stream:
             while waiting or rolling:
                 while waiting and len(rolling) < self.config.max_batch_size:
-                    sequence = waiting.popleft()
-                    rolling[sequence.index] = sequence
+                    rolling.add(sequence := waiting.popleft())
                     self.roll_out(sequence, (), stream)
-                arrived = self.receive(rolling, stream)
-                under_way = arrived
+                arrived = under_way = self.receive(rolling, stream)
+                rolling.difference_update(arrived)
                 while arrived:
                     arrived = self.stop_spent(arrived)
                     arrived = self.select(arrived)
                     logits = self.optimise(arrived)
                     tokens = self.resample(arrived, logits)
                     changed, arrived = self.propose(arrived, tokens, stream)
-                    rolling |= {sequence.index: sequence for sequence in changed}
+                    rolling.update(changed)
                 yield from (sequence for sequence in under_way if sequence.finished)
 
     # 1
@@ -172,16 +108,15 @@ class Decoder:
         """
         sequence.prefix = prefix
         self._announce("rollout", [sequence])
-        track = self.objective.language_track(sequence.conversation)
-        stream.submit(sequence.index, Start(sequence.context(prefix), track, tuple(sequence.drawn)))
+        self.objective.language_cache(sequence)  # so that the rollout's is kept
+        stream.submit(sequence)
 
-    def receive(self, rolling: dict[int, Sequence], stream: RolloutStream) -> list[Sequence]:
+    def receive(self, rolling: Collection[Sequence], stream: RolloutStream) -> list[Sequence]:
         """Waits for rollouts to end, which makes complete, scored trajectories; the sequences they are of."""
-        with self.objective.clock.phase("rollout", [s.stats for s in rolling.values()]):
+        with self.objective.clock.phase("rollout", [s.stats for s in rolling]):
             ended = stream.collect()
-        sequences = [rolling.pop(index) for index, _ in ended]
-        drawn = [rollout for _, rollout in ended]
-        for sequence, new in zip(sequences, drawn, strict=True):
+        sequences, drawn = [s for s, _ in ended], [rollout for _, rollout in ended]
+        for sequence, new in ended:
             sequence.stats.rollouts += 1
             sequence.stats.generated_tokens += len(new.tokens)
             sequence.stats.rollout_calls += new.calls
@@ -197,7 +132,7 @@ class Decoder:
             sequence.drawn.insert(0 if accepted else 1, tuple(trajectory.tokens.tolist()))
             if accepted:
                 sequence.trajectory = trajectory
-                self.objective.language_track(sequence.conversation).keep(trajectory.tokens[:-1], rollout.state)
+                self.objective.language_cache(sequence).keep(trajectory.tokens[:-1], rollout.cache)
             # Of a proposal, the token it began with is decided.
             self._commit(sequence, len(sequence.prefix))
         return sequences
@@ -207,12 +142,8 @@ class Decoder:
         """Commits everything before the next token worth optimising; returns the sequences that have one."""
         if not sequences:
             return []
-        candidates = [
-            Candidates(s.conversation, s.current.tokens, s.current.hard, s.current.uncertain, s.position)
-            for s in sequences
-        ]
         with self._phase("selection", sequences):
-            positions = select(candidates, self.objective, self.config)
+            positions = select(sequences, self.objective, self.config)
         for sequence, position in zip(sequences, positions, strict=True):
             sequence.stats.skipped_positions += position - sequence.position
             self._commit(sequence, position)
@@ -224,7 +155,7 @@ class Decoder:
         if not sequences:
             return torch.empty(0)
         with self._phase("dto", sequences):
-            results = dto.optimize_batch([self._problem(s) for s in sequences], self.objective)
+            results = dto.optimize_batch(sequences, [self._start(s) for s in sequences], self.objective)
         for sequence in sequences:
             sequence.stats.optimised_positions += 1
         return torch.cat([result.logits[:1] for result in results])
@@ -234,9 +165,9 @@ class Decoder:
         """Draws each sequence's next token anew, from the optimised logits."""
         if not sequences:
             return []
-        contexts = [s.context(s.committed) for s in sequences]
+        committed = [s.committed for s in sequences]
         with self._phase("resample", sequences):
-            tokens: list[int] = self.sampler(logits, self.config.resample, contexts).tolist()
+            tokens: list[int] = self.sampler(logits, self.config.resample, sequences, committed).tolist()
         return tokens
 
     # 5
@@ -285,11 +216,11 @@ class Decoder:
             self.observer.on_commit(sequence.index, tokens[sequence.position : position].tolist(), len(tokens))
         sequence.position = position
         if sequence.finished:
-            sequence.conversation.release()
+            sequence.release()
 
     def _score(self, sequences: Seq[Sequence], tokens: Seq[Tensor]) -> list[float]:
         self._announce("reward", sequences)
-        return self.objective.rewards([s.conversation for s in sequences], tokens)
+        return self.objective.rewards(sequences, tokens)
 
     def _trajectory(self, sequence: Sequence, new: Rollout, tokens: Tensor, reward: float) -> Trajectory:
         """A rollout behind what it shares with the current trajectory: the rows up to where it starts."""
@@ -308,19 +239,11 @@ class Decoder:
             uncertain = torch.cat([old.uncertain[:kept], uncertain])
         return Trajectory(tokens, latents, hard, uncertain, reward)
 
-    def _problem(self, sequence: Sequence) -> dto.Problem:
-        """What DTO starts from at the sequence's position: the rows that move, and the hard tokens of all."""
-        trajectory, t = sequence.current, sequence.position
-        rows = trajectory.latents[t:] if self.config.update_postfix else trajectory.latents[t : t + 1]
-        start = rows if self.config.parameterization == "latents" else self.objective.language_model.logits(rows)
-        return dto.Problem(
-            sequence.conversation,
-            trajectory.tokens[:t],
-            start,
-            sequence.seed,
-            tokens=trajectory.hard[t:],
-            rollout=trajectory.tokens[t:],
-        )
+    def _start(self, sequence: Sequence) -> Tensor:
+        """The parameters that DTO starts from: latents or logits of the rows that move."""
+        t = sequence.position
+        rows = sequence.current.latents[t:] if self.config.update_postfix else sequence.current.latents[t : t + 1]
+        return rows if self.config.parameterization == "latents" else self.objective.language_model.logits(rows)
 
     def _phase(self, name: str, sequences: Seq[Sequence]) -> AbstractContextManager[None]:
         self._announce(name, sequences)

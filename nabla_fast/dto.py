@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,9 @@ from nabla_fast.gradient_cache import Evaluation
 from nabla_fast.models.chat import generation_prompt_ids
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardModel
-from nabla_fast.objective import Conversation, Objective, Request
+from nabla_fast.objective import Objective, Request
 from nabla_fast.sampling import anchor_noise, gumbel, sequence_seeds
+from nabla_fast.sequence import Sequence, Trajectory
 
 
 class TraceStep(NamedTuple):
@@ -59,38 +61,6 @@ class DTOResult:
     trace: tuple[TraceStep, ...]
 
 
-@dataclass
-class Problem:
-    """One sequence to optimise; its tokens are on the CPU.
-
-    Attributes:
-        conversation: prompt and counters.
-        committed: (n,) int64 response tokens before the ones ahead.
-        start: (m, d) latents or (m, V) logits of the tokens ahead; where ``tokens`` is given, the moving rows suffice.
-        seed: the sequence's seed.
-        tokens: (m,) int64 hard tokens to start from, where they are known; None takes them from ``start``.
-        rollout: (m,) int64 what was sampled, where it is known; used by ``anchor="rollout"``.
-    """
-
-    conversation: Conversation
-    committed: Tensor
-    start: Tensor
-    seed: int
-    tokens: Tensor | None = None
-    rollout: Tensor | None = None
-    trace: list[TraceStep] = field(default_factory=list)
-
-    @property
-    def position(self) -> int:
-        """Of the first token ahead, in the response."""
-        return len(self.committed)
-
-    @property
-    def ahead(self) -> int:
-        """m, the number of tokens ahead."""
-        return len(self.start) if self.tokens is None else len(self.tokens)
-
-
 def learning_rates(config: NablaConfig) -> list[float]:
     """The learning rate of each of the ``max_iters`` steps, as shares of ``config.learning_rate``.
 
@@ -117,8 +87,8 @@ def optimize(
     tokenizer: Any,
     reward_model: Any,
     reward_tokenizer: Any,
-    messages: Sequence[dict[str, Any]],
-    prefix_ids: Sequence[int] | Tensor,
+    messages: Seq[dict[str, Any]],
+    prefix_ids: Seq[int] | Tensor,
     start: Tensor,
     config: NablaConfig | None = None,
 ) -> DTOResult:
@@ -150,79 +120,89 @@ def optimize(
     prompt = tuple(generation_prompt_ids(tokenizer, messages, config.chat_template_kwargs))
     _check_length(len(prompt) + len(prefix) + len(start), language_model)
     frame = rewards.chat_frame(messages, config.chat_template_kwargs)
-    conversation = Conversation(prompt, frame, limit=len(prefix) + len(start))
     (seed,) = sequence_seeds(config.seed, [prompt])
+    sequence = Sequence(prompt, (), seed, len(prefix) + len(start), frame, position=len(prefix))
     start = start.to(language_model.device)
     latents = config.parameterization == "latents"
-    problem = Problem(conversation, prefix, language_model.widened(start) if latents else start, seed)
+    rows = language_model.widened(start) if latents else start
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     with torch.no_grad():
-        (result,) = optimize_batch([problem], Objective(language_model, rewards, config))
+        ahead = start_tokens(rows, latents, seed, len(prefix), language_model.head, config).cpu()
+        tokens = torch.cat([prefix, ahead])
+        uncertain = torch.ones(len(tokens), dtype=torch.bool)
+        sequence.trajectory = Trajectory(tokens, rows, tokens, uncertain, reward=math.nan)
+        (result,) = optimize_batch([sequence], [rows], Objective(language_model, rewards, config))
     return replace(result, parameters=result.parameters[:, : language_model.width]) if latents else result
 
 
-def optimize_batch(problems: Sequence[Problem], objective: Objective) -> list[DTOResult]:
-    """Optimises several sequences together: one gradient call for all whose tokens have changed, then steps until
-    the tokens of each change again or its ``max_iters`` steps are made."""
-    rows = _Rows(problems, objective)
-    evaluated_before = [problem.conversation.stats.gradient_evaluations for problem in problems]
+def optimize_batch(sequences: Seq[Sequence], starts: Seq[Tensor], objective: Objective) -> list[DTOResult]:
+    """Optimizes the tokens ahead of several sequences together: one gradient call for all whose tokens have changed,
+    then steps until the tokens of each change again or its ``max_iters`` steps are made.
+
+    Args:
+        sequences: each at the position from which on it is optimized.
+        starts: of each, latents or logits of the tokens ahead (m, ·); the rows that move suffice.
+    """
+    rows = _Rows(sequences, starts, objective)
+    evaluated_before = [sequence.stats.gradient_evaluations for sequence in sequences]
     while moving := rows.unfinished():
         evaluations = objective.evaluate([rows.request(i) for i in moving])
         rows.set_gradient(moving, evaluations)
         rows.advance(dict(zip(moving, evaluations, strict=True)))
-    return [rows.result(i, evaluated_before[i]) for i in range(len(problems))]
+    return [rows.result(i, evaluated_before[i]) for i in range(len(sequences))]
 
 
 class _Rows:
-    """The moving rows of a batch of problems, flattened, with their Adam state and gradients.
+    """The moving rows of a batch of sequences, flattened, with their Adam state and gradients.
 
     Attributes:
-        tokens: (B, m) int64 on the CPU, the hard tokens ahead of each problem, padded.
+        tokens: (B, m) int64 on the CPU, the hard tokens ahead of each sequence, padded.
         moving: (N,) int64 on the models' device, those of the N rows that move.
     """
 
-    def __init__(self, problems: Sequence[Problem], objective: Objective) -> None:
+    def __init__(self, sequences: Seq[Sequence], starts: Seq[Tensor], objective: Objective) -> None:
         config = objective.config
-        self.problems, self.objective, self.config = problems, objective, config
+        self.sequences, self.starts, self.objective, self.config = sequences, starts, objective, config
         self.latents = config.parameterization == "latents"
-        moving = [p.ahead if config.update_postfix else 1 for p in problems]
+        moving = [s.ahead if config.update_postfix else 1 for s in sequences]
         bounds = [0, *torch.tensor(moving).cumsum(0).tolist()]
-        self.spans = [slice(bounds[i], bounds[i + 1]) for i in range(len(problems))]
-        self.keys = [(p.seed, p.position + j) for p, n in zip(problems, moving, strict=True) for j in range(n)]
-        dtype = torch.promote_types(problems[0].start.dtype, torch.float32)
+        self.spans = [slice(bounds[i], bounds[i + 1]) for i in range(len(sequences))]
+        self.keys = [(s.seed, s.position + j) for s, n in zip(sequences, moving, strict=True) for j in range(n)]
+        dtype = torch.promote_types(starts[0].dtype, torch.float32)
         # torch.cat copies, so a caller's tensors and the trajectory's latents stay as they are.
-        self.parameters = torch.cat([p.start[:n].to(dtype) for p, n in zip(problems, moving, strict=True)])
+        self.parameters = torch.cat([x[:n].to(dtype) for x, n in zip(starts, moving, strict=True)])
         self.exp_avg = torch.zeros_like(self.parameters)
         self.exp_avg_sq = torch.zeros_like(self.parameters)
         self.soft_noise = self._soft_noise()
         self.hard_noise = self._hard_noise()
-        self.tokens = torch.nn.utils.rnn.pad_sequence(
-            [self._start_tokens(i) for i in range(len(problems))], batch_first=True
-        )
+        ahead = [s.current.hard[s.position :] for s in sequences]
+        self.tokens = torch.nn.utils.rnn.pad_sequence(ahead, batch_first=True)
         moved = [self.tokens[i, : span.stop - span.start] for i, span in enumerate(self.spans)]
         self.moving = torch.cat(moved).to(self.parameters.device)
         self.gradient: Tensor | ops.TokenGradient | None = None
         rates = learning_rates(config)
         self.learning_rates = torch.tensor(rates, dtype=dtype, device=self.parameters.device)
         self.step = torch.zeros(len(self.keys), dtype=torch.long, device=self.parameters.device)
-        self.steps_made = [0] * len(problems)
+        self.steps_made = [0] * len(sequences)
+        self.traces: list[list[TraceStep]] = [[] for _ in sequences]
         # The rows of one sequence share their gradient, so they go stale together.
         which = [i for i, n in enumerate(moving) for _ in range(n)]
         self.group = torch.tensor(which, device=self.parameters.device) if config.update_postfix else None
 
     def unfinished(self) -> list[int]:
-        """The problems that have steps left; after `advance` the gradient of each is stale."""
+        """The sequences that have steps left; after `advance` the gradient of each is stale."""
         return [i for i, made in enumerate(self.steps_made) if made < len(self.learning_rates)]
 
     def request(self, i: int) -> Request:
-        """Asks for the gradient at problem i's hard tokens."""
-        problem = self.problems[i]
-        ahead = self.tokens[i, : problem.ahead]
-        return Request(problem.conversation, torch.cat([problem.committed, ahead]), problem.position)
+        """Asks for the gradient at sequence i's hard tokens."""
+        sequence = self.sequences[i]
+        response = torch.cat([sequence.current.tokens[: sequence.position], self.tokens[i, : sequence.ahead]])
+        return Request(sequence, response, sequence.position)
 
-    def set_gradient(self, which: Sequence[int], evaluations: Sequence[Evaluation]) -> None:
-        """Replaces the gradients of some problems: as factors where all rows move, else the one dense row of each."""
+    def set_gradient(self, which: Seq[int], evaluations: Seq[Evaluation]) -> None:
+        """Replaces the gradients of some sequences: as factors where all rows move, else the one dense row of each."""
         for i, evaluation in zip(which, evaluations, strict=True):
-            factors = evaluation.rows_from(self.problems[i].position)
+            factors = evaluation.rows_from(self.sequences[i].position)
             span = self.spans[i]
             new = factors.rows(slice(0, span.stop - span.start))
             if not self.config.update_postfix:
@@ -231,7 +211,7 @@ class _Rows:
                 self._write(span, new)
 
     def advance(self, evaluations: Mapping[int, Evaluation]) -> None:
-        """Steps every problem until its tokens change or its steps are made: one launch, one read by the host.
+        """Steps every sequence until its tokens change or its steps are made: one launch, one read by the host.
 
         Raises:
             FloatingPointError: if the steps left a row without a token.
@@ -262,32 +242,32 @@ class _Rows:
                 self._record(i, steps, changes, evaluations[i])
 
     def _record(self, i: int, steps: int, changes: int, evaluation: Evaluation) -> None:
-        """Notes the steps that problem i made with one gradient; only the last of them can have changed a token."""
-        problem, first = self.problems[i], self.steps_made[i]
-        log_likelihood = evaluation.log_likelihood_from(problem.position)
+        """Notes the steps that sequence i made with one gradient; only the last of them can have changed a token."""
+        sequence, first = self.sequences[i], self.steps_made[i]
+        log_likelihood = evaluation.log_likelihood_from(sequence.position)
         for step in range(first, steps):
             last = step == steps - 1
             rate = float(self.learning_rates[step])
-            problem.trace.append(
+            self.traces[i].append(
                 TraceStep(rate, step == first, changes if last else 0, log_likelihood, evaluation.reward)
             )
-        problem.conversation.stats.dto_iterations += steps - first
+        sequence.stats.dto_iterations += steps - first
         self.steps_made[i] = steps
 
     def result(self, i: int, evaluated_before: int) -> DTOResult:
-        problem, span = self.problems[i], self.spans[i]
+        sequence, span = self.sequences[i], self.spans[i]
         moved = self.parameters[span]
-        unmoved = problem.start[span.stop - span.start :].to(moved.dtype)
+        unmoved = self.starts[i][span.stop - span.start :].to(moved.dtype)
         return DTOResult(
             parameters=torch.cat([moved, unmoved]),
             logits=ops.linear_logits(moved, self.objective.tables.head) if self.latents else moved.clone(),
-            tokens=self.tokens[i, : problem.ahead].to(moved.device, copy=True),
-            gradient_evaluations=problem.conversation.stats.gradient_evaluations - evaluated_before,
-            iterations=len(problem.trace),
-            trace=tuple(problem.trace),
+            tokens=self.tokens[i, : sequence.ahead].to(moved.device, copy=True),
+            gradient_evaluations=sequence.stats.gradient_evaluations - evaluated_before,
+            iterations=len(self.traces[i]),
+            trace=tuple(self.traces[i]),
         )
 
-    def _write(self, span: slice, parts: Sequence[Tensor]) -> None:
+    def _write(self, span: slice, parts: Seq[Tensor]) -> None:
         if self.gradient is None:
             full = [part.new_zeros(len(self.keys), part.shape[1]) for part in parts]
             self.gradient = full[0] if len(full) == 1 else ops.TokenGradient(*full)
@@ -307,20 +287,9 @@ class _Rows:
     def _hard_noise(self) -> Tensor | None:
         if self.config.anchor == "argmax":
             return self.soft_noise
-        drawn = [p.rollout for p in self.problems]
-        known = None
-        if all(d is not None for d in drawn):
-            known = torch.cat([d[: s.stop - s.start] for d, s in zip(drawn, self.spans, strict=True)])  # type: ignore[index]
-            known = known.to(self.parameters.device)
-        return anchor_noise(self._logits(), self.config.rollout, self.keys, known)
-
-    def _start_tokens(self, i: int) -> Tensor:
-        problem = self.problems[i]
-        if problem.tokens is not None:
-            return problem.tokens
-        start = problem.start.to(self.parameters.dtype)
-        head = self.objective.tables.head
-        return start_tokens(start, self.latents, problem.seed, problem.position, head, self.config).cpu()
+        ahead = [s.current.tokens[s.position :] for s in self.sequences]
+        drawn = torch.cat([y[: span.stop - span.start] for y, span in zip(ahead, self.spans, strict=True)])
+        return anchor_noise(self._logits(), self.config.rollout, self.keys, drawn.to(self.parameters.device))
 
 
 def start_tokens(start: Tensor, latents: bool, seed: int, position: int, head: ops.Head, config: NablaConfig) -> Tensor:
@@ -356,7 +325,7 @@ def _check_start(start: Tensor, model: LanguageModel, config: NablaConfig) -> No
         raise FloatingPointError("start holds NaN or infinite values")
 
 
-def _check_prefix(prefix_ids: Sequence[int] | Tensor, model: LanguageModel) -> Tensor:
+def _check_prefix(prefix_ids: Seq[int] | Tensor, model: LanguageModel) -> Tensor:
     ids = torch.as_tensor(prefix_ids)
     if ids.ndim != 1 or (len(ids) > 0 and (ids.is_floating_point() or ids.dtype == torch.bool)):
         raise ValueError(f"prefix_ids must be (n,) integer token ids, got {tuple(ids.shape)} {ids.dtype}")
@@ -365,8 +334,8 @@ def _check_prefix(prefix_ids: Sequence[int] | Tensor, model: LanguageModel) -> T
     return ids.to("cpu", torch.long)
 
 
-def _check_messages(messages: Sequence[dict[str, Any]]) -> None:
-    is_chat = isinstance(messages, Sequence) and all(isinstance(message, Mapping) for message in messages)
+def _check_messages(messages: Seq[dict[str, Any]]) -> None:
+    is_chat = isinstance(messages, Seq) and all(isinstance(message, Mapping) for message in messages)
     if not is_chat or len(messages) == 0:
         raise TypeError(f"messages must be a non-empty list of messages, got {messages!r}")
 

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from nabla_fast import ops
 from nabla_fast.config import NablaConfig
-from nabla_fast.decoder import Decoder, Observer, Sequence
+from nabla_fast.decoder import Decoder, Observer
 from nabla_fast.models.chat import Chat, ChatTemplateError, as_chats, generation_prompt_ids
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardFrame, RewardModel
-from nabla_fast.objective import Conversation, Objective
+from nabla_fast.objective import Objective
 from nabla_fast.processors import model_sampler
 from nabla_fast.rollout import HFRollout, RolloutBackend, StopRule, VLLMRollout, vllm
 from nabla_fast.sampling import Sampler, sequence_seeds
+from nabla_fast.sequence import Sequence
 from nabla_fast.stats import Stats
 
 
@@ -103,6 +104,24 @@ class Pair:
                 raise ChatTemplateError(f"prompts[{index}] cannot be formatted: {error}") from error
         return ids, frames
 
+    def sequences(
+        self,
+        prompt_ids: Seq[tuple[int, ...]],
+        frames: Seq[RewardFrame],
+        config: NablaConfig,
+        seeds: Seq[int] | None = None,
+    ) -> list[Sequence]:
+        """Empty responses to B prompts; ``seeds`` (B) None takes those of ``config.seed``.
+
+        Raises:
+            ValueError: if a prompt leaves no room for a response.
+        """
+        seeds = sequence_seeds(config.seed, prompt_ids) if seeds is None else seeds
+        return [
+            Sequence(ids, (), seed, response_limit(self, i, ids, frame, config), frame, index=i)
+            for i, (ids, frame, seed) in enumerate(zip(prompt_ids, frames, seeds, strict=True))
+        ]
+
 
 def generate(
     model: Any,
@@ -182,11 +201,7 @@ def run(
     """
     ops.resolve("relaxed_stats", config.backend, pair.language_model.device.type)
     sampler = pair.sampler if sampler is None else sampler
-    seeds = sequence_seeds(config.seed, prompt_ids) if seeds is None else seeds
-    sequences = [
-        Sequence(i, Conversation(ids, frame, response_limit(pair, i, ids, frame, config)), seed)
-        for i, (ids, frame, seed) in enumerate(zip(prompt_ids, frames, seeds, strict=True))
-    ]
+    sequences = pair.sequences(prompt_ids, frames, config, seeds)
     # A caller's inference mode would make tensors that autograd cannot use.
     with torch.inference_mode(False), torch.no_grad():
         objective = Objective(pair.language_model, pair.reward_model, config)

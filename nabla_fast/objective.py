@@ -2,13 +2,14 @@
 
 L(y) = -(nll_coeff * sum_t log pi(y_t | x, y_<t) + reward_coeff * r(x, y))
 
-A gradient is evaluated once per distinct token sequence, over the tokens ahead only: what lies before them is keys and
-values that each conversation keeps (`nabla_fast.models.prefix`), and what was evaluated is in the cache.
+A gradient is evaluated once per distinct response, over the tokens ahead only: those before them are in the KV caches
+of their sequence (`nabla_fast.models.kv_cache`), and what was evaluated is in the gradient cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -19,45 +20,13 @@ from nabla_fast import ops
 from nabla_fast.config import NablaConfig
 from nabla_fast.gradient_cache import Evaluation, GradientCache
 from nabla_fast.models.activations import checkpointed, frozen, require_layers
-from nabla_fast.models.body import Inputs, joined
+from nabla_fast.models.backbone import Inputs, joined
 from nabla_fast.models.language_model import LanguageModel
-from nabla_fast.models.layers import fast_layers
 from nabla_fast.models.reward_model import RewardFrame, RewardModel
-from nabla_fast.models.tracks import Track, catch_up, common_lengths
-from nabla_fast.stats import Clock, SequenceStats
-
-_SEPARATOR = -1  # never a token id
-
-
-@dataclass
-class Conversation:
-    """One prompt, as both models see it, and what they have computed of it.
-
-    Attributes:
-        prompt_ids: the language model's prompt tokens, not empty.
-        frame: what the reward model sees around the response.
-        limit: longest response that both models and the settings allow, in tokens.
-        stats: this sequence's counters.
-        language, reward: keys and values of each model; None before its first pass.
-    """
-
-    prompt_ids: tuple[int, ...]
-    frame: RewardFrame
-    limit: int
-    stats: SequenceStats = field(default_factory=SequenceStats)
-    language: Track | None = None
-    reward: Track | None = None
-
-    def __post_init__(self) -> None:
-        self._key = torch.tensor([*self.frame.key, _SEPARATOR, *self.prompt_ids, _SEPARATOR])
-
-    def release(self) -> None:
-        """Gives back the keys and values; a later pass would compute them again."""
-        self.language = self.reward = None
-
-    def cache_key(self, response: Tensor) -> Tensor:
-        """Every token that the gradient of ``response`` (n,) int64 depends on: (k,) int64. Both are on the CPU."""
-        return torch.cat([self._key, response])
+from nabla_fast.models.sequence_cache import SequenceCache, catch_up, common_lengths
+from nabla_fast.models.torch_kernels import fast_kernels
+from nabla_fast.sequence import Sequence
+from nabla_fast.stats import Clock
 
 
 @dataclass(frozen=True)
@@ -67,7 +36,7 @@ class Request:
     The response is on the CPU, where the cache looks it up; whoever evaluates it copies it to the models.
     """
 
-    conversation: Conversation
+    sequence: Sequence
     response: Tensor
     start: int
 
@@ -84,10 +53,8 @@ class _Part:
 class Objective:
     """Evaluates the objective of a pair of models.
 
-    Args:
-        clock: where its time is charged; None makes one.
-
     Attributes:
+        clock: where its time is charged.
         tables: what turns factors into gradients over the vocabulary.
         cache: of evaluations and rewards; None with ``gradient_cache=False``.
 
@@ -95,23 +62,17 @@ class Objective:
         ValueError: if ``config.checkpoint_activations`` is set for a model without layers to recompute.
     """
 
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        reward_model: RewardModel,
-        config: NablaConfig,
-        clock: Clock | None = None,
-    ) -> None:
+    def __init__(self, language_model: LanguageModel, reward_model: RewardModel, config: NablaConfig) -> None:
         self.language_model = language_model
         self.reward_model = reward_model
         self.config = config
-        self.clock = clock or Clock()
+        self.clock = Clock()
         self.tables = ops.Tables(
             language_model.head, language_model.embedding.weight, reward_model.table.weight, config.nll_coeff
         )
         self.cache = GradientCache(config.gradient_cache_bytes) if config.gradient_cache else None
-        bodies = (language_model.body, reward_model.body)
-        self._models = [body.model for body in bodies if body is not None]
+        backbones = (language_model.backbone, reward_model.backbone)
+        self._models = [backbone.model for backbone in backbones if backbone is not None]
         # Walking through a large model takes milliseconds.
         self._parameters = [parameter for model in self._models for parameter in model.parameters()]
         if config.checkpoint_activations:
@@ -120,26 +81,26 @@ class Objective:
         device = language_model.device
         self._reward_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def rewards(self, conversations: Sequence[Conversation], responses: Sequence[Tensor]) -> list[float]:
+    def rewards(self, sequences: Seq[Sequence], responses: Seq[Tensor]) -> list[float]:
         """Rewards of complete responses (n_b,) int64 on the CPU: from the cache, and one batched call for the rest.
 
         Raises:
             FloatingPointError: if a reward is NaN or infinite.
         """
-        found = [self._known_reward(c, y) for c, y in zip(conversations, responses, strict=True)]
+        found = [self._known_reward(s, y) for s, y in zip(sequences, responses, strict=True)]
         missing = [i for i, reward in enumerate(found) if reward is None]
         if missing:
-            asked = [conversations[i] for i in missing]
-            with self.clock.phase("reward", [c.stats for c in asked]), torch.inference_mode(False), torch.no_grad():
+            asked = [sequences[i] for i in missing]
+            with self.clock.phase("reward", [s.stats for s in asked]), torch.inference_mode(False), torch.no_grad():
                 scored = self._score(asked, [responses[i] for i in missing])
             for i, reward in zip(missing, scored, strict=True):
                 found[i] = reward
-                conversations[i].stats.reward_calls += 1
+                sequences[i].stats.reward_calls += 1
                 if self.cache is not None:
-                    self.cache.insert_reward(conversations[i].cache_key(responses[i]), reward)
+                    self.cache.insert_reward(sequences[i].cache_key(responses[i]), reward)
         return [reward for reward in found if reward is not None]
 
-    def evaluate(self, requests: Sequence[Request]) -> list[Evaluation]:
+    def evaluate(self, requests: Seq[Request]) -> list[Evaluation]:
         """Objective and token gradients of some responses: from the cache, and one batched call for the rest.
 
         Raises:
@@ -150,43 +111,43 @@ class Objective:
         first = _first_equal([requests[i] for i in missing]) if self.cache is not None else list(range(len(missing)))
         asked = [requests[missing[i]] for i in sorted(set(first))]
         if asked:
-            with self.clock.phase("gradient", [r.conversation.stats for r in asked]):
+            with self.clock.phase("gradient", [r.sequence.stats for r in asked]):
                 computed = dict(zip(sorted(set(first)), self._compute(asked), strict=True))
             for request, evaluation in zip(asked, computed.values(), strict=True):
-                request.conversation.stats.gradient_evaluations += 1
+                request.sequence.stats.gradient_evaluations += 1
                 if self.cache is not None:
-                    self.cache.insert(request.conversation.cache_key(request.response), evaluation)
+                    self.cache.insert(request.sequence.cache_key(request.response), evaluation)
             for i, source in zip(missing, first, strict=True):
                 found[i] = computed[source]
         return [evaluation for evaluation in found if evaluation is not None]
 
-    def language_track(self, conversation: Conversation) -> Track:
-        """What the language model has computed of a conversation."""
-        if conversation.language is None:
-            conversation.language = self.language_model.track(conversation.prompt_ids)
-        return conversation.language
+    def language_cache(self, sequence: Sequence) -> SequenceCache:
+        """The language model's cache of a sequence, made where there is none."""
+        if sequence.language_cache is None:
+            sequence.language_cache = self.language_model.new_cache(sequence.prompt_ids)
+        return sequence.language_cache
 
     def _find(self, request: Request) -> Evaluation | None:
         if self.cache is None:
             return None
-        stats = request.conversation.stats
-        entry = self.cache.find(request.conversation.cache_key(request.response), request.start)
+        stats = request.sequence.stats
+        entry = self.cache.find(request.sequence.cache_key(request.response), request.start)
         if entry is None:
             stats.cache_misses += 1
         else:
             stats.cache_hits += 1
         return entry
 
-    def _known_reward(self, conversation: Conversation, response: Tensor) -> float | None:
-        return None if self.cache is None else self.cache.find_reward(conversation.cache_key(response))
+    def _known_reward(self, sequence: Sequence, response: Tensor) -> float | None:
+        return None if self.cache is None else self.cache.find_reward(sequence.cache_key(response))
 
-    def _compute(self, requests: Sequence[Request]) -> list[Evaluation]:
+    def _compute(self, requests: Seq[Request]) -> list[Evaluation]:
         requests = [replace(r, response=r.response.to(self.language_model.device)) for r in requests]
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(frozen(self._parameters))
-            stack.enter_context(fast_layers(self.language_model.device))
+            stack.enter_context(fast_kernels(self.language_model.device))
             if self.config.checkpoint_activations:
                 stack.enter_context(checkpointed(*self._models))
             # The reward model first: on a GPU, the language model is launched while it runs.
@@ -211,11 +172,10 @@ class Objective:
             )
         ]
 
-    def _likelihood_gradient(self, requests: Sequence[Request]) -> _Part:
+    def _likelihood_gradient(self, requests: Seq[Request]) -> _Part:
         """Per request h^pi (m, d) and a = dL/d(embedding weight row) (m, d); log pi at all their positions."""
         model = self.language_model
-        tracks = [self.language_track(r.conversation) for r in requests]
-        hidden, inputs = self._language_states(requests, tracks)
+        hidden, inputs = self._language_states(requests)
         targets = torch.cat([r.response[r.start :] for r in requests])
         log_pi = ops.linear_log_likelihood(torch.cat(hidden), model.head, targets, backend=self.config.backend)
         asked = [x.embeds for x in inputs if len(x)]
@@ -228,53 +188,51 @@ class Objective:
             factors.append(torch.cat([rows, rows.new_zeros(1, rows.shape[1])]))
         return _Part(factors, log_pi.detach(), [h.detach() for h in hidden])
 
-    def _language_states(
-        self, requests: Sequence[Request], tracks: Sequence[Track]
-    ) -> tuple[list[Tensor], list[Inputs]]:
+    def _language_states(self, requests: Seq[Request]) -> tuple[list[Tensor], list[Inputs]]:
         """The hidden states (m, d) that predict each token ahead, and inputs they depend on: the last m - 1 of them
         are the tokens ahead."""
         model = self.language_model
-        body, table = model.body, model.embedding
+        backbone, table = model.backbone, model.embedding
+        known = [self.language_cache(r.sequence) for r in requests]
         responses, starts = [r.response for r in requests], [r.start for r in requests]
         # The last token is predicted, but predicts nothing that is asked for.
-        if not body.incremental:
+        if not backbone.supports_prefix_cache:
             inputs = [table.inputs(y[n:-1]).differentiable() for y, n in zip(responses, starts, strict=True)]
             whole = [
-                joined([t.opening, table.inputs(y[:n]), x])
-                for t, y, n, x in zip(tracks, responses, starts, inputs, strict=True)
+                joined([cache.prompt, table.inputs(y[:n]), x])
+                for cache, y, n, x in zip(known, responses, starts, inputs, strict=True)
             ]
-            outputs, _ = body([None] * len(whole), whole)
+            outputs, _ = backbone([None] * len(whole), whole)
             return [out[-1 - len(x) :] for out, x in zip(outputs, inputs, strict=True)], inputs
-        covered = catch_up(body, table, tracks, responses, starts)
+        covered = catch_up(backbone, table, known, responses, starts)
         inputs = [table.inputs(y[n:-1]).differentiable() for y, n in zip(responses, covered, strict=True)]
-        states = [track.state for track in tracks]
-        # Copies where there is no cat: the cache keeps them, and a view would keep the prefix alive.
-        hidden = [state.hidden[-1:].clone() for state in states if state is not None]
+        caches = [own.cache for own in known]
+        # Copies where there is no cat: the gradient cache keeps them, and a view would keep the KV cache alive.
+        hidden = [cache.hidden[-1:].clone() for cache in caches if cache is not None]
         longer = [i for i, x in enumerate(inputs) if len(x)]
         if longer:
-            outputs, after = body([states[i] for i in longer], [inputs[i] for i in longer])
-            for i, out, state in zip(longer, outputs, after, strict=True):
+            outputs, after = backbone([caches[i] for i in longer], [inputs[i] for i in longer])
+            for i, out, cache in zip(longer, outputs, after, strict=True):
                 more = starts[i] - covered[i]
                 hidden[i] = out[more - 1 :].clone() if more else torch.cat([hidden[i], out])
-                tracks[i].keep(responses[i][:-1], state)
+                known[i].keep(responses[i][:-1], cache)
         return hidden, inputs
 
-    def _reward_gradient(self, requests: Sequence[Request]) -> _Part:
+    def _reward_gradient(self, requests: Seq[Request]) -> _Part:
         """Per request b = dL/d(reward embedding weight row) (m, d_r); the rewards."""
         model = self.reward_model
-        tracks = [self._reward_track(r.conversation) for r in requests]
-        if model.incremental:
-            assert model.body is not None
+        known = [self._reward_cache(r.sequence) for r in requests]
+        frames = [_frame(r.sequence) for r in requests]
+        if model.supports_prefix_cache:
+            assert model.backbone is not None
             responses, starts = [r.response for r in requests], [r.start for r in requests]
-            skipped = catch_up(model.body, model.table, tracks, responses, starts)
-            inputs = [
-                model.conversation(r.conversation.frame, r.response, n) for r, n in zip(requests, skipped, strict=True)
-            ]
+            skipped = catch_up(model.backbone, model.table, known, responses, starts)
+            inputs = [model.conversation(f, y, n) for f, y, n in zip(frames, responses, skipped, strict=True)]
         else:
-            skipped = [-len(r.conversation.frame.opening) for r in requests]
-            inputs = [model.conversation(r.conversation.frame, r.response) for r in requests]
+            skipped = [-len(frame.opening) for frame in frames]
+            inputs = [model.conversation(f, r.response) for f, r in zip(frames, requests, strict=True)]
         inputs = [x.differentiable() for x in inputs]
-        rewards, after = model.rewards(inputs, [track.state for track in tracks])
+        rewards, after = model.rewards(inputs, [own.cache for own in known])
         if not rewards.requires_grad:
             raise ValueError(
                 f"{model.name} returned rewards without a gradient; it must be differentiable with respect to "
@@ -283,38 +241,38 @@ class Objective:
         grads = torch.autograd.grad(rewards.sum(), [x.embeds for x in inputs])
         scale = -self.config.reward_coeff * model.table.scale
         factors = []
-        for request, track, state, grad, skip in zip(requests, tracks, after, grads, skipped, strict=True):
-            track.keep(request.response, state)
+        for request, own, cache, grad, skip in zip(requests, known, after, grads, skipped, strict=True):
+            own.keep(request.response, cache)
             factors.append(_factor(grad[request.start - skip : len(request.response) - skip], scale))
         return _Part(factors, rewards.detach())
 
-    def _score(self, conversations: Sequence[Conversation], responses: Sequence[Tensor]) -> list[float]:
+    def _score(self, sequences: Seq[Sequence], responses: Seq[Tensor]) -> list[float]:
         model = self.reward_model
         responses = [response.to(self.language_model.device) for response in responses]
-        with self._joined(), self._reward_side(), frozen(self._parameters), fast_layers(self.language_model.device):
-            tracks = [self._reward_track(c) for c in conversations]
-            states, inputs = [], []
-            common = common_lengths(tracks, responses) if model.incremental else [0] * len(tracks)
-            for c, track, response, shared in zip(conversations, tracks, responses, common, strict=True):
+        with self._joined(), self._reward_side(), frozen(self._parameters), fast_kernels(self.language_model.device):
+            known = [self._reward_cache(s) for s in sequences]
+            caches, inputs = [], []
+            common = common_lengths(known, responses) if model.supports_prefix_cache else [0] * len(known)
+            for sequence, own, response, shared in zip(sequences, known, responses, common, strict=True):
                 start = min(shared, len(response) - 1)
-                state = track.before(start) if start >= 0 else None
-                states.append(state)
-                inputs.append(model.conversation(c.frame, response, None if state is None else start))
-            rewards, after = model.rewards(inputs, states)
+                cache = own.before(start) if start >= 0 else None
+                caches.append(cache)
+                inputs.append(model.conversation(_frame(sequence), response, None if cache is None else start))
+            rewards, after = model.rewards(inputs, caches)
             # A proposal is mostly rejected, and what it shares with the trajectory stays; so only the first is kept.
-            for track, response, state in zip(tracks, responses, after, strict=True):
-                if track.state is None:
-                    track.keep(response, state)
+            for own, response, cache in zip(known, responses, after, strict=True):
+                if own.cache is None:
+                    own.keep(response, cache)
             self._require_finite([rewards], model.name)
             scored: list[float] = rewards.tolist()
         return scored
 
-    def _reward_track(self, conversation: Conversation) -> Track:
-        if conversation.reward is None:
-            opening = conversation.frame.opening
+    def _reward_cache(self, sequence: Sequence) -> SequenceCache:
+        if sequence.reward_cache is None:
+            opening = _frame(sequence).opening
             # A copy where the caller is in inference mode, whose tensors autograd cannot use.
-            conversation.reward = Track(Inputs(opening.ids.clone(), opening.embeds.clone()))
-        return conversation.reward
+            sequence.reward_cache = SequenceCache(Inputs(opening.ids.clone(), opening.embeds.clone()))
+        return sequence.reward_cache
 
     @contextmanager
     def _reward_side(self) -> Iterator[None]:
@@ -350,9 +308,14 @@ class Objective:
             tensor.record_stream(current)
 
     @staticmethod
-    def _require_finite(tensors: Sequence[Tensor], name: str) -> None:
+    def _require_finite(tensors: Seq[Tensor], name: str) -> None:
         if not bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all()):
             raise FloatingPointError(f"{name} gave a value or gradient that is NaN or infinite")
+
+
+def _frame(sequence: Sequence) -> RewardFrame:
+    assert sequence.frame is not None, "a sequence without a frame is not scored"
+    return sequence.frame
 
 
 def _factor(gradient: Tensor, scale: float) -> Tensor:
@@ -364,18 +327,18 @@ def _factor(gradient: Tensor, scale: float) -> Tensor:
     return (gradient if gradient.dtype == torch.bfloat16 else ops.upcast(gradient)) * scale
 
 
-def _first_equal(requests: Sequence[Request]) -> list[int]:
+def _first_equal(requests: Seq[Request]) -> list[int]:
     """For each request, the first one that its evaluation serves, too."""
     first: list[int] = []
     for i, request in enumerate(requests):
         key = None
         for j in sorted(set(first)):
             other = requests[j]
-            alike = request.conversation.prompt_ids == other.conversation.prompt_ids
+            alike = request.sequence.prompt_ids == other.sequence.prompt_ids
             if not alike or request.start < other.start or len(request.response) != len(other.response):
                 continue
-            key = request.conversation.cache_key(request.response) if key is None else key
-            if torch.equal(key, other.conversation.cache_key(other.response)):
+            key = request.sequence.cache_key(request.response) if key is None else key
+            if torch.equal(key, other.sequence.cache_key(other.response)):
                 first.append(j)
                 break
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from nabla_fast.sampling import Context, LogitsProcessor, Processors, Sampler
+from nabla_fast.sampling import LogitsProcessor, Processors, Sampler
+from nabla_fast.sequence import Sequence
 
 # They belong to temperature, top-k and top-p: greedy decoding does without them.
 _WARPERS = ("TopHLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper")
@@ -30,7 +31,7 @@ _STATEFUL = (
 _PROBED_CALLS = 4
 
 
-def model_sampler(model: Any, eos_token_ids: Sequence[int], vocab_size: int) -> Sampler:
+def model_sampler(model: Any, eos_token_ids: Seq[int], vocab_size: int) -> Sampler:
     """The sampler that applies the logits processors of the model's own generation config.
 
     Temperature, top-k and top-p of that config are no part of it: they are `NablaConfig`'s.
@@ -99,9 +100,9 @@ class GenerationSampler(Sampler):
         text = self.model.config.get_text_config()
         return max(self.vocab_size, getattr(text, "vocab_size", None) or 0)
 
-    def processors(self, context: Context) -> Processors:
+    def processors(self, sequence: Sequence) -> Processors:
         """See `Sampler.processors`."""
-        key = (context.prompt_ids, context.limit)
+        key = (sequence.prompt_ids, sequence.limit)
         if key not in self._made:
             self._made[key] = self._make(*key)
         return self._made[key]
@@ -143,7 +144,7 @@ class GenerationSampler(Sampler):
         return self._probed.setdefault(id(processor), _Probed(processor))
 
 
-def own_processors(given: Sequence[LogitsProcessor], made: Sequence[LogitsProcessor]) -> tuple[LogitsProcessor, ...]:
+def own_processors(given: Seq[LogitsProcessor], made: Seq[LogitsProcessor]) -> tuple[LogitsProcessor, ...]:
     """Those of the processors that a call of ``generate`` came with that are not ``made`` from its generation config.
 
     transformers hands over both in one list. Two of the same class with the same settings do the same.

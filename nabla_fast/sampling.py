@@ -7,13 +7,15 @@ a batch, a draft, a replay or another device changes nothing, and there is no ge
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nabla_fast.config import Sampling
+from nabla_fast.sequence import Sequence
 
 NoiseKey = tuple[int, int]
 """(sequence seed, position in the response)."""
@@ -27,23 +29,6 @@ _LIFT = 1e-4
 _LIKELIEST = 256
 # Above it, what float32 makes of the sum over the likeliest tokens no longer tells which of the others belong to them.
 _NEARLY_ALL = 1 - 1e-4
-
-
-@dataclass(frozen=True)
-class Context:
-    """One sequence, waiting for its next token.
-
-    Attributes:
-        prompt_ids: the prompt, not empty.
-        response: response tokens so far.
-        seed: of the sequence.
-        limit: longest response, in tokens.
-    """
-
-    prompt_ids: tuple[int, ...]
-    response: tuple[int, ...]
-    seed: int
-    limit: int
 
 
 @dataclass(frozen=True)
@@ -87,24 +72,27 @@ class Sampler:
         """Entries of the scores that processors see, where that is more than those of the logits."""
         return 0
 
-    def processors(self, context: Context) -> Processors:
+    def processors(self, sequence: Sequence) -> Processors:
         """The logits processors of one sequence."""
         return Processors(self.before, (), self.after)
 
-    def __call__(self, logits: Tensor, sampling: Sampling, contexts: Sequence[Context]) -> Tensor:
-        """One token (B,) per row of logits (B, V)."""
-        processors = [self.processors(context) for context in contexts]
-        scores = _process([p.before for p in processors], logits, contexts, self.width)
+    def __call__(
+        self, logits: Tensor, sampling: Sampling, sequences: Seq[Sequence], responses: Seq[tuple[int, ...]]
+    ) -> Tensor:
+        """One token (B,) per row of logits (B, V): the one that follows each response of its sequence."""
+        processors = [self.processors(sequence) for sequence in sequences]
+        texts = [(*s.prompt_ids, *response) for s, response in zip(sequences, responses, strict=True)]
+        scores = _process([p.before for p in processors], logits, texts, self.width)
         if sampling.temperature == 0:
             # The argmax last: what is left of a row with one token cannot be changed any more.
-            scores = warp(_process([p.after for p in processors], scores, contexts, self.width), sampling)
+            scores = warp(_process([p.after for p in processors], scores, texts, self.width), sampling)
         else:
             both = [(*p.warpers, *p.after) for p in processors]
-            scores = _process(both, warp(scores, sampling), contexts, self.width)
-        return sample(scores, [(context.seed, len(context.response)) for context in contexts])
+            scores = _process(both, warp(scores, sampling), texts, self.width)
+        return sample(scores, [(s.seed, len(response)) for s, response in zip(sequences, responses, strict=True)])
 
 
-def sequence_seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:
+def sequence_seeds(seed: int, prompts: Seq[Seq[int]]) -> list[int]:
     """The seeds (64 bits) of the sequences of a call made with ``seed``.
 
     A sequence's seed depends on its prompt and on how often the same prompt came before it in the call. So a
@@ -122,7 +110,7 @@ def sequence_seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:
     return seeds
 
 
-def gumbel(keys: Sequence[NoiseKey], vocab_size: int, device: torch.device) -> Tensor:
+def gumbel(keys: Seq[NoiseKey], vocab_size: int, device: torch.device) -> Tensor:
     """Gumbel noise (N, V), float32: row n is a pure function of keys[n] and the token index.
 
     Args:
@@ -151,12 +139,12 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
     return x
 
 
-def sample(warped: Tensor, keys: Sequence[NoiseKey]) -> Tensor:
+def sample(warped: Tensor, keys: Seq[NoiseKey]) -> Tensor:
     """One token (N,) per row of warped logits (N, V), by Gumbel-max with the noise of ``keys``."""
     return _with_noise(warped, warped, keys, 1.0).argmax(-1)
 
 
-def anchor_noise(logits: Tensor, sampling: Sampling, keys: Sequence[NoiseKey], tokens: Tensor | None = None) -> Tensor:
+def anchor_noise(logits: Tensor, sampling: Sampling, keys: Seq[NoiseKey], tokens: Tensor | None = None) -> Tensor:
     """Noise n (N, V) such that argmax(logits + n) is what ``sampling`` drew from ``logits`` with ``keys``.
 
     That is temperature * gumbel, and -inf on tokens that the warpers removed.
@@ -203,7 +191,7 @@ def _without_tail(x: Tensor, top_p: float) -> Tensor:
     return x.masked_fill(outside.scatter(-1, index, outside), -torch.inf)
 
 
-def _with_noise(values: Tensor, warped: Tensor, keys: Sequence[NoiseKey], scale: float) -> Tensor:
+def _with_noise(values: Tensor, warped: Tensor, keys: Seq[NoiseKey], scale: float) -> Tensor:
     """``values`` (N, V) plus ``scale`` times Gumbel noise; -inf on the tokens that ``warped`` (N, V) has removed."""
     rows, tokens = (warped != -torch.inf).nonzero(as_tuple=True)
     low, high = _words(keys, warped.device)
@@ -214,7 +202,7 @@ def _with_noise(values: Tensor, warped: Tensor, keys: Sequence[NoiseKey], scale:
     return result
 
 
-def _words(keys: Sequence[NoiseKey], device: torch.device) -> tuple[Tensor, Tensor]:
+def _words(keys: Seq[NoiseKey], device: torch.device) -> tuple[Tensor, Tensor]:
     """The low and high 32 bits (N,), as int64, of a hash of each key."""
     words = [_mix64(_mix64(seed) + position) for seed, position in keys]
     halves = [[word & _MASK for word in words], [word >> 32 for word in words]]
@@ -230,10 +218,12 @@ def _gumbel(low: Tensor, high: Tensor, token: Tensor) -> Tensor:
     return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2**-24)))
 
 
-def _process(
-    processors: Sequence[Sequence[LogitsProcessor]], scores: Tensor, contexts: Sequence[Context], width: int
-) -> Tensor:
-    """Applies each row's own processors to scores (B, V), widened by -inf to ``width`` columns meanwhile."""
+def _process(processors: Seq[Seq[LogitsProcessor]], scores: Tensor, texts: Seq[tuple[int, ...]], width: int) -> Tensor:
+    """Applies each row's own processors to scores (B, V), widened by -inf to ``width`` columns meanwhile.
+
+    Args:
+        texts: the token ids, prompt and response, that each row's token follows.
+    """
     if not any(processors):
         return scores
     size = scores.shape[-1]
@@ -241,8 +231,8 @@ def _process(
     wide = torch.nn.functional.pad(wide, (0, max(0, width - size)), value=-torch.inf)
     rows = []
     # Row by row, without padding: a processor that counts tokens must not see pad tokens.
-    for row, (own, context) in enumerate(zip(processors, contexts, strict=True)):
-        ids = torch.tensor([[*context.prompt_ids, *context.response]], device=scores.device)
+    for row, (own, text) in enumerate(zip(processors, texts, strict=True)):
+        ids = torch.tensor([text], device=scores.device)
         # A copy, because many processors write into what they are given.
         row_scores = wide[row : row + 1].clone()
         for processor in own:

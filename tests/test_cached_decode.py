@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import nabla_fast as nf
 from nabla_fast.decoder import Decoder, Sequence
 from nabla_fast.generate import NablaOutput
-from nabla_fast.models.body import Body
+from nabla_fast.models.backbone import Backbone
 from nabla_fast.objective import Objective, Request
 from nabla_fast.testing.models import FAMILIES, shared_language_model, shared_reward_model, tiny_tokenizer
 
@@ -72,7 +72,9 @@ def test_tokens_and_rewards_do_not_depend_on_what_was_kept(family: str, config: 
     cached = generate(config, family, prompts)
     same(cached, generate(config.replace(gradient_cache=False), family, prompts))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Body, "incremental", property(lambda self: False, lambda self, value: None), raising=False)
+        patch.setattr(
+            Backbone, "supports_prefix_cache", property(lambda self: False, lambda self, value: None), raising=False
+        )
         same(cached, generate(config.replace(gradient_cache=False, checkpoint_activations=False), family, prompts))
 
 
@@ -82,7 +84,7 @@ def computed(config: nf.NablaConfig, prompts: list[str]) -> tuple[list[tuple[int
     compute = Objective._compute
 
     def spy(self: Objective, requests: list[Request]) -> Any:
-        asked.extend(tuple(r.conversation.cache_key(r.response).tolist()) for r in requests)
+        asked.extend(tuple(r.sequence.cache_key(r.response).tolist()) for r in requests)
         return compute(self, requests)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -174,9 +176,8 @@ def test_finished_sequences_keep_no_keys_and_values() -> None:
 
     def spy(self: Decoder, sequence: Sequence, position: int) -> None:
         commit(self, sequence, position)
-        talk = sequence.conversation
-        held.append(talk.language is not None)
-        assert not (sequence.finished and (talk.language or talk.reward))
+        held.append(sequence.language_cache is not None)
+        assert not (sequence.finished and (sequence.language_cache or sequence.reward_cache))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Decoder, "_commit", spy)
@@ -185,32 +186,33 @@ def test_finished_sequences_keep_no_keys_and_values() -> None:
 
 
 def test_equal_requests_of_one_call_are_evaluated_once() -> None:
-    from test_prefix import conversation, objective, response
+    from test_kv_cache import objective, response, sequence
 
     ours = objective("llama", gradient_cache=True)
-    talks = [conversation(ours, [5, 9, 11]) for _ in range(3)]
+    three = [sequence(ours, [5, 9, 11]) for _ in range(3)]
     y = response(6, seed=0)
     first, later, other = ours.evaluate(
-        [Request(talks[0], y, 1), Request(talks[1], y.clone(), 2), Request(talks[2], y[:-1], 1)]
+        [Request(three[0], y, 1), Request(three[1], y.clone(), 2), Request(three[2], y[:-1], 1)]
     )
-    assert [t.stats.gradient_evaluations for t in talks] == [1, 0, 1]
-    assert [t.stats.cache_misses for t in talks] == [1, 1, 1]
+    assert [t.stats.gradient_evaluations for t in three] == [1, 0, 1]
+    assert [t.stats.cache_misses for t in three] == [1, 1, 1]
     for mine, theirs in zip(first.rows_from(2), later.rows_from(2), strict=True):
         assert torch.equal(mine, theirs)
     assert len(other.log_likelihoods) == 4
 
 
 def test_a_selection_evaluates_anew_behind_a_token_that_was_not_the_argmax() -> None:
-    from test_prefix import conversation, objective, response
+    from test_kv_cache import objective, response, sequence
 
-    from nabla_fast.selection import Candidates, select
+    from nabla_fast.selection import select
+    from nabla_fast.sequence import Trajectory
 
     ours = objective("llama", gradient_threshold=1e9, gradient_cache=False)
     tokens = response(5, seed=0)
     hard = tokens.clone()
     hard[2] += 1
-    talk = conversation(ours, [5, 9, 11])
-    candidates = Candidates(talk, tokens, hard, torch.ones(5, dtype=torch.bool), 0)
-    assert select([candidates], ours, ours.config) == [5]
+    one = sequence(ours, [5, 9, 11])
+    one.trajectory = Trajectory(tokens, torch.empty(5, 0), hard, torch.ones(5, dtype=torch.bool), 0.0)
+    assert select([one], ours, ours.config) == [5]
     # One for positions 0 to 2, another one from position 3 on, behind the token that was drawn.
-    assert talk.stats.gradient_evaluations == 2
+    assert one.stats.gradient_evaluations == 2

@@ -12,8 +12,8 @@ import torch
 import nabla_fast as nf
 from nabla_fast.decoder import Decoder, Sequence
 from nabla_fast.generate import make_pair, stop_rule
-from nabla_fast.models.body import Body
-from nabla_fast.objective import Conversation, Objective
+from nabla_fast.models.backbone import Backbone
+from nabla_fast.objective import Objective
 from nabla_fast.rollout import HFRollout, Rollout, StopRule, hf
 from nabla_fast.sampling import Sampler
 from nabla_fast.testing.models import DEVICE, tiny_language_model, tiny_reward_model, tiny_tokenizer
@@ -262,9 +262,9 @@ def decoded(sequences, config, rollouts=None):
     decoder.decode(sequences)
 
 
-def conversations(count, limit=6):
+def begun(count, limit=6):
     frame = make_pair(*models(), BASE).reward_model.chat_frame([{"role": "user", "content": "is"}])
-    return [Sequence(i, Conversation((5, 6, 7 + i), frame, limit), seed=i) for i in range(count)]
+    return [Sequence((5, 6, 7 + i), (), i, limit, frame, index=i) for i in range(count)]
 
 
 def test_no_more_sequences_are_under_way_than_allowed():
@@ -273,27 +273,27 @@ def test_no_more_sequences_are_under_way_than_allowed():
 
     class Counting:
         def __init__(self, backend):
-            self.backend, self.keys = backend, set()
+            self.backend, self.rolling = backend, set()
 
         def open(self, sampling, stop):
             self.stream = self.backend.open(sampling, stop)
             return self
 
-        def submit(self, key, start):
-            self.keys.add(key)
-            under_way.append(len(self.keys))
-            self.stream.submit(key, start)
+        def submit(self, sequence):
+            self.rolling.add(sequence)
+            under_way.append(len(self.rolling))
+            self.stream.submit(sequence)
 
         def collect(self):
             ended = self.stream.collect()
-            self.keys -= {key for key, _ in ended}
+            self.rolling -= {sequence for sequence, _ in ended}
             return ended
 
         def close(self):
             self.stream.close()
 
     config = BASE.replace(max_batch_size=3)
-    sequences = conversations(8)
+    sequences = begun(8)
     decoded(sequences, config, Counting(make_pair(*models(), config).rollouts(config)))
     assert max(under_way) == 3
     assert all(sequence.finished for sequence in sequences)
@@ -302,15 +302,15 @@ def test_no_more_sequences_are_under_way_than_allowed():
 def test_the_first_gradient_needs_no_prefill(monkeypatch):
     model = models()[0]
     from_nothing = []
-    extend = Body.extend
+    extend = Backbone.extend
 
-    def counted(self, states, embeds):
+    def counted(self, caches, embeds):
         if self.model is model:
-            from_nothing.extend(state is None for state in states)
-        return extend(self, states, embeds)
+            from_nothing.extend(cache is None for cache in caches)
+        return extend(self, caches, embeds)
 
-    sequences = conversations(3)
-    monkeypatch.setattr(Body, "extend", counted)
+    sequences = begun(3)
+    monkeypatch.setattr(Backbone, "extend", counted)
     decoded(sequences, BASE)
     assert sum(sequence.stats.gradient_evaluations for sequence in sequences) > 3
     assert sum(from_nothing) == len(sequences), "the prompt of each, once"
@@ -329,7 +329,7 @@ def test_no_sequence_waits_for_another():
 
     pair = make_pair(*models(), BASE)
     frame = pair.reward_model.chat_frame([{"role": "user", "content": "is"}])
-    sequences = [Sequence(i, Conversation((5, 6), frame, limit), seed=1 + i) for i, limit in enumerate((4, 40))]
+    sequences = [Sequence((5, 6), (), 1 + i, limit, frame, index=i) for i, limit in enumerate((4, 40))]
     never = StopRule(frozenset())
     objective = Objective(pair.language_model, pair.reward_model, BASE)
     Decoder(objective, HFRollout(pair.language_model), Sampler(), never, Listener()).decode(sequences)
@@ -346,10 +346,10 @@ class Scripted:
     def open(self, sampling, stop):
         return self
 
-    def submit(self, key, start):
-        self.asked.append((start.context.response, start.earlier))
+    def submit(self, sequence):
+        self.asked.append((sequence.prefix, tuple(sequence.drawn)))
         tokens = torch.tensor(next(self.script), dtype=torch.long)
-        self.ended.append((key, Rollout(tokens, self.hidden[: len(tokens)])))
+        self.ended.append((sequence, Rollout(tokens, self.hidden[: len(tokens)])))
 
     def collect(self):
         ended, self.ended = self.ended, []
@@ -364,14 +364,14 @@ def scripted_decode(script, rewards, resampled, config):
     pair = make_pair(*models(), config)
     objective = Objective(pair.language_model, pair.reward_model, config)
     given = iter(rewards)
-    objective.rewards = lambda conversations, responses: [next(given) for _ in responses]
+    objective.rewards = lambda sequences, responses: [next(given) for _ in responses]
     hidden = torch.randn(8, pair.language_model.head.weight.shape[1], dtype=torch.float64)
     rollouts = Scripted(script, hidden)
     decoder = Decoder(objective, rollouts, Sampler(), stop_rule(pair, config))
     proposals = iter(resampled)
     decoder.resample = lambda sequences, logits: [next(proposals) for _ in sequences]
     frame = pair.reward_model.chat_frame([{"role": "user", "content": "is"}])
-    sequence = Sequence(0, Conversation((5, 6), frame, limit=8), seed=1)
+    sequence = Sequence((5, 6), (), 1, 8, frame)
     decoder.decode([sequence])
     assert rollouts.closed
     return sequence, rollouts.asked

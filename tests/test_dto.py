@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from dense_dto import DensePair, DenseResult, dense_dto, partners, published_sch
 from torch import Tensor
 
 import nabla_fast as nf
-from nabla_fast.dto import DTOResult, Problem, learning_rates, optimize, optimize_batch
+from nabla_fast.dto import DTOResult, learning_rates, optimize, optimize_batch, start_tokens
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardModel
-from nabla_fast.objective import Conversation, Objective
+from nabla_fast.objective import Objective
+from nabla_fast.sequence import Sequence, Trajectory
 from nabla_fast.testing.models import (
     CLOSING,
     CONTEXT,
@@ -49,7 +51,7 @@ def run_both(
     *,
     tied: bool = True,
     reward_family: str = "qwen3",
-    prefix: Sequence[int] = tuple(PREFIX),
+    prefix: Seq[int] = tuple(PREFIX),
     start: Tensor | None = None,
     reward_tokenizer: Any = None,
     vocab_rows: int | None = None,
@@ -363,41 +365,49 @@ def test_prefix_ids_may_be_a_tensor_and_none_is_the_default_config() -> None:
     assert all(torch.equal(result.parameters, explicit.parameters) for result in results)
 
 
-# Several problems at once
+# Several sequences at once
 
 QUESTIONS = ("what is 3 times 4", "at it", "what is 12 + 24 + 36 + 48?")
 
 
-def batch(config: nf.NablaConfig) -> tuple[Objective, list[Problem]]:
-    """Three problems with prompts, committed tokens and rows ahead of different lengths."""
+Batch = tuple[Objective, list[Sequence], list[torch.Tensor]]
+
+
+def batch(config: nf.NablaConfig) -> Batch:
+    """Three sequences with prompts, committed tokens and rows ahead of different lengths; the rows to start from."""
     model, tokenizer, reward_model, _ = pair_arguments()
     language_model = LanguageModel(model, tokenizer)
     rewards = RewardModel(reward_model, None, language_model, tokenizer)
-    problems = []
+    sequences, starts = [], []
     for i, question in enumerate(QUESTIONS):
         chat = [{"role": "user", "content": question}]
-        conversation = Conversation(tuple(prompt_ids(tokenizer, chat)), rewards.chat_frame(chat), limit=20)
-        problems.append(
-            Problem(
-                conversation,
-                torch.tensor(PREFIX[:i], dtype=torch.long),
-                start_rows(config, seed=i, rows=2 + 2 * i),
-                seed=7 + i,
-            )
-        )
-    return Objective(language_model, rewards, config), problems
+        sequence = Sequence(tuple(prompt_ids(tokenizer, chat)), (), 7 + i, 20, rewards.chat_frame(chat))
+        start = start_rows(config, seed=i, rows=2 + 2 * i)
+        latents = config.parameterization == "latents"
+        ahead = start_tokens(start, latents, sequence.seed, i, language_model.head, config)
+        place(sequence, torch.tensor(PREFIX[:i], dtype=torch.long), ahead)
+        sequences.append(sequence)
+        starts.append(start)
+    return Objective(language_model, rewards, config), sequences, starts
+
+
+def place(sequence: Sequence, committed: torch.Tensor, ahead: torch.Tensor) -> None:
+    """Puts a sequence behind ``committed`` (n,), with ``ahead`` (m,) as its tokens, sampled and hard."""
+    tokens = torch.cat([committed, ahead])
+    sequence.position = len(committed)
+    sequence.trajectory = Trajectory(tokens, torch.empty(len(tokens), 0), tokens, torch.ones(len(tokens)), math.nan)
 
 
 @pytest.mark.parametrize("postfix", [False, True])
 @pytest.mark.parametrize("parameterization", ["latents", "logits"])
 @pytest.mark.parametrize("settings", [{}, {"gumbel_noise": 0.5}, {"anchor": "rollout"}], ids=str)
-def test_problems_in_a_batch_equal_each_alone(parameterization: str, postfix: bool, settings: dict[str, Any]) -> None:
+def test_sequences_in_a_batch_equal_each_alone(parameterization: str, postfix: bool, settings: dict[str, Any]) -> None:
     config = CONFIG.replace(parameterization=parameterization, update_postfix=postfix, **settings)
-    objective, problems = batch(config)
-    together = optimize_batch(problems, objective)
+    objective, sequences, starts = batch(config)
+    together = optimize_batch(sequences, starts, objective)
     for i, result in enumerate(together):
-        objective, problems = batch(config)
-        (alone,) = optimize_batch([problems[i]], objective)
+        objective, sequences, starts = batch(config)
+        (alone,) = optimize_batch([sequences[i]], [starts[i]], objective)
         torch.testing.assert_close(result.parameters, alone.parameters, rtol=0, atol=1e-9)
         torch.testing.assert_close(result.logits, alone.logits, rtol=0, atol=1e-9)
         assert torch.equal(result.tokens, alone.tokens)
@@ -413,14 +423,14 @@ def test_rollout_anchor_starts_at_the_tokens_that_were_drawn_whatever_they_are(
 ) -> None:
     config = CONFIG.replace(anchor="rollout", learning_rate=0.0, max_iters=2, update_postfix=postfix)
     for seed in range(10):
-        objective, problems = batch(config)
+        objective, sequences, starts = batch(config)
         generator = torch.Generator().manual_seed(seed)
-        for problem in problems:
-            problem.rollout = torch.randint(len(TOKENIZER), (len(problem.start),), generator=generator)
-            problem.tokens = problem.rollout
-            problem.start = problem.start.to(dtype)
-        for problem, result in zip(problems, optimize_batch(problems, objective), strict=True):
-            assert torch.equal(result.tokens, problem.rollout)
+        drawn = [torch.randint(len(TOKENIZER), (len(start),), generator=generator) for start in starts]
+        for sequence, ahead in zip(sequences, drawn, strict=True):
+            place(sequence, sequence.current.tokens[: sequence.position], ahead)
+        results = optimize_batch(sequences, [start.to(dtype) for start in starts], objective)
+        for ahead, result in zip(drawn, results, strict=True):
+            assert torch.equal(result.tokens, ahead)
             assert result.gradient_evaluations == 1
 
 
@@ -429,14 +439,10 @@ def test_trace_counts_the_tokens_ahead_alone_where_the_gradient_was_found_in_the
     config = CONFIG.replace(learning_rate=0.0, max_iters=1)
     results = {}
     for cache in (True, False):
-        objective, problems = batch(config.replace(gradient_cache=cache))
-        problem = problems[1]
-        (first,) = optimize_batch([problem], objective)
-        token = int(first.tokens[0])
-        later = Problem(
-            problem.conversation, torch.cat([problem.committed, torch.tensor([token])]), problem.start[1:], problem.seed
-        )
-        (results[cache],) = optimize_batch([later], objective)
+        objective, (_, sequence, _), (_, start, _) = batch(config.replace(gradient_cache=cache))
+        optimize_batch([sequence], [start], objective)
+        sequence.position += 1
+        (results[cache],) = optimize_batch([sequence], [start[1:]], objective)
     assert (results[True].gradient_evaluations, results[False].gradient_evaluations) == (0, 1)
     found, fresh = results[True].trace[0], results[False].trace[0]
     assert found.evaluated

@@ -15,7 +15,8 @@ from nabla_fast import ops
 from nabla_fast.gradient_cache import Evaluation
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardModel
-from nabla_fast.objective import Conversation, Objective, Request
+from nabla_fast.objective import Objective, Request
+from nabla_fast.sequence import Sequence
 from nabla_fast.testing.models import (
     CLOSING,
     FAMILIES,
@@ -53,7 +54,7 @@ class Setting:
         frame = self.objective.reward_model.chat_frame(chat)
         ids = torch.tensor(TOKENIZER(response, add_special_tokens=False)["input_ids"])
         assert start < len(ids)
-        return Request(Conversation(tuple(prompt_ids(TOKENIZER, chat)), frame, limit=64), ids, start)
+        return Request(Sequence(tuple(prompt_ids(TOKENIZER, chat)), (), 0, 64, frame), ids, start)
 
     def requests(self) -> list[Request]:
         return [self.request(*case) for case in CASES]
@@ -71,7 +72,7 @@ def setting(
 
 def likelihood_by_autograd(model: Any, request: Request) -> tuple[Tensor, Tensor, float]:
     """Dense dL/d(one-hot) of the likelihood's part alone (m, V), its embedding gradient (m, d), and sum log pi."""
-    prompt, response, start = request.conversation.prompt_ids, request.response.tolist(), request.start
+    prompt, response, start = request.sequence.prompt_ids, request.response.tolist(), request.start
     table = model.get_input_embeddings()(torch.arange(V))
     before = len(prompt) + start
     ahead = torch.eye(V, dtype=torch.float64)[response[start:]].requires_grad_()
@@ -165,9 +166,9 @@ def test_factors_of_a_ragged_batch_equal_whole_sequence_autograd(family: str, ti
 def test_hidden_factor_is_the_state_that_predicts_each_position() -> None:
     case = setting("llama")
     for request, ours in zip(case.requests(), case.objective.evaluate(case.requests()), strict=True):
-        ids = torch.tensor([[*request.conversation.prompt_ids, *request.response.tolist()]])
+        ids = torch.tensor([[*request.sequence.prompt_ids, *request.response.tolist()]])
         hidden = case.language.base_model(input_ids=ids).last_hidden_state[0]
-        first = len(request.conversation.prompt_ids) + request.start
+        first = len(request.sequence.prompt_ids) + request.start
         close(ours.factors.hidden, hidden[first - 1 : -1])
 
 
@@ -186,30 +187,30 @@ def test_a_batch_of_ragged_responses_equals_each_alone(family: str) -> None:
 def test_rewards_equal_those_of_an_evaluation_and_are_counted(evaluated_first: bool) -> None:
     case = setting(gradient_cache=False)
     requests = case.requests()
-    conversations, responses = [r.conversation for r in requests], [r.response for r in requests]
+    sequences, responses = [r.sequence for r in requests], [r.response for r in requests]
     if evaluated_first:
         evaluated = [e.reward for e in case.objective.evaluate(requests)]
-        rewards = case.objective.rewards(conversations, responses)
+        rewards = case.objective.rewards(sequences, responses)
     else:
-        rewards = case.objective.rewards(conversations, responses)
+        rewards = case.objective.rewards(sequences, responses)
         evaluated = [e.reward for e in case.objective.evaluate(requests)]
     assert rewards == pytest.approx(evaluated, abs=1e-10)
     assert len(set(rewards)) == len(rewards)
-    assert [c.stats.reward_calls for c in conversations] == [1] * len(requests)
+    assert [s.stats.reward_calls for s in sequences] == [1] * len(requests)
 
 
 def test_no_text_is_scored_twice() -> None:
     case = setting()
     requests = case.requests()
-    conversations, responses = [r.conversation for r in requests], [r.response for r in requests]
+    sequences, responses = [r.sequence for r in requests], [r.response for r in requests]
     evaluated = case.objective.evaluate(requests[:2])
-    rewards = case.objective.rewards(conversations, responses)
+    rewards = case.objective.rewards(sequences, responses)
     assert rewards[:2] == [e.reward for e in evaluated]
-    assert [c.stats.reward_calls for c in conversations] == [0, 0, 1, 1]
-    assert case.objective.rewards(conversations, responses) == rewards
-    assert [c.stats.reward_calls for c in conversations] == [0, 0, 1, 1]
-    case.objective.rewards(conversations[:1], [responses[0][:-1]])
-    assert conversations[0].stats.reward_calls == 1
+    assert [s.stats.reward_calls for s in sequences] == [0, 0, 1, 1]
+    assert case.objective.rewards(sequences, responses) == rewards
+    assert [s.stats.reward_calls for s in sequences] == [0, 0, 1, 1]
+    case.objective.rewards(sequences[:1], [responses[0][:-1]])
+    assert sequences[0].stats.reward_calls == 1
 
 
 def test_a_reward_that_is_not_finite_is_an_error_that_names_the_model() -> None:
@@ -220,7 +221,7 @@ def test_a_reward_that_is_not_finite_is_an_error_that_names_the_model() -> None:
     objective = Objective(language_model, RewardModel(broken, None, language_model, TOKENIZER), CONFIG)
     request = Setting(None, None, objective).request(*CASES[0])
     with pytest.raises(FloatingPointError, match=r"^reward_model \(broken\) gave a value"):
-        objective.rewards([request.conversation], [request.response])
+        objective.rewards([request.sequence], [request.response])
 
 
 @pytest.mark.parametrize(("nll_coeff", "reward_coeff"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
@@ -248,7 +249,7 @@ def test_evaluations_hold_no_graph_and_work_inside_inference_mode() -> None:
 
 
 def counters(request: Request) -> tuple[int, int, int]:
-    stats = request.conversation.stats
+    stats = request.sequence.stats
     return stats.gradient_evaluations, stats.cache_hits, stats.cache_misses
 
 
@@ -273,8 +274,8 @@ def test_without_a_cache_everything_is_evaluated_and_nothing_looked_up() -> None
 
 def test_a_later_position_is_found_and_an_earlier_one_is_not() -> None:
     case = setting()
-    conversation, response = case.request(*CASES[2]).conversation, case.request(*CASES[2]).response
-    middle, later, earlier = (Request(conversation, response, start) for start in (4, 7, 1))
+    sequence, response = case.request(*CASES[2]).sequence, case.request(*CASES[2]).response
+    middle, later, earlier = (Request(sequence, response, start) for start in (4, 7, 1))
     case.objective.evaluate([middle])
     (found,) = case.objective.evaluate([later])
     assert counters(later) == (1, 1, 1)
@@ -300,13 +301,13 @@ def test_found_and_missing_responses_come_back_in_the_order_asked_for() -> None:
 def test_prompts_and_responses_that_concatenate_to_the_same_tokens_are_kept_apart() -> None:
     case = setting()
     one = case.request(*CASES[0])
-    prompt, response = one.conversation.prompt_ids, one.response
-    other = Request(Conversation((*prompt, int(response[0])), one.conversation.frame, 64), response[1:], 0)
+    prompt, response = one.sequence.prompt_ids, one.response
+    other = Request(Sequence((*prompt, int(response[0])), (), 0, 64, one.sequence.frame), response[1:], 0)
     case.objective.evaluate([one, other])
     assert counters(other) == (1, 0, 1)
-    assert not torch.equal(one.conversation.cache_key(one.response), other.conversation.cache_key(other.response))
-    framed = Conversation(prompt, case.request(*CASES[1]).conversation.frame, 64)
-    assert not torch.equal(framed.cache_key(response), one.conversation.cache_key(response))
+    assert not torch.equal(one.sequence.cache_key(one.response), other.sequence.cache_key(other.response))
+    framed = Sequence(prompt, (), 0, 64, case.request(*CASES[1]).sequence.frame)
+    assert not torch.equal(framed.cache_key(response), one.sequence.cache_key(response))
 
 
 def test_cached_tensors_keep_no_more_memory_than_is_counted() -> None:
@@ -314,7 +315,7 @@ def test_cached_tensors_keep_no_more_memory_than_is_counted() -> None:
     case = setting()
     evaluations = case.objective.evaluate(case.requests())
     kept = [x for e in evaluations for x in (*e.factors, e.log_likelihoods)]
-    kept += [r.conversation.cache_key(r.response) for r in case.requests()]
+    kept += [r.sequence.cache_key(r.response) for r in case.requests()]
     held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
     assert case.objective.cache is not None
     assert sum(held.values()) == case.objective.cache.bytes
@@ -372,25 +373,25 @@ def test_reward_without_a_gradient_is_an_error_that_names_the_model() -> None:
     objective = Objective(language_model, reward_model, CONFIG)
     case = Setting(None, None, objective)
     request = case.request(*CASES[0])
-    assert objective.rewards([request.conversation], [request.response]) == [len(embedded(reward_model, request))]
+    assert objective.rewards([request.sequence], [request.response]) == [len(embedded(reward_model, request))]
     with pytest.raises((ValueError, TypeError), match=r"^reward_model \(constant\)"):
         objective.evaluate([request])
 
 
 def embedded(reward_model: RewardModel, request: Request) -> Tensor:
-    return reward_model.conversation(request.conversation.frame, request.response).embeds
+    return reward_model.conversation(request.sequence.frame, request.response).embeds
 
 
 def test_time_is_charged_to_the_phases_that_ran() -> None:
     case = setting(gradient_cache=False)
     request = case.request(*CASES[0])
     case.objective.evaluate([request])
-    seconds = dict(request.conversation.stats.seconds)
+    seconds = dict(request.sequence.stats.seconds)
     assert seconds["gradient"] > 0
     assert seconds["reward"] == 0
-    case.objective.rewards([request.conversation], [request.response])
-    assert request.conversation.stats.seconds["reward"] > 0
-    assert request.conversation.stats.seconds["gradient"] == seconds["gradient"]
+    case.objective.rewards([request.sequence], [request.response])
+    assert request.sequence.stats.seconds["reward"] > 0
+    assert request.sequence.stats.seconds["gradient"] == seconds["gradient"]
 
 
 def test_callable_reward_factors_equal_autograd() -> None:
@@ -445,5 +446,5 @@ def test_the_reward_models_stream_is_waited_for_also_after_an_error(
     assert waits == [("reward", "current"), ("current", "reward")]
     monkeypatch.setattr(case.objective.reward_model, "rewards", fail)
     with pytest.raises(KeyError):
-        case.objective.rewards([request.conversation], [request.response])
+        case.objective.rewards([request.sequence], [request.response])
     assert waits[2:] == waits[:2]

@@ -26,7 +26,8 @@ from nabla_fast.evaluation import methods
 from nabla_fast.evaluation.bootstrap import interval
 from nabla_fast.evaluation.tasks import ARITHMETIC, Task, load_task
 from nabla_fast.models.loading import load_reward_model
-from nabla_fast.objective import Conversation, Objective, Request
+from nabla_fast.objective import Objective, Request
+from nabla_fast.sequence import Sequence
 
 PROBLEMS_AT_ONCE = 16
 
@@ -104,10 +105,9 @@ def compass(models: methods.Models, task: Task, problems: int) -> dict[str, Any]
         assert problem.chat[-1]["content"] == source.question
         solution = [*tokenizer(source.solution, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         same = next((i for i, (a, b) in enumerate(zip(answer, solution, strict=False)) if a != b), len(answer))
-        conversation = Conversation(
-            models.prompt_ids(problem), pair.reward_model.chat_frame(problem.chat), limit=len(answer)
-        )
-        (evaluation,) = objective.evaluate([Request(conversation, torch.tensor(answer), 0)])
+        frame = pair.reward_model.chat_frame(problem.chat)
+        sequence = Sequence(models.prompt_ids(problem), (), 0, len(answer), frame)
+        (evaluation,) = objective.evaluate([Request(sequence, torch.tensor(answer), 0)])
         # dL/dy of L = -reward: the lower, the better.
         points = -ops.token_gradient(evaluation.factors, objective.tables)
         found["kept"] += [int(points[i].argmax()) == solution[i] for i in range(same)]

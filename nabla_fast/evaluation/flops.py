@@ -61,9 +61,9 @@ class Work:
 def sizes(pair: Pair) -> Sizes:
     """Parameters of the two models of ``pair``."""
     head = pair.language_model.head.weight.numel()
-    body = pair.reward_model.body
+    backbone = pair.reward_model.backbone
     language = _without_tables(pair.language_model.model) + head
-    return Sizes(language, 0 if body is None else _without_tables(body.model), head)
+    return Sizes(language, 0 if backbone is None else _without_tables(backbone.model), head)
 
 
 def estimate(sizes: Sizes, work: Work, config: NablaConfig) -> float:

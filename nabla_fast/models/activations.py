@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from nabla_fast.models.layers import fast_layers
+from nabla_fast.models.torch_kernels import fast_kernels
 
 _lock = threading.Lock()
 # What some block has changed for now: how many blocks want it so, in all threads, and how it is put back.
@@ -80,7 +80,7 @@ def _checkpoint(layer: Any) -> Callable[[], Any]:
 
 def _run(forward: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     # Entered here as well: the modes that surround a forward pass are gone when the backward pass repeats it.
-    with fast_layers(hidden.device):
+    with fast_kernels(hidden.device):
         return forward(hidden, *args, **kwargs)
 
 

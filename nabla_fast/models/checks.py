@@ -21,7 +21,7 @@ from torch import Tensor
 from nabla_fast.models.numerics import gradient_fault, is_close, relative_error, slope
 
 if TYPE_CHECKING:
-    from nabla_fast.models.body import Body, Inputs
+    from nabla_fast.models.backbone import Backbone, Inputs
 
 T = TypeVar("T")
 
@@ -33,11 +33,11 @@ _REACHES = ("window", "local", "chunk")
 
 
 @dataclass(frozen=True)
-class Manner:
-    """How a `Body` runs, and why not as fast as others; see its attributes."""
+class CacheSupport:
+    """How a `Backbone` runs, and why not as fast as others; see its attributes."""
 
-    way: str
-    incremental: bool
+    cache_kind: str
+    supports_prefix_cache: bool
     windowed: bool
     needs_ids: bool
     plain_cache: bool
@@ -150,37 +150,39 @@ def leave_inference_mode(model: Any) -> None:
                     tensors[name] = copies[id(tensor)]
 
 
-def examine_body(body: Body, ids: Tensor | None = None) -> Manner:
-    """How ``body`` may run.
+def examine_backbone(backbone: Backbone, ids: Tensor | None = None) -> CacheSupport:
+    """How ``backbone`` may run.
 
     Raises:
         ValueError: if not even whole sequences of embeddings give what the model makes of token ids, or the gradient
             is not that of the forward pass.
     """
-    ids = probe_ids(body.model) if ids is None else ids
+    ids = probe_ids(backbone.model) if ids is None else ids
     with torch.no_grad():
-        embeds = body.embedding(ids.unsqueeze(0))[0].detach()
-        expected = body.whole(_inputs(ids, embeds), by_ids=True)
-    probe = _read_as_ids(body, ids, embeds, expected)
-    config = body.model.config.get_text_config()
+        embeds = backbone.embedding(ids.unsqueeze(0))[0].detach()
+        expected = backbone.whole(_inputs(ids, embeds), by_ids=True)
+    probe = _read_as_ids(backbone, ids, embeds, expected)
+    config = backbone.model.config.get_text_config()
     reason, windowed = known_reason(config), has_windows(config)
     if reason is None:
-        body.way, body.incremental = "prefix", True
+        backbone.cache_kind, backbone.supports_prefix_cache = "prefix", True
         reason = _attempt(probe.prefix)
         if reason is None:
             windowed = windowed or _attempt(probe.gaps) is not None
-            return Manner("prefix", True, windowed, body.needs_ids, False, None, expected)
-    body.way = "state"
+            return CacheSupport("prefix", True, windowed, backbone.needs_ids, False, None, expected)
+    backbone.cache_kind = "state"
     if "bidirectional" not in reason:
         for plain_cache in (False, True):
-            body.plain_cache = plain_cache
+            backbone.plain_cache = plain_cache
             steps = _attempt(probe.steps)
             if steps is None:
                 # Beyond some length, no prefix has the keys that the whole sequence has.
-                incremental = "rotary" not in reason and _attempt(probe.proceeds) is None
-                return Manner("state", incremental, windowed, body.needs_ids, plain_cache, reason, expected)
+                supports_prefix_cache = "rotary" not in reason and _attempt(probe.proceeds) is None
+                return CacheSupport(
+                    "state", supports_prefix_cache, windowed, backbone.needs_ids, plain_cache, reason, expected
+                )
         reason = f"{reason}; {steps}"
-    return Manner("whole", False, windowed, body.needs_ids, False, reason, expected)
+    return CacheSupport("whole", False, windowed, backbone.needs_ids, False, reason, expected)
 
 
 def known_reason(config: Any) -> str | None:
@@ -207,25 +209,25 @@ def has_windows(config: Any) -> bool:
 
 
 class _Probe:
-    """Ways to run a body on eight tokens that all have to give the same hidden states and gradients.
+    """Ways to run a backbone on eight tokens that all have to give the same hidden states and gradients.
 
     The gradients are of one loss over the last four hidden states. Tokens depend on earlier ones alone, so its gradient
     over whole sequences is that of any suffix as well.
     """
 
-    def __init__(self, body: Body, ids: Tensor, embeds: Tensor, expected: Tensor) -> None:
-        self.body, self.inputs, self.expected = body, _inputs(ids, embeds), expected
+    def __init__(self, backbone: Backbone, ids: Tensor, embeds: Tensor, expected: Tensor) -> None:
+        self.backbone, self.inputs, self.expected = backbone, _inputs(ids, embeds), expected
         self.weights = _weights(expected)
         self.weights[:4] = 0
         self.hidden = expected
-        found = slope(self._loss, embeds, body.model)
+        found = slope(self._loss, embeds, backbone.model)
         self.apart = relative_error(self.hidden, expected)
         self.sound = is_close(self.hidden, expected)
         self.fault = gradient_fault(self._loss, embeds, found=found) if self.sound else None
         self.gradient = found.gradient
 
     def _loss(self, embeds: Tensor) -> Tensor:
-        hidden = self.body.whole(_inputs(self.inputs.ids, embeds))
+        hidden = self.backbone.whole(_inputs(self.inputs.ids, embeds))
         if embeds.requires_grad:
             self.hidden = hidden.detach()
         return (hidden.to(self.weights.dtype) * self.weights).sum()
@@ -233,7 +235,7 @@ class _Probe:
     def prefix(self) -> str | None:
         """Two prefixes of different lengths, and behind them suffixes of different lengths."""
         x = self.inputs
-        _, self.states = self.body.extend([None, None], [x[:4], x[:2]])
+        _, self.states = self.backbone.extend([None, None], [x[:4], x[:2]])
         return self._compare("a batch of two behind their prefixes", self.states, [4, 2])
 
     def gaps(self) -> str | None:
@@ -241,34 +243,34 @@ class _Probe:
         from nabla_fast.models.decoding import DecodeBatch
 
         ids: list[int] = self.inputs.ids.tolist()
-        batch = DecodeBatch(self.body, self.states)  # type: ignore[arg-type]
+        batch = DecodeBatch(self.backbone, self.states)  # type: ignore[arg-type]
         batch.step([[ids[4], ids[0], ids[1]], ids[2:5]])
         batch.keep([1, 3])
         batch.step([[ids[5]], [ids[5]]])
         batch.keep([1, 1])
-        pairs = [(batch.state(row).hidden, self.expected[:6]) for row in (0, 1)]
+        pairs = [(batch.row_cache(row).hidden, self.expected[:6]) for row in (0, 1)]
         return _difference("a batch with wrong drafts", pairs)
 
     def steps(self) -> str | None:
         """One token at a time behind the cache that the model makes itself."""
         x = self.inputs
-        (hidden,), (state,) = self.body.extend([None], [x[:4]])
-        (next_hidden,), (behind,) = self.body.extend([state], [x[4:5]])
-        (last,), _ = self.body.extend([behind], [x[5:6]])
+        (hidden,), (state,) = self.backbone.extend([None], [x[:4]])
+        (next_hidden,), (behind,) = self.backbone.extend([state], [x[4:5]])
+        (last,), _ = self.backbone.extend([behind], [x[5:6]])
         return _difference("its own cache", [(torch.cat([hidden, next_hidden, last]), self.expected[:6])])
 
     def proceeds(self) -> str | None:
         """Several tokens, or one, and their gradient behind that cache, which has to stay as it is."""
         x = self.inputs
-        self.body.incremental = True
-        _, states = self.body.extend([None, None, None], [x[:4], x[:2], x[:7]])
+        self.backbone.supports_prefix_cache = True
+        _, states = self.backbone.extend([None, None, None], [x[:4], x[:2], x[:7]])
         first = self._compare("tokens behind its own cache", states, [4, 2, 7])
         return first or self._compare("tokens behind its own cache, once more,", states, [4, 2, 7])
 
     def _compare(self, what: str, states: Any, starts: list[int]) -> str | None:
         with torch.enable_grad():
             inputs = [self.inputs[start:].differentiable() for start in starts]
-            hidden, _ = self.body(states, inputs)
+            hidden, _ = self.backbone(states, inputs)
             losses = [(h.to(self.weights.dtype) * self.weights[n:]).sum() for h, n in zip(hidden, starts, strict=True)]
             gradients = torch.autograd.grad(losses, [x.embeds for x in inputs])
         assert self.gradient is not None
@@ -278,30 +280,30 @@ class _Probe:
         )
 
 
-def _read_as_ids(body: Body, ids: Tensor, embeds: Tensor, expected: Tensor) -> _Probe:
-    """A probe of embeddings that the model reads as it does token ids; says in body.needs_ids what that takes.
+def _read_as_ids(backbone: Backbone, ids: Tensor, embeds: Tensor, expected: Tensor) -> _Probe:
+    """A probe of embeddings that the model reads as it does token ids; says in backbone.needs_ids what that takes.
 
     Raises:
         ValueError: if it does not, or its gradient is not that of its forward pass.
     """
     found = ""
     for needs_ids in (False, True):
-        body.needs_ids = needs_ids
+        backbone.needs_ids = needs_ids
         try:
-            probe = _Probe(body, ids, embeds, expected)
+            probe = _Probe(backbone, ids, embeds, expected)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model raises that cannot run so
             found = _brief(error)
             continue
         if probe.fault is not None:
-            raise ValueError(f"{body.name} cannot be used: {probe.fault}")
+            raise ValueError(f"{backbone.name} cannot be used: {probe.fault}")
         if probe.sound:
             return probe
         found = f"hidden states are {probe.apart:.2g} apart, relatively"
     raise ValueError(
-        f"{body.name} makes something else of its input embeddings than of its token ids, so gradients would be wrong; "
-        f"it cannot be used ({found})"
+        f"{backbone.name} makes something else of its input embeddings than of its token ids, so gradients would be "
+        f"wrong; it cannot be used ({found})"
     )
 
 
@@ -320,7 +322,7 @@ def _difference(what: str, pairs: list[tuple[Tensor, Tensor]]) -> str | None:
 
 
 def _inputs(ids: Tensor, embeds: Tensor) -> Inputs:
-    from nabla_fast.models.body import Inputs
+    from nabla_fast.models.backbone import Inputs
 
     return Inputs(ids, embeds)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from nabla_fast.models.body import Body, Inputs, joined
-from nabla_fast.models.prefix import OwnState, PrefixState
+from nabla_fast.models.backbone import Backbone, Inputs, joined
+from nabla_fast.models.kv_cache import KVCache, ModelCache
 
 # Columns that buffers grow by at the least.
 _ROOM = 64
@@ -23,21 +23,21 @@ class DecodeBatch:
     Rows end in the same column. Columns before a shorter row, and of tokens that did not stay, are masked.
 
     Args:
-        body: of a model that runs in batches behind prefixes.
-        states: one per sequence, of one token or more; copied.
+        backbone: of a model that runs in batches behind prefixes.
+        caches: one per sequence, of one token or more; copied.
     """
 
-    def __init__(self, body: Body, states: Sequence[PrefixState]) -> None:
-        self.body = body
-        self.lengths = [len(state) for state in states]
+    def __init__(self, backbone: Backbone, caches: Sequence[KVCache]) -> None:
+        self.backbone = backbone
+        self.lengths = [len(cache) for cache in caches]
         self.width = max(self.lengths)
         # On the CPU, where it says which columns are a row's without waiting for the device.
-        self.mask = torch.zeros(len(states), self.width + _ROOM, dtype=torch.bool)
+        self.mask = torch.zeros(len(caches), self.width + _ROOM, dtype=torch.bool)
         for row, length in enumerate(self.lengths):
             self.mask[row, self.width - length : self.width] = True
-        self.hidden = [[state.hidden] for state in states]
+        self.hidden = [[cache.hidden] for cache in caches]
         self._last: list[Tensor] = []
-        self._cache = _Buffers(states, self.width, _ROOM)
+        self._cache = _Buffers(caches, self.width, _ROOM)
 
     @property
     def spread(self) -> float:
@@ -66,14 +66,14 @@ class DecodeBatch:
             # Padding repeats the last position, which every model has.
             positions[row] = length + torch.arange(size).clamp(max=len(new) - 1)
         device = self.hidden[0][0].device
-        hidden, _ = self.body.run(
+        hidden, _ = self.backbone.run(
             ids.to(device),
             None,
             self.width,
             attention_mask=self.mask[:, : self.width + size].to(device).long(),
             position_ids=positions.to(device),
             use_cache=True,
-            **{self.body.cache_argument: self._cache},
+            **{self.backbone.cache_argument: self._cache},
         )
         self._last = [hidden[row, :k] for row, k in enumerate(sizes)]
         return self._last
@@ -88,42 +88,42 @@ class DecodeBatch:
         self._cache.crop(self.width)
         self._last = []
 
-    def state(self, row: int) -> PrefixState:
-        """What one sequence has become: a view where it has no gaps."""
+    def row_cache(self, row: int) -> KVCache:
+        """The cache of one sequence; a view where it has no gaps."""
         columns = self.mask[row, : self.width].nonzero()[:, 0]
         begin = int(columns[0])
         whole = len(columns) == self.width - begin
         chosen = slice(begin, self.width) if whole else columns.to(self.hidden[row][0].device)
         keys, values = self._cache.row(row, chosen)
-        return PrefixState(keys, values, torch.cat(self.hidden[row]))
+        return KVCache(keys, values, torch.cat(self.hidden[row]))
 
 
 class DecodeAlone:
     """One sequence of a model that does not run in batches behind prefixes, decoded token by token.
 
     Args:
-        body: goes on from the cache that it makes itself, or else takes the whole sequence for every token.
-        inputs: what precedes the first new token.
-        state: of the first tokens of ``inputs``, or all; it stays as it is. None for nothing.
+        backbone: of a model that continues from its own cache, or else runs the whole sequence for every token.
+        inputs: the tokens before the first new one.
+        cache: of the first tokens of ``inputs``, or all; it stays as it is. None for nothing.
 
     Attributes:
-        start: the state of all ``inputs``, for a later sequence that begins with them; None without a cache.
+        start: the cache of all ``inputs``, for a later sequence that begins with them; None where the model has none.
     """
 
-    def __init__(self, body: Body, table: Any, inputs: Inputs, state: OwnState | None = None) -> None:
-        self.body, self.table = body, table
-        self.start: OwnState | None = None
+    def __init__(self, backbone: Backbone, table: Any, inputs: Inputs, cache: ModelCache | None = None) -> None:
+        self.backbone, self.table = backbone, table
+        self.start: ModelCache | None = None
         self._inputs = inputs
-        self._state: OwnState | None = None
-        if body.way == "state":
-            if state is None or len(state) < len(inputs):
-                (_,), (state,) = body.extend([state], [inputs[0 if state is None else len(state) :]])  # type: ignore[assignment]
-            self.start = state
+        self._running: ModelCache | None = None
+        if backbone.cache_kind == "state":
+            if cache is None or len(cache) < len(inputs):
+                (_,), (cache,) = backbone.extend([cache], [inputs[0 if cache is None else len(cache) :]])  # type: ignore[assignment]
+            self.start = cache
 
     @torch.no_grad()
     def first(self) -> Tensor:
         """The hidden state (1, d) that predicts the first new token."""
-        return self.body.whole(self._inputs)[-1:] if self.start is None else self.start.hidden
+        return self.backbone.whole(self._inputs)[-1:] if self.start is None else self.start.hidden
 
     @torch.no_grad()
     def step(self, token: int) -> Tensor:
@@ -131,9 +131,9 @@ class DecodeAlone:
         ids = torch.tensor([token], device=self._inputs.device)
         if self.start is None:
             self._inputs = joined([self._inputs, self.table.inputs(ids)])
-            return self.body.whole(self._inputs)[-1:]
-        self._state = self.body.step(ids, self._state or self.start.copy())
-        return self._state.hidden
+            return self.backbone.whole(self._inputs)[-1:]
+        self._running = self.backbone.step(ids, self._running or self.start.copy())
+        return self._running.hidden
 
 
 class _Buffers(DynamicCache):
@@ -142,14 +142,14 @@ class _Buffers(DynamicCache):
     Made without a config, because layers with a sliding window would forget; the masks still are theirs.
     """
 
-    def __init__(self, states: Sequence[PrefixState], width: int, room: int) -> None:
+    def __init__(self, caches: Sequence[KVCache], width: int, room: int) -> None:
         super().__init__()
         self._buffers = [
             (
-                _stacked([s.keys[layer] for s in states], width, room),
-                _stacked([s.values[layer] for s in states], width, room),
+                _stacked([c.keys[layer] for c in caches], width, room),
+                _stacked([c.values[layer] for c in caches], width, room),
             )
-            for layer in range(len(states[0].keys))
+            for layer in range(len(caches[0].keys))
         ]
         for layer, (keys, values) in enumerate(self._buffers):
             # An update with nothing makes the layer; then it gets its views.

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from nabla_fast.models import checks
-from nabla_fast.models.body import Body, Inputs
+from nabla_fast.models.backbone import Backbone, Inputs
 from nabla_fast.models.numerics import is_close, relative_error
-from nabla_fast.models.tracks import Track
+from nabla_fast.models.sequence_cache import SequenceCache
 from nabla_fast.ops import Head, linear_logits, scaled_and_capped
 
 # Names under which families keep a cap or a constant factor on the logits; the first one found is used.
@@ -64,7 +64,7 @@ class LanguageModel:
         name: what errors call the model.
         eos_token_ids: the end tokens of the model's generation config, else the tokenizer's.
         context_length: most positions the model takes, None if it does not say.
-        body: the model without its head, for gradients.
+        backbone: the model without its head, for gradients.
 
     Raises:
         TypeError: if ``model`` has no output head.
@@ -89,8 +89,8 @@ class LanguageModel:
         self.context_length: int | None = context_length(model)
         self.eos_token_ids = _eos_token_ids(model, tokenizer, self.vocab_size)
         ids = checks.probe_ids(model, tokenizer)
-        self.body = Body(model, self.name, ids)
-        self.body.output = self.widened
+        self.backbone = Backbone(model, self.name, ids)
+        self.backbone.output = self.widened
         checks.remembered(own, self.name, "head", lambda: self._check_head(own, ids))
 
     @property
@@ -101,7 +101,7 @@ class LanguageModel:
         """Logits (N, V), float32 or float64, of hidden states (N, d)."""
         weight = self.head.weight
         if not hidden.is_cuda and hidden.dtype == weight.dtype == torch.float32:
-            # The same product in the form that `fast_layers` knows.
+            # The same product in the form that `fast_kernels` knows.
             return scaled_and_capped(linear(hidden, weight), self.head)
         return linear_logits(hidden, self.head)
 
@@ -114,21 +114,21 @@ class LanguageModel:
         bias[..., 0] = _BIAS_UNIT
         return torch.cat([hidden, bias], dim=-1)
 
-    def track(self, prompt_ids: Sequence[int]) -> Track:
-        """A track of a response to a prompt, of which nothing is computed yet."""
+    def new_cache(self, prompt_ids: Sequence[int]) -> SequenceCache:
+        """An empty cache for a response to a prompt."""
         prompt = torch.tensor(prompt_ids, dtype=torch.long, device=self.device)
-        return Track(self.embedding.inputs(prompt))
+        return SequenceCache(self.embedding.inputs(prompt))
 
     @torch.no_grad()
     def _check_head(self, own: Any, ids: Tensor) -> None:
         """Refuses a model whose own logits (``own`` may be an adapter around it) are not ours, or see later tokens."""
         theirs = own(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :, : self.vocab_size]
-        ours = self.logits(self.widened(self.body.tried)).to(theirs.dtype)
+        ours = self.logits(self.widened(self.backbone.tried)).to(theirs.dtype)
         # Where sequences run behind prefixes, that is known.
-        if self.body.way != "prefix":
+        if self.backbone.cache_kind != "prefix":
             half = len(ids) // 2
-            alone = self.body.whole(self.embedding.inputs(ids[:half]))[:, : self.width]
-            among = self.body.tried[:half]
+            alone = self.backbone.whole(self.embedding.inputs(ids[:half]))[:, : self.width]
+            among = self.backbone.tried[:half]
             if not is_close(alone, among):
                 raise ValueError(
                     f"{self.name} is no causal language model: hidden states of {half} tokens are "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast.models import checks, numerics
-from nabla_fast.models.body import Body, Inputs, State, embeddings_replaced
+from nabla_fast.models.backbone import Backbone, Cache, Inputs, embeddings_replaced
 
 _IDS_NAMES = ("input_ids", "ids", "token_ids", "tokens", "text", "texts", "prompt", "prompts", "responses")
 _OUTPUTS = ("logits", "scores", "score", "rewards", "reward", "end_scores")
@@ -23,29 +23,29 @@ class RewardHead:
     """The model's own ``score`` module on the hidden state of one token of the conversation.
 
     Attributes:
-        body: gives the hidden states.
+        backbone: gives the hidden states.
         score: maps hidden states (B, d) to (B, 1).
         skips: the token that the pooled one is not: the last token with another id is pooled, as transformers' classes
             do with the padding token, whatever else it is. None pools the last token.
     """
 
-    body: Body
+    backbone: Backbone
     score: Callable[[Tensor], Tensor]
     skips: int | None
 
     def __call__(
-        self, states: Sequence[State | None], conversations: Sequence[Inputs]
-    ) -> tuple[Tensor, list[State | None]]:
-        """Rewards (B,) of conversations, each behind its prefix, and the states of the whole."""
-        hidden, after = self.body(states, conversations)
-        pooled = [self.pooled(h, s, x) for h, s, x in zip(hidden, states, conversations, strict=True)]
+        self, caches: Sequence[Cache | None], conversations: Sequence[Inputs]
+    ) -> tuple[Tensor, list[Cache | None]]:
+        """Rewards (B,) of conversations, each behind its prefix, and the caches of the whole."""
+        hidden, after = self.backbone(caches, conversations)
+        pooled = [self.pooled(h, s, x) for h, s, x in zip(hidden, caches, conversations, strict=True)]
         return self.score(torch.stack(pooled)).squeeze(-1), after
 
     def alone(self, conversation: Inputs) -> Tensor:
         """The reward (1,) of one conversation."""
         return self([None], [conversation])[0]
 
-    def pooled(self, hidden: Tensor, state: State | None, inputs: Inputs) -> Tensor:
+    def pooled(self, hidden: Tensor, cache: Cache | None, inputs: Inputs) -> Tensor:
         """The hidden state (d,) that is scored, of those (S, d) of the inputs or the one before them."""
         if self.skips is None:
             return hidden[-1]
@@ -53,7 +53,7 @@ class RewardHead:
         if len(kept):
             return hidden[int(kept[-1])]
         # The prefix ends with a token of the prompt or of the response, which has not ended there.
-        return hidden[-1] if state is None else state.hidden[-1] + 0 * hidden[-1]
+        return hidden[-1] if cache is None else cache.hidden[-1] + 0 * hidden[-1]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def reward_head(model: Any, own: Any, name: str, tokenizer: Any) -> tuple[Reward
     pad = model.config.get_text_config().pad_token_id
     rule = checks.remembered(own, name, "reward", lambda: _examine(model, own, name, ids, pad))
     if rule.reason is None:
-        return RewardHead(Body(model, name, ids), model.score, pad if rule.skips_padding else None), None
+        return RewardHead(Backbone(model, name, ids), model.score, pad if rule.skips_padding else None), None
     checks.warn_once(own, f"{name} is run as it is, on whole conversations, slower: {rule.reason}")
     return None, OwnForward(own, model.get_input_embeddings(), name, int(ids[0]))
 
@@ -157,14 +157,14 @@ def _examine(model: Any, own: Any, name: str, ids: Tensor, pad: int | None) -> _
     score = getattr(model, "score", None)
     function: Callable[[Inputs], Tensor] = OwnForward(own, model.get_input_embeddings(), name, int(ids[0]))
     if score is not None:
-        body = Body(model, name, ids)
+        backbone = Backbone(model, name, ids)
         inputs = [_read(model, probe) for probe in probes]
         with torch.no_grad():
-            hidden = [body.whole(x) for x in inputs]
+            hidden = [backbone.whole(x) for x in inputs]
             # Of every token: what a difference is large or small beside.
             scale = max(float(score(h).abs().max()) for h in hidden)
             for skips in (False, True) if pad is not None else (False,):
-                head = RewardHead(body, score, pad if skips else None)
+                head = RewardHead(backbone, score, pad if skips else None)
                 ours = [score(head.pooled(h, None, x)[None])[0] for h, x in zip(hidden, inputs, strict=True)]
                 if all(o.shape == e.shape for o, e in zip(ours, expected, strict=True)):
                     apart = _apart(ours, expected)

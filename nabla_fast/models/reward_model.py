@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from nabla_fast.models import checks
-from nabla_fast.models.body import Body, Inputs, State, joined
+from nabla_fast.models.backbone import Backbone, Cache, Inputs, joined
 from nabla_fast.models.chat import Chat, conversation_frame
-from nabla_fast.models.cuts import require_same_cuts
 from nabla_fast.models.language_model import EmbeddingTable, LanguageModel, context_length, embedding_table
 from nabla_fast.models.reward_head import OwnForward, RewardHead, require_embeddings_argument, reward_head
+from nabla_fast.models.tokenizer_agreement import require_same_tokenization
 from nabla_fast.models.vocabulary import Alignment, align, aligned_table
 
 RewardFunction = Callable[[Tensor, Tensor], Tensor]
@@ -40,9 +40,8 @@ class RewardFrame:
 class RewardModel:
     """Wraps a sequence classifier with one label, or any function of embeddings.
 
-    A classifier that scores the last token's hidden state by its ``score`` module goes on from prefixes. Any other one
-    is run as it is, on whole conversations: whatever its own forward pass does is done. Which of the two it is is found
-    out by trying.
+    A classifier that scores the last token's hidden state by its ``score`` module continues cached prefixes. The
+    forward pass of any other one runs as it is, on whole conversations. Which of the two it is is found out by trying.
 
     Args:
         model: an ``AutoModelForSequenceClassification`` with one label, or any model whose forward pass gives one
@@ -59,7 +58,7 @@ class RewardModel:
         table: the reward model's input embeddings in the language model's token order (V, d_r).
         alignment: which token is which; its ``share`` says how many have a partner.
         name: what errors call the model.
-        body: a classifier's decoder, which goes on from prefixes; None for what takes whole conversations.
+        backbone: a classifier's, whose passes continue cached prefixes; None for what takes whole conversations.
 
     Raises:
         TypeError: if ``model`` is nothing that could be called.
@@ -113,8 +112,8 @@ class RewardModel:
         self.table = aligned_table(self.alignment, own_table, language_tokenizer, self.tokenizer)
 
     @property
-    def body(self) -> Body | None:
-        return None if self.head is None else self.head.body
+    def backbone(self) -> Backbone | None:
+        return None if self.head is None else self.head.backbone
 
     def chat_frame(self, chat: Chat, template_kwargs: Mapping[str, Any] | None = None) -> RewardFrame:
         """The frame that the reward tokenizer's chat template puts around a response to ``chat``."""
@@ -126,9 +125,9 @@ class RewardModel:
         return RewardFrame(self.table.inputs(self._ids(prompt_ids)), self._read(self._closing), ())
 
     @property
-    def incremental(self) -> bool:
+    def supports_prefix_cache(self) -> bool:
         """Whether `rewards` goes on from prefixes."""
-        return self.body is not None and self.body.incremental
+        return self.backbone is not None and self.backbone.supports_prefix_cache
 
     def conversation(self, frame: RewardFrame, tokens: Tensor, start: int | None = None) -> Inputs:
         """A conversation, as T tokens of the reward model, whose response is ``tokens`` (n,) int64, LM ids.
@@ -144,30 +143,30 @@ class RewardModel:
         return joined([response, closing] if start is not None else [frame.opening, response, closing])
 
     def rewards(
-        self, conversations: Sequence[Inputs], states: Sequence[State | None] | None = None
-    ) -> tuple[Tensor, list[State | None]]:
+        self, conversations: Sequence[Inputs], caches: Sequence[Cache | None] | None = None
+    ) -> tuple[Tensor, list[Cache | None]]:
         """Scores conversations, each behind its prefix if there is one; differentiable.
 
         Args:
             conversations: what follows the prefix, T_b >= 1 tokens each.
-            states: the prefix of each; only None unless `incremental`.
+            caches: of each prefix; all None unless `supports_prefix_cache`.
 
         Returns:
-            Rewards (B,), float32 or float64; the states of the whole conversations, where the pass makes them.
+            Rewards (B,), float32 or float64; the caches of the whole conversations, None where the model gives none.
 
         Raises:
             TypeError: if a callable gives no tensor.
             ValueError: if it does not give one number per conversation, or a conversation is too long.
         """
-        states = [None] * len(conversations) if states is None else states
-        lengths = [len(c) + (0 if s is None else len(s)) for c, s in zip(conversations, states, strict=True)]
+        caches = [None] * len(conversations) if caches is None else caches
+        lengths = [len(c) + (0 if s is None else len(s)) for c, s in zip(conversations, caches, strict=True)]
         if self.context_length is not None and max(lengths) > self.context_length:
             raise ValueError(
                 f"{self.name} takes at most {self.context_length} tokens, got a conversation of {max(lengths)}"
             )
-        after: list[State | None] = [None] * len(conversations)
+        after: list[Cache | None] = [None] * len(conversations)
         if self.head is not None:
-            rewards, after = self.head(states, conversations)
+            rewards, after = self.head(caches, conversations)
         elif isinstance(self._function, OwnForward):
             rewards = torch.cat([self._function(x) for x in conversations])
         else:
@@ -194,7 +193,7 @@ class RewardModel:
     def _align(self, language_tokenizer: Any, vocab_size: int, eos_token_ids: Collection[int]) -> Alignment:
         alignment = align(language_tokenizer, self.tokenizer, vocab_size, self._own_table.weight.shape[0])
         if self.tokenizer is not language_tokenizer:
-            require_same_cuts(language_tokenizer, self.tokenizer, alignment)
+            require_same_tokenization(language_tokenizer, self.tokenizer, alignment)
         for token in eos_token_ids:
             if self._closing and alignment.partner[token] < 0:
                 alignment.partner[token] = self._closing[0]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.products import times_table
+from nabla_fast.ops.table_matmul import times_table
 from nabla_fast.ops.types import (
     DTOInputs,
     DTOOptions,

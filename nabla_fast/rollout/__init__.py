@@ -6,7 +6,6 @@ from nabla_fast.rollout.base import (
     RolloutError,
     RolloutStream,
     ServerLostError,
-    Start,
     StopRule,
     rollout,
 )
@@ -20,7 +19,6 @@ __all__ = [
     "RolloutError",
     "RolloutStream",
     "ServerLostError",
-    "Start",
     "StopRule",
     "VLLMRollout",
     "rollout",

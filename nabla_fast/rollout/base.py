@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,9 +11,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from nabla_fast.config import Sampling
-from nabla_fast.models.body import State
-from nabla_fast.models.tracks import Track
-from nabla_fast.sampling import Context
+from nabla_fast.models.backbone import Cache
+from nabla_fast.sequence import Sequence
 
 
 class RolloutError(RuntimeError):
@@ -32,37 +32,21 @@ class ServerLostError(RolloutError):
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a rollout begins.
-
-    Attributes:
-        context: prompt and response so far.
-        track: what the language model has computed of this sequence; read, never changed. None for nothing.
-        earlier: responses drawn for this sequence before, the one whose place the rollout may take first. They change
-            how fast it is, never what it gives.
-    """
-
-    context: Context
-    track: Track | None = None
-    earlier: tuple[tuple[int, ...], ...] = ()
-
-
-@dataclass(frozen=True)
 class Rollout:
-    """A continuation.
+    """A continuation of a sequence's prefix.
 
     Attributes:
-        tokens: (k,) int64 new tokens, on the CPU; none if the sequence had already ended.
+        tokens: (k,) int64 new tokens, on the CPU; none if the response had already ended.
         latents: (k, d) the hidden state that predicted each.
-        state: the language model's state of prompt and response without the last token, or of less of it, where the
-            back end has one.
+        cache: the language model's, of prompt and response without the last token, or of less of it. None where the
+            back end has none, or the sequence keeps none.
         calls: forward passes of the language model in which the sequence took part.
         drafted, accepted: draft tokens that those passes verified, and how many proved right.
     """
 
     tokens: Tensor
     latents: Tensor
-    state: State | None = None
+    cache: Cache | None = None
     calls: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -84,18 +68,17 @@ class StopRule:
     tokenizer: Any = None
     criteria: tuple[Callable[[list[int]], bool], ...] = ()
 
-    def ended(self, context: Context) -> bool:
-        """Whether the response is complete."""
-        response = context.response
+    def ended(self, sequence: Sequence, response: tuple[int, ...]) -> bool:
+        """Whether a response to the sequence's prompt is complete."""
         if not response:
             return False
-        if len(response) >= context.limit or response[-1] in self.eos_token_ids:
+        if len(response) >= sequence.limit or response[-1] in self.eos_token_ids:
             return True
         if self.stop_strings and self._completes_stop_string(response):
             return True
-        return any(criterion([*context.prompt_ids, *response]) for criterion in self.criteria)
+        return any(criterion([*sequence.prompt_ids, *response]) for criterion in self.criteria)
 
-    def _completes_stop_string(self, response: Sequence[int]) -> bool:
+    def _completes_stop_string(self, response: tuple[int, ...]) -> bool:
         # A stop string of n bytes lies within the last n tokens, since a token that is part of it adds a byte or more;
         # earlier ones would have ended the response before. Spare tokens absorb a character cut at the window's start.
         window = max(len(stop.encode()) for stop in self.stop_strings) + 4
@@ -106,13 +89,13 @@ class StopRule:
 class RolloutStream(Protocol):
     """Rollouts under way, all drawn by one sampling and one stop rule."""
 
-    def submit(self, key: int, start: Start) -> None:
-        """Begins a rollout that `collect` will give back as ``key``."""
+    def submit(self, sequence: Sequence) -> None:
+        """Begins a rollout that continues ``sequence.prefix``; the sequence's caches are read and never changed."""
 
-    def collect(self) -> list[tuple[int, Rollout]]:
-        """Waits until a rollout has ended; those that have, with their keys, or nothing if none is under way.
+    def collect(self) -> list[tuple[Sequence, Rollout]]:
+        """Waits until a rollout has ended; those that have, with their sequences, or nothing if none is under way.
 
-        A rollout's tokens depend on its context alone, not on the others.
+        A rollout's tokens depend on prompt, prefix, seed and limit of its sequence alone, not on the others.
 
         Raises:
             FloatingPointError: if the model gives NaN or infinite logits.
@@ -132,12 +115,12 @@ class RolloutBackend(Protocol):
         ...
 
 
-def rollout(backend: RolloutBackend, starts: Sequence[Start], sampling: Sampling, stop: StopRule) -> list[Rollout]:
-    """Continues every sequence until it ends, together; in the order of ``starts``."""
+def rollout(backend: RolloutBackend, sequences: Seq[Sequence], sampling: Sampling, stop: StopRule) -> list[Rollout]:
+    """Continues the prefix of every sequence until the response ends, all together; in their order."""
     with closing(backend.open(sampling, stop)) as stream:
-        for key, start in enumerate(starts):
-            stream.submit(key, start)
-        ended: dict[int, Rollout] = {}
-        while len(ended) < len(starts):
+        for sequence in sequences:
+            stream.submit(sequence)
+        ended: dict[Sequence, Rollout] = {}
+        while len(ended) < len(sequences):
             ended.update(stream.collect())
-    return [ended[key] for key in range(len(starts))]
+    return [ended[sequence] for sequence in sequences]

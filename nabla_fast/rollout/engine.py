@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Protocol
 
 from nabla_fast.config import Sampling
 from nabla_fast.rollout.base import StopRule
-from nabla_fast.sampling import Context
+from nabla_fast.sequence import Sequence
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,19 @@ class TokenRequest:
     repetition_penalty: float = 1.0
 
     @classmethod
-    def of(cls, context: Context, sampling: Sampling, stop: StopRule, repetition_penalty: float = 1.0) -> TokenRequest:
-        """What continues ``context`` as far as it may go; the seed depends on (sequence seed, position) alone."""
-        key = f"{context.seed}:{len(context.response)}".encode()
+    def of(
+        cls,
+        sequence: Sequence,
+        response: tuple[int, ...],
+        sampling: Sampling,
+        stop: StopRule,
+        repetition_penalty: float = 1.0,
+    ) -> TokenRequest:
+        """Continues ``response`` up to the sequence's limit; the seed depends on (sequence seed, position) alone."""
+        key = f"{sequence.seed}:{len(response)}".encode()
         return cls(
-            prompt_ids=(*context.prompt_ids, *context.response),
-            max_tokens=context.limit - len(context.response),
+            prompt_ids=(*sequence.prompt_ids, *response),
+            max_tokens=sequence.limit - len(response),
             # vLLM takes a signed 64-bit number.
             seed=int.from_bytes(blake2b(key, digest_size=8).digest(), "big") >> 1,
             sampling=sampling,
@@ -121,7 +128,7 @@ class Engine(Protocol):
 
     def open(self) -> Requests: ...
 
-    def log_probabilities(self, token_ids: Sequence[int]) -> list[float]:
+    def log_probabilities(self, token_ids: Seq[int]) -> list[float]:
         """Of each token but the first, given those before it.
 
         Raises:

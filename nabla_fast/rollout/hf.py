@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from nabla_fast.config import Sampling
-from nabla_fast.models.body import joined
+from nabla_fast.models.backbone import joined
 from nabla_fast.models.decoding import DecodeAlone, DecodeBatch
+from nabla_fast.models.kv_cache import KVCache, ModelCache
 from nabla_fast.models.language_model import LanguageModel
-from nabla_fast.models.layers import fast_layers
-from nabla_fast.models.prefix import OwnState, PrefixState
-from nabla_fast.models.tracks import TOKENS_PER_PASS, common_lengths, resume
-from nabla_fast.rollout.base import Rollout, RolloutStream, Start, StopRule
+from nabla_fast.models.sequence_cache import TOKENS_PER_PASS, common_lengths, extended
+from nabla_fast.models.torch_kernels import fast_kernels
+from nabla_fast.rollout.base import Rollout, RolloutStream, StopRule
 from nabla_fast.rollout.drafts import Drafter
-from nabla_fast.sampling import Context, Sampler
+from nabla_fast.sampling import Sampler
+from nabla_fast.sequence import Sequence
 
 # Columns in use per token of the longest sequence, from which on the batch is made anew without the unused ones.
 _SPREAD = 1.5
@@ -40,7 +41,7 @@ class HFRollout:
 
     def open(self, sampling: Sampling, stop: StopRule) -> RolloutStream:
         """See `RolloutBackend.open`."""
-        together = self.language_model.body.way == "prefix"
+        together = self.language_model.backbone.cache_kind == "prefix"
         return _Stream(self, sampling, stop) if together else _AloneStream(self, sampling, stop)
 
 
@@ -49,16 +50,16 @@ class _Row:
     """A sequence in the batch.
 
     Attributes:
-        context: with the response so far.
-        drafter: guesses what follows.
+        sequence: what the rollout continues.
+        response: response tokens so far.
+        drafter: guesses the tokens that follow.
         draft: the tokens that the pass under way verifies.
         ended: whether the response is complete.
     """
 
-    key: int
-    start: Start
+    sequence: Sequence
+    response: tuple[int, ...]
     drafter: Drafter
-    context: Context
     calls: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -66,40 +67,38 @@ class _Row:
     ended: bool = False
 
     def feed(self, most: int) -> list[int]:
-        """At most ``most`` tokens for the next pass: the last one, which is in no state yet, and a draft behind it."""
-        left = self.context.limit - len(self.context.response)
+        """At most ``most`` tokens for the next pass: the last one, which no cache has yet, and a draft behind it."""
+        left = self.sequence.limit - len(self.response)
         self.draft = self.drafter.draft(min(left, most) - 1)
-        last = (self.context.response or self.context.prompt_ids)[-1]
+        last = (self.response or self.sequence.prompt_ids)[-1]
         return [last, *self.draft]
 
-    def contexts(self) -> list[Context]:
-        """What each token of the pass is followed in, were the draft right."""
-        response = self.context.response
-        return [replace(self.context, response=(*response, *self.draft[:n])) for n in range(len(self.draft) + 1)]
+    def responses(self) -> list[tuple[int, ...]]:
+        """The response that each token of the pass would be followed in, were the draft right."""
+        return [(*self.response, *self.draft[:n]) for n in range(len(self.draft) + 1)]
 
-    def take(self, drawn: Sequence[int], stop: StopRule) -> int:
+    def take(self, drawn: Seq[int], stop: StopRule) -> int:
         """Appends what was drawn, up to the first token that the draft did not foresee; how many tokens fed stand."""
         self.calls += 1
         self.drafted += len(self.draft)
         for count, token in enumerate(drawn):
-            self.context = replace(self.context, response=(*self.context.response, token))
+            self.response = (*self.response, token)
             self.drafter.add(token)
             right = count < len(self.draft) and self.draft[count] == token
-            self.ended = stop.ended(self.context)
+            self.ended = stop.ended(self.sequence, self.response)
             if self.ended or not right:
                 break
         self.accepted += count
         return count + 1
 
-    def result(self, state: PrefixState) -> Rollout:
-        before, after = self.start.context.response, self.context.response
-        tokens = torch.tensor(after[len(before) :], dtype=torch.long)
+    def result(self, cache: KVCache) -> Rollout:
+        tokens = torch.tensor(self.response[len(self.sequence.prefix) :], dtype=torch.long)
         kept = None
-        if self.start.track is not None:
+        if self.sequence.language_cache is not None:
             # Copies: a view would keep the whole batch alive.
-            keys, values = (tuple(x.clone() for x in part) for part in (state.keys, state.values))
-            kept = PrefixState(keys, values, state.hidden)
-        return Rollout(tokens, state.hidden[-len(tokens) :], kept, self.calls, self.drafted, self.accepted)
+            keys, values = (tuple(x.clone() for x in part) for part in (cache.keys, cache.values))
+            kept = KVCache(keys, values, cache.hidden)
+        return Rollout(tokens, cache.hidden[-len(tokens) :], kept, self.calls, self.drafted, self.accepted)
 
 
 @dataclass
@@ -112,19 +111,19 @@ class _Stream:
     joining: list[_Row] = field(default_factory=list)
     rows: list[_Row] = field(default_factory=list)
     batch: DecodeBatch | None = None
-    ended: list[tuple[int, Rollout]] = field(default_factory=list)
+    ended: list[tuple[Sequence, Rollout]] = field(default_factory=list)
 
-    def submit(self, key: int, start: Start) -> None:
-        if self.stop.ended(start.context):
-            self.ended.append((key, _nothing(self.backend.language_model)))
+    def submit(self, sequence: Sequence) -> None:
+        if self.stop.ended(sequence, sequence.prefix):
+            self.ended.append((sequence, _nothing(self.backend.language_model)))
             return
-        context = start.context
-        drafter = Drafter(context.prompt_ids, context.response, start.earlier, self.backend.draft_tokens)
-        self.joining.append(_Row(key, start, drafter, context))
+        most = self.backend.draft_tokens
+        drafter = Drafter(sequence.prompt_ids, sequence.prefix, tuple(sequence.drawn), most)
+        self.joining.append(_Row(sequence, sequence.prefix, drafter))
 
     @torch.no_grad()
-    def collect(self) -> list[tuple[int, Rollout]]:
-        with fast_layers(self.backend.language_model.device):
+    def collect(self) -> list[tuple[Sequence, Rollout]]:
+        with fast_kernels(self.backend.language_model.device):
             while not self.ended and (self.rows or self.joining):
                 if self.joining:
                     self._join()
@@ -137,22 +136,23 @@ class _Stream:
 
     def _join(self) -> None:
         model = self.backend.language_model
-        tracks = [row.start.track or model.track(row.context.prompt_ids) for row in self.joining]
+        sequences = [row.sequence for row in self.joining]
+        known = [s.language_cache or model.new_cache(s.prompt_ids) for s in sequences]
         # The last token goes through the model with the batch's next step. Where it is the prompt's, once more.
-        known = [torch.tensor(row.context.response[:-1], dtype=torch.long, device=model.device) for row in self.joining]
-        lengths = [len(row.context.prompt_ids) + len(row.context.response) - 1 for row in self.joining]
-        states = [
-            state.crop(length)
-            for state, length in zip(resume(model.body, model.embedding, tracks, known), lengths, strict=True)
+        responses = [torch.tensor(row.response[:-1], dtype=torch.long, device=model.device) for row in self.joining]
+        lengths = [len(row.sequence.prompt_ids) + len(row.response) - 1 for row in self.joining]
+        caches = [
+            cache.crop(length)
+            for cache, length in zip(extended(model.backbone, model.embedding, known, responses), lengths, strict=True)
         ]
         self.rows, self.joining = [*self.rows, *self.joining], []
-        self._rebuild(range(len(self.rows) - len(states)), states)
+        self._rebuild(range(len(self.rows) - len(caches)), caches)
 
-    def _rebuild(self, kept: Sequence[int], joined: Sequence[PrefixState] = ()) -> None:
+    def _rebuild(self, kept: Seq[int], joined: Seq[KVCache] = ()) -> None:
         """A batch of some of the rows and more behind them."""
-        states = [self.batch.state(row) for row in kept] if self.batch is not None else []
-        both = [*states, *joined]
-        self.batch = DecodeBatch(self.backend.language_model.body, both) if both else None
+        caches = [self.batch.row_cache(row) for row in kept] if self.batch is not None else []
+        both = [*caches, *joined]
+        self.batch = DecodeBatch(self.backend.language_model.backbone, both) if both else None
 
     def _step(self) -> None:
         assert self.batch is not None
@@ -160,21 +160,24 @@ class _Stream:
         # Up to this, drafts cost little.
         most = max(1, TOKENS_PER_PASS.get(model.device.type, 1) // len(self.rows))
         hidden = self.batch.step([row.feed(most) for row in self.rows])
-        contexts = [context for row in self.rows for context in row.contexts()]
+        responses = [response for row in self.rows for response in row.responses()]
+        sequences = [row.sequence for row in self.rows for _ in row.responses()]
         logits = model.logits(torch.cat(hidden))
-        _require_readable(model, logits, contexts)
-        drawn = iter(self.backend.sampler(logits, self.sampling, contexts).tolist())
+        _require_readable(model, logits, responses)
+        drawn = iter(self.backend.sampler(logits, self.sampling, sequences, responses).tolist())
         self.batch.keep(
             [row.take([next(drawn) for _ in h], self.stop) for row, h in zip(self.rows, hidden, strict=True)]
         )
         running = [i for i, row in enumerate(self.rows) if not row.ended]
         if len(running) < len(self.rows):
             self.ended += [
-                (row.key, row.result(self.batch.state(i))) for i, row in enumerate(self.rows) if i not in running
+                (row.sequence, row.result(self.batch.row_cache(i)))
+                for i, row in enumerate(self.rows)
+                if i not in running
             ]
             self._rebuild(running)
             self.rows = [self.rows[i] for i in running]
-        elif self.batch.spread > _SPREAD or (model.body.windowed and self.batch.gaps):
+        elif self.batch.spread > _SPREAD or (model.backbone.windowed and self.batch.gaps):
             self._rebuild(running)
 
 
@@ -185,56 +188,56 @@ class _AloneStream:
     backend: HFRollout
     sampling: Sampling
     stop: StopRule
-    waiting: deque[tuple[int, Start]] = field(default_factory=deque)
+    waiting: deque[Sequence] = field(default_factory=deque)
 
-    def submit(self, key: int, start: Start) -> None:
-        self.waiting.append((key, start))
+    def submit(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
 
     @torch.no_grad()
-    def collect(self) -> list[tuple[int, Rollout]]:
+    def collect(self) -> list[tuple[Sequence, Rollout]]:
         if not self.waiting:
             return []
-        key, start = self.waiting.popleft()
-        with fast_layers(self.backend.language_model.device):
-            return [(key, self._roll_out(start))]
+        sequence = self.waiting.popleft()
+        with fast_kernels(self.backend.language_model.device):
+            return [(sequence, self._roll_out(sequence))]
 
     def close(self) -> None:
         self.waiting.clear()
 
-    def _roll_out(self, start: Start) -> Rollout:
-        model, context = self.backend.language_model, start.context
-        if self.stop.ended(context):
+    def _roll_out(self, sequence: Sequence) -> Rollout:
+        model, response = self.backend.language_model, sequence.prefix
+        if self.stop.ended(sequence, response):
             return _nothing(model)
-        track = start.track or model.track(context.prompt_ids)
-        response = torch.tensor(context.response, dtype=torch.long, device=model.device)
-        (common,) = common_lengths([track], [response])
-        inputs = joined([track.opening, model.embedding.inputs(response)])
-        known = track.before(common)
-        row = DecodeAlone(model.body, model.embedding, inputs, known if isinstance(known, OwnState) else None)
+        cache = sequence.language_cache or model.new_cache(sequence.prompt_ids)
+        prefix = torch.tensor(response, dtype=torch.long, device=model.device)
+        (common,) = common_lengths([cache], [prefix])
+        inputs = joined([cache.prompt, model.embedding.inputs(prefix)])
+        known = cache.before(common)
+        row = DecodeAlone(model.backbone, model.embedding, inputs, known if isinstance(known, ModelCache) else None)
         latents = [row.first()]
         while True:
             logits = model.logits(latents[-1])
-            _require_readable(model, logits, [context])
-            token = int(self.backend.sampler(logits, self.sampling, [context]))
-            context = replace(context, response=(*context.response, token))
-            if self.stop.ended(context):
+            _require_readable(model, logits, [response])
+            token = int(self.backend.sampler(logits, self.sampling, [sequence], [response]))
+            response = (*response, token)
+            if self.stop.ended(sequence, response):
                 break
             latents.append(row.step(token))
-        new = context.response[len(start.context.response) :]
+        new = response[len(sequence.prefix) :]
         tokens = torch.tensor(new, dtype=torch.long)
         return Rollout(tokens, torch.cat(latents), row.start, calls=len(new))
 
 
 def _nothing(model: LanguageModel) -> Rollout:
-    """The rollout of a sequence that had ended."""
+    """The rollout of a response that had already ended."""
     weight = model.head.weight
     return Rollout(torch.empty(0, dtype=torch.long), weight.new_zeros(0, weight.shape[1]))
 
 
-def _require_readable(model: LanguageModel, logits: Tensor, contexts: Sequence[Context]) -> None:
+def _require_readable(model: LanguageModel, logits: Tensor, responses: Seq[tuple[int, ...]]) -> None:
     readable = logits.amax(-1).isfinite()  # amax carries NaN; a finite maximum leaves -inf entries, which are fine
     if not bool(readable.all()):
-        position = len(contexts[int((~readable).nonzero()[0])].response)
+        position = len(responses[int((~readable).nonzero()[0])])
         raise FloatingPointError(
             f"{model.name} returned NaN or infinite logits at response position {position}; "
             "nothing of this rollout was committed"

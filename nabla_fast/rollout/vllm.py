@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nabla_fast.config import NablaConfig, Sampling
-from nabla_fast.models.body import State, joined
+from nabla_fast.models.backbone import Cache, joined
 from nabla_fast.models.language_model import LanguageModel
-from nabla_fast.models.tracks import Track, resume
-from nabla_fast.rollout.base import Rollout, RolloutError, Start, StopRule
+from nabla_fast.models.sequence_cache import SequenceCache, extended
+from nabla_fast.rollout.base import Rollout, RolloutError, StopRule
 from nabla_fast.rollout.engine import Completion, Engine, TokenRequest
 from nabla_fast.rollout.vllm_engine import VLLMEngine
 from nabla_fast.rollout.vllm_server import VLLMServer
-from nabla_fast.sampling import Context
+from nabla_fast.sequence import Sequence
 
 # Requests that one rollout may take. A second one is only due where vLLM ends an answer sooner than the stop rule does.
 _MAX_REQUESTS = 32
@@ -106,7 +106,7 @@ def require_same_model(engine: Engine, language_model: LanguageModel, tolerance:
     # Steps of the golden ratio fall evenly whatever the size.
     ids = [int(size * (0.61803398875 * n % 1)) for n in range(_PROBE_TOKENS - 1)] + [size - 1]
     tokens = torch.tensor(ids, device=language_model.device)
-    (hidden,), _ = language_model.body([None], [language_model.embedding.inputs(tokens)])
+    (hidden,), _ = language_model.backbone([None], [language_model.embedding.inputs(tokens)])
     own = language_model.logits(hidden[:-1]).float().log_softmax(-1).gather(-1, tokens[1:, None])[:, 0].cpu()
     served = f"{engine.name} serves {engine.model!r}, which is not {language_model.name}"
     try:
@@ -126,18 +126,20 @@ class _Progress:
     """A rollout under way.
 
     Attributes:
-        start: where it began.
-        context: how far it is.
+        sequence: what it continues.
+        begun: number of response tokens that it began with.
+        response: response tokens so far.
         requests: how many it has taken.
     """
 
-    start: Start
-    context: Context
+    sequence: Sequence
+    begun: int
+    response: tuple[int, ...]
     requests: int = 0
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        return self.context.response[len(self.start.context.response) :]
+        return self.response[self.begun :]
 
 
 class VLLMStream:
@@ -158,34 +160,35 @@ class VLLMStream:
         self._repetition_penalty = repetition_penalty
         self._requests = engine.open()
         self._under_way: dict[int, _Progress] = {}
-        self._ended: list[tuple[int, _Progress]] = []
+        self._ended: list[_Progress] = []
+        self._submitted = 0
 
-    def submit(self, key: int, start: Start) -> None:
-        """See `nabla_fast.rollout.base.RolloutStream`; ``start.earlier`` is of no use to vLLM.
+    def submit(self, sequence: Sequence) -> None:
+        """See `nabla_fast.rollout.base.RolloutStream`.
 
         Raises:
             RolloutError: if prompt and longest response do not fit vLLM's context.
         """
-        progress = _Progress(start, start.context)
-        if self._stop.ended(start.context):
-            self._ended.append((key, progress))
+        progress = _Progress(sequence, len(sequence.prefix), sequence.prefix)
+        if self._stop.ended(sequence, sequence.prefix):
+            self._ended.append(progress)
             return
-        self._require_room(start.context)
+        self._require_room(sequence)
+        key, self._submitted = self._submitted, self._submitted + 1
         self._under_way[key] = progress
         self._send(key, progress)
 
-    def collect(self) -> list[tuple[int, Rollout]]:
+    def collect(self) -> list[tuple[Sequence, Rollout]]:
         """See `nabla_fast.rollout.base.RolloutStream`."""
         while self._under_way and not self._ended:
             for key, completion in self._requests.wait():
                 progress = self._under_way[key]
                 if self._extend(progress, completion):
-                    self._ended.append((key, self._under_way.pop(key)))
+                    self._ended.append(self._under_way.pop(key))
                 else:
                     self._send(key, progress)
         ended, self._ended = self._ended, []
-        rollouts = self._rollouts([progress for _, progress in ended])
-        return [(key, rollout) for (key, _), rollout in zip(ended, rollouts, strict=True)]
+        return [(progress.sequence, rollout) for progress, rollout in zip(ended, self._rollouts(ended), strict=True)]
 
     def close(self) -> None:
         """See `nabla_fast.rollout.base.RolloutStream`."""
@@ -194,7 +197,8 @@ class VLLMStream:
 
     def _send(self, key: int, progress: _Progress) -> None:
         progress.requests += 1
-        request = TokenRequest.of(progress.context, self._sampling, self._stop, self._repetition_penalty)
+        penalty = self._repetition_penalty
+        request = TokenRequest.of(progress.sequence, progress.response, self._sampling, self._stop, penalty)
         self._requests.send(key, request)
 
     def _extend(self, progress: _Progress, completion: Completion) -> bool:
@@ -205,61 +209,58 @@ class VLLMStream:
                     f"{self._engine.name} gave token {token}; {self._model.name} has tokens 0 to "
                     f"{self._model.vocab_size - 1}"
                 )
-            progress.context = replace(progress.context, response=(*progress.context.response, token))
-            if self._stop.ended(progress.context):
+            progress.response = (*progress.response, token)
+            if self._stop.ended(progress.sequence, progress.response):
                 return True
         if not completion.tokens or progress.requests >= _MAX_REQUESTS:
             raise RolloutError(
                 f"{self._engine.name} gave {len(progress.tokens)} tokens in {progress.requests} requests (the last "
                 f"finish_reason was {completion.finish_reason!r}); it must give up to "
-                f"{progress.start.context.limit - len(progress.start.context.response)} unless the response ends"
+                f"{progress.sequence.limit - progress.begun} unless the response ends"
             )
         return False
 
-    def _require_room(self, context: Context) -> None:
-        needed = len(context.prompt_ids) + context.limit
+    def _require_room(self, sequence: Sequence) -> None:
+        needed = len(sequence.prompt_ids) + sequence.limit
         if needed > self._engine.context_length:
             raise RolloutError(
                 f"{self._engine.name} takes {self._engine.context_length} tokens, {self._model.name} "
-                f"{self._model.context_length or 'any number'}; a prompt of {len(context.prompt_ids)} and a response "
-                f"of up to {context.limit} need {needed}: raise vLLM's max_model_len or lower max_new_tokens"
+                f"{self._model.context_length or 'any number'}; a prompt of {len(sequence.prompt_ids)} and a response "
+                f"of up to {sequence.limit} need {needed}: raise vLLM's max_model_len or lower max_new_tokens"
             )
 
     @torch.no_grad()
-    def _rollouts(self, ended: Sequence[_Progress]) -> list[Rollout]:
+    def _rollouts(self, ended: Seq[_Progress]) -> list[Rollout]:
         """The tokens, and latents from one prefill of all together."""
         device, weight = self._model.device, self._model.head.weight
         tokens = [torch.tensor(progress.tokens, dtype=torch.long) for progress in ended]
         moved = [i for i, new in enumerate(tokens) if len(new)]
-        starts = [ended[i].start for i in moved]
-        tracks = [start.track or self._model.track(start.context.prompt_ids) for start in starts]
+        sequences = [ended[i].sequence for i in moved]
+        known = [s.language_cache or self._model.new_cache(s.prompt_ids) for s in sequences]
         # The last token predicts nothing that is asked for.
-        responses = [torch.tensor(ended[i].context.response[:-1], dtype=torch.long, device=device) for i in moved]
-        hidden, states = self._prefill(tracks, responses) if moved else ([], [])
+        responses = [torch.tensor(ended[i].response[:-1], dtype=torch.long, device=device) for i in moved]
+        hidden, caches = self._prefill(known, responses) if moved else ([], [])
         rollouts = [Rollout(new, weight.new_zeros(0, weight.shape[1])) for new in tokens]
-        for i, rows, state in zip(moved, hidden, states, strict=True):
+        for i, rows, cache in zip(moved, hidden, caches, strict=True):
             latents = rows[len(rows) - len(tokens[i]) :]
             self._require_finite(latents, ended[i])
             # A pass for each token, and the one here.
-            rollouts[i] = Rollout(tokens[i], latents, state, calls=len(tokens[i]) + 1)
+            rollouts[i] = Rollout(tokens[i], latents, cache, calls=len(tokens[i]) + 1)
         return rollouts
 
-    def _prefill(
-        self, tracks: Sequence[Track], responses: Sequence[Tensor]
-    ) -> tuple[list[Tensor], Sequence[State | None]]:
-        """Hidden states (P_b + n_b, d) of each sequence, and what the model has computed of it where that is of use."""
-        body, table = self._model.body, self._model.embedding
-        if body.way == "prefix":
-            states = resume(body, table, tracks, responses)
-            return [state.hidden for state in states], states
-        return body(
-            [None] * len(tracks), [joined([t.opening, table.inputs(y)]) for t, y in zip(tracks, responses, strict=True)]
-        )
+    def _prefill(self, known: Seq[SequenceCache], responses: Seq[Tensor]) -> tuple[list[Tensor], Seq[Cache | None]]:
+        """Hidden states (P_b + n_b, d) of each prompt and response, and their caches where the model has any."""
+        backbone, table = self._model.backbone, self._model.embedding
+        if backbone.cache_kind == "prefix":
+            caches = extended(backbone, table, known, responses)
+            return [cache.hidden for cache in caches], caches
+        whole = [joined([cache.prompt, table.inputs(y)]) for cache, y in zip(known, responses, strict=True)]
+        return backbone([None] * len(known), whole)
 
     def _require_finite(self, latents: Tensor, progress: _Progress) -> None:
         finite = latents.isfinite().all(-1)
         if not bool(finite.all()):
-            position = len(progress.start.context.response) + int((~finite).nonzero()[0])
+            position = progress.begun + int((~finite).nonzero()[0])
             raise FloatingPointError(
                 f"{self._model.name} returned NaN or infinite hidden states at response position {position}; "
                 "nothing of this rollout was committed"

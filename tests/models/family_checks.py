@@ -17,7 +17,8 @@ from torch.nn.functional import one_hot
 import nabla_fast as nf
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardModel
-from nabla_fast.objective import Conversation, Objective, Request
+from nabla_fast.objective import Objective, Request
+from nabla_fast.sequence import Sequence
 from nabla_fast.testing.models import MESSAGES, shared_reward_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -109,13 +110,13 @@ def _outcome(part: Callable[[], str]) -> str:
 
 
 def _load(model: Any) -> str:
-    body = LanguageModel(model, TOKENIZER).body
+    backbone = LanguageModel(model, TOKENIZER).backbone
     return {
         ("prefix", True): "batches behind prefixes",
         ("state", True): "one at a time, behind its own cache",
         ("state", False): "one at a time, gradients over whole sequences",
         ("whole", False): "whole sequences",
-    }[body.way, body.incremental]
+    }[backbone.cache_kind, backbone.supports_prefix_cache]
 
 
 def _gradients(model: Any) -> str:
@@ -123,10 +124,10 @@ def _gradients(model: Any) -> str:
     rewards = RewardModel(shared_reward_model("llama"), None, ours, TOKENIZER)
     objective = Objective(ours, rewards, nf.NablaConfig(nll_coeff=-1.0, gradient_cache=False))
     prompt, response = ids_of(MESSAGES), torch.tensor(RESPONSE)
-    talk = Conversation(tuple(prompt), rewards.prompt_frame(prompt), limit=len(RESPONSE))
+    sequence = Sequence(tuple(prompt), (), 0, len(RESPONSE), rewards.prompt_frame(prompt))
     worst = 0.0
     for start in (1, 6, 10):
-        (found,) = objective.evaluate([Request(talk, response, start)])
+        (found,) = objective.evaluate([Request(sequence, response, start)])
         expected = own_gradient(model, [*prompt, *RESPONSE], len(prompt) + start)[:, : ours.vocab_size]
         dense = found.factors.embedding.double() @ ours.embedding.weight.double().T
         # The last token's input has no part in the likelihood, so all of its gradient is 0.
@@ -168,5 +169,5 @@ def _reward(model: Any) -> str:
         own = [model(input_ids=x.ids.unsqueeze(0)).logits.reshape(()) for x in talks]
     errors = [(a - b).abs() / b.abs().clamp(min=1e-3) for a, b in zip(rewards, own, strict=True)]
     worst = max(float(error.nan_to_num(torch.inf)) for error in errors)
-    how = "" if ours.body is not None else " (its own forward pass)"
+    how = "" if ours.backbone is not None else " (its own forward pass)"
     return f"right{how}" if worst < 1e-3 else f"wrong: {worst:.2g} relatively"

@@ -91,8 +91,12 @@ def test_sound_models_pass_and_quickly(family: str, dtype: torch.dtype, seed: in
     start = time.process_time()
     ours = LanguageModel(model, TOKENIZER)
     assert time.process_time() - start < 1.0
-    assert (ours.body.way, ours.body.incremental, ours.body.needs_ids) == ("prefix", True, False)
-    assert reward(tiny_reward_model(family, dtype=dtype, seed=seed)).body is not None
+    assert (ours.backbone.cache_kind, ours.backbone.supports_prefix_cache, ours.backbone.needs_ids) == (
+        "prefix",
+        True,
+        False,
+    )
+    assert reward(tiny_reward_model(family, dtype=dtype, seed=seed)).backbone is not None
 
 
 def test_a_model_is_tried_once_and_again_when_it_has_changed() -> None:
@@ -180,7 +184,7 @@ def test_a_bias_of_the_output_head_is_part_of_the_logits() -> None:
     ours = LanguageModel(model, TOKENIZER)
     ids = torch.tensor(prompt_ids(TOKENIZER))
     own = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
-    torch.testing.assert_close(ours.logits(ours.body.whole(ours.embedding.inputs(ids))), own, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours.logits(ours.backbone.whole(ours.embedding.inputs(ids))), own, rtol=0, atol=1e-12)
     config = ONE_ROLLOUT.replace(rollout=nf.Sampling(temperature=0.0), max_new_tokens=12)
     out = nf.generate(model, TOKENIZER, tiny_reward_model("qwen3"), None, [list(MESSAGES)], config)
     with torch.no_grad():
@@ -238,7 +242,7 @@ def test_the_models_own_head_scores() -> None:
     mlp = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 1))
     for head in (mlp, nn.Linear(WIDTH, 1, bias=True)):
         model = with_head(head)
-        assert reward(model).body is not None
+        assert reward(model).backbone is not None
         assert_own_reward(model)
 
 
@@ -251,7 +255,7 @@ def test_a_padding_token_that_ends_turns_is_not_pooled(closing: str) -> None:
     template = TOKENIZER.chat_template.replace("<|end|>\n{% endfor", closing.removesuffix("\n") + "{% endfor")
     tokenizer = tiny_tokenizer(chat_template=template if closing == "<|end|>" else TOKENIZER.chat_template)
     rewards = RewardModel(model, tokenizer, LanguageModel(shared_language_model("llama"), TOKENIZER), TOKENIZER)
-    assert rewards.body is not None
+    assert rewards.backbone is not None
     for response in ([7, 9, 11], [7, 9, TOKENIZER.eos_token_id]):
         conversation = rewards.conversation(rewards.chat_frame(MESSAGES), torch.tensor(response))
         with torch.no_grad():
@@ -260,8 +264,8 @@ def test_a_padding_token_that_ends_turns_is_not_pooled(closing: str) -> None:
         assert float(ours.detach()) == pytest.approx(own, rel=1e-9)
         # Behind a prefix that all but the end lies in, too.
         cut = len(conversation) - (1 if closing == "<|end|>" else 2)
-        assert rewards.body is not None
-        _, states = rewards.body.extend([None], [conversation[:cut]])
+        assert rewards.backbone is not None
+        _, states = rewards.backbone.extend([None], [conversation[:cut]])
         behind = rewards.rewards([conversation[cut:].differentiable()], states)[0]
         assert behind.requires_grad
         assert float(behind.detach()) == pytest.approx(own, rel=1e-9)
@@ -298,7 +302,7 @@ def test_a_forward_pass_that_does_more_is_run_as_it_is(how: str) -> None:
     model = _Regression(tiny_reward_model("llama").config, how).double().eval()
     with pytest.warns(UserWarning, match=r"reward_model .* is run as it is, on whole conversations.*differs by"):
         ours = reward(model)
-    assert ours.body is None
+    assert ours.backbone is None
     assert_own_reward(model)
     # Its gradient, too, is that of the whole forward pass.
     conversation = ours.conversation(ours.chat_frame(MESSAGES), torch.tensor([7, 9, 11])).differentiable()
@@ -329,10 +333,10 @@ def test_statistics_that_change_are_seen() -> None:
         return model.score(own(model.model, input_ids=input_ids)[0])[:, -1, 0] - model.mean
 
     model.forward = forward
-    assert reward(model).body is not None
+    assert reward(model).backbone is not None
     model.mean.fill_(3.0)
     with pytest.warns(UserWarning, match="is run as it is"):
-        assert reward(model).body is None
+        assert reward(model).backbone is None
 
 
 @pytest.mark.parametrize("labels", [1, 2])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaModel
 
-from nabla_fast.models.body import Inputs
+from nabla_fast.models.backbone import Inputs
 from nabla_fast.models.language_model import LanguageModel, embedding_table
 from nabla_fast.models.reward_model import RewardModel
 from nabla_fast.testing.models import (
@@ -140,7 +140,7 @@ def test_embedding_scale_is_found_in_lower_precision(dtype: torch.dtype) -> None
 def test_hidden_states_of_a_ragged_batch_equal_each_sequence_alone(family: str) -> None:
     model, ours = wrapped(family)
     embeds = [ours.embedding(torch.tensor(s)) for s in SEQUENCES]
-    hidden, states = ours.body([None] * len(embeds), embeds)
+    hidden, states = ours.backbone([None] * len(embeds), embeds)
     for rows, state, tokens in zip(hidden, states, SEQUENCES, strict=True):
         torch.testing.assert_close(rows, last_hidden(model, tokens), rtol=0, atol=1e-10)
         assert torch.equal(state.hidden, rows)
@@ -171,8 +171,8 @@ def test_adapters_are_looked_through() -> None:
 
 
 def test_language_models_of_an_unknown_kind_are_refused_by_name() -> None:
-    body = LlamaModel(shared_language_model("llama", tied=True, vocab_rows=None).config).eval()
-    for headless in (body, shared_reward_model("qwen3"), nn.Linear(2, 2)):
+    backbone = LlamaModel(shared_language_model("llama", tied=True, vocab_rows=None).config).eval()
+    for headless in (backbone, shared_reward_model("qwen3"), nn.Linear(2, 2)):
         with pytest.raises(TypeError, match=r"^model .* has no output head"):
             LanguageModel(headless, TOKENIZER)
 

@@ -18,7 +18,8 @@ from torch.nn.functional import one_hot
 import nabla_fast as nf
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardModel
-from nabla_fast.objective import Conversation, Objective, Request
+from nabla_fast.objective import Objective, Request
+from nabla_fast.sequence import Sequence
 from nabla_fast.testing.models import MESSAGES, shared_reward_model, tiny_tokenizer
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*(one sequence|whole seq)")]
@@ -66,10 +67,10 @@ def token_gradient(model: Any, ids: list[int], start: int) -> Tensor:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_how_each_runs_is_found_out(name: str) -> None:
-    body = LanguageModel(language_model(name), TOKENIZER).body
-    assert (body.way, body.incremental) == MANNERS[name]
-    assert body.needs_ids == (name in ("falcon_h1", "gemma3n"))
-    assert body.windowed == (name in ("gemma3n", "gpt_neo"))
+    backbone = LanguageModel(language_model(name), TOKENIZER).backbone
+    assert (backbone.cache_kind, backbone.supports_prefix_cache) == MANNERS[name]
+    assert backbone.needs_ids == (name in ("falcon_h1", "gemma3n"))
+    assert backbone.windowed == (name in ("gemma3n", "gpt_neo"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -89,9 +90,9 @@ def test_gradients_are_those_of_the_whole_model_on_one_hot_tokens(name: str) -> 
     objective = Objective(ours, rewards, nf.NablaConfig(nll_coeff=-1.0, gradient_cache=False))
     prompt = ids_of(MESSAGES)
     response = torch.tensor([7, 21, 5, 40, 33, 12, 60, 18, 9, 50, 31, 24])
-    talk = Conversation(tuple(prompt), rewards.prompt_frame(prompt), limit=20)
+    sequence = Sequence(tuple(prompt), (), 0, 20, rewards.prompt_frame(prompt))
     for start in (1, 4, 10, 11):
-        (evaluation,) = objective.evaluate([Request(talk, response, start)])
+        (evaluation,) = objective.evaluate([Request(sequence, response, start)])
         expected = token_gradient(model, [*prompt, *response.tolist()], len(prompt) + start)
         dense = evaluation.factors.embedding.double() @ ours.embedding.weight.double().T
         torch.testing.assert_close(dense, expected, rtol=0, atol=1e-5 * float(expected.abs().max()) + 1e-9)

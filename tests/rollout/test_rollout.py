@@ -7,8 +7,8 @@ import torch
 
 from nabla_fast.config import Sampling
 from nabla_fast.models.language_model import LanguageModel
-from nabla_fast.rollout import HFRollout, Start, StopRule, hf, rollout
-from nabla_fast.sampling import Context
+from nabla_fast.rollout import HFRollout, StopRule, hf, rollout
+from nabla_fast.sequence import Sequence
 from nabla_fast.testing.models import FAMILIES, tiny_language_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,41 +17,41 @@ SAMPLING = Sampling(temperature=1.0, top_p=0.9)
 NEVER = StopRule(frozenset())
 
 
-def contexts(limit=8):
+def sequences(limit=8):
     prompts = [(5, 6, 7), (9,), (10, 11, 12, 13, 14, 15, 16), (20, 21)]
     responses = [(), (30, 31), (), (8,)]
-    return [Context(p, r, seed, limit) for seed, (p, r) in enumerate(zip(prompts, responses, strict=True))]
+    return [Sequence(p, r, seed, limit) for seed, (p, r) in enumerate(zip(prompts, responses, strict=True))]
 
 
-def roll_out(backend, contexts, sampling=SAMPLING, stop=NEVER):
-    return rollout(backend, [Start(context) for context in contexts], sampling, stop)
+def roll_out(backend, sequences, sampling=SAMPLING, stop=NEVER):
+    return rollout(backend, sequences, sampling, stop)
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")  # an argument that transformers has renamed
 @pytest.mark.parametrize("family", FAMILIES)
 def test_latents_are_the_full_forwards_hidden_states(family):
     model = LanguageModel(tiny_language_model(family), tiny_tokenizer())
-    for context, drawn in zip(contexts(), roll_out(HFRollout(model), contexts()), strict=True):
-        assert len(drawn.tokens) == 8 - len(context.response)
-        ids = [*context.prompt_ids, *context.response, *drawn.tokens.tolist()]
+    for sequence, drawn in zip(sequences(), roll_out(HFRollout(model), sequences()), strict=True):
+        assert len(drawn.tokens) == 8 - len(sequence.prefix)
+        ids = [*sequence.prompt_ids, *sequence.prefix, *drawn.tokens.tolist()]
         hidden = model.model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
-        first = len(context.prompt_ids) + len(context.response)
+        first = len(sequence.prompt_ids) + len(sequence.prefix)
         torch.testing.assert_close(drawn.latents, hidden[first - 1 : -1], rtol=1e-6, atol=1e-6)
 
 
 def test_a_rollout_does_not_depend_on_the_batch_or_its_order():
     backend = HFRollout(LanguageModel(tiny_language_model("qwen3"), tiny_tokenizer()))
     stop = StopRule(frozenset({3, 4, 5, 30, 31}))
-    together = [r.tokens.tolist() for r in roll_out(backend, contexts(20), SAMPLING, stop)]
+    together = [r.tokens.tolist() for r in roll_out(backend, sequences(20), SAMPLING, stop)]
     assert len({len(tokens) for tokens in together}) > 1, "all ended at once, so no row ever left the batch"
-    assert [r.tokens.tolist() for r in roll_out(backend, contexts(20)[::-1], SAMPLING, stop)] == together[::-1]
-    for context, tokens in zip(contexts(20), together, strict=True):
-        assert roll_out(backend, [context], SAMPLING, stop)[0].tokens.tolist() == tokens
+    assert [r.tokens.tolist() for r in roll_out(backend, sequences(20)[::-1], SAMPLING, stop)] == together[::-1]
+    for sequence, tokens in zip(sequences(20), together, strict=True):
+        assert roll_out(backend, [sequence], SAMPLING, stop)[0].tokens.tolist() == tokens
 
 
 def test_a_sequence_that_has_ended_is_left_as_it_is():
     backend = HFRollout(LanguageModel(tiny_language_model("llama"), tiny_tokenizer()))
-    ended = [Context((5,), (3,), 0, 8), Context((5,), tuple(range(10, 18)), 0, 8)]
+    ended = [Sequence((5,), (3,), 0, 8), Sequence((5,), tuple(range(10, 18)), 0, 8)]
     for drawn in roll_out(backend, ended, SAMPLING, StopRule(frozenset({3}))):
         assert drawn.tokens.shape == (0,)
         assert drawn.latents.shape == (0, 24)
@@ -59,7 +59,7 @@ def test_a_sequence_that_has_ended_is_left_as_it_is():
 
 def test_an_end_token_in_the_prompt_does_not_stop_the_response():
     backend = HFRollout(LanguageModel(tiny_language_model("llama"), tiny_tokenizer()))
-    (drawn,) = roll_out(backend, [Context((5, 3), (), 0, 4)], SAMPLING, StopRule(frozenset({3})))
+    (drawn,) = roll_out(backend, [Sequence((5, 3), (), 0, 4)], SAMPLING, StopRule(frozenset({3})))
     assert len(drawn.tokens) > 0
 
 
@@ -70,7 +70,7 @@ def test_a_stop_string_may_be_split_over_tokens_and_must_be_complete():
     more = tokenizer("the user = 12")["input_ids"]
 
     def ended(response):
-        return stop.ended(Context((5,), tuple(response), 0, 99))
+        return stop.ended(Sequence((5,), (), 0, 99), tuple(response))
 
     assert not ended(ids)
     assert ended(more)
@@ -81,8 +81,9 @@ def test_a_stop_string_may_be_split_over_tokens_and_must_be_complete():
 def test_criteria_see_prompt_and_response():
     seen = []
     stop = StopRule(frozenset(), criteria=(lambda ids: bool(seen.append(ids)) or len(ids) == 4,))
-    assert not stop.ended(Context((5, 6), (7,), 0, 99))
-    assert stop.ended(Context((5, 6), (7, 8), 0, 99))
+    sequence = Sequence((5, 6), (), 0, 99)
+    assert not stop.ended(sequence, (7,))
+    assert stop.ended(sequence, (7, 8))
     assert seen == [[5, 6, 7], [5, 6, 7, 8]]
 
 
@@ -103,21 +104,20 @@ def room(monkeypatch):
 def test_drafts_change_the_number_of_calls_and_nothing_else(family, sampling, room):
     model = LanguageModel(tiny_language_model(family), tiny_tokenizer())
     stop = StopRule(frozenset({3, 4}))
-    plain = roll_out(HFRollout(model), contexts(24), sampling, stop)
-    starts = [
-        Start(context, model.track(context.prompt_ids), earlier)
-        for context, earlier in zip(contexts(24), earlier_responses(plain), strict=True)
-    ]
-    drafted = rollout(HFRollout(model, draft_tokens=5), starts, sampling, stop)
-    for a, b, context in zip(plain, drafted, contexts(), strict=True):
+    plain = roll_out(HFRollout(model), sequences(24), sampling, stop)
+    known = sequences(24)
+    for sequence, earlier in zip(known, earlier_responses(plain), strict=True):
+        sequence.language_cache, sequence.drawn = model.new_cache(sequence.prompt_ids), list(earlier)
+    drafted = rollout(HFRollout(model, draft_tokens=5), known, sampling, stop)
+    for a, b, sequence in zip(plain, drafted, sequences(), strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
         torch.testing.assert_close(a.latents, b.latents, rtol=1e-9, atol=1e-9)
         assert a.calls == len(a.tokens)
         assert (a.drafted, a.accepted) == (0, 0)
         # Each call gives one token of its own besides the draft tokens that proved right.
         assert b.calls + b.accepted == len(b.tokens)
-        ids = [*context.prompt_ids, *context.response, *b.tokens.tolist()[:-1]]
-        torch.testing.assert_close(b.state.hidden, whole(model, ids), rtol=1e-6, atol=1e-6)
+        ids = [*sequence.prompt_ids, *sequence.prefix, *b.tokens.tolist()[:-1]]
+        torch.testing.assert_close(b.cache.hidden, whole(model, ids), rtol=1e-6, atol=1e-6)
     assert sum(b.drafted for b in drafted) > sum(b.accepted for b in drafted) > 0
     assert sum(b.calls for b in drafted) < sum(len(b.tokens) for b in drafted)
 
@@ -128,15 +128,15 @@ def whole(model, ids):
 
 def test_a_draft_never_passes_the_limit():
     model = LanguageModel(tiny_language_model("llama"), tiny_tokenizer())
-    (whole_one,) = roll_out(HFRollout(model), [Context((5, 6), (), 0, 20)])
+    (whole_one,) = roll_out(HFRollout(model), [Sequence((5, 6), (), 0, 20)])
     positions = []
 
     def hear(_, __, given):
         positions.append(int(given["position_ids"].max()))
 
     hook = model.model.base_model.register_forward_pre_hook(hear, with_kwargs=True)
-    start = Start(Context((5, 6), (), 0, 10), model.track((5, 6)), (tuple(whole_one.tokens.tolist()),))
-    (drawn,) = rollout(HFRollout(model, draft_tokens=8), [start], SAMPLING, NEVER)
+    shorter = Sequence((5, 6), (), 0, 10, drawn=[tuple(whole_one.tokens.tolist())])
+    (drawn,) = rollout(HFRollout(model, draft_tokens=8), [shorter], SAMPLING, NEVER)
     hook.remove()
     assert drawn.tokens.tolist() == whole_one.tokens[:10].tolist()
     assert drawn.accepted > 5
@@ -146,7 +146,7 @@ def test_a_draft_never_passes_the_limit():
 
 def test_a_large_batch_leaves_no_room_for_drafts():
     model = LanguageModel(tiny_language_model("llama"), tiny_tokenizer())
-    many = [Start(Context((5, 6), (), seed, 6), None, ((7,) * 6,)) for seed in range(5)]
+    many = [Sequence((5, 6), (), seed, 6, drawn=[(7,) * 6]) for seed in range(5)]
     drawn = {n: rollout(HFRollout(model, draft_tokens=8), many[:n], SAMPLING, NEVER) for n in (1, 4, 5)}
     assert sum(r.drafted for r in drawn[5]) == 0
     assert 0 < sum(r.drafted for r in drawn[4]) <= 4 * 5, "one token beside the last in each pass"
@@ -157,13 +157,12 @@ def test_a_stop_string_within_a_draft_ends_the_response():
     tokenizer = tiny_tokenizer()
     model = LanguageModel(tiny_language_model("llama"), tokenizer)
     backend = HFRollout(model, draft_tokens=8)
-    (free,) = roll_out(backend, [Context((5, 6), (), 0, 20)])
+    (free,) = roll_out(backend, [Sequence((5, 6), (), 0, 20)])
     tokens = tuple(free.tokens.tolist())
     text = tokenizer.decode(tokens[:6])
     stop = StopRule(frozenset(), (text[-3:],), tokenizer)
-    (plain,) = roll_out(HFRollout(model), [Context((5, 6), (), 0, 20)], stop=stop)
-    start = Start(Context((5, 6), (), 0, 20), None, (tokens,))
-    (drafted,) = rollout(backend, [start], SAMPLING, stop)
+    (plain,) = roll_out(HFRollout(model), [Sequence((5, 6), (), 0, 20)], stop=stop)
+    (drafted,) = rollout(backend, [Sequence((5, 6), (), 0, 20, drawn=[tokens])], SAMPLING, stop)
     assert drafted.tokens.tolist() == plain.tokens.tolist() == list(tokens[: len(plain.tokens)])
     assert 0 < len(plain.tokens) <= 6
     assert drafted.calls < plain.calls
@@ -172,43 +171,44 @@ def test_a_stop_string_within_a_draft_ends_the_response():
 def test_sequences_may_be_submitted_while_others_are_under_way():
     model = LanguageModel(tiny_language_model("qwen3"), tiny_tokenizer())
     stop = StopRule(frozenset({3, 4, 5, 30, 31}))
-    alone = [roll_out(HFRollout(model), [c], stop=stop)[0].tokens.tolist() for c in contexts(20)]
+    alone = [roll_out(HFRollout(model), [c], stop=stop)[0].tokens.tolist() for c in sequences(20)]
     stream = HFRollout(model).open(SAMPLING, stop)
-    waiting = dict(enumerate(contexts(20)))
+    four = sequences(20)
+    waiting = four[2:]
     ended = {}
-    stream.submit(0, Start(waiting.pop(0)))
-    stream.submit(1, Start(waiting.pop(1)))
+    stream.submit(four[0])
+    stream.submit(four[1])
     while len(ended) < 4:
         ended.update(stream.collect())
         if waiting:
-            key, context = waiting.popitem()
-            stream.submit(key, Start(context))
-    assert [ended[i].tokens.tolist() for i in range(4)] == alone
+            stream.submit(waiting.pop())
+    assert [ended[sequence].tokens.tolist() for sequence in four] == alone
     assert stream.collect() == []
 
 
-def test_a_rollout_goes_on_from_a_track_and_leaves_it_alone():
+def test_a_rollout_goes_on_from_a_cache_and_leaves_it_alone():
     model = LanguageModel(tiny_language_model("llama"), tiny_tokenizer())
     prompt = (5, 6, 7, 8)
-    (first,) = rollout(HFRollout(model), [Start(Context(prompt, (), 0, 9), model.track(prompt))], SAMPLING, NEVER)
-    track = model.track(prompt)
-    track.keep(first.tokens[:-1], first.state)
+    sequence = Sequence(prompt, (), 0, 9, language_cache=model.new_cache(prompt))
+    (first,) = rollout(HFRollout(model), [sequence], SAMPLING, NEVER)
+    cache = model.new_cache(prompt)
+    cache.keep(first.tokens[:-1], first.cache)
     response = (*first.tokens[:3].tolist(), 40)
-    (alone,) = roll_out(HFRollout(model), [Context(prompt, response, 0, 9)])
+    (alone,) = roll_out(HFRollout(model), [Sequence(prompt, response, 0, 9)])
     fed = []
-    before = (track.tokens.clone(), track.state)
+    before = (cache.tokens.clone(), cache.cache)
     body = model.model.base_model
     hook = body.register_forward_pre_hook(
         lambda _, __, given: fed.append(given["input_ids"].shape[1]), with_kwargs=True
     )
-    (resumed,) = rollout(HFRollout(model), [Start(Context(prompt, response, 0, 9), track)], SAMPLING, NEVER)
+    (resumed,) = rollout(HFRollout(model), [Sequence(prompt, response, 0, 9, language_cache=cache)], SAMPLING, NEVER)
     hook.remove()
     assert resumed.tokens.tolist() == alone.tokens.tolist()
     torch.testing.assert_close(resumed.latents, alone.latents, rtol=1e-9, atol=1e-9)
     # Nothing but the changed token and those drawn after it.
     assert fed == [1] * len(resumed.tokens)
-    assert torch.equal(track.tokens, before[0])
-    assert track.state is before[1]
+    assert torch.equal(cache.tokens, before[0])
+    assert cache.cache is before[1]
 
 
 def test_a_model_that_gives_nan_is_named():
@@ -216,4 +216,4 @@ def test_a_model_that_gives_nan_is_named():
     with torch.no_grad():
         model.model.base_model.norm.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="response position 0"):
-        roll_out(HFRollout(model), [Context((5, 6), (), 0, 4)])
+        roll_out(HFRollout(model), [Sequence((5, 6), (), 0, 4)])

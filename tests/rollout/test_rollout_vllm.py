@@ -5,19 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
 import vllm_cases
 from fake_vllm import Answerer, serving
-from vllm_cases import CONTEXTS, GREEDY, NEVER, SAMPLING, STARTS, draw, make
+from vllm_cases import GREEDY, NEVER, SAMPLING, SEQUENCES, draw, make
 
 from nabla_fast.config import Sampling
 from nabla_fast.models.language_model import LanguageModel
-from nabla_fast.models.tracks import Track, catch_up
-from nabla_fast.rollout import RolloutError, Start, StopRule, rollout
+from nabla_fast.models.sequence_cache import catch_up
+from nabla_fast.rollout import RolloutError, StopRule, rollout
 from nabla_fast.rollout.engine import TokenRequest
-from nabla_fast.sampling import Context
+from nabla_fast.sequence import Sequence
 from nabla_fast.testing.models import (
     CONTEXT,
     FAMILIES,
@@ -38,72 +39,72 @@ def threads():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tracked", [False, True])
-def test_latents_and_states_are_the_full_forwards(family, tracked):
+@pytest.mark.parametrize("cached", [False, True])
+def test_latents_and_caches_are_the_full_forwards(family, cached):
     model = LanguageModel(tiny_language_model(family), tiny_tokenizer())
-    tracks = [None] * len(CONTEXTS)
-    if tracked:
-        tracks = [Track(model.embedding.inputs(torch.tensor(c.prompt_ids))) for c in CONTEXTS]
+    sequences, caches = SEQUENCES, []
+    if cached:
+        caches = [model.new_cache(s.prompt_ids) for s in SEQUENCES]
         # One knows its prompt alone, one more than has been asked for, one a response that went another way.
         known = [torch.tensor(ids, dtype=torch.long) for ids in ([], [30, 31], [40, 41, 42], [8])]
-        catch_up(model.body, model.embedding, tracks, known, [len(ids) for ids in known])
-    before = [(t.tokens.tolist(), t.state.hidden.clone()) for t in tracks if t is not None]
+        catch_up(model.backbone, model.embedding, caches, known, [len(ids) for ids in known])
+        sequences = [replace(s, language_cache=cache) for s, cache in zip(SEQUENCES, caches, strict=True)]
+    before = [(c.tokens.tolist(), c.cache.hidden.clone()) for c in caches]
     with serving(Answerer(model.model, tiny_tokenizer())) as fake:
-        starts = [Start(c, track) for c, track in zip(CONTEXTS, tracks, strict=True)]
-        drawn = rollout(make(model, fake), starts, SAMPLING, NEVER)
-    for context, result in zip(CONTEXTS, drawn, strict=True):
+        drawn = rollout(make(model, fake), sequences, SAMPLING, NEVER)
+    for sequence, result in zip(SEQUENCES, drawn, strict=True):
         new = result.tokens.tolist()
-        assert len(new) == 8 - len(context.response) == len(result.latents) == result.calls - 1
-        hidden = hidden_states(model, [*context.prompt_ids, *context.response, *new])
-        first = len(context.prompt_ids) + len(context.response)
+        assert len(new) == 8 - len(sequence.prefix) == len(result.latents) == result.calls - 1
+        hidden = hidden_states(model, [*sequence.prompt_ids, *sequence.prefix, *new])
+        first = len(sequence.prompt_ids) + len(sequence.prefix)
         torch.testing.assert_close(result.latents, hidden[first - 1 : -1], rtol=1e-6, atol=1e-6)
-        assert result.state is not None
-        torch.testing.assert_close(result.state.hidden, hidden[:-1], rtol=1e-6, atol=1e-6)
-    for track, (tokens, hidden) in zip([t for t in tracks if t is not None], before, strict=True):
-        assert track.tokens.tolist() == tokens
-        assert torch.equal(track.state.hidden, hidden), "a rollout changed the track it began from"
+        assert result.cache is not None
+        torch.testing.assert_close(result.cache.hidden, hidden[:-1], rtol=1e-6, atol=1e-6)
+    for cache, (tokens, hidden) in zip(caches, before, strict=True):
+        assert cache.tokens.tolist() == tokens
+        assert torch.equal(cache.cache.hidden, hidden), "a rollout changed the cache it began from"
 
 
-def test_a_model_without_prefix_states_gives_latents_all_the_same(model, server):
+def test_a_model_without_prefix_caches_gives_latents_all_the_same(model, server):
     backend = make(model, server)
-    model.body.incremental, model.body.way = False, "whole"
-    (result,) = rollout(backend, STARTS[1:2], SAMPLING, NEVER)
+    model.backbone.supports_prefix_cache, model.backbone.cache_kind = False, "whole"
+    (result,) = rollout(backend, SEQUENCES[1:2], SAMPLING, NEVER)
     hidden = hidden_states(model, [9, 30, 31, *result.tokens.tolist()])
     torch.testing.assert_close(result.latents, hidden[2:-1], rtol=1e-6, atol=1e-6)
-    assert result.state is None
+    assert result.cache is None
 
 
-def test_a_state_that_covers_everything_needs_no_further_pass(model, server, monkeypatch):
+def test_a_cache_that_covers_everything_needs_no_further_pass(model, server, monkeypatch):
     backend = make(model, server)
-    track = Track(model.embedding.inputs(torch.tensor([9])))
+    cache = model.new_cache((9,))
     tokens = torch.tensor([30, 31])
-    catch_up(model.body, model.embedding, [track], [tokens], [2])
-    monkeypatch.setattr(model.body, "extend", None)
-    (result,) = rollout(backend, [Start(Context((9,), (30, 31), 1, 3), track)], SAMPLING, NEVER)
-    torch.testing.assert_close(result.latents, track.state.hidden[2:3])
+    catch_up(model.backbone, model.embedding, [cache], [tokens], [2])
+    monkeypatch.setattr(model.backbone, "extend", None)
+    (result,) = rollout(backend, [Sequence((9,), (30, 31), 1, 3, language_cache=cache)], SAMPLING, NEVER)
+    torch.testing.assert_close(result.latents, cache.cache.hidden[2:3])
 
 
 def test_greedy_is_the_models_own_choice(backend, model):
-    for context, result in zip(CONTEXTS, rollout(backend, STARTS, GREEDY, NEVER), strict=True):
+    for sequence, result in zip(SEQUENCES, rollout(backend, SEQUENCES, GREEDY, NEVER), strict=True):
         assert model.logits(result.latents).argmax(-1).tolist() == result.tokens.tolist()
-        assert len(result.tokens) == context.limit - len(context.response)
+        assert len(result.tokens) == sequence.limit - len(sequence.prefix)
 
 
 def test_tokens_depend_on_seed_and_position_alone(backend, server):
     together = draw(backend)
-    assert draw(backend, STARTS[::-1]) == together[::-1]
+    assert draw(backend, SEQUENCES[::-1]) == together[::-1]
     seeds = {request["seed"] for request in server.requests[:4]}
     assert {request["seed"] for request in server.requests} == seeds
     assert len(seeds) == 4
     assert all(0 <= seed < 2**63 for seed in seeds)
-    ours = TokenRequest.of(CONTEXTS[0], SAMPLING, NEVER)
-    assert ours.seed != TokenRequest.of(Context((5, 6, 7), (1,), 0, 8), SAMPLING, NEVER).seed
-    assert ours.seed != TokenRequest.of(Context((5, 6, 7), (), 1, 8), SAMPLING, NEVER).seed
+    ours = TokenRequest.of(SEQUENCES[0], (), SAMPLING, NEVER)
+    assert ours.seed != TokenRequest.of(Sequence((5, 6, 7), (), 0, 8), (1,), SAMPLING, NEVER).seed
+    assert ours.seed != TokenRequest.of(Sequence((5, 6, 7), (), 1, 8), (), SAMPLING, NEVER).seed
 
 
 def test_the_request_leaves_nothing_to_the_servers_defaults(backend, server):
     stop = StopRule(frozenset({3, 4}), ("so",), tiny_tokenizer())
-    draw(backend, STARTS[1:2], Sampling(0.7, top_p=0.9, top_k=5), stop)
+    draw(backend, SEQUENCES[1:2], Sampling(0.7, top_p=0.9, top_k=5), stop)
     (asked,) = server.requests
     expected = {"model": "tiny", "prompt": [9, 30, 31], "max_tokens": 6, "temperature": 0.7, "top_p": 0.9, "top_k": 5}
     expected |= {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
@@ -124,18 +125,18 @@ def test_the_models_generation_config_on_the_server_changes_nothing(model, serve
 
 def test_an_end_token_in_the_prompt_does_not_stop_the_response(backend, server):
     server.answerer.forced = (30, 31, 32)
-    assert draw(backend, [Start(Context((5, 3), (), 0, 3))], stop=StopRule(frozenset({3}))) == [[30, 31, 32]]
+    assert draw(backend, [Sequence((5, 3), (), 0, 3)], stop=StopRule(frozenset({3}))) == [[30, 31, 32]]
 
 
 def test_an_immediate_end_token_is_the_whole_response(backend, server, model):
     server.answerer.forced = (3, 30)
-    (result,) = rollout(backend, STARTS[:1], SAMPLING, StopRule(frozenset({3})))
+    (result,) = rollout(backend, SEQUENCES[:1], SAMPLING, StopRule(frozenset({3})))
     assert result.tokens.tolist() == [3]
     torch.testing.assert_close(result.latents, hidden_states(model, [5, 6, 7])[-1:])
 
 
 def test_a_sequence_that_has_ended_is_left_as_it_is(backend, server):
-    ended = [Start(Context((5,), (3,), 0, 8)), Start(Context((5,), tuple(range(10, 18)), 0, 8))]
+    ended = [Sequence((5,), (3,), 0, 8), Sequence((5,), tuple(range(10, 18)), 0, 8)]
     for result in rollout(backend, ended, SAMPLING, StopRule(frozenset({3}))):
         assert result.tokens.shape == (0,)
         assert result.latents.shape == (0, 24)
@@ -145,7 +146,7 @@ def test_a_sequence_that_has_ended_is_left_as_it_is(backend, server):
 
 def test_the_servers_end_token_is_none_unless_the_stop_rule_says_so(backend, server):
     server.answerer.forced = (3, 30, 3, 31)
-    assert draw(backend, [Start(Context((5,), (), 0, 4))]) == [[3, 30, 3, 31]]
+    assert draw(backend, [Sequence((5,), (), 0, 4)]) == [[3, 30, 3, 31]]
 
 
 def test_a_stop_string_may_be_split_over_tokens_and_stays_in_the_response(backend, server):
@@ -153,7 +154,7 @@ def test_a_stop_string_may_be_split_over_tokens_and_stays_in_the_response(backen
     ids = tokenizer("the user = 12 and")["input_ids"]
     server.answerer.forced = ids
     stop = StopRule(frozenset(), ("user = 12",), tokenizer)
-    (tokens,) = draw(backend, [Start(Context((5,), (), 0, 40))], stop=stop)
+    (tokens,) = draw(backend, [Sequence((5,), (), 0, 40)], stop=stop)
     assert tokenizer.decode(tokens) == "the user = 12"
     assert len(server.requests) == 1
 
@@ -163,22 +164,22 @@ def test_a_stop_string_may_begin_in_what_is_there_already(backend, server):
     before, after = (tuple(tokenizer(text)["input_ids"]) for text in ("a user", " = 12 and so on"))
     server.answerer.forced = after
     stop = StopRule(frozenset(), ("user = 12",), tokenizer)
-    (tokens,) = draw(backend, [Start(Context((5,), before, 0, 40))], stop=stop)
+    (tokens,) = draw(backend, [Sequence((5,), before, 0, 40)], stop=stop)
     assert tokenizer.decode(tokens) == " = 12"
 
 
 def test_criteria_cut_the_answer(backend):
     stop = StopRule(frozenset(), criteria=(lambda ids: len(ids) == 6,))
-    assert [len(tokens) for tokens in draw(backend, STARTS, stop=stop)] == [3, 3, 8, 3]
+    assert [len(tokens) for tokens in draw(backend, SEQUENCES, stop=stop)] == [3, 3, 8, 3]
 
 
 def test_a_response_ends_where_the_context_does_and_a_longer_one_is_refused(backend, server):
     prompt = tuple(10 + i % 50 for i in range(CONTEXT - 3))
-    (tokens,) = draw(backend, [Start(Context(prompt, (), 0, 3))])
+    (tokens,) = draw(backend, [Sequence(prompt, (), 0, 3)])
     assert len(tokens) == 3
     asked = len(server.requests)
     with pytest.raises(RolloutError, match=rf"takes {CONTEXT} tokens.*a prompt of {CONTEXT - 3}.*need {CONTEXT + 1}"):
-        draw(backend, [Start(Context(prompt, (), 0, 4))])
+        draw(backend, [Sequence(prompt, (), 0, 4)])
     assert len(server.requests) == asked
 
 
@@ -198,10 +199,10 @@ def test_an_answer_that_stops_short_is_continued(backend, server):
 def test_a_server_that_gives_nothing_or_next_to_nothing_is_an_error(backend, server):
     server.answerer.cap = 0
     with pytest.raises(RolloutError, match="finish_reason None"):
-        draw(backend, STARTS[:1])
+        draw(backend, SEQUENCES[:1])
     server.answerer.cap = 1
     with pytest.raises(RolloutError, match=r"gave 32 tokens in 32 requests .* it must give up to 40 unless"):
-        draw(backend, [Start(Context((5,), (), 0, 40))])
+        draw(backend, [Sequence((5,), (), 0, 40)])
 
 
 # Trouble with the server
@@ -226,7 +227,7 @@ def test_what_fails_is_tried_again(backend, server, fault):
 def test_what_fails_for_ever_is_an_error(backend, server, fault, message):
     server.faults, server.faulty_forever = [fault], True
     with pytest.raises(RolloutError, match=message) as caught:
-        draw(backend, STARTS[:1])
+        draw(backend, SEQUENCES[:1])
     assert server.url in str(caught.value)
     assert len(server.requests) == 3, "one attempt, and two more"
 
@@ -234,7 +235,7 @@ def test_what_fails_for_ever_is_an_error(backend, server, fault, message):
 def test_a_bad_request_is_not_tried_again(backend, server):
     server.faults, server.faulty_forever = [400], True
     with pytest.raises(RolloutError, match="HTTP 400"):
-        draw(backend, STARTS[:1])
+        draw(backend, SEQUENCES[:1])
     assert len(server.requests) == 1
 
 
@@ -242,11 +243,11 @@ def test_a_slow_answer_is_waited_for_and_silence_is_not(model, server):
     server.pause = 0.02
     backend = make(model, server, timeout=0.7, retries=1)
     began = time.monotonic()
-    draw(backend, [Start(Context((5,), (), 0, 40))])
+    draw(backend, [Sequence((5,), (), 0, 40)])
     assert time.monotonic() - began > 0.7, "the whole answer takes longer than the silence that is borne"
     server.faults, server.faulty_forever = ["silent"], True
     with pytest.raises(RolloutError, match=r"gave no sign of life for 0\.7 s, 1 attempt;"):
-        draw(backend, STARTS[:1])
+        draw(backend, SEQUENCES[:1])
 
 
 @pytest.mark.parametrize(
@@ -265,18 +266,18 @@ def test_an_answer_that_never_ends_is_given_up(model, server, fault, message):
     server.faults, server.faulty_forever = [fault], True
     began = time.monotonic()
     with pytest.raises(RolloutError, match=message):
-        draw(backend, STARTS[:1])
+        draw(backend, SEQUENCES[:1])
     assert time.monotonic() - began < 5
     wait_for(lambda: not threads())
 
 
 def test_a_server_that_dies_is_an_error_and_what_had_been_collected_stays(backend, server):
-    server.gate[CONTEXTS[0].prompt_ids] = threading.Event()
+    server.gate[SEQUENCES[0].prompt_ids] = threading.Event()
     with closing(backend.open(SAMPLING, NEVER)) as stream:
-        stream.submit(0, STARTS[0])
-        stream.submit(2, STARTS[2])
-        ((key, result),) = stream.collect()
-        assert key == 2
+        stream.submit(SEQUENCES[0])
+        stream.submit(SEQUENCES[2])
+        ((sequence, result),) = stream.collect()
+        assert sequence is SEQUENCES[2]
         assert len(result.tokens) == 8
         server.die()
         with pytest.raises(RolloutError, match=r"vllm_url '.*' cannot be reached \(.*refused.*\), 3 attempts"):
@@ -286,10 +287,10 @@ def test_a_server_that_dies_is_an_error_and_what_had_been_collected_stays(backen
 def test_ids_outside_the_vocabulary_and_answers_without_ids_are_errors(backend, server, model):
     server.answerer.forced = (30, model.vocab_size)
     with pytest.raises(RolloutError, match=f"gave token {model.vocab_size}; .* has tokens 0 to {model.vocab_size - 1}"):
-        draw(backend, [Start(Context((5,), (), 0, 2))])
+        draw(backend, [Sequence((5,), (), 0, 2)])
     server.faults = ["no ids"]
     with pytest.raises(RolloutError, match=r"returns no token_ids; it must be .* vLLM server, 0\.10\.2 or later"):
-        draw(backend, STARTS[:1])
+        draw(backend, SEQUENCES[:1])
 
 
 def test_a_local_model_gone_wrong_is_told(server):
@@ -297,24 +298,24 @@ def test_a_local_model_gone_wrong_is_told(server):
     backend = make(model, server)
     model.model.base_model.norm.weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="response position 2"):
-        draw(backend, STARTS[1:2])
+        draw(backend, SEQUENCES[1:2])
 
 
 # Requests at once, connections, giving up
 
 
 def test_sequences_are_sent_at_once_and_connections_kept(backend, server):
-    for context in CONTEXTS:
-        server.gate[(*context.prompt_ids, *context.response)] = threading.Event()
+    for sequence in SEQUENCES:
+        server.gate[(*sequence.prompt_ids, *sequence.prefix)] = threading.Event()
     with closing(backend.open(SAMPLING, NEVER)) as stream:
-        for key, start in enumerate(STARTS):
-            stream.submit(key, start)
+        for sequence in SEQUENCES:
+            stream.submit(sequence)
         wait_for(lambda: server.most_at_once == 4)
         opened = server.connections
         for key in (2, 0, 3, 1):
-            context = CONTEXTS[key]
-            server.gate[(*context.prompt_ids, *context.response)].set()
-            assert [k for k, _ in stream.collect()] == [key], "collect waits for the first, not for all"
+            sequence = SEQUENCES[key]
+            server.gate[(*sequence.prompt_ids, *sequence.prefix)].set()
+            assert [s for s, _ in stream.collect()] == [sequence], "collect waits for the first, not for all"
         assert stream.collect() == []
     draw(backend)
     assert server.connections == opened <= 5
@@ -331,8 +332,8 @@ def test_closing_gives_up_what_is_under_way_and_leaves_no_thread(backend, server
     server.pause = 10.0
     began = time.monotonic()
     with closing(backend.open(SAMPLING, NEVER)) as stream:
-        for key, start in enumerate(STARTS):
-            stream.submit(key, start)
+        for sequence in SEQUENCES:
+            stream.submit(sequence)
         wait_for(lambda: server.at_once == 4)
         time.sleep(0.05)  # the first token of each is out
     assert time.monotonic() - began < 5
@@ -342,7 +343,7 @@ def test_closing_gives_up_what_is_under_way_and_leaves_no_thread(backend, server
 def test_the_server_sees_that_an_answer_was_given_up(backend, server):
     server.pause = 0.01
     with closing(backend.open(SAMPLING, NEVER)) as stream:
-        stream.submit(0, Start(Context((5,), (), 0, 100)))
+        stream.submit(Sequence((5,), (), 0, 100))
         wait_for(lambda: server.at_once == 1)
     assert server.broken.wait(5)
 

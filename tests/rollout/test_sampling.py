@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from nabla_fast.config import Sampling
-from nabla_fast.sampling import Context, Sampler, anchor_noise, gumbel, sample, sequence_seeds, warp
+from nabla_fast.sampling import Sampler, anchor_noise, gumbel, sample, sequence_seeds, warp
+from nabla_fast.sequence import Sequence
 
 CPU = torch.device("cpu")
 
@@ -142,9 +143,9 @@ def test_processors_run_before_and_after_the_warpers_on_unpadded_ids():
     def only_two(ids, scores):
         return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([2]), 0.0)
 
-    contexts = [Context((5, 6), (), 0, 9), Context((7,), (1, 2), 1, 9)]
+    sequences, responses = [Sequence((5, 6), (), 0, 9), Sequence((7,), (), 1, 9)], [(), (1, 2)]
     logits = torch.tensor([[9.0, 1.0, 0.0], [9.0, 0.0, 1.0]])
     greedy = Sampling(temperature=0.0)
-    assert Sampler(before=(forbid_zero,))(logits, greedy, contexts).tolist() == [1, 2]
+    assert Sampler(before=(forbid_zero,))(logits, greedy, sequences, responses).tolist() == [1, 2]
     assert seen == [[[5, 6]], [[7, 1, 2]]]
-    assert Sampler(after=(only_two,))(logits, greedy, contexts).tolist() == [2, 2]
+    assert Sampler(after=(only_two,))(logits, greedy, sequences, responses).tolist() == [2, 2]

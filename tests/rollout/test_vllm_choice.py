@@ -13,7 +13,7 @@ import pytest
 import torch
 import vllm_cases
 from fake_vllm import Answerer
-from vllm_cases import FAST, NEVER, SAMPLING, STARTS, draw, make
+from vllm_cases import FAST, NEVER, SAMPLING, SEQUENCES, draw, make
 
 import nabla_fast as nf
 from nabla_fast.baselines import best_of_n, greedy
@@ -347,11 +347,11 @@ def test_an_engine_gives_what_a_server_gives(engine, backend, model):
 def test_streams_of_one_engine_keep_their_answers_apart(engine, model):
     backend = VLLMRollout(model, engine)
     with closing(backend.open(SAMPLING, NEVER)) as first, closing(backend.open(SAMPLING, NEVER)) as second:
-        first.submit(0, STARTS[0])
-        second.submit(0, STARTS[2])
+        first.submit(SEQUENCES[0])
+        second.submit(SEQUENCES[2])
         drawn = [stream.collect()[0][1].tokens.tolist() for stream in (second, first)]
-        first.submit(1, STARTS[1])
-    assert drawn == draw(backend, [STARTS[2], STARTS[0]])
+        first.submit(SEQUENCES[1])
+    assert drawn == draw(backend, [SEQUENCES[2], SEQUENCES[0]])
     assert len(engine._llm.aborted) == 1
     assert not engine._llm.running
 

@@ -20,10 +20,10 @@ import nabla_fast as nf
 from nabla_fast.demo import example
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.loading import load_language_model
-from nabla_fast.models.tracks import Track, catch_up
-from nabla_fast.rollout import HFRollout, RolloutError, Start, StopRule, VLLMRollout, rollout
+from nabla_fast.models.sequence_cache import catch_up
+from nabla_fast.rollout import HFRollout, RolloutError, StopRule, VLLMRollout, rollout
 from nabla_fast.rollout.vllm_server import VLLMServer
-from nabla_fast.sampling import Context
+from nabla_fast.sequence import Sequence
 
 pytestmark = [
     pytest.mark.vllm,
@@ -58,14 +58,14 @@ def prompts(loaded):
     return [tuple(loaded[1].apply_chat_template(m, add_generation_prompt=True, return_dict=False)) for m in messages]
 
 
-def starts(prompts, limit, response=()):
-    return [Start(Context(prompt, response, seed, limit)) for seed, prompt in enumerate(prompts)]
+def sequences(prompts, limit, response=()):
+    return [Sequence(prompt, response, seed, limit) for seed, prompt in enumerate(prompts)]
 
 
-def require_latents(model, start, result):
-    ids = [*start.context.prompt_ids, *start.context.response, *result.tokens.tolist()]
+def require_latents(model, sequence, result):
+    ids = [*sequence.prompt_ids, *sequence.prefix, *result.tokens.tolist()]
     hidden = model.model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
-    first = len(start.context.prompt_ids) + len(start.context.response)
+    first = len(sequence.prompt_ids) + len(sequence.prefix)
     assert len(result.latents) == len(result.tokens)
     torch.testing.assert_close(result.latents, hidden[first - 1 : -1], rtol=1e-4, atol=1e-4)
 
@@ -78,23 +78,25 @@ def require_own_choice(model, result):
 
 
 @torch.no_grad()
-def test_latents_are_the_full_forwards_alone_in_a_batch_and_behind_a_track(loaded, backend, prompts):
+def test_latents_are_the_full_forwards_alone_in_a_batch_and_behind_a_cache(loaded, backend, prompts):
     model, _ = loaded
-    for start, result in zip(starts(prompts, 24), rollout(backend, starts(prompts, 24), SAMPLING, NEVER), strict=True):
+    drawn = rollout(backend, sequences(prompts, 24), SAMPLING, NEVER)
+    for sequence, result in zip(sequences(prompts, 24), drawn, strict=True):
         assert len(result.tokens) == 24
-        require_latents(model, start, result)
-        track = Track(model.embedding.inputs(torch.tensor(start.context.prompt_ids)))
-        catch_up(model.body, model.embedding, [track], [result.tokens], [16])
-        context = Context(start.context.prompt_ids, tuple(result.tokens[:8].tolist()), 7, 24)
-        (again,) = rollout(backend, [Start(context, track)], SAMPLING, NEVER)
-        require_latents(model, Start(context), again)
+        require_latents(model, sequence, result)
+        cache = model.new_cache(sequence.prompt_ids)
+        catch_up(model.backbone, model.embedding, [cache], [result.tokens], [16])
+        prefix = tuple(result.tokens[:8].tolist())
+        other = Sequence(sequence.prompt_ids, prefix, 7, 24, language_cache=cache)
+        (again,) = rollout(backend, [other], SAMPLING, NEVER)
+        require_latents(model, other, again)
 
 
 @torch.no_grad()
 def test_greedy_tokens_are_those_of_the_model_itself_up_to_the_first_near_tie(loaded, backend, prompts):
     model, _ = loaded
     stop = StopRule(model.eos_token_ids)
-    drawn, own = (rollout(b, starts(prompts, 24), GREEDY, stop) for b in (backend, HFRollout(model)))
+    drawn, own = (rollout(b, sequences(prompts, 24), GREEDY, stop) for b in (backend, HFRollout(model)))
     compared = 0
     for result, theirs in zip(drawn, own, strict=True):
         require_own_choice(model, result)
@@ -109,7 +111,7 @@ def test_greedy_tokens_are_those_of_the_model_itself_up_to_the_first_near_tie(lo
 
 
 def test_seeds_are_repeatable_and_differ(backend, prompts):
-    first, second = (rollout(backend, starts(prompts[:1] * 4, 16), SAMPLING, NEVER) for _ in range(2))
+    first, second = (rollout(backend, sequences(prompts[:1] * 4, 16), SAMPLING, NEVER) for _ in range(2))
     assert [r.tokens.tolist() for r in first] == [r.tokens.tolist() for r in second]
     assert len({tuple(r.tokens.tolist()) for r in first}) > 1
 
@@ -118,24 +120,24 @@ def test_an_end_token_ends_the_response_where_the_rule_says_so_and_only_there(lo
     model, _ = loaded
     (end,) = model.eos_token_ids
     # A prompt that asks for nothing more, with an end token in it: the likeliest answer is to end.
-    (result,) = rollout(backend, starts(prompts[2:], 200), GREEDY, StopRule(model.eos_token_ids))
+    (result,) = rollout(backend, sequences(prompts[2:], 200), GREEDY, StopRule(model.eos_token_ids))
     assert result.tokens[-1] == end
     assert end not in result.tokens[:-1].tolist()
-    (onward,) = rollout(backend, starts(prompts[2:], len(result.tokens) + 5), GREEDY, NEVER)
+    (onward,) = rollout(backend, sequences(prompts[2:], len(result.tokens) + 5), GREEDY, NEVER)
     assert onward.tokens[: len(result.tokens)].tolist() == result.tokens.tolist()
     assert len(onward.tokens) == len(result.tokens) + 5
     said = tuple(result.tokens[:-1].tolist())
-    (immediate,) = rollout(backend, starts(prompts[2:], 200, said), GREEDY, StopRule(model.eos_token_ids))
+    (immediate,) = rollout(backend, sequences(prompts[2:], 200, said), GREEDY, StopRule(model.eos_token_ids))
     assert immediate.tokens.tolist() == [end]
 
 
 def test_a_stop_string_split_over_tokens_ends_the_response(loaded, backend, prompts):
     tokenizer = loaded[1]
-    (whole,) = rollout(backend, starts(prompts[1:2], 24), GREEDY, NEVER)
+    (whole,) = rollout(backend, sequences(prompts[1:2], 24), GREEDY, NEVER)
     text = tokenizer.decode(whole.tokens[:12])
     string = text[-7:-1]  # it begins and ends within tokens
     stop = StopRule(frozenset(), (string,), tokenizer)
-    (result,) = rollout(backend, starts(prompts[1:2], 24), GREEDY, stop)
+    (result,) = rollout(backend, sequences(prompts[1:2], 24), GREEDY, stop)
     assert string in tokenizer.decode(result.tokens)
     assert string not in tokenizer.decode(result.tokens[:-1])
     assert result.tokens.tolist() == whole.tokens[: len(result.tokens)].tolist()
@@ -143,11 +145,11 @@ def test_a_stop_string_split_over_tokens_ends_the_response(loaded, backend, prom
 
 def test_the_context_may_be_filled_and_not_exceeded(backend):
     length = backend.engine.context_length
-    full = Context(tuple(200 + i % 1000 for i in range(length - 4)), (), 0, 4)
-    (result,) = rollout(backend, [Start(full)], SAMPLING, NEVER)
+    full = Sequence(tuple(200 + i % 1000 for i in range(length - 4)), (), 0, 4)
+    (result,) = rollout(backend, [full], SAMPLING, NEVER)
     assert len(result.tokens) == 4
     with pytest.raises(RolloutError, match=f"takes {length} tokens"):
-        rollout(backend, [Start(Context(full.prompt_ids, (), 0, 5))], SAMPLING, NEVER)
+        rollout(backend, [Sequence(full.prompt_ids, (), 0, 5)], SAMPLING, NEVER)
 
 
 def test_another_model_is_refused(backend):
@@ -165,11 +167,11 @@ def test_a_smaller_vocabulary_is_refused(loaded, backend):
 
 def test_sequences_run_at_once_and_end_when_the_stream_is_closed(backend, prompts):
     with closing(backend.open(SAMPLING, NEVER)) as stream:
-        for key, start in enumerate(starts((prompts * 3)[:8], 400)):
-            stream.submit(key, start)
+        for sequence in sequences((prompts * 3)[:8], 400):
+            stream.submit(sequence)
         wait_for_running(8)
     # The server counts anew when it has something to do.
-    rollout(backend, starts(prompts[:1], 2), SAMPLING, NEVER)
+    rollout(backend, sequences(prompts[:1], 2), SAMPLING, NEVER)
     wait_for_running(0)
 
 
@@ -211,7 +213,7 @@ def test_an_engine_in_process_gives_the_same_greedy_tokens(backend, prompts, tmp
     result = json.loads(results.read_text())
     assert result["latents"] < 1e-4
     assert result["refused"], "a model that is another one was taken"
-    drawn = rollout(backend, starts(prompts, 16), GREEDY, NEVER)
+    drawn = rollout(backend, sequences(prompts, 16), GREEDY, NEVER)
     for ours, theirs in zip(drawn, result["tokens"], strict=True):
         assert ours.tokens[: len(theirs)].tolist() == theirs
 
@@ -222,8 +224,8 @@ def test_a_server_killed_within_an_answer_is_an_error(backend, loaded, prompts):
     engine = VLLMServer(os.environ["NABLA_FAST_VLLM_URL"], retries=2, backoff=0.1)
     dying = VLLMRollout(loaded[0], engine)
     with closing(dying.open(SAMPLING, NEVER)) as stream:
-        for key, start in enumerate(starts(prompts, 400)):
-            stream.submit(key, start)
+        for sequence in sequences(prompts, 400):
+            stream.submit(sequence)
         time.sleep(1.0)
         os.killpg(int(os.environ["NABLA_FAST_VLLM_PID"]), signal.SIGKILL)
         began = time.monotonic()

@@ -18,9 +18,9 @@ import torch
 from nabla_fast.config import Sampling
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.loading import load_language_model
-from nabla_fast.rollout import RolloutError, Start, StopRule, VLLMRollout, rollout
+from nabla_fast.rollout import RolloutError, StopRule, VLLMRollout, rollout
 from nabla_fast.rollout.vllm_engine import VLLMEngine
-from nabla_fast.sampling import Context
+from nabla_fast.sequence import Sequence
 
 
 def main() -> None:
@@ -34,8 +34,8 @@ def main() -> None:
 def ask(engine: VLLMEngine, folder: str, prompts: list[list[int]]) -> dict[str, Any]:
     model = LanguageModel(*load_language_model(folder, dtype="float32"))
     backend = VLLMRollout(model, engine)
-    starts = [Start(Context(tuple(prompt), (), 0, 16)) for prompt in prompts]
-    drawn = rollout(backend, starts, Sampling(temperature=0.0), StopRule(frozenset()))
+    sequences = [Sequence(tuple(prompt), (), 0, 16) for prompt in prompts]
+    drawn = rollout(backend, sequences, Sampling(temperature=0.0), StopRule(frozenset()))
     furthest = 0.0
     for prompt, result in zip(prompts, drawn, strict=True):
         ids = torch.tensor([[*prompt, *result.tokens.tolist()]])

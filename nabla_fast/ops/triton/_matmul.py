@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.products import times_table
+from nabla_fast.ops.table_matmul import times_table
 from nabla_fast.ops.types import (
     Head,
     Tables,

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.products import times_rows
+from nabla_fast.ops.table_matmul import times_rows
 from nabla_fast.ops.triton._dto_one_row import OneRowPass, fits
 from nabla_fast.ops.triton._dto_rows import Rows
 from nabla_fast.ops.triton._gradient import at_tokens, from_factors

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.products import times_rows
+from nabla_fast.ops.table_matmul import times_rows
 from nabla_fast.ops.triton._launch import check, run, strides
 from nabla_fast.ops.triton._matmul import (
     Scratch,

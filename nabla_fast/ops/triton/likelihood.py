@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.products import times_rows
+from nabla_fast.ops.table_matmul import times_rows
 from nabla_fast.ops.triton._launch import check
 from nabla_fast.ops.triton._matmul import (
     Scratch,

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 import nabla_fast as nf
 from nabla_fast.gradient_cache import Evaluation
-from nabla_fast.models import tracks as model_tracks
+from nabla_fast.models import sequence_cache
 from nabla_fast.models.activations import checkpointed, frozen
-from nabla_fast.models.body import Body, Inputs, cache_argument
+from nabla_fast.models.backbone import Backbone, Inputs, cache_argument
+from nabla_fast.models.kv_cache import KVCache
 from nabla_fast.models.language_model import LanguageModel
-from nabla_fast.models.prefix import PrefixState
 from nabla_fast.models.reward_model import RewardModel
-from nabla_fast.models.tracks import Track, common_lengths
-from nabla_fast.objective import Conversation, Objective, Request
+from nabla_fast.models.sequence_cache import SequenceCache, common_lengths
+from nabla_fast.objective import Objective, Request
+from nabla_fast.sequence import Sequence
 from nabla_fast.testing.models import (
     FAMILIES,
     shared_language_model,
@@ -52,15 +53,15 @@ def objective(family: str, **changes: Any) -> Objective:
 def whole(family: str) -> Objective:
     """One that takes whole sequences for every gradient."""
     ours = objective(family)
-    for body in (ours.language_model.body, ours.reward_model.body):
-        assert body is not None
-        assert body.incremental
-        body.incremental = False
+    for backbone in (ours.language_model.backbone, ours.reward_model.backbone):
+        assert backbone is not None
+        assert backbone.supports_prefix_cache
+        backbone.supports_prefix_cache = False
     return ours
 
 
-def conversation(ours: Objective, prompt: list[int]) -> Conversation:
-    return Conversation(tuple(prompt), ours.reward_model.prompt_frame(prompt), limit=64)
+def sequence(ours: Objective, prompt: list[int]) -> Sequence:
+    return Sequence(tuple(prompt), (), 0, 64, ours.reward_model.prompt_frame(prompt))
 
 
 def response(length: int, seed: int) -> Tensor:
@@ -78,16 +79,14 @@ def same(ours: Evaluation, expected: Evaluation, tolerance: float = 1e-10) -> No
 @pytest.mark.parametrize("family", FAMILIES)
 def test_suffix_gradients_equal_whole_sequences_at_every_split_point(family: str) -> None:
     """In a ragged batch: prompts, splits and responses of three lengths."""
-    incremental, full = objective(family), whole(family)
+    cached, full = objective(family), whole(family)
     y = response(12, seed=3)
     for start in range(len(y)):
         requests = {}
-        for ours in (incremental, full):
+        for ours in (cached, full):
             cases = zip(PROMPTS, (y, y[: start + 1], y[: start + 2]), (start, start, start // 2), strict=True)
-            requests[ours] = [Request(conversation(ours, prompt), tokens, at) for prompt, tokens, at in cases]
-        for mine, theirs in zip(
-            incremental.evaluate(requests[incremental]), full.evaluate(requests[full]), strict=True
-        ):
+            requests[ours] = [Request(sequence(ours, prompt), tokens, at) for prompt, tokens, at in cases]
+        for mine, theirs in zip(cached.evaluate(requests[cached]), full.evaluate(requests[full]), strict=True):
             same(mine, theirs)
 
 
@@ -96,14 +95,14 @@ def test_factors_in_float32_agree_to_rounding(family: str) -> None:
     language = tiny_language_model(family, dtype=torch.float32)
     reward = tiny_reward_model(FAMILIES[(FAMILIES.index(family) + 3) % len(FAMILIES)], dtype=torch.float32)
     results = []
-    for incremental in (True, False):
+    for supported in (True, False):
         language_model = LanguageModel(language, TOKENIZER)
         ours = Objective(language_model, RewardModel(reward, None, language_model, TOKENIZER), CONFIG)
-        for body in (ours.language_model.body, ours.reward_model.body):
-            assert body is not None
-            body.incremental = incremental
+        for backbone in (ours.language_model.backbone, ours.reward_model.backbone):
+            assert backbone is not None
+            backbone.supports_prefix_cache = supported
         y = response(12, seed=3)
-        requests = [Request(conversation(ours, p), y[: 12 - i], 2 * i) for i, p in enumerate(PROMPTS)]
+        requests = [Request(sequence(ours, p), y[: 12 - i], 2 * i) for i, p in enumerate(PROMPTS)]
         results.append(ours.evaluate(requests))
     for mine, theirs in zip(*results, strict=True):
         for one, other in zip(mine.factors, theirs.factors, strict=True):
@@ -122,7 +121,7 @@ def test_factors_in_float32_agree_to_rounding(family: str) -> None:
     ),
     st.sampled_from([0, 2, 8]),
 )
-def test_what_a_conversation_keeps_never_changes_a_gradient(
+def test_what_a_sequence_keeps_never_changes_a_gradient(
     family: str, rounds: list[list[tuple[int, int, int]]], together: int
 ) -> None:
     """Whatever was asked before: longer, shorter, other tokens from some position on, earlier and later starts.
@@ -130,18 +129,18 @@ def test_what_a_conversation_keeps_never_changes_a_gradient(
     So many tokens ``together`` with the next pass, where the prefix lacks them.
     """
     ours, full = objective(family), whole(family)
-    kept = [conversation(ours, prompt) for prompt in PROMPTS]
+    kept = [sequence(ours, prompt) for prompt in PROMPTS]
     for asked in rounds:
         # Responses with few seeds, so that the first tokens are often the same and sometimes not.
         cases = [(response(n, seed % 2), min(start, n - 1)) for n, start, seed in asked]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(model_tracks.TOKENS_PER_PASS, "cpu", together)
+            patch.setitem(sequence_cache.TOKENS_PER_PASS, "cpu", together)
             mine = ours.evaluate([Request(c, y, start) for c, (y, start) in zip(kept, cases, strict=True)])
-        fresh = [Request(conversation(full, p), y, start) for p, (y, start) in zip(PROMPTS, cases, strict=True)]
+        fresh = [Request(sequence(full, p), y, start) for p, (y, start) in zip(PROMPTS, cases, strict=True)]
         for one, other in zip(mine, full.evaluate(fresh), strict=True):
             same(one, other)
         scored = [response(n, seed) for n, _, seed in asked]
-        expected = full.rewards([request.conversation for request in fresh], scored)
+        expected = full.rewards([request.sequence for request in fresh], scored)
         assert ours.rewards(kept, scored) == pytest.approx(expected, abs=1e-10)
 
 
@@ -150,15 +149,15 @@ def test_transformers_own_attention_in_float32(family: str) -> None:
     """As users have it: sdpa where the family has it, eager else, left-padded."""
     language = tiny_language_model(family, dtype=torch.float32)
     language.set_attn_implementation("eager" if family == "gemma2" else "sdpa")
-    body = Body(language, "model")
-    assert body.incremental
+    backbone = Backbone(language, "model")
+    assert backbone.supports_prefix_cache
     table = language.get_input_embeddings()
     tokens = [torch.tensor(prompt) for prompt in PROMPTS]
     tails = [response(n, seed=n) for n in (4, 9, 2)]
     with torch.no_grad():
-        _, states = body([None] * 3, [table(t) for t in tokens])
+        _, states = backbone([None] * 3, [table(t) for t in tokens])
     embeds = [table(t).detach().requires_grad_() for t in tails]
-    hidden, _ = body(states, embeds)
+    hidden, _ = backbone(states, embeds)
     grads = torch.autograd.grad(sum(h.square().sum() for h in hidden), embeds)
     for prompt, tail, mine, grad in zip(tokens, tails, hidden, grads, strict=True):
         alone = table(tail).detach().requires_grad_()
@@ -172,90 +171,90 @@ def test_transformers_own_attention_in_float32(family: str) -> None:
 def test_a_prefix_is_run_once_and_extended_by_what_is_new() -> None:
     ours = objective("llama")
     lengths: list[list[int]] = []
-    body = ours.language_model.body
-    run = Body._extend_batch
+    backbone = ours.language_model.backbone
+    run = Backbone._extend_batch
 
-    def counted(self: Body, states: Any, embeds: Any) -> Any:
-        if self is body:
+    def counted(self: Backbone, states: Any, embeds: Any) -> Any:
+        if self is backbone:
             lengths.append([len(x) for x in embeds])
         return run(self, states, embeds)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Body, "_extend_batch", counted)
-        talk = conversation(ours, PROMPTS[1])
+        patch.setattr(Backbone, "_extend_batch", counted)
+        one = sequence(ours, PROMPTS[1])
         y = response(10, seed=1)
-        ours.evaluate([Request(talk, y, 2)])
+        ours.evaluate([Request(one, y, 2)])
         assert lengths == [
             [len(PROMPTS[1]) + 2],
             [7],
         ]  # prompt and two committed; of eight ahead, the last predicts none
         lengths.clear()
-        ours.evaluate([Request(talk, y, 5)])  # three more were committed as they were
+        ours.evaluate([Request(one, y, 5)])  # three more were committed as they were
         assert lengths == [[4]]
         lengths.clear()
         other = y.clone()
         other[5] = (other[5] + 1) % V
-        ours.evaluate([Request(talk, other, 5)])
+        ours.evaluate([Request(one, other, 5)])
         assert lengths == [[4]]
         lengths.clear()
-        ours.evaluate([Request(talk, other, 7)])
+        ours.evaluate([Request(one, other, 7)])
         assert lengths == [[2]]
         lengths.clear()
-        ours.evaluate([Request(talk, y, 7)])  # back to the old token: from position 5 on
+        ours.evaluate([Request(one, y, 7)])  # back to the old token: from position 5 on
         assert lengths == [[4]]  # the two that the prefix lacks, and two ahead
         lengths.clear()
-        ours.evaluate([Request(talk, y, 9)])  # the last token alone: the state that predicts it is there
+        ours.evaluate([Request(one, y, 9)])  # the last token alone: the state that predicts it is there
         assert lengths == []
         other = y.clone()
         other[8] = (other[8] + 1) % V
-        ours.evaluate([Request(talk, other, 9)])  # and here it is not
+        ours.evaluate([Request(one, other, 9)])  # and here it is not
         assert lengths == [[1]]
         lengths.clear()
-        patch.setitem(model_tracks.TOKENS_PER_PASS, "cpu", 1)
+        patch.setitem(sequence_cache.TOKENS_PER_PASS, "cpu", 1)
         other = y.clone()
         other[5] = (other[5] + 1) % V
-        ours.evaluate([Request(talk, other, 7)])  # more than may join it
+        ours.evaluate([Request(one, other, 7)])  # more than may join it
         assert lengths == [[2], [2]]
 
 
 def test_a_row_keeps_no_memory_of_its_batch() -> None:
     ours = objective("llama")
-    talks = [conversation(ours, prompt) for prompt in PROMPTS]
-    ours.evaluate([Request(talk, response(6, seed=2), 1) for talk in talks])
-    for talk in talks:
-        for track in (talk.language, talk.reward):
-            assert track is not None
-            assert track.state is not None
-            assert not any(x.requires_grad for x in (*track.state.keys, *track.state.values, track.state.hidden))
-            for x in (*track.state.keys, *track.state.values):
+    sequences = [sequence(ours, prompt) for prompt in PROMPTS]
+    ours.evaluate([Request(s, response(6, seed=2), 1) for s in sequences])
+    for one in sequences:
+        for kept in (one.language_cache, one.reward_cache):
+            assert kept is not None
+            assert kept.cache is not None
+            assert not any(x.requires_grad for x in (*kept.cache.keys, *kept.cache.values, kept.cache.hidden))
+            for x in (*kept.cache.keys, *kept.cache.values):
                 assert x.untyped_storage().nbytes() <= 3 * x.nbytes
 
 
-def test_nothing_outlives_its_conversation() -> None:
+def test_nothing_outlives_its_sequence() -> None:
     ours = objective("llama")
-    talk = conversation(ours, PROMPTS[0])
-    ours.evaluate([Request(talk, response(6, seed=2), 1)])
-    assert talk.language is not None
-    assert talk.language.state is not None
-    state = weakref.ref(talk.language.state.keys[0])
-    del talk
+    one = sequence(ours, PROMPTS[0])
+    ours.evaluate([Request(one, response(6, seed=2), 1)])
+    assert one.language_cache is not None
+    assert one.language_cache.cache is not None
+    state = weakref.ref(one.language_cache.cache.keys[0])
+    del one
     gc.collect()
     assert state() is None
 
 
 def test_common_lengths_and_crops() -> None:
-    tracks = []
+    caches = []
     for tokens in ([1, 2, 3, 4], [1, 2], [], [9]):
-        track = Track(Inputs(torch.zeros(3, dtype=torch.long), torch.zeros(3, 2)))
+        cache = SequenceCache(Inputs(torch.zeros(3, dtype=torch.long), torch.zeros(3, 2)))
         size = 3 + len(tokens)
-        track.keep(torch.tensor(tokens, dtype=torch.long), PrefixState((), (), torch.arange(size * 2.0).view(size, 2)))
-        tracks.append(track)
+        cache.keep(torch.tensor(tokens, dtype=torch.long), KVCache((), (), torch.arange(size * 2.0).view(size, 2)))
+        caches.append(cache)
     responses = [torch.tensor(r, dtype=torch.long) for r in ([1, 2, 7, 4], [1, 2, 3], [5], [])]
-    assert common_lengths(tracks, responses) == [2, 2, 0, 0]
-    tracks[0].keep(tracks[0].tokens[:1], tracks[0].before(1))
-    assert tracks[0].tokens.tolist() == [1]
-    assert tracks[0].state is not None
-    assert len(tracks[0].state) == 4
+    assert common_lengths(caches, responses) == [2, 2, 0, 0]
+    caches[0].keep(caches[0].tokens[:1], caches[0].before(1))
+    assert caches[0].tokens.tolist() == [1]
+    assert caches[0].cache is not None
+    assert len(caches[0].cache) == 4
 
 
 # Models for which it is not exact
@@ -272,10 +271,10 @@ def test_length_dependent_rotary_embeddings_take_whole_sequences_with_one_warnin
     }
     with pytest.warns(UserWarning, match=r"model \(Phi3.*takes whole sequences .*longrope.* depend on the length"):
         ours = LanguageModel(language, TOKENIZER)
-    assert not ours.body.incremental
+    assert not ours.backbone.supports_prefix_cache
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not LanguageModel(language, TOKENIZER).body.incremental
+        assert not LanguageModel(language, TOKENIZER).backbone.supports_prefix_cache
 
 
 @pytest.mark.parametrize(
@@ -291,7 +290,7 @@ def test_other_kinds_are_known_by_their_configuration(setting: dict[str, Any], r
     for name, value in setting.items():
         object.__setattr__(language.config, name, value)
     with pytest.warns(UserWarning, match=reason):
-        assert Body(language, "model").way != "prefix"
+        assert Backbone(language, "model").cache_kind != "prefix"
 
 
 class _Looking(nn.Module):
@@ -330,10 +329,10 @@ def test_the_cache_is_passed_under_the_name_that_the_model_has_for_it() -> None:
 @pytest.mark.parametrize(("breaks", "reason"), [(False, "apart from whole sequences"), (True, "no cache here")])
 def test_unknown_kinds_are_found_by_trying(breaks: bool, reason: str) -> None:
     with pytest.warns(UserWarning, match=reason):
-        body = Body(_Looking(breaks), "model")
-    assert not body.incremental
+        backbone = Backbone(_Looking(breaks), "model")
+    assert not backbone.supports_prefix_cache
     x = torch.randn(4, 8)
-    (hidden,), states = body([None], [x])
+    (hidden,), states = backbone([None], [x])
     torch.testing.assert_close(hidden, x + x.sum(0))
     assert states == [None]
 
@@ -353,7 +352,7 @@ def test_checkpointed_gradients_are_the_same_and_every_layer_runs_twice(family: 
     try:
         for ours, runs in ((plain, 2), (again, 3)):  # the prefix, and the suffix once or twice
             calls[0] = 0
-            evaluations = ours.evaluate([Request(conversation(ours, p), response(8, seed=4), 2) for p in PROMPTS])
+            evaluations = ours.evaluate([Request(sequence(ours, p), response(8, seed=4), 2) for p in PROMPTS])
             assert calls[0] == runs
             if ours is plain:
                 expected = evaluations
@@ -368,7 +367,7 @@ def test_checkpointed_gradients_are_the_same_and_every_layer_runs_twice(family: 
 def test_checkpointing_needs_layers_that_transformers_knows() -> None:
     language_model = LanguageModel(shared_language_model("llama"), TOKENIZER)
     rewards = RewardModel(shared_reward_model("llama"), None, language_model, TOKENIZER)
-    language_model.body.model = nn.Linear(2, 2)
+    language_model.backbone.model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"^checkpoint_activations must be False for model \(Llama"):
         Objective(language_model, rewards, CONFIG.replace(checkpoint_activations=True))
 

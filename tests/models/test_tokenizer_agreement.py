@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from nabla_fast.models.cuts import require_same_cuts
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardModel
+from nabla_fast.models.tokenizer_agreement import require_same_tokenization
 from nabla_fast.models.vocabulary import align
 from nabla_fast.testing.models import CHAT_TEMPLATE, shared_language_model, tiny_reward_model, tiny_tokenizer
 
@@ -53,7 +53,7 @@ def saved(tokenizer: Any, config: Any, folder: Path) -> Path:
 
 def compare(tokenizer: Any, reward_tokenizer: Any) -> None:
     alignment = align(tokenizer, reward_tokenizer, len(tokenizer), len(reward_tokenizer))
-    require_same_cuts(tokenizer, reward_tokenizer, alignment)
+    require_same_tokenization(tokenizer, reward_tokenizer, alignment)
 
 
 @pytest.mark.parametrize(

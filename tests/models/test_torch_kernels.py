@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_prefix import PROMPTS, TOKENIZER, conversation, response
+from test_kv_cache import PROMPTS, TOKENIZER, response, sequence
 from torch.nn import functional as F
 
 import nabla_fast as nf
-from nabla_fast.models import layers
+from nabla_fast.models import torch_kernels
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardModel
 from nabla_fast.objective import Objective, Request
@@ -25,7 +25,7 @@ def test_products_and_gradients_equal_float64(shape: tuple[int, ...], bias: bool
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).requires_grad_()
     weight, b = torch.randn(5, 7, generator=generator), torch.randn(5, generator=generator) if bias else None
-    with layers._OneDNN():
+    with torch_kernels._OneDNN():
         out = F.linear(x, weight, b)
         (grad,) = torch.autograd.grad(out.square().sum(), x)
     assert type(out.grad_fn).__name__ == "_LinearBackward"
@@ -44,7 +44,7 @@ def test_other_products_are_left_to_pytorch() -> None:
         (x, weight.clone().requires_grad_()),
         (x[:0], weight),
     ]
-    with layers._OneDNN():
+    with torch_kernels._OneDNN():
         for a, b in cases:
             a = a.clone().requires_grad_()
             out = F.linear(a, b)
@@ -57,8 +57,10 @@ def test_other_products_are_left_to_pytorch() -> None:
 def test_without_gradients_trainable_weights_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(3, 7), torch.randn(5, 7).requires_grad_()
     asked = []
-    monkeypatch.setattr(layers, "_product", lambda *args, _real=layers._product: asked.append(args) or _real(*args))
-    with layers._OneDNN(), torch.no_grad():
+    monkeypatch.setattr(
+        torch_kernels, "_product", lambda *args, _real=torch_kernels._product: asked.append(args) or _real(*args)
+    )
+    with torch_kernels._OneDNN(), torch.no_grad():
         torch.testing.assert_close(F.linear(x, weight), x @ weight.T, rtol=1e-5, atol=1e-5)
     assert len(asked) == 1
 
@@ -69,12 +71,12 @@ def test_factors_are_the_same_either_way(checkpoint: bool, monkeypatch: pytest.M
     reward = RewardModel(tiny_reward_model("llama", dtype=torch.float32), None, language, TOKENIZER)
     results = []
     for slow in (True, False):
-        monkeypatch.setattr(layers, "_mkl_is_slow", lambda slow=slow: slow)
+        monkeypatch.setattr(torch_kernels, "_mkl_is_slow", lambda slow=slow: slow)
         config = nf.NablaConfig(nll_coeff=0.4, gradient_cache=False, checkpoint_activations=checkpoint)
         ours = Objective(language, reward, config)
-        talks = [conversation(ours, p) for p in PROMPTS]
-        requests = [Request(talk, response(9, seed=5), 2) for talk in talks]
-        results.append((ours.evaluate(requests), ours.rewards(talks, [r.response[:-1] for r in requests])))
+        sequences = [sequence(ours, p) for p in PROMPTS]
+        requests = [Request(s, response(9, seed=5), 2) for s in sequences]
+        results.append((ours.evaluate(requests), ours.rewards(sequences, [r.response[:-1] for r in requests])))
     for mine, theirs in zip(results[0][0], results[1][0], strict=True):
         for one, other in zip(mine.factors, theirs.factors, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * max(1.0, float(other.abs().max())))
@@ -83,10 +85,10 @@ def test_factors_are_the_same_either_way(checkpoint: bool, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("text", "slow"), [("vendor_id : AuthenticAMD", True), ("vendor_id : GenuineIntel", False)])
 def test_the_processor_decides(text: str, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers.Path, "read_text", lambda self: text)
-    monkeypatch.setattr(layers.Path, "exists", lambda self: True)
+    monkeypatch.setattr(torch_kernels.Path, "read_text", lambda self: text)
+    monkeypatch.setattr(torch_kernels.Path, "exists", lambda self: True)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert layers._mkl_is_slow.__wrapped__() is slow
+    assert torch_kernels._mkl_is_slow.__wrapped__() is slow
 
 
 def test_cudnn_attention_is_off_in_a_gpus_blocks_and_put_back() -> None:
@@ -95,12 +97,12 @@ def test_cudnn_attention_is_off_in_a_gpus_blocks_and_put_back() -> None:
     try:
         for setting in (True, False):
             torch.backends.cuda.enable_cudnn_sdp(setting)
-            with layers.fast_layers(torch.device("cuda")):
-                with pytest.raises(KeyError), layers.fast_layers(torch.device("cuda")):
+            with torch_kernels.fast_kernels(torch.device("cuda")):
+                with pytest.raises(KeyError), torch_kernels.fast_kernels(torch.device("cuda")):
                     raise KeyError
                 assert not enabled()
             assert enabled() is setting
-            with layers.fast_layers(torch.device("cpu")):
+            with torch_kernels.fast_kernels(torch.device("cpu")):
                 assert enabled() is setting
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
@@ -112,7 +114,7 @@ def test_blocks_of_threads_may_overlap() -> None:
     before = enabled()
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
-        first, second = (layers.fast_layers(torch.device("cuda")) for _ in range(2))
+        first, second = (torch_kernels.fast_kernels(torch.device("cuda")) for _ in range(2))
         first.__enter__()
         second.__enter__()
         first.__exit__(None, None, None)

@@ -1,7 +1,8 @@
-"""What a decoder has computed of a sequence's first tokens (identity (c) of the design).
+"""KV caches of the first tokens of sequences.
 
-Prompt and committed tokens need no gradient. Their keys and values are computed once, without autograd; forward and
-backward then run over the tokens behind them, and give what the whole sequence would.
+Prompt and committed tokens need no gradient. Their keys and values are computed once, without autograd. Forward and
+backward passes then run over the tokens behind them alone, and give what the whole sequence would: in a causal model,
+nothing before a token depends on it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from transformers.cache_utils import DynamicLayer
 
 
 @dataclass(frozen=True)
-class PrefixState:
-    """Keys and values of a sequence's first T tokens, and the hidden states behind them.
+class KVCache:
+    """Keys and values of a sequence's first T tokens, and their last hidden states.
 
     Attributes:
         keys, values: per layer (1, heads, T, head width); rotary embeddings are applied.
@@ -35,21 +36,21 @@ class PrefixState:
     def __len__(self) -> int:
         return len(self.hidden)
 
-    def crop(self, length: int) -> PrefixState:
-        """The state of the first ``length`` tokens; a view."""
+    def crop(self, length: int) -> KVCache:
+        """The cache of the first ``length`` tokens; a view."""
         if length >= len(self):
             return self
         keys, values = (tuple(x[:, :, :length] for x in part) for part in (self.keys, self.values))
-        return PrefixState(keys, values, self.hidden[:length])
+        return KVCache(keys, values, self.hidden[:length])
 
 
 @dataclass(frozen=True)
-class OwnState:
-    """The cache that a model has made of a sequence's first T tokens, a recurrent state for one.
+class ModelCache:
+    """A cache of a model's own class for a sequence's first T tokens, such as a recurrent state.
 
     Attributes:
-        cache: what the model returned; copied before a pass goes on from it.
-        argument: what its forward pass calls it.
+        cache: what the model returned; copied before a pass continues from it.
+        argument: its name among the arguments of the forward pass.
         length: T.
         hidden: (1, d) the last hidden state.
     """
@@ -62,15 +63,15 @@ class OwnState:
     def __len__(self) -> int:
         return self.length
 
-    def copy(self) -> OwnState:
-        """One that a pass may change."""
+    def copy(self) -> ModelCache:
+        """A copy, for a pass that changes it in place."""
         return replace(self, cache=deepcopy(self.cache))
 
     @contextmanager
-    def differentiable(self) -> Iterator[OwnState]:
-        """A copy that passes in this block may change although they keep tensors of it for the backward pass.
+    def differentiable(self) -> Iterator[ModelCache]:
+        """A copy that passes in this block may change in place, also where autograd saves its tensors.
 
-        Recurrent layers read their state, and then write the next one into its place.
+        Recurrent layers read their state and then overwrite it; what autograd saves of it is cloned.
         """
         copies: dict[int, Any] = {}
         own = replace(self, cache=deepcopy(self.cache, copies))
@@ -82,26 +83,27 @@ class OwnState:
         with torch.autograd.graph.saved_tensors_hooks(kept, lambda x: x):
             yield own
 
-    def crop(self, length: int) -> OwnState | None:
-        """The same where all of it is asked for; what came before a recurrent state cannot be had from it."""
+    def crop(self, length: int) -> ModelCache | None:
+        """Itself if it has no more than ``length`` tokens, else None: an earlier recurrent state is lost."""
         return self if length >= self.length else None
 
 
-class Continuation(DynamicCache):
-    """Left-padded prefixes of a batch, which stay as they are: `update` answers with prefix and new tokens together.
+class PaddedCache(DynamicCache):
+    """The caches of a batch of prefixes, left-padded to one length. `update` leaves them as they are and returns prefix
+    and new tokens together.
 
     Made without a config, because layers with a sliding window would forget; the masks still are theirs.
     """
 
-    def __init__(self, states: Sequence[PrefixState | None], past: int) -> None:
+    def __init__(self, caches: Sequence[KVCache | None], past: int) -> None:
         super().__init__()
         self.after: dict[int, tuple[Tensor, Tensor]] = {}
-        first = next((state for state in states if state is not None), None)
+        first = next((cache for cache in caches if cache is not None), None)
         for layer in range(0 if first is None else len(first.keys)):
             assert first is not None
-            keys = _left_padded([s.keys[layer] if s else None for s in states], first.keys[layer], past)
-            values = _left_padded([s.values[layer] if s else None for s in states], first.values[layer], past)
-            # What an update makes, without its copies.
+            keys = _left_padded([c.keys[layer] if c else None for c in caches], first.keys[layer], past)
+            values = _left_padded([c.values[layer] if c else None for c in caches], first.values[layer], past)
+            # The layer that an update would make, without its copies.
             made: Any = DynamicLayer()
             made.keys, made.values, made.is_initialized = keys, values, True
             made.dtype, made.device = keys.dtype, keys.device
@@ -115,14 +117,14 @@ class Continuation(DynamicCache):
         self.after[layer_idx] = keys.detach(), values.detach()
         return keys, values
 
-    def row(self, row: int, begin: int, end: int, before: PrefixState | None, hidden: Tensor) -> PrefixState:
-        """What one row has become: positions [begin, end) of it are no padding."""
+    def row(self, row: int, begin: int, end: int, before: KVCache | None, hidden: Tensor) -> KVCache:
+        """The cache of one row after the pass, of its columns [begin, end), which are no padding."""
         parts = [self.after[layer] for layer in range(len(self.after))]
         # Copies: a view would keep the whole batch alive.
         alone = parts[0][0].shape[0] == 1 and begin == 0
         cut = [[x[row : row + 1, :, begin:end] for x in part] for part in parts]
         keys, values = zip(*((k, v) if alone else (k.clone(), v.clone()) for k, v in cut), strict=True)
-        return PrefixState(keys, values, hidden.clone() if before is None else torch.cat([before.hidden, hidden]))
+        return KVCache(keys, values, hidden.clone() if before is None else torch.cat([before.hidden, hidden]))
 
 
 def _left_padded(rows: Sequence[Tensor | None], like: Tensor, length: int) -> Tensor:

@@ -30,7 +30,7 @@ _TEXTS = (
 _ROWS, _LENGTH = 8, 32
 
 
-def require_same_cuts(tokenizer: Any, reward_tokenizer: Any, alignment: Alignment) -> None:
+def require_same_tokenization(tokenizer: Any, reward_tokenizer: Any, alignment: Alignment) -> None:
     """Compares what two aligned tokenizers make of a sample: fixed texts, and tokens of the vocabulary in a row.
 
     Only what stands in the text counts: no BOS that a tokenizer adds, and no unknown token, which another tokenizer may

@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 
-def fast_layers(device: torch.device) -> AbstractContextManager[Any]:
+def fast_kernels(device: torch.device) -> AbstractContextManager[Any]:
     """In this block, layers of models on ``device`` run as the module says.
 
     The models stay as they are, and results differ by rounding. On a CPU it is a mode of this thread, for weights that

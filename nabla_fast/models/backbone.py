@@ -1,4 +1,4 @@
-"""A decoder without its head: forward passes over whole sequences, and over what follows a prefix."""
+"""The backbone of a model, everything but its head: passes over whole sequences, and over what follows a prefix."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from nabla_fast.models import checks
-from nabla_fast.models.prefix import Continuation, OwnState, PrefixState, layout
+from nabla_fast.models.kv_cache import KVCache, ModelCache, PaddedCache, layout
 
 # What families call the cache that they make themselves, in their outputs and among their arguments.
 _CACHES = ("cache", "past_key_values", "cache_params", "state")
 _BACKBONES = ("model", "transformer", "backbone", "decoder", "language_model")
 
-State = PrefixState | OwnState
+Cache = KVCache | ModelCache
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ def joined(parts: Sequence[Inputs]) -> Inputs:
     return Inputs(torch.cat([x.ids for x in parts]), torch.cat([x.embeds for x in parts]))
 
 
-class Body:
-    """A decoder without its head, whose calls go on from prefixes where that is exact.
+class Backbone:
+    """A model without its head. A call runs the tokens behind cached prefixes alone, where that is exact.
 
-    How it runs is found out once per model, by trying (`nabla_fast.models.checks`).
+    What a model supports is found out once, by trying (`nabla_fast.models.checks`).
 
     Args:
         model: a transformers model in ``eval()``.
@@ -68,16 +68,17 @@ class Body:
 
     Attributes:
         model: as given.
-        backbone: the part of it that ends in the last hidden states.
-        way: "prefix" if sequences run in batches behind keys and values that can be cut anywhere; "state" if each runs
-            alone, behind the cache that the model makes itself; "whole" if a call takes nothing but whole sequences.
-        incremental: whether a gradient may begin behind a prefix. If not, every gradient takes whole sequences.
+        module: the part of it that ends in the last hidden states.
+        cache_kind: "prefix" if the KV cache of a sequence can be cropped anywhere and padded into a batch; "state" if
+            each sequence runs alone, with the cache that the model makes itself (a recurrent state); "whole" if every
+            call takes whole sequences.
+        supports_prefix_cache: whether a gradient may begin behind a cached prefix. If not, it takes whole sequences.
         windowed: whether a layer's attention reaches back a fixed number of columns, gaps among them.
-        plain_cache: whether the cache of its own is one of keys and values that has to be given to it.
-        cache_argument: what the backbone calls its cache of keys and values.
-        output: what is made of the last hidden states (B, S, d) of every pass.
+        plain_cache: whether the model has to be given a ``DynamicCache`` to return one.
+        cache_argument: the name of the cache among the arguments of the module's forward pass.
+        output: applied to the last hidden states (B, S, d) of every pass.
         tried: (n, d) the last hidden states of ``ids``.
-        needs_ids: whether embeddings alone do not say what the model reads, as with embeddings per layer.
+        needs_ids: whether the model reads token ids besides input embeddings, as those with per-layer embeddings do.
 
     Raises:
         ValueError: if the model computes something else behind its embeddings than on its token ids, or its gradient
@@ -90,56 +91,57 @@ class Body:
     def __init__(self, model: Any, name: str, ids: Tensor | None = None) -> None:
         self.model = model
         self.name = name
-        self.backbone = find_backbone(model)
+        self.module = find_backbone(model)
         self.embedding = model.get_input_embeddings()
-        parameters = inspect.signature(self.backbone.forward).parameters
+        parameters = inspect.signature(self.module.forward).parameters
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         self._arguments = None if takes_any else frozenset(parameters)
         self._wants_cache_position = "cache_position" in parameters
-        self.cache_argument = cache_argument(self.backbone)
+        self.cache_argument = cache_argument(self.module)
         self.output: Callable[[Tensor], Tensor] = lambda hidden: hidden
         # Until the checks have found out.
-        self.way, self.incremental, self.windowed = "prefix", True, False
+        self.cache_kind, self.supports_prefix_cache, self.windowed = "prefix", True, False
         self.needs_ids = self.plain_cache = False
-        found = checks.remembered(model, name, "body", lambda: checks.examine_body(self, ids))
-        self.way, self.incremental, self.windowed = found.way, found.incremental, found.windowed
-        self.needs_ids, self.plain_cache, self.tried = found.needs_ids, found.plain_cache, found.expected
+        found = checks.remembered(model, name, "backbone", lambda: checks.examine_backbone(self, ids))
+        self.cache_kind, self.supports_prefix_cache = found.cache_kind, found.supports_prefix_cache
+        self.windowed, self.needs_ids, self.plain_cache = found.windowed, found.needs_ids, found.plain_cache
+        self.tried = found.expected
         if found.reason is not None:
-            checks.warn_once(model, f"{name} {_MANNERS[found.way, found.incremental]}: {found.reason}")
+            checks.warn_once(model, f"{name} {_SLOWER[found.cache_kind, found.supports_prefix_cache]}: {found.reason}")
 
     def __call__(
-        self, states: Sequence[State | None], inputs: Sequence[Inputs | Tensor]
-    ) -> tuple[list[Tensor], list[State | None]]:
-        """Runs B ragged suffixes, each behind its prefix.
+        self, caches: Sequence[Cache | None], inputs: Sequence[Inputs | Tensor]
+    ) -> tuple[list[Tensor], list[Cache | None]]:
+        """Runs B suffixes of different lengths, each behind its cached prefix.
 
         Args:
-            states: the prefix of each; None for nothing. Only None unless `incremental`.
-            inputs: S_b >= 1 tokens each; gradients flow to their embeddings and not to the prefixes. Embeddings
-                (S_b, d) alone will do unless `needs_ids`.
+            caches: of each prefix; None where there is none. All None unless `supports_prefix_cache`.
+            inputs: S_b >= 1 tokens each, or their embeddings (S_b, d) unless `needs_ids`. Gradients flow to these
+                embeddings, and not to the prefixes.
 
         Returns:
-            The last hidden states (S_b, d) of each suffix; the states of prefix and suffix together, without graph,
-            where the pass makes them.
+            The last hidden states (S_b, d) of each suffix; the caches of prefix and suffix together, without autograd
+            graph, or None where the model gives none.
         """
         read = [self._inputs(x) for x in inputs]
-        if self.way == "prefix" and self.incremental:
-            hidden, after = self._extend_batch(states, read)
+        if self.cache_kind == "prefix" and self.supports_prefix_cache:
+            hidden, after = self._extend_batch(caches, read)
             return hidden, list(after)
         # Alone: some of these models are not independent of what else is in the batch.
-        behind = self.incremental and any(state is not None for state in states)
+        behind = self.supports_prefix_cache and any(cache is not None for cache in caches)
         if not behind:
             return [self.whole(x) for x in read], [None] * len(read)
         # What these models make of a prefix is part of the graph.
-        return [self._proceed(s, x)[0] for s, x in zip(states, read, strict=True)], [None] * len(read)
+        return [self._proceed(c, x)[0] for c, x in zip(caches, read, strict=True)], [None] * len(read)
 
     @torch.no_grad()
-    def extend(self, states: Sequence[State | None], inputs: Sequence[Inputs]) -> tuple[list[Tensor], list[State]]:
+    def extend(self, caches: Sequence[Cache | None], inputs: Sequence[Inputs]) -> tuple[list[Tensor], list[Cache]]:
         """The same without autograd, as the model generates text; not for a model that takes "whole" sequences."""
-        if self.way == "prefix":
-            hidden, after = self._extend_batch(states, inputs)
+        if self.cache_kind == "prefix":
+            hidden, after = self._extend_batch(caches, inputs)
             return hidden, list(after)
-        rows = [self._extend_alone(s, x) for s, x in zip(states, inputs, strict=True)]
-        return [hidden for hidden, _ in rows], [state for _, state in rows]
+        rows = [self._extend_alone(c, x) for c, x in zip(caches, inputs, strict=True)]
+        return [hidden for hidden, _ in rows], [cache for _, cache in rows]
 
     def whole(self, inputs: Inputs, *, by_ids: bool = False) -> Tensor:
         """The last hidden states (S, d) of one sequence from its beginning.
@@ -150,9 +152,9 @@ class Body:
         embeds = None if by_ids else inputs.embeds.unsqueeze(0)
         return self.run(inputs.ids.unsqueeze(0), embeds, 0, use_cache=False)[0][0]
 
-    def step(self, ids: Tensor, state: OwnState) -> OwnState:
-        """Reads more tokens (k,) behind ``state``, which is used up."""
-        return self._own(state, ids.unsqueeze(0), None)[1]
+    def step(self, ids: Tensor, cache: ModelCache) -> ModelCache:
+        """Runs more tokens (k,) behind ``cache``, which is changed in place."""
+        return self._own(cache, ids.unsqueeze(0), None)[1]
 
     def run(self, ids: Tensor, embeds: Tensor | None, past: int, **options: Any) -> tuple[Tensor, Any]:
         """A forward pass of the backbone over tokens (B, S) behind ``past`` others: hidden states, and all it returns.
@@ -169,12 +171,12 @@ class Body:
         # A copy: some models change their embeddings in place.
         embeds = None if embeds is None else embeds.clone()
         if embeds is None:
-            out = self.backbone(input_ids=ids, **options)
+            out = self.module(input_ids=ids, **options)
         elif not self.needs_ids:
-            out = self.backbone(inputs_embeds=embeds, **options)
+            out = self.module(inputs_embeds=embeds, **options)
         else:
             with embeddings_replaced(self.embedding, ids, embeds, self.name):
-                out = self.backbone(input_ids=ids, **options)
+                out = self.module(input_ids=ids, **options)
         return self.output(out.last_hidden_state), out
 
     def _inputs(self, x: Inputs | Tensor) -> Inputs:
@@ -187,10 +189,10 @@ class Body:
             )
         return x
 
-    def _extend_batch(self, states: Sequence[Any], inputs: Sequence[Inputs]) -> tuple[list[Tensor], list[PrefixState]]:
-        past = [0 if state is None else len(state) for state in states]
+    def _extend_batch(self, caches: Sequence[Any], inputs: Sequence[Inputs]) -> tuple[list[Tensor], list[KVCache]]:
+        past = [0 if cache is None else len(cache) for cache in caches]
         sizes = [len(x) for x in inputs]
-        cache = Continuation(states, max(past))
+        padded = PaddedCache(caches, max(past))
         mask, positions = layout(past, sizes, inputs[0].device)
         last_hidden, _ = self.run(
             pad_sequence([x.ids for x in inputs], batch_first=True),
@@ -199,39 +201,39 @@ class Body:
             attention_mask=mask,
             position_ids=positions,
             use_cache=True,
-            **{self.cache_argument: cache},
+            **{self.cache_argument: padded},
         )
         hidden = [last_hidden[row, :size] for row, size in enumerate(sizes)]
         after = [
-            cache.row(row, max(past) - past[row], max(past) + size, state, hidden[row].detach())
-            for row, (size, state) in enumerate(zip(sizes, states, strict=True))
+            padded.row(row, max(past) - past[row], max(past) + size, cache, hidden[row].detach())
+            for row, (size, cache) in enumerate(zip(sizes, caches, strict=True))
         ]
         return hidden, after
 
-    def _extend_alone(self, state: Any, inputs: Inputs) -> tuple[Tensor, OwnState]:
-        if state is None or self.incremental or len(inputs) == 1:
-            return self._proceed(state, inputs)
+    def _extend_alone(self, cache: Any, inputs: Inputs) -> tuple[Tensor, ModelCache]:
+        if cache is None or self.supports_prefix_cache or len(inputs) == 1:
+            return self._proceed(cache, inputs)
         # Behind its own cache, such a model is right about one token at a time.
         hidden = []
         for i in range(len(inputs)):
-            rows, state = self._proceed(state, inputs[i : i + 1])
+            rows, cache = self._proceed(cache, inputs[i : i + 1])
             hidden.append(rows)
-        return torch.cat(hidden), state
+        return torch.cat(hidden), cache
 
-    def _proceed(self, state: Any, inputs: Inputs) -> tuple[Tensor, OwnState]:
+    def _proceed(self, cache: Any, inputs: Inputs) -> tuple[Tensor, ModelCache]:
         """One sequence behind its prefix, which stays as it is."""
         ids, embeds = inputs.ids.unsqueeze(0), inputs.embeds.unsqueeze(0)
-        if state is None:
+        if cache is None:
             return self._own(None, ids, embeds)
         if not torch.is_grad_enabled():
-            return self._own(state.copy(), ids, embeds)
-        with state.differentiable() as own:
+            return self._own(cache.copy(), ids, embeds)
+        with cache.differentiable() as own:
             return self._own(own, ids, embeds)
 
-    def _own(self, state: OwnState | None, ids: Tensor, embeds: Tensor | None) -> tuple[Tensor, OwnState]:
-        past = 0 if state is None else len(state)
-        if state is not None:
-            given = {state.argument: state.cache}
+    def _own(self, cache: ModelCache | None, ids: Tensor, embeds: Tensor | None) -> tuple[Tensor, ModelCache]:
+        past = 0 if cache is None else len(cache)
+        if cache is not None:
+            given = {cache.argument: cache.cache}
         else:
             given = {self.cache_argument: DynamicCache()} if self.plain_cache else {}
         (hidden,), out = self.run(ids, embeds, past, use_cache=True, **given)
@@ -239,7 +241,7 @@ class Body:
         if argument is None:
             raise TypeError("it returns no cache")
         kept = getattr(out, argument)
-        return hidden, OwnState(kept, argument, past + ids.shape[1], hidden[-1:].detach())
+        return hidden, ModelCache(kept, argument, past + ids.shape[1], hidden[-1:].detach())
 
 
 @contextmanager
@@ -289,7 +291,7 @@ def cache_argument(backbone: Any) -> str:
     return "cache" if any("cache" in inspect.signature(f).parameters for f in forwards) else "past_key_values"
 
 
-_MANNERS = {
+_SLOWER = {
     ("state", True): "runs one sequence at a time, without drafts",
     ("state", False): "runs one sequence at a time and takes whole sequences for every gradient, slower",
     ("whole", False): "takes whole sequences for every gradient and for every token that it generates, slow",
