@@ -1,4 +1,4 @@
-"""The settings of ∇-Reasoner: validated when made, immutable afterwards."""
+"""The settings of ∇-Reasoner: validated at construction, immutable afterwards."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PRESETS = ("math500", "aime", "amc")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn from logits.
+    """Settings of sampling: temperature, top-k and top-p.
 
     Attributes:
         temperature: divides the logits; 0 takes the argmax, and what lies between it and 0.0001 is refused: logits

@@ -25,10 +25,10 @@ from nabla_fast.stats import Revision
 
 
 class Observer(Protocol):
-    """Hears of a decode while it runs."""
+    """Callbacks about the progress of a decode."""
 
     def on_phase(self, phase: str, sequences: int) -> None:
-        """A phase of `nabla_fast.stats.PHASES` begins for so many sequences."""
+        """A phase of `nabla_fast.stats.PHASES` begins for this number of sequences."""
 
     def on_commit(self, index: int, tokens: list[int], length: int) -> None:
         """Sequence ``index`` has committed ``tokens`` of a response that is ``length`` tokens long as it stands."""
@@ -61,13 +61,13 @@ class Decoder:
         self.observer = observer
 
     def decode(self, sequences: Seq[Sequence]) -> None:
-        """Runs every sequence to its end; the results are in the sequences. Errors as `finishing` has."""
+        """Runs every sequence to its end; the results are in the sequences. Raises what `finishing` raises."""
         for _ in self.finishing(sequences):
             pass
 
     @torch.no_grad()
     def finishing(self, sequences: Seq[Sequence]) -> Iterator[Sequence]:
-        """Each sequence when it has come to its end.
+        """Runs all sequences, and yields each one when its response is complete.
 
         A sequence goes on as soon as its own rollout has ended, and the next one begins when one has finished.
 
@@ -102,7 +102,7 @@ class Decoder:
 
     # 1
     def roll_out(self, sequence: Sequence, prefix: tuple[int, ...], stream: RolloutStream) -> None:
-        """Begins the continuation of a prefix (response tokens).
+        """Begins a rollout that continues a prefix (response tokens).
 
         All but its last token belong to the current trajectory, whose latents are kept.
         """
@@ -112,7 +112,7 @@ class Decoder:
         stream.submit(sequence)
 
     def receive(self, rolling: Collection[Sequence], stream: RolloutStream) -> list[Sequence]:
-        """Waits for rollouts to end, which makes complete, scored trajectories; the sequences they are of."""
+        """Waits for rollouts to end, scores them and accepts or rejects them; returns their sequences."""
         with self.objective.clock.phase("rollout", [s.stats for s in rolling]):
             ended = stream.collect()
         sequences, drawn = [s for s, _ in ended], [rollout for _, rollout in ended]
@@ -162,7 +162,7 @@ class Decoder:
 
     # 4
     def resample(self, sequences: Seq[Sequence], logits: Tensor) -> list[int]:
-        """Draws each sequence's next token anew, from the optimised logits."""
+        """Samples each sequence's next token again, from the optimized logits."""
         if not sequences:
             return []
         committed = [s.committed for s in sequences]
@@ -174,7 +174,7 @@ class Decoder:
     def propose(
         self, sequences: Seq[Sequence], tokens: Seq[int], stream: RolloutStream
     ) -> tuple[list[Sequence], list[Sequence]]:
-        """Begins rollouts from tokens that changed, and commits those that did not; the sequences of either."""
+        """Begins rollouts from tokens that changed, and commits those that did not; returns both kinds of sequences."""
         changed, same = [], []
         for sequence, token in zip(sequences, tokens, strict=True):
             if token != int(sequence.current.tokens[sequence.position]):
@@ -187,14 +187,14 @@ class Decoder:
 
     # 6
     def stop_spent(self, sequences: Seq[Sequence]) -> list[Sequence]:
-        """Commits all that is ahead of sequences without rollouts left; returns those still to be decoded."""
+        """Commits all tokens ahead where no rollouts are left; returns the sequences still to be decoded."""
         for sequence in sequences:
             if sequence.stats.rollouts >= self.config.max_rollouts:
                 self._commit(sequence, len(sequence.current.tokens))
         return [sequence for sequence in sequences if not sequence.finished]
 
     def _accept(self, sequence: Sequence, proposal: Trajectory) -> bool:
-        """Whether a proposal takes the place of the current trajectory: if its reward is higher."""
+        """Whether a proposal replaces the current trajectory, as it does if its reward is higher."""
         old = sequence.current
         accepted = not self.config.rejection_sampling or proposal.reward > old.reward
         sequence.stats.rejections += not accepted
@@ -223,7 +223,7 @@ class Decoder:
         return self.objective.rewards(sequences, tokens)
 
     def _trajectory(self, sequence: Sequence, new: Rollout, tokens: Tensor, reward: float) -> Trajectory:
-        """A rollout behind what it shares with the current trajectory: the rows up to where it starts."""
+        """The trajectory of a rollout: the current one's rows up to where the rollout starts, then its own."""
         config, head = self.config, self.objective.tables.head
         thresholds = (config.entropy_threshold, config.confidence_threshold)
         stats = ops.linear_relaxed_stats(new.latents, head, 1.0, *thresholds, config.backend)

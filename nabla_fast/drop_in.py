@@ -22,7 +22,7 @@ from nabla_fast.stats import Stats
 
 @dataclass
 class NablaGenerateOutput(GenerateDecoderOnlyOutput):
-    """`GenerateDecoderOnlyOutput` with what ∇-Reasoner adds.
+    """`GenerateDecoderOnlyOutput` with rewards and statistics.
 
     Attributes:
         rewards: (B,) rewards of the responses.
@@ -41,7 +41,7 @@ def custom_generate(
     streamer: Any = None,
     messages: Any = None,
 ) -> Callable[..., Tensor | NablaGenerateOutput]:
-    """Makes a callable for ``model.generate(**inputs, custom_generate=...)``.
+    """Returns a callable for ``model.generate(**inputs, custom_generate=...)``.
 
     It is a factory because transformers hands neither ``tokenizer`` nor ``streamer`` to the callable: give both here,
     and never a streamer to ``generate``, which would not end it.
@@ -136,7 +136,7 @@ class _Stream:
 def _frames(
     pair: Pair, prompts: Sequence[tuple[int, ...]], messages: Any, copies: int, config: NablaConfig
 ) -> list[RewardFrame]:
-    """What the reward model sees around each response; every prompt stands there ``copies`` times."""
+    """The reward model's frame of each response; every prompt occurs ``copies`` times."""
     if messages is None:
         return [pair.reward_model.prompt_frame(prompt) for prompt in prompts]
     chats = as_chats(messages)

@@ -42,7 +42,7 @@ class TraceStep(NamedTuple):
 
 @dataclass(frozen=True)
 class DTOResult:
-    """What DTO made of the tokens ahead.
+    """The result of DTO over the tokens ahead.
 
     Attributes:
         parameters: (m, d) latents or (m, V) logits after the last step.
@@ -92,7 +92,7 @@ def optimize(
     start: Tensor,
     config: NablaConfig | None = None,
 ) -> DTOResult:
-    """Optimises the tokens ahead of one response.
+    """Optimizes the tokens ahead of one response.
 
     Args:
         model: a transformers causal language model in ``eval()``.
@@ -242,7 +242,7 @@ class _Rows:
                 self._record(i, steps, changes, evaluations[i])
 
     def _record(self, i: int, steps: int, changes: int, evaluation: Evaluation) -> None:
-        """Notes the steps that sequence i made with one gradient; only the last of them can have changed a token."""
+        """Records the steps that sequence i made with one gradient; only the last of them can have changed a token."""
         sequence, first = self.sequences[i], self.steps_made[i]
         log_likelihood = evaluation.log_likelihood_from(sequence.position)
         for step in range(first, steps):

@@ -1,4 +1,4 @@
-"""What this installation can do and what it cannot, for bug reports and ``nabla-fast doctor``."""
+"""A report of this installation, for bug reports and ``nabla-fast doctor``."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class NablaOutput:
 
 
 def joined(outputs: Seq[NablaOutput]) -> NablaOutput:
-    """Several outputs as one, without what the cache said."""
+    """Several outputs as one, without the gradient cache's counters."""
     return NablaOutput(
         [text for output in outputs for text in output.texts],
         [tokens for output in outputs for tokens in output.sequences],
@@ -59,7 +59,7 @@ def joined(outputs: Seq[NablaOutput]) -> NablaOutput:
 
 @dataclass(frozen=True)
 class Pair:
-    """A language model and a reward model, ready to work together; ``vllm`` draws the rollouts, if there is one."""
+    """A language model and a reward model that fit together; ``vllm``, if it is set, draws the rollouts."""
 
     language_model: LanguageModel
     tokenizer: Any
@@ -68,7 +68,7 @@ class Pair:
     vllm: VLLMRollout | None = None
 
     def rollouts(self, config: NablaConfig, sampler: Sampler | None = None) -> RolloutBackend:
-        """Where trajectories come from; ``sampler`` None applies what the model's generation config asks for.
+        """The rollout back end. ``sampler`` None applies the logits processors of the model's generation config.
 
         Raises:
             ValueError: if there are logits processors other than a repetition penalty, which vLLM cannot run.
@@ -90,7 +90,7 @@ class Pair:
         return model_sampler(self.language_model.model, sorted(self.eos_token_ids), self.language_model.vocab_size)
 
     def prompts(self, chats: Seq[Chat], config: NablaConfig) -> tuple[list[tuple[int, ...]], list[RewardFrame]]:
-        """What either model sees of B chats: prompt ids, and the frames around the responses.
+        """B chats as the models read them: the language model's prompt ids, and the reward model's frames.
 
         Raises:
             ValueError: if a template does not take a chat; the message names its index and the template's reason.
@@ -168,7 +168,7 @@ def generate(
 
 
 def make_pair(model: Any, tokenizer: Any, reward_model: Any, reward_tokenizer: Any, config: NablaConfig) -> Pair:
-    """Checks two models and their tokenizers and makes them work together."""
+    """Checks two models and their tokenizers, and wraps them as a pair."""
     language_model = LanguageModel(model, tokenizer)
     eos_token_ids = end_tokens(language_model, config)
     rewards = RewardModel(reward_model, reward_tokenizer, language_model, tokenizer, eos_token_ids)
@@ -176,7 +176,7 @@ def make_pair(model: Any, tokenizer: Any, reward_model: Any, reward_tokenizer: A
 
 
 def stop_rule(pair: Pair, config: NablaConfig) -> StopRule:
-    """When a response ends by ``config``, whose stop strings, if any, take the place of the model's own."""
+    """The stop rule of ``config``; its stop strings, if any, replace those of the model's generation config."""
     own = getattr(getattr(pair.language_model.model, "generation_config", None), "stop_strings", None) or ()
     own = (own,) if isinstance(own, str) else tuple(own)
     return StopRule(pair.eos_token_ids, config.stop_strings or own, pair.tokenizer)
@@ -211,7 +211,7 @@ def run(
 
 
 def _output(pair: Pair, sequences: Seq[Sequence], cache: dict[str, int] | None = None) -> NablaOutput:
-    """The answers that finished sequences are."""
+    """The answers of finished sequences."""
     tokens = [s.current.tokens for s in sequences]
     return NablaOutput(
         texts=[pair.tokenizer.decode(t, skip_special_tokens=True) for t in tokens],

@@ -1,4 +1,4 @@
-"""What one call of ``model.generate`` asks for, and what of it ∇-Reasoner can do."""
+"""The arguments of one call of ``model.generate``, as settings of ∇-Reasoner."""
 
 from __future__ import annotations
 

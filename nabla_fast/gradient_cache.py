@@ -1,4 +1,4 @@
-"""Evaluated gradients, keyed by the token ids they belong to, least recently used out first.
+"""A least-recently-used cache of gradients, keyed by the token ids that they depend on.
 
 A gradient depends on the hard tokens alone. Cached, it serves every later position of a response, its gradient norms
 and the first step of DTO, for as long as no token changes.
@@ -189,7 +189,7 @@ def _check_values(values: list[Tensor], start: int, length: int) -> None:
 
 
 def _fault(value: Tensor, likelihoods: bool) -> type[Exception] | None:
-    """What to raise if the cache cannot hold a tensor."""
+    """The error class for a tensor that the cache cannot hold; None for one that it can."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_nested:
         return TypeError
     if likelihoods:

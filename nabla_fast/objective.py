@@ -43,7 +43,7 @@ class Request:
 
 @dataclass
 class _Part:
-    """What one model contributes to the evaluation of a batch; one entry per request."""
+    """One model's part of the evaluation of a batch, one entry per request."""
 
     factors: list[Tensor]
     values: Tensor
@@ -276,7 +276,7 @@ class Objective:
 
     @contextmanager
     def _reward_side(self) -> Iterator[None]:
-        """On a GPU, a stream for the reward model: its small kernels and the language model's fill each other's gaps.
+        """On a GPU, runs the block on a stream of its own, so that kernels of both models overlap.
 
         Whatever the reward model computes is allocated on that stream, so memory is not reused while it is read.
         """
@@ -300,7 +300,7 @@ class Objective:
                 torch.cuda.current_stream(self.language_model.device).wait_stream(self._reward_stream)
 
     def _handed_over(self, part: _Part) -> None:
-        """Keeps the memory of what the reward model's stream computed while the current one reads it."""
+        """Keeps memory that the reward model's stream allocated until the current stream has read it."""
         if self._reward_stream is None:
             return
         current = torch.cuda.current_stream(self.language_model.device)
@@ -328,7 +328,7 @@ def _factor(gradient: Tensor, scale: float) -> Tensor:
 
 
 def _first_equal(requests: Seq[Request]) -> list[int]:
-    """For each request, the first one that its evaluation serves, too."""
+    """For each request, the index of the first request whose evaluation serves it too."""
     first: list[int] = []
     for i, request in enumerate(requests):
         key = None

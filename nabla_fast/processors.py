@@ -153,7 +153,7 @@ def own_processors(given: Seq[LogitsProcessor], made: Seq[LogitsProcessor]) -> t
 
 
 class _Probed:
-    """A caller's logits processor, asked again about what it answered before, for the first few calls.
+    """A caller's logits processor; the first few calls check that equal inputs give equal scores.
 
     Rollouts come back to earlier positions, and drafts look ahead. So a processor must be a function of
     (input_ids, scores): one that counts its calls or follows one answer would silently be wrong.

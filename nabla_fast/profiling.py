@@ -1,4 +1,4 @@
-"""Where the time of a decode or an evaluation goes: a trace, seconds per phase, and PyTorch's operators."""
+"""Profiles of a decode or an evaluation: a trace, seconds per phase, and PyTorch's operators."""
 
 from __future__ import annotations
 

@@ -59,12 +59,12 @@ class Sampler:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the logits processors are called."""
+        """Names of the logits processors."""
         return tuple(getattr(p, "__name__", type(p).__name__) for p in (*self.before, *self.after))
 
     @property
     def repetition_penalty(self) -> float | None:
-        """1 without logits processors, the penalty where they are a repetition penalty alone, else None."""
+        """The repetition penalty if it is the only logits processor, 1 without any, else None."""
         return None if self.names else 1.0
 
     @property

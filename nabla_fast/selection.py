@@ -1,4 +1,4 @@
-"""Which token to optimise next (step 2 of the decode, Alg. 3)."""
+"""Selection of the next token to optimize (step 2 of the decode, Alg. 3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One response in the making: what the steps of a decode, rollouts and gradients read of it and write to it."""
+"""The state of one response while it is decoded."""
 
 from __future__ import annotations
 

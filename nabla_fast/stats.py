@@ -1,4 +1,4 @@
-"""What a decode counts, per sequence and in total."""
+"""Counters and timings of a decode, per sequence and in total."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PASSES = ("rollout_calls", "drafted_tokens", "accepted_draft_tokens")
 
 @dataclass(frozen=True)
 class Revision:
-    """A proposal: one token that DTO changed, and what came of it.
+    """A proposal: one token that DTO changed, with both rewards and the decision.
 
     Attributes:
         position: in the response, from 0.
@@ -91,7 +91,7 @@ class SequenceStats:
         return {**counters, "model_calls": self.model_calls}
 
     def passes(self) -> dict[str, int]:
-        """What rollouts took, by name; drafts are fewer in a larger batch."""
+        """Forward passes and draft tokens of rollouts, by name; these depend on the batch."""
         return {name: getattr(self, name) for name in PASSES}
 
     def to_dict(self) -> dict[str, Any]:

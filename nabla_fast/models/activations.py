@@ -1,4 +1,4 @@
-"""What a forward pass keeps for the backward pass."""
+"""Which activations a forward pass keeps for the backward pass."""
 
 from __future__ import annotations
 

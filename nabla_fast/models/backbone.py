@@ -26,7 +26,7 @@ Cache = KVCache | ModelCache
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a decoder reads of S tokens.
+    """The input of a model: S tokens.
 
     Attributes:
         ids: (S,) int64 in the model's own vocabulary; -1 for a token that it does not have.
@@ -136,7 +136,7 @@ class Backbone:
 
     @torch.no_grad()
     def extend(self, caches: Sequence[Cache | None], inputs: Sequence[Inputs]) -> tuple[list[Tensor], list[Cache]]:
-        """The same without autograd, as the model generates text; not for a model that takes "whole" sequences."""
+        """`__call__` without autograd, for generation. Not for models whose ``cache_kind`` is "whole"."""
         if self.cache_kind == "prefix":
             hidden, after = self._extend_batch(caches, inputs)
             return hidden, list(after)
@@ -285,7 +285,7 @@ def find_backbone(model: Any) -> Any:
 
 
 def cache_argument(backbone: Any) -> str:
-    """What a forward pass calls its cache of keys and values; transformers 5.24 gave it a new name."""
+    """The name of the KV cache among a forward pass's arguments; transformers 5.24 gave it a new one."""
     # Some backbones are wrappers that pass on whatever they are given.
     forwards = [backbone.forward, *(part.forward for part in getattr(backbone, "children", tuple)())]
     return "cache" if any("cache" in inspect.signature(f).parameters for f in forwards) else "past_key_values"

@@ -1,4 +1,4 @@
-"""Chats as a language model and a reward model see them."""
+"""Chats as token ids of the language model and of the reward model."""
 
 from __future__ import annotations
 

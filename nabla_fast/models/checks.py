@@ -1,4 +1,4 @@
-"""What is verified of a model when it is loaded, by trying it on a few tokens.
+"""Checks of a model when it is loaded, by running it on a few tokens.
 
 Families of models differ in ways that their configurations do not say: what happens between token ids and the first
 layer, whether padding, drafts and prefixes change a number, whether a layer passes gradients on. A wrong guess would
@@ -34,7 +34,7 @@ _REACHES = ("window", "local", "chunk")
 
 @dataclass(frozen=True)
 class CacheSupport:
-    """How a `Backbone` runs, and why not as fast as others; see its attributes."""
+    """What a `Backbone` supports, and the reason where it does not support prefix caches in batches."""
 
     cache_kind: str
     supports_prefix_cache: bool
@@ -49,7 +49,7 @@ _WARNED: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
 def warn_once(model: Any, message: str) -> None:
-    """Warns of ``model`` with this message, but not twice."""
+    """Warns about ``model`` with this message, once."""
     told = _WARNED.setdefault(model, set())
     if message not in told:
         told.add(message)
@@ -107,8 +107,8 @@ def probe_ids(model: Any, tokenizer: Any = None) -> Tensor:
     return torch.tensor(chosen, dtype=torch.long, device=weight.device)
 
 
-def looked_through(model: Any) -> tuple[Any, Any]:
-    """A model as it is called, and the transformers model in it, where it is an adapter of peft's around one."""
+def unwrapped(model: Any) -> tuple[Any, Any]:
+    """A model as it is called, and the transformers model inside it if it is a peft adapter."""
     if not hasattr(model, "get_base_model"):
         return model, model
     base = model.get_base_model()
@@ -116,7 +116,7 @@ def looked_through(model: Any) -> tuple[Any, Any]:
 
 
 def require_usable_weight(module: Any, name: str, what: str) -> None:
-    """Refuses a model whose ``what`` is no table in memory.
+    """Raises ValueError for a model whose ``what`` has no dense weight in memory.
 
     Raises:
         ValueError: if the weight of ``module`` is missing, quantised or off-loaded.
@@ -151,7 +151,7 @@ def leave_inference_mode(model: Any) -> None:
 
 
 def examine_backbone(backbone: Backbone, ids: Tensor | None = None) -> CacheSupport:
-    """How ``backbone`` may run.
+    """Finds out what ``backbone`` supports, by comparing each way to run it with whole sequences.
 
     Raises:
         ValueError: if not even whole sequences of embeddings give what the model makes of token ids, or the gradient
@@ -240,7 +240,7 @@ class _Probe:
 
     def gaps(self) -> str | None:
         """A batch that has tried a draft that was wrong, so that columns within a sequence are masked."""
-        from nabla_fast.models.decoding import DecodeBatch
+        from nabla_fast.models.decode_batch import DecodeBatch
 
         ids: list[int] = self.inputs.ids.tolist()
         batch = DecodeBatch(self.backbone, self.states)  # type: ignore[arg-type]

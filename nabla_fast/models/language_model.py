@@ -1,4 +1,4 @@
-"""A transformers causal language model as the algorithm needs it: hidden states, an output head, embeddings."""
+"""A transformers causal language model: its backbone, output head and input embeddings."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class EmbeddingTable:
         return torch.nn.functional.embedding(ids, self.weight) * self.scale
 
     def inputs(self, ids: Tensor) -> Inputs:
-        """What the model reads of tokens (n,)."""
+        """The model's inputs for tokens (n,)."""
         return Inputs(ids if self.own_ids is None else self.own_ids[ids], self(ids))
 
 
@@ -72,7 +72,7 @@ class LanguageModel:
     """
 
     def __init__(self, model: Any, tokenizer: Any, argument: str = "model") -> None:
-        own, model = checks.looked_through(model)
+        own, model = checks.unwrapped(model)
         self.name = _describe(model, argument)
         get_head = getattr(model, "get_output_embeddings", None)
         lm_head = get_head() if get_head is not None else None
@@ -106,7 +106,7 @@ class LanguageModel:
         return linear_logits(hidden, self.head)
 
     def widened(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., width) as the rows of `head` take them: with what its bias is a factor of behind them."""
+        """Hidden states (..., width) padded to the width of `head`, whose bias is a column of its weight."""
         more = self.head.weight.shape[1] - self.width
         if not more:
             return hidden
@@ -121,7 +121,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def _check_head(self, own: Any, ids: Tensor) -> None:
-        """Refuses a model whose own logits (``own`` may be an adapter around it) are not ours, or see later tokens."""
+        """Raises ValueError if the logits of ``own``, the model or a wrapper of it, are not ours, or not causal."""
         theirs = own(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :, : self.vocab_size]
         ours = self.logits(self.widened(self.backbone.tried)).to(theirs.dtype)
         # Where sequences run behind prefixes, that is known.

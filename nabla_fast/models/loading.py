@@ -1,4 +1,4 @@
-"""Turns a path or hub id into a model and its tokenizer, ready for inference."""
+"""Loads a model and its tokenizer from a path or hub id, for inference."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def choose_attention(attn_implementation: str, device: torch.device, dtype: torc
 
 
 class _Place(NamedTuple):
-    """Where and how a model is to run; ``attention`` is the caller's own choice, ``auto`` for none."""
+    """Device, dtype and attention of a model to be loaded; ``attention`` "auto" leaves the choice to us."""
 
     device: torch.device
     dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""Whether two results mean the same, and whether a gradient is that of its function."""
+"""Comparisons of results up to rounding, and of a gradient with a finite difference."""
 
 from __future__ import annotations
 

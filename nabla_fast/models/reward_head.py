@@ -1,4 +1,4 @@
-"""How a reward model turns hidden states into one number, found out by comparing with its own forward pass."""
+"""The head of a reward model, found by comparing with the model's own forward pass."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class OwnForward:
 
 
 def own_score(model: Any, ids: Tensor, name: str) -> Tensor:
-    """What the forward pass of ``model`` says of token ids (1, T): one number (1,).
+    """The score (1,) that the forward pass of ``model`` gives token ids (1, T).
 
     Raises:
         TypeError: if it returns no scores.
@@ -111,7 +111,7 @@ def own_score(model: Any, ids: Tensor, name: str) -> Tensor:
 
 
 def reward_head(model: Any, own: Any, name: str, tokenizer: Any) -> tuple[RewardHead | None, OwnForward | None]:
-    """A head that goes on from prefixes where that gives what the forward pass of ``own`` gives, else that pass.
+    """A head that continues cached prefixes if its rewards are those of the forward pass of ``own``, else that pass.
 
     Args:
         model: a transformers model.

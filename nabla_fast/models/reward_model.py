@@ -1,4 +1,4 @@
-"""A reward model as the algorithm needs it: a differentiable score of conversations."""
+"""A reward model: a differentiable score of conversations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHORT_CHAT: Chat = ({"role": "user", "content": "Hello"},)
 
 @dataclass(frozen=True)
 class RewardFrame:
-    """The conversation around a response, as the reward model sees it.
+    """The reward model's tokens before and after a response.
 
     Attributes:
         opening: the P tokens before the response.
@@ -73,7 +73,7 @@ class RewardModel:
         language_tokenizer: Any,
         eos_token_ids: Collection[int] = (),
     ) -> None:
-        own, model = checks.looked_through(model)
+        own, model = checks.unwrapped(model)
         self.tokenizer = language_tokenizer if tokenizer is None else tokenizer
         self._language_tokenizer = language_tokenizer
         self.context_length: int | None = None
@@ -121,16 +121,16 @@ class RewardModel:
         return RewardFrame(self._read(frame.opening), self._read(frame.closing), tuple(frame.opening))
 
     def prompt_frame(self, prompt_ids: Sequence[int]) -> RewardFrame:
-        """A frame over the language model's own prompt ids, closed as the reward tokenizer's template closes."""
+        """A frame of the language model's own prompt ids, with the reward tokenizer's closing tokens."""
         return RewardFrame(self.table.inputs(self._ids(prompt_ids)), self._read(self._closing), ())
 
     @property
     def supports_prefix_cache(self) -> bool:
-        """Whether `rewards` goes on from prefixes."""
+        """Whether `rewards` continues cached prefixes."""
         return self.backbone is not None and self.backbone.supports_prefix_cache
 
     def conversation(self, frame: RewardFrame, tokens: Tensor, start: int | None = None) -> Inputs:
-        """A conversation, as T tokens of the reward model, whose response is ``tokens`` (n,) int64, LM ids.
+        """The inputs (T tokens) of a conversation whose response is ``tokens`` (n,) int64, ids of the language model.
 
         A response that ends with the token that the template would write next keeps one of the two.
 
@@ -145,7 +145,7 @@ class RewardModel:
     def rewards(
         self, conversations: Sequence[Inputs], caches: Sequence[Cache | None] | None = None
     ) -> tuple[Tensor, list[Cache | None]]:
-        """Scores conversations, each behind its prefix if there is one; differentiable.
+        """Scores conversations, each behind its cached prefix if it has one; differentiable.
 
         Args:
             conversations: what follows the prefix, T_b >= 1 tokens each.

@@ -1,4 +1,4 @@
-"""Whether two tokenizers with the same vocabulary also cut text into the same tokens.
+"""Checks that two tokenizers with the same vocabulary also split text into the same tokens.
 
 Vocabularies can agree token by token where the rules that cut text in front of them do not: ``AutoTokenizer`` puts a
 family's own pre-tokenizer in the place of the one that was saved with the checkpoint. The reward model would then read
@@ -31,7 +31,7 @@ _ROWS, _LENGTH = 8, 32
 
 
 def require_same_tokenization(tokenizer: Any, reward_tokenizer: Any, alignment: Alignment) -> None:
-    """Compares what two aligned tokenizers make of a sample: fixed texts, and tokens of the vocabulary in a row.
+    """Compares how two aligned tokenizers split a sample of texts: fixed ones, and random tokens of the vocabulary.
 
     Only what stands in the text counts: no BOS that a tokenizer adds, and no unknown token, which another tokenizer may
     leave out. Texts with a token that one of the two does not have are left out: `align` has told of those.
@@ -74,7 +74,7 @@ def require_same_tokenization(tokenizer: Any, reward_tokenizer: Any, alignment: 
 
 
 def _rows_of_tokens(tokenizer: Any, partner: Sequence[int]) -> list[str]:
-    """Texts that the vocabulary can write, whatever it is made for; the same ones every time."""
+    """Random texts of tokens of the vocabulary, the same ones every time."""
     apart = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     words = [i for i, theirs in enumerate(partner) if theirs >= 0 and i not in apart]
     rng = random.Random(0)
@@ -86,7 +86,7 @@ def _cut(tokenizer: Any, text: str) -> list[int]:
 
 
 def _shortened(text: str, differ: Callable[[str], bool]) -> str:
-    """A piece of ``text`` that differs still, and would not without its first or its last character."""
+    """The shortest piece of ``text``, by bisection, that is still split differently."""
     step = len(text) // 2
     while step:
         shorter = next((part for part in (text[:-step], text[step:]) if differ(part)), None)

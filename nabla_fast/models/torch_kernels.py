@@ -1,4 +1,4 @@
-"""Which of PyTorch's implementations a model's layers run on, where its own choice is a slow one.
+"""Faster PyTorch kernels for a model's layers where PyTorch's default choice is slow.
 
 * Linear layers of float32 models on AMD processors. PyTorch multiplies float32 matrices by MKL, which there reaches
   less than half of what oneDNN does, and oneDNN comes with PyTorch too. Most of a gradient's time is these products,
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def fast_kernels(device: torch.device) -> AbstractContextManager[Any]:
-    """In this block, layers of models on ``device`` run as the module says.
+    """In this block, layers of models on ``device`` use the kernels that this module describes.
 
     The models stay as they are, and results differ by rounding. On a CPU it is a mode of this thread, for weights that
     want no gradient; on a GPU a switch of the whole process, which is put back when the last block ends.
@@ -34,7 +34,7 @@ def fast_kernels(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class _Blocks:
-    """Blocks under way, in all threads, and what the switch was before the first."""
+    """The number of active blocks in all threads, and the setting before the first."""
 
     lock = threading.Lock()
     count = 0

@@ -1,4 +1,4 @@
-"""Which token of the reward model's vocabulary is which of the language model's."""
+"""The mapping between the vocabularies of the language model and the reward model."""
 
 from __future__ import annotations
 

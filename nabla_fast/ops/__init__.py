@@ -1,4 +1,4 @@
-"""The operators of DTO. `nabla_fast.ops.reference` says what each one means, `nabla_fast.ops.backends` who runs it."""
+"""The operators of DTO: `nabla_fast.ops.reference` defines them, `nabla_fast.ops.backends` chooses what runs them."""
 
 from nabla_fast.ops.backends import OPERATORS, availability, resolve
 from nabla_fast.ops.dto_step import dto_step

@@ -1,4 +1,4 @@
-"""Arguments and results of operators, by their types.
+"""The types of operators' arguments and results: their schemas and checks.
 
 PyTorch's dispatcher knows tensors and numbers. What an operator takes may also be a named tuple of them or a short list
 of tensors: each of the classes below says how one kind of argument is taken apart, put together, spelled in a schema,
@@ -198,7 +198,7 @@ Field = Number | Array | Arrays | Group
 
 
 def field(name: str, annotation: Any) -> Field:
-    """What is declared by an annotation."""
+    """The field that an annotation declares."""
     variants = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     first, *others = (v for v in variants if v is not type(None))
     optional = type(None) in variants
@@ -215,7 +215,7 @@ def field(name: str, annotation: Any) -> Field:
 
 
 def check(leaves: Sequence[Leaf]) -> dict[str, int]:
-    """Checks the tensors and numbers of a call by what is known of them without reading a tensor; their sizes.
+    """Checks dtypes, shapes, devices and numbers of a call, without reading a tensor; returns the sizes by letter.
 
     Raises:
         TypeError: for another dtype.

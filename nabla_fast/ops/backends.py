@@ -1,4 +1,4 @@
-"""Which back end runs an operator.
+"""The choice of the back end that runs an operator.
 
 Back end "reference" is the meaning of an operator, "native" its kernel in C++; the others are modules with functions of
 the same names and arguments. One that lacks an operator, or is not for a device, is passed over; the reference has them
@@ -80,7 +80,7 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def implementation(operator: Operator, backend: str) -> Callable[..., Any]:
-    """What a back end that `resolve` has named runs for an operator.
+    """The function of an operator in a back end that `resolve` has chosen.
 
     Raises:
         ValueError: for any other name; "auto" is for the functions of `nabla_fast.ops`, which choose.

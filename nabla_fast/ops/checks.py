@@ -1,4 +1,4 @@
-"""What every operator refuses, whichever back end would run it: one rule each, one sentence each.
+"""Checks of arguments that are the same for every operator and back end.
 
 Types, shapes, devices and numbers are checked wherever an operator is called or traced. Values inside tensors are
 checked on the CPU only: to ask a GPU for them would hold up the host. There a row with such a value gives NaN, or

@@ -1,4 +1,4 @@
-"""The CUDA back end: `nabla_fast.ops.reference` where Triton cannot say it well, on NVIDIA GPUs, without autograd.
+"""The CUDA back end, for operators that need what Triton does not offer; without autograd.
 
 * `token_diff`: one launch.
 * `dto_step` of few rows with a dense gradient: up to ``max_steps`` steps of Adam in one launch. A row stops on the
@@ -170,7 +170,7 @@ def _rows_of(inputs: DTOInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 
 def _check(state: DTOState, inputs: DTOInputs, weight: Tensor, options: DTOOptions) -> None:
-    """Raw pointers know no bounds, no dtypes and no devices."""
+    """Checks what raw pointers cannot: sizes, dtypes and devices."""
     checks.temperature("tau", options.tau)
     checks.at_least_zero("max_steps", options.max_steps)
     if weight.ndim != 2 or state.parameters.ndim != 2:
@@ -195,7 +195,7 @@ def _check(state: DTOState, inputs: DTOInputs, weight: Tensor, options: DTOOptio
 
 
 def _plan_for(state: DTOState, inputs: DTOInputs, head: Head, latents: bool) -> _Plan | None:
-    """How the kernels run these rows; None if they cannot."""
+    """The launch plan of these rows; None if the kernels cannot run them."""
     parameters, weight = state.parameters, head.weight
     rows, width = parameters.shape
     vocabulary = weight.shape[0]

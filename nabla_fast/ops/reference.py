@@ -1,4 +1,4 @@
-"""What every operator means, in plain PyTorch. Other back ends are tested against this file.
+"""The definition of every operator in plain PyTorch, which other back ends are tested against.
 
 Rows are flattened sequences: N rows, V vocabulary entries, d hidden size, d_r reward-model hidden size.
 Half-precision inputs are upcast, so sums and logits are float32 (float64 where any float input of the operator is) and

@@ -53,7 +53,7 @@ def operator(
 
 
 class Operator:
-    """An operator as it was declared; called, it chooses a back end.
+    """A declared operator; a call chooses a back end and goes through PyTorch's dispatcher.
 
     Attributes:
         name: of the operator, and of its function in every back end.
@@ -185,14 +185,14 @@ class Operator:
         return results[0] if self._single else results
 
     def _sum_dtype(self, flat: Sequence[Any]) -> torch.dtype:
-        """What sums and logits are kept in: float64 where an argument is that has a say in it, else float32."""
+        """The dtype of sums and logits: float64 if one of the arguments that decide it is float64, else float32."""
         for i in self._wide:
             if flat[i] is not None and flat[i].dtype == torch.float64:
                 return torch.float64
         return torch.float32
 
     def _announce(self, keyset: Any, *flat: Any) -> Any:
-        """Tells autograd what is written into."""
+        """Increments the version counters of the tensors that are written to."""
         changed = [flat[i] for i in self._written]
         if torch.is_grad_enabled() and any(x.requires_grad for x in changed):
             names = ", ".join(self._overload._schema.arguments[i].name for i in self._written)

@@ -1,4 +1,4 @@
-"""What operators take and give.
+"""Named tuples that operators take and return.
 
 N rows, V vocabulary entries, d hidden size, e and r the widths of the language model's and the reward model's embedding
 tables. ``Annotated[Tensor, "float N V"]`` is a tensor of one kind and shape; `nabla_fast.ops.arguments` says which
@@ -121,7 +121,7 @@ class TokenDiff(NamedTuple):
 
 
 class DTOState(NamedTuple):
-    """N rows that DTO optimises, with the state of Adam.
+    """N rows that DTO optimizes, with the state of Adam.
 
     Attributes:
         parameters: (N, d) latents or (N, V) logits, float32 or float64; updated in place.
@@ -138,7 +138,7 @@ class DTOState(NamedTuple):
 
 
 class DTOInputs(NamedTuple):
-    """What the steps of DTO read.
+    """The inputs of DTO steps.
 
     Attributes:
         learning_rates: (S,) float32 or float64, of every step of the whole optimisation.
@@ -172,7 +172,7 @@ class DTOOptions(NamedTuple):
 
 
 class DTOStep(NamedTuple):
-    """What steps of DTO have come to.
+    """The result of DTO steps.
 
     Attributes:
         token: (N,) int64, each row's hard token at its parameters as they are now; -1 where it has none.

@@ -1,4 +1,4 @@
-"""Where trajectories come from."""
+"""Rollout back ends."""
 
 from nabla_fast.rollout.base import (
     Rollout,

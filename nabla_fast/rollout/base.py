@@ -1,4 +1,4 @@
-"""What a rollout back end is asked for and what it gives."""
+"""The interface of rollout back ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nabla_fast.sequence import Sequence
 
 
 class RolloutError(RuntimeError):
-    """A back end cannot give the rollouts it was asked for: its server died, or is not one for this language model.
+    """A back end cannot draw rollouts: its server is lost, or serves another model.
 
     Attributes:
         committed: of each sequence of the decode that it ended, the committed tokens.
@@ -28,7 +28,7 @@ class RolloutError(RuntimeError):
 
 
 class ServerLostError(RolloutError):
-    """A server does not answer any more, whatever it is asked."""
+    """A server no longer answers."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class StopRule:
-    """When a response has ended, besides at its limit.
+    """When a response ends, apart from its limit.
 
     Attributes:
         eos_token_ids: end tokens.
@@ -87,7 +87,7 @@ class StopRule:
 
 
 class RolloutStream(Protocol):
-    """Rollouts under way, all drawn by one sampling and one stop rule."""
+    """Running rollouts that share sampling settings and stop rule."""
 
     def submit(self, sequence: Sequence) -> None:
         """Begins a rollout that continues ``sequence.prefix``; the sequence's caches are read and never changed."""
@@ -104,7 +104,7 @@ class RolloutStream(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives up what is under way."""
+        """Cancels the running rollouts."""
 
 
 class RolloutBackend(Protocol):

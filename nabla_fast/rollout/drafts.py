@@ -1,4 +1,4 @@
-"""Guesses of how a response goes on, from what was drawn for the same prompt before."""
+"""Draft tokens for speculative decoding, from earlier responses to the same prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FIRST_LENGTH = {1: 3, 2: 3, 3: 4, 4: 8}
 
 
 class Drafter:
-    """Drafts what follows a response: whatever followed its last tokens before.
+    """Drafts the tokens that followed a response's last tokens in earlier text (prompt lookup).
 
     A rollout that begins where an earlier trajectory lay follows that one at first. After a mismatch, the longest end
     of the response that is found again leads on: in the earlier trajectories, at the position that is nearest, since
@@ -45,7 +45,7 @@ class Drafter:
         self._drafted = False
 
     def add(self, token: int) -> None:
-        """The response goes on with ``token``."""
+        """Appends ``token`` to the response."""
         if not self.most:
             return
         if self._at is not None:
@@ -55,7 +55,7 @@ class Drafter:
         self._own.append(token)
 
     def draft(self, room: int) -> tuple[int, ...]:
-        """At most ``room`` tokens that may follow; none where there is nothing to go by."""
+        """At most ``room`` draft tokens; none where the last tokens occur nowhere else."""
         proved, self._drafted = self._drafted, False
         if not self.most or room < 1:
             return ()

@@ -1,4 +1,4 @@
-"""What stands between the vLLM back end and the vLLM that answers it, a server or an engine in this process."""
+"""The interface between the vLLM back end and a vLLM server or in-process engine."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Completion:
 
 
 class Requests(Protocol):
-    """Requests under way."""
+    """Running requests."""
 
     def send(self, key: int, request: TokenRequest) -> None:
         """Begins a request that `wait` will give back as ``key``."""
@@ -110,7 +110,7 @@ class Requests(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives up what is under way."""
+        """Cancels the running requests."""
 
 
 class Engine(Protocol):

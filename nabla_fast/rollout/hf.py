@@ -1,4 +1,4 @@
-"""Rollouts with the transformers model itself, batched, latents kept as they are made."""
+"""Rollouts with the transformers model itself, in a continuous batch that keeps the latents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nabla_fast.config import Sampling
 from nabla_fast.models.backbone import joined
-from nabla_fast.models.decoding import DecodeAlone, DecodeBatch
+from nabla_fast.models.decode_batch import DecodeBatch, DecodeSingle
 from nabla_fast.models.kv_cache import KVCache, ModelCache
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.sequence_cache import TOKENS_PER_PASS, common_lengths, extended
@@ -42,7 +42,7 @@ class HFRollout:
     def open(self, sampling: Sampling, stop: StopRule) -> RolloutStream:
         """See `RolloutBackend.open`."""
         together = self.language_model.backbone.cache_kind == "prefix"
-        return _Stream(self, sampling, stop) if together else _AloneStream(self, sampling, stop)
+        return _Stream(self, sampling, stop) if together else _SequentialStream(self, sampling, stop)
 
 
 @dataclass
@@ -67,18 +67,18 @@ class _Row:
     ended: bool = False
 
     def feed(self, most: int) -> list[int]:
-        """At most ``most`` tokens for the next pass: the last one, which no cache has yet, and a draft behind it."""
+        """At most ``most`` tokens for the next pass: the last one, which is not in the cache yet, and a draft."""
         left = self.sequence.limit - len(self.response)
         self.draft = self.drafter.draft(min(left, most) - 1)
         last = (self.response or self.sequence.prompt_ids)[-1]
         return [last, *self.draft]
 
     def responses(self) -> list[tuple[int, ...]]:
-        """The response that each token of the pass would be followed in, were the draft right."""
+        """The response behind which each row of logits of the pass stands, if the draft is right."""
         return [(*self.response, *self.draft[:n]) for n in range(len(self.draft) + 1)]
 
     def take(self, drawn: Seq[int], stop: StopRule) -> int:
-        """Appends what was drawn, up to the first token that the draft did not foresee; how many tokens fed stand."""
+        """Appends the drawn tokens up to the first that differs from the draft; returns how many fed tokens stay."""
         self.calls += 1
         self.drafted += len(self.draft)
         for count, token in enumerate(drawn):
@@ -149,7 +149,7 @@ class _Stream:
         self._rebuild(range(len(self.rows) - len(caches)), caches)
 
     def _rebuild(self, kept: Seq[int], joined: Seq[KVCache] = ()) -> None:
-        """A batch of some of the rows and more behind them."""
+        """Rebuilds the batch from some of its rows and new ones behind them."""
         caches = [self.batch.row_cache(row) for row in kept] if self.batch is not None else []
         both = [*caches, *joined]
         self.batch = DecodeBatch(self.backend.language_model.backbone, both) if both else None
@@ -182,7 +182,7 @@ class _Stream:
 
 
 @dataclass
-class _AloneStream:
+class _SequentialStream:
     """See `RolloutStream`: each sequence from its beginning to its end, one after the other."""
 
     backend: HFRollout
@@ -213,7 +213,7 @@ class _AloneStream:
         (common,) = common_lengths([cache], [prefix])
         inputs = joined([cache.prompt, model.embedding.inputs(prefix)])
         known = cache.before(common)
-        row = DecodeAlone(model.backbone, model.embedding, inputs, known if isinstance(known, ModelCache) else None)
+        row = DecodeSingle(model.backbone, model.embedding, inputs, known if isinstance(known, ModelCache) else None)
         latents = [row.first()]
         while True:
             logits = model.logits(latents[-1])

@@ -1,4 +1,4 @@
-"""Reading from a server that may be silent, or send a byte now and then, for ever."""
+"""Time limits on reading from a server that is silent or very slow."""
 
 from __future__ import annotations
 

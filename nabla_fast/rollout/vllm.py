@@ -50,7 +50,7 @@ class VLLMRollout:
         require_same_model(self.engine, language_model, tolerance)
 
     def penalised(self, repetition_penalty: float) -> VLLMRollout:
-        """The same with a repetition penalty, see `TokenRequest`."""
+        """A copy with a repetition penalty, see `TokenRequest`."""
         if repetition_penalty == self.repetition_penalty:
             return self
         other = copy.copy(self)
@@ -63,7 +63,7 @@ class VLLMRollout:
 
 
 def chosen(language_model: LanguageModel, config: NablaConfig) -> VLLMRollout | None:
-    """The vLLM that ``config`` asks for; None if rollouts are to be transformers' own.
+    """The vLLM that ``config`` asks for; None for rollouts by transformers.
 
     Raises:
         ValueError, ImportError, RolloutError: if it cannot be had; see `VLLMRollout` and `VLLMEngine`.
@@ -123,7 +123,7 @@ def require_same_model(engine: Engine, language_model: LanguageModel, tolerance:
 
 @dataclass
 class _Progress:
-    """A rollout under way.
+    """A running rollout.
 
     Attributes:
         sequence: what it continues.
@@ -202,7 +202,7 @@ class VLLMStream:
         self._requests.send(key, request)
 
     def _extend(self, progress: _Progress, completion: Completion) -> bool:
-        """Appends what vLLM gave up to where the response ends; whether it ends there."""
+        """Appends vLLM's tokens up to the end of the response; returns whether it has ended."""
         for token in completion.tokens:
             if not 0 <= token < self._model.vocab_size:
                 raise RolloutError(

@@ -70,7 +70,7 @@ class VLLMEngine:
         return identifier
 
     def step(self) -> None:
-        """One token for every request under way, whoever's it is."""
+        """Runs one step of the engine: one token for every running request of any stream."""
         for output in self._guarded("step"):
             if output.finished:
                 answer = output.outputs[0]
@@ -81,7 +81,7 @@ class VLLMEngine:
         return self._answers.pop(identifier, None)
 
     def drop(self, identifiers: Sequence[str]) -> None:
-        """Gives requests up."""
+        """Cancels requests."""
         self._guarded("abort_request", list(identifiers))
         for identifier in identifiers:
             self.take(identifier)

@@ -112,7 +112,7 @@ class VLLMServer:
             raise self._no_vllm("gave no prompt_logprobs") from error
 
     def complete(self, request: TokenRequest, requests: ServerRequests) -> Completion:
-        """Asks until there is an answer or no attempt is left.
+        """Sends a request until it is answered or no attempts are left.
 
         Raises:
             RolloutError: if there is none.
@@ -223,7 +223,7 @@ class VLLMServer:
         require_open: Callable[[], None] = lambda: None,
         patience: float | None = None,
     ) -> T:
-        """What ``read`` makes of an answer with status 200; asks again where that may help."""
+        """Applies ``read`` to a response of status 200; retries errors that may be temporary."""
         timeout = urllib3.Timeout(connect=self._connect_timeout, read=patience or self._timeout)
         attempt = 0
         while True:
@@ -253,7 +253,7 @@ class VLLMServer:
                 sleep(self._backoff * 2 ** (attempt - 2))
 
     def _refusal(self, status: int, path: str, body: bytes) -> RolloutError:
-        """The error that an answer with another status is."""
+        """The error for a response of another status."""
         what = f"answers HTTP {status} to {path}"
         if status in _KEY_WANTED:
             advice = "another key" if self._key else "the server's key"
@@ -284,7 +284,7 @@ class VLLMServer:
         return RolloutError(f"{self.name} {what}; it must be that of a vLLM server, 0.10.2 or later")
 
     def _said(self, answer: Any) -> str:
-        """What an error in vLLM's or OpenAI's form says."""
+        """The message of an error in vLLM's or OpenAI's form."""
         if isinstance(answer, dict):
             inner = answer.get("error", answer)
             answer = inner.get("message", inner) if isinstance(inner, dict) else inner
@@ -325,7 +325,7 @@ class ServerRequests:
         return completions
 
     def close(self) -> None:
-        """Gives up what is under way: the server sees the connections break, and stops.
+        """Cancels running requests by closing their connections, at which the server stops.
 
         Threads end at once, but for those that wait for a server that has said nothing yet: they end at its time-out.
         """

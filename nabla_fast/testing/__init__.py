@@ -1,1 +1,1 @@
-"""Inputs for tests and benchmarks: random operands in `operators`, tiny models of many families in `models`."""
+"""Inputs for tests and benchmarks: random arguments in `operators`, tiny models of many families in `models`."""

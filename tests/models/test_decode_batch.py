@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nabla_fast.models.decoding import DecodeBatch
+from nabla_fast.models.decode_batch import DecodeBatch
 from nabla_fast.models.kv_cache import KVCache
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.sequence_cache import extended

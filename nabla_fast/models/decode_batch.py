@@ -1,4 +1,4 @@
-"""Sequences of different lengths that one model decodes together, a few tokens at a time."""
+"""Token-by-token decoding: a batch of sequences of different lengths, or one sequence."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ class DecodeBatch:
         return KVCache(keys, values, torch.cat(self.hidden[row]))
 
 
-class DecodeAlone:
-    """One sequence of a model that does not run in batches behind prefixes, decoded token by token.
+class DecodeSingle:
+    """One sequence, decoded token by token, of a model that does not run in batches behind prefixes.
 
     Args:
         backbone: of a model that continues from its own cache, or else runs the whole sequence for every token.
