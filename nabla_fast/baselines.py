@@ -216,6 +216,9 @@ def _draw(
                 ended = stream.collect()
             for i, drawn in ended:
                 stats = running.pop(i)
+                conversation, seed = rows[i]
+                context = Context(conversation.prompt_ids, tuple(drawn.tokens.tolist()), seed, conversation.limit)
+                stats.finish_reason = stop.finish_reason(context)
                 stats.rollouts += 1
                 stats.generated_tokens += len(drawn.tokens)
                 stats.rollout_calls += drawn.calls

@@ -86,14 +86,23 @@ class StopRule:
 
     def ended(self, context: Context) -> bool:
         """Whether the response is complete."""
+        return self.finish_reason(context) is not None
+
+    def finish_reason(self, context: Context) -> str | None:
+        """Why the response is complete, as vLLM says it; None if it is not.
+
+        Returns:
+            "stop" if it ends with an end token, with a stop string or by a criterion; else "length" if it is as long
+            as it may be.
+        """
         response = context.response
         if not response:
-            return False
-        if len(response) >= context.limit or response[-1] in self.eos_token_ids:
-            return True
-        if self.stop_strings and self._completes_stop_string(response):
-            return True
-        return any(criterion([*context.prompt_ids, *response]) for criterion in self.criteria)
+            return None
+        if response[-1] in self.eos_token_ids or (self.stop_strings and self._completes_stop_string(response)):
+            return "stop"
+        if any(criterion([*context.prompt_ids, *response]) for criterion in self.criteria):
+            return "stop"
+        return "length" if len(response) >= context.limit else None
 
     def _completes_stop_string(self, response: Sequence[int]) -> bool:
         # A stop string of n bytes lies within the last n tokens, since a token that is part of it adds a byte or more;
