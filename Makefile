@@ -27,7 +27,7 @@ help:
 	@echo "make clean   remove .venv and everything built"
 
 demo: $(STAMP)
-	$(BIN)/nabla-fast generate --demo
+	$(BIN)/nabla-fast generate --pair smollm2
 
 test: $(STAMP)
 	NABLA_FAST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder

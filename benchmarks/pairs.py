@@ -11,7 +11,7 @@ from published_schedule import Models
 from shapes import QWEN3_4B, QWEN25_7B, Shape
 
 import nabla_fast as nf
-from nabla_fast.cli_models import quiet_transformers
+from nabla_fast.cli.models import quiet_transformers
 from nabla_fast.generate import Pair, make_pair
 from nabla_fast.models.chat import Message
 from nabla_fast.rollout import Rollout, RolloutBackend, RolloutStream, StopRule, rollout

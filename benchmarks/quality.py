@@ -27,7 +27,6 @@ from quality_report import write_reports
 from nabla_fast import demo
 from nabla_fast.config import ANCHORS, PARAMETERIZATIONS, NablaConfig
 from nabla_fast.demo import arithmetic, example
-from nabla_fast.demo.tasks import TASKS
 from nabla_fast.evaluation import methods, report
 from nabla_fast.evaluation.methods import Models
 from nabla_fast.evaluation.runner import Arm, Plan, describe, evaluate, open_run, read_json
@@ -211,7 +210,7 @@ def smollm2(
     for name in tasks.split(","):
         folder, once = work / "smollm2" / name, {"seeds": (0,), "batch_size": SMOLLM2_BATCH_SIZE}
         tuning, task = (
-            load_task(GYM_PREFIX + name, {**TASKS[name], "seed": seed}, max_problems=count)
+            load_task(GYM_PREFIX + name, {**example.TASKS[name], "seed": seed}, max_problems=count)
             for seed, count in ((8_000_000, SMOLLM2_BATCH_SIZE), (9_000_000, problems))
         )
         tuned = {}

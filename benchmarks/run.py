@@ -98,7 +98,7 @@ def default_output(device: torch.device, quick: bool, today: str | None = None) 
 
 
 def chosen_cases(setting: Setting, suites: Sequence[str], only: str | None) -> Iterator[Case]:
-    """The cases of some suites, made when their turn comes."""
+    """The cases of some suites; nothing is allocated before one is run."""
     for suite in suites:
         for name in SUITES[suite]:
             for case in importlib.import_module(f"test_bench_{name}").cases(setting):
@@ -209,13 +209,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steady_allocator()
     setting = Setting(device, options.quick)
     output = options.output or default_output(device, options.quick)
+    cases = list(chosen_cases(setting, options.suite or list(SUITES), options.only))
+    if not cases:
+        console.print(f"error: --only is {options.only!r}, which no case has in its name", soft_wrap=True)
+        return 2
     try:
         result = begin(setting, torch.get_num_threads(), output)
     except ValueError as error:
         console.print(f"error: {error}", soft_wrap=True)
         return 2
     known = {record["case"] for record in result["records"]}
-    for case in chosen_cases(setting, options.suite or list(SUITES), options.only):
+    for case in cases:
         if case.name in known:
             console.print(f"{case.name} … measured before")
             continue
@@ -229,9 +233,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             console.print(f"error: {output} cannot be written ({error}); what it holds is kept", soft_wrap=True)
             return 2
-    if not result["records"]:
-        console.print(f"error: no case has {options.only!r} in its name", soft_wrap=True)
-        return 2
     console.print(*summary(result), f"written to {output}", sep="\n")
     return int(any("error" in record for record in result["records"]))
 

@@ -214,6 +214,7 @@ def _draw(
                 ended = stream.collect()
             for sequence, drawn in ended:
                 running.remove(sequence)
+                sequence.stats.finish_reason = stop.finish_reason(sequence, tuple(drawn.tokens.tolist()))
                 sequence.stats.rollouts += 1
                 sequence.stats.generated_tokens += len(drawn.tokens)
                 sequence.stats.rollout_calls += drawn.calls

@@ -216,6 +216,7 @@ class Decoder:
             self.observer.on_commit(sequence.index, tokens[sequence.position : position].tolist(), len(tokens))
         sequence.position = position
         if sequence.finished:
+            sequence.stats.finish_reason = self.stop.finish_reason(sequence, sequence.committed)
             sequence.release()
 
     def _score(self, sequences: Seq[Sequence], tokens: Seq[Tensor]) -> list[float]:

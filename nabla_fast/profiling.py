@@ -56,6 +56,8 @@ def tracing(directory: Path) -> Iterator[None]:
     ``trace.json.gz`` is for Perfetto or chrome://tracing; in it the phases have the names of `nabla_fast.stats.STEPS`.
     ``operators.txt`` has PyTorch's operators by the time that each takes itself.
     """
+    # Kineto announces each profile on stderr, in the middle of a progress bar.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)

@@ -59,6 +59,8 @@ class SequenceStats:
         reward_calls: trajectories scored, those left out whose reward was known.
         optimised_positions: positions at which DTO ran.
         skipped_positions: positions committed without DTO while rollouts were left.
+        finish_reason: "stop" if the response ends with an end token, with a stop string or by a stopping criterion,
+            "length" if it ends where it may be no longer, as vLLM says it; None of a sum, and before it has ended.
         seconds: wall-clock seconds per phase; a phase shared by several sequences is divided equally among them.
         revisions: every proposal, in order.
     """
@@ -76,6 +78,7 @@ class SequenceStats:
     reward_calls: int = 0
     optimised_positions: int = 0
     skipped_positions: int = 0
+    finish_reason: str | None = None
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     revisions: list[Revision] = field(default_factory=list)
 
@@ -86,7 +89,7 @@ class SequenceStats:
 
     def counters(self) -> dict[str, int]:
         """The integer counters by name, `model_calls` included: the same alone and in a batch."""
-        others = ("seconds", "revisions", *PASSES)
+        others = ("finish_reason", "seconds", "revisions", *PASSES)
         counters = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
         return {**counters, "model_calls": self.model_calls}
 
@@ -99,6 +102,7 @@ class SequenceStats:
         return {
             **self.counters(),
             **self.passes(),
+            "finish_reason": self.finish_reason,
             "seconds": dict(self.seconds),
             "revisions": [asdict(r) for r in self.revisions],
         }

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class StoppedError(BaseException):
     """The process was told to end, by the signal ``number``.
@@ -31,37 +33,28 @@ def stoppable() -> Iterator[None]:
 
     What follows is the way out, which only a SIGINT cuts short.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def stop(number: int, frame: Any) -> None:
-        for other in before:
+        for other in _ENDING:
             signal.signal(other, signal.default_int_handler if other == signal.SIGINT else signal.SIG_IGN)
         raise StoppedError(number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        # Where a caller ignores it (nohup), it stays ignored.
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, stop)
-    try:
-        yield
-    finally:
+    with kept_handlers() as before:
         for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            # Where a caller ignores it (nohup), it stays ignored.
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, stop)
+        yield
 
 
 @contextmanager
-def kept_handlers() -> Iterator[None]:
-    """Puts back what a library sets in its place when it starts."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+def kept_handlers() -> Iterator[dict[signal.Signals, Any]]:
+    """Puts back, at its end, what the signals that end a command were handled by; nothing outside the main thread."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in _ENDING}
     try:
-        yield
+        yield before
     finally:
         for number, handler in before.items():
-            if handler is not None:
-                signal.signal(number, handler)
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

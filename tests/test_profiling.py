@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import nabla_fast as nf
 from nabla_fast import cli, profiling
+from nabla_fast.cli.models import ModelChoice
 from nabla_fast.evaluation import runner
 from nabla_fast.stats import PHASES, STEPS
 from nabla_fast.testing.models import save_pair, tiny_language_model, tiny_reward_model, tiny_tokenizer
@@ -44,17 +45,17 @@ def test_the_table_adds_up():
 
 
 def test_a_file_in_the_way_is_found_before_the_models_load(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "load_models", lambda *_: pytest.fail("the models were loaded"))
+    monkeypatch.setattr(ModelChoice, "load", lambda _: pytest.fail("the models were loaded"))
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc/x", tmp_path / ("x" * 300)):
-        result = CliRunner().invoke(cli.app, ["generate", "--bundled", "--profile", str(path)])
+        result = CliRunner().invoke(cli.app, ["generate", "--pair=arithmetic", "--profile", str(path)])
         assert isinstance(result.exception, OSError)
         assert "--profile" in str(result.exception)
 
 
 @pytest.mark.parametrize("name", [profiling.TRACE, profiling.PHASE_TABLE, profiling.OPERATOR_TABLE])
 def test_a_link_where_a_profile_is_to_be_is_refused_and_not_followed(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(cli, "load_models", lambda *_: pytest.fail("the models were loaded"))
+    monkeypatch.setattr(ModelChoice, "load", lambda _: pytest.fail("the models were loaded"))
     target = tmp_path / "precious"
     target.write_text("precious")
     for link in (name, f".{name}.part"):
@@ -62,7 +63,7 @@ def test_a_link_where_a_profile_is_to_be_is_refused_and_not_followed(tmp_path, m
         profile.mkdir()
         (profile / link).symlink_to(target)
         for command in (["generate"], ["eval", "--out", str(tmp_path / "run")]):
-            result = CliRunner().invoke(cli.app, [*command, "--bundled", "--profile", str(profile)])
+            result = CliRunner().invoke(cli.app, [*command, "--pair=arithmetic", "--profile", str(profile)])
             assert isinstance(result.exception, ValueError)
             assert "is a symbolic link to" in str(result.exception)
     # One that comes while the models decode.

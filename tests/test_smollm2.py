@@ -54,7 +54,7 @@ def test_greedy_is_transformers_greedy(models):
 
 
 def test_the_demo_command_answers_and_tells_both_rewards():
-    command = [sys.executable, "-m", "nabla_fast", "generate", "--demo", "--json", "--max-rollouts", "2"]
+    command = [sys.executable, "-m", "nabla_fast", "generate", "--pair=smollm2", "--json", "--max-rollouts", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=dict(os.environ), check=False)
     assert done.returncode == 0, done.stderr
     (answer,) = json.loads(done.stdout)["answers"]

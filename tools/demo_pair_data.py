@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from demo_answers import scored_tail
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from nabla_fast.demo.answers import scored_tail
-from nabla_fast.demo.arithmetic import Arithmetic, draw_problem, write_solution
+from nabla_fast.evaluation.arithmetic import Arithmetic, draw_problem, write_solution
 from nabla_fast.models.chat import conversation_frame, generation_prompt_ids
 
 SPECIAL = ["<|pad|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|end|>"]

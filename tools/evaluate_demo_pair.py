@@ -22,6 +22,7 @@ from evaluate_reward import auroc
 from nabla_fast import baselines, ops
 from nabla_fast.config import Sampling
 from nabla_fast.demo import arithmetic
+from nabla_fast.evaluation import arithmetic as sums
 from nabla_fast.evaluation import methods
 from nabla_fast.evaluation.bootstrap import interval
 from nabla_fast.evaluation.tasks import ARITHMETIC, Task, load_task
@@ -98,7 +99,7 @@ def compass(models: methods.Models, task: Task, problems: int) -> dict[str, Any]
     config = arithmetic.CONFIG.replace(nll_coeff=0.0, reward_coeff=1.0)
     objective = Objective(pair.language_model, pair.reward_model, config)
     found: dict[str, list[bool]] = {name: [] for name in ("above", "first", "kept", "policy")}
-    solved = islice(arithmetic.problems("test"), problems)
+    solved = islice(sums.problems("test"), problems)
     asked = task.problems[:problems]
     drawn = _sequences(models, task, problems)
     for problem, source, answer in zip(asked, solved, drawn, strict=True):

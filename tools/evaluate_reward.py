@@ -17,12 +17,12 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from demo_answers import answer_text, sample_answers, score_answers
+from demo_tasks import TASKS, is_right, load_task, task_chat
 from rich.console import Console
 from rich.table import Table
 
 from nabla_fast.demo import load_smollm2, load_smollm2_reward
-from nabla_fast.demo.answers import answer_text, sample_answers, score_answers
-from nabla_fast.demo.tasks import TASKS, is_right, load_task, task_chat
 from nabla_fast.models.loading import load_reward_model
 
 # Training draws from 1,000,000 and 2,000,000 on; reasoning-gym draws entry i from seed + i.

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nabla_fast.demo.answers import scored_tail
-from nabla_fast.demo.tasks import Entry, answer_span, is_right, load_task, task_chat
+from demo_answers import scored_tail
+from demo_tasks import Entry, is_right, load_task, task_chat
+
+from nabla_fast.evaluation.grading import answer_span
 from nabla_fast.models.chat import conversation_frame
 
 # Sentences SmolLM2 itself answers in.

@@ -24,6 +24,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from demo_answers import sample_answers
 from demo_pair_data import chat, make_tokenizer, policy_batch, reward_batch, training_problem
 from demo_pair_verifier import COMPASS_WEIGHT, Verifier
 from torch import Tensor
@@ -31,8 +32,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nabla_fast.demo.answers import sample_answers
-from nabla_fast.demo.arithmetic import CONFIG, POLICY_PATH, REWARD_PATH, Arithmetic, problems
+from nabla_fast.demo.arithmetic import CONFIG, POLICY_PATH, REWARD_PATH
+from nabla_fast.evaluation.arithmetic import Arithmetic, problems
 
 SIZES = {
     "hidden_size": 256,

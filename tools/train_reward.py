@@ -18,11 +18,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from demo_answers import answer_text, sample_answers
+from demo_tasks import TASKS, is_right, load_task, task_chat
 from reward_data import Group, sampled_groups, synthetic_group
 
 from nabla_fast.demo import load_smollm2, smollm2_path
-from nabla_fast.demo.answers import answer_text, sample_answers
-from nabla_fast.demo.tasks import TASKS, is_right, load_task, task_chat
 from nabla_fast.models.loading import converted_gguf
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)

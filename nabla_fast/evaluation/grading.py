@@ -6,13 +6,16 @@ reasoning-gym grades the bare answer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, Protocol
 
-from nabla_fast.demo.tasks import extract_number
 from nabla_fast.evaluation import math_process
+
+# A digit or letter before the minus makes it a subtraction ("9-4" ends in 4, not in -4).
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?")
 
 
 class GradingError(ValueError):
@@ -64,27 +67,22 @@ class MathGrader:
         self._references: set[str] = set()
 
     def check(self, problem_id: str, reference: str) -> None:
-        """See `Grader.check`."""
         if reference not in self._references:
             if math_process.shared().parse(_marked(reference)) is None:
                 raise GradingError(f"the reference answer {reference!r} cannot be graded; math-verify finds none in it")
             self._references.add(reference)
 
     def answer(self, problem_id: str, response: str) -> MathAnswer | None:
-        """See `Grader.answer`."""
         found = math_process.shared().parse(response)
         return None if found is None else MathAnswer(response, found)
 
     def text(self, answer: Any) -> str:
-        """See `Grader.text`."""
         return str(answer.found)
 
     def same(self, one: Any, other: Any) -> bool:
-        """See `Grader.same`."""
         return math_process.shared().same(one.response, other.response)
 
     def right(self, problem_id: str, reference: str, answer: Any | None) -> bool:
-        """See `Grader.right`."""
         self.check(problem_id, reference)
         return answer is not None and math_process.shared().same(_marked(reference), answer.response)
 
@@ -110,29 +108,41 @@ class GymGrader:
         self._tagged = extract_answer
 
     def check(self, problem_id: str, reference: str) -> None:
-        """See `Grader.check`."""
+        pass
 
     def answer(self, problem_id: str, response: str) -> str | None:
-        """See `Grader.answer`."""
         tagged = self._tagged(response)
         text = response if tagged is None else tagged
         return extract_number(text) if self._numbers else text.strip() or None
 
     def text(self, answer: Any) -> str:
-        """See `Grader.text`."""
         return str(answer)
 
     def same(self, one: Any, other: Any) -> bool:
-        """See `Grader.same`."""
         # score_answer would tell here what is right, where it checks an answer against the problem itself.
         return _comparable(one) == _comparable(other)
 
     def right(self, problem_id: str, reference: str, answer: Any | None) -> bool:
-        """See `Grader.right`."""
         try:
             return bool(self._dataset.score_answer(answer, self._entries[problem_id]) >= 1.0)
         except Exception as error:
             raise GradingError(f"score_answer failed on {answer!r}: {type(error).__name__}: {error}") from error
+
+
+def extract_number(response: str) -> str | None:
+    """The last number in ``response``, its commas removed, or None where there is none.
+
+    A small chat model puts its answer into a sentence ("3 * 6 = 18") and cannot be made to use answer tags, while
+    reasoning-gym grades a bare number.
+    """
+    span = answer_span(response)
+    return None if span is None else response[slice(*span)].replace(",", "")
+
+
+def answer_span(response: str) -> tuple[int, int] | None:
+    """Start and end, in characters, of the number that ``extract_number`` reads, or None."""
+    matches = list(_NUMBER.finditer(response))
+    return matches[-1].span() if matches else None
 
 
 def is_number(text: str) -> bool:

@@ -48,7 +48,7 @@ class Answer:
         tokens: its length.
         reward: of the response; None where the method scores nothing.
         reward_before: of the first response drawn.
-        stats: counters and seconds.
+        stats: counters and seconds of all samples, and why this one ended.
         flops: estimated, see `nabla_fast.evaluation.flops`.
     """
 
@@ -67,6 +67,7 @@ class Answer:
             "tokens": self.tokens,
             "reward": self.reward,
             "reward_before": self.reward_before,
+            "finish_reason": self.stats.finish_reason,
             **self.stats.counters(),
             "flops": self.flops,
             "seconds": sum(self.stats.seconds.values()),
@@ -209,6 +210,7 @@ def _of_samples(
     def end(i: int, group: baselines.Samples) -> None:
         chosen, stats = choose(i, group), group.stats
         rewards = None if group.rewards is None else (group.rewards[0], group.rewards[chosen])
+        stats.finish_reason = group.records[chosen].finish_reason
         answers[i] = _answer(batch, i, group.sequences[chosen], rewards, stats, conversations=stats.reward_calls)
         batch.on_answer(i, answers[i])
 

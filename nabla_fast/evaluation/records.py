@@ -53,10 +53,10 @@ def _fault(record: Record) -> str | None:
     expected = dict(_ALWAYS)
     if "text" in record or record.get("error") is None:
         expected |= _ANSWERED
-    for name, (accepts, meant) in expected.items():
-        if name not in record:
+    for name, (accepts, meant) in (expected | _OPTIONAL).items():
+        if name not in record and name in expected:
             return f'has no "{name}"'
-        if not accepts(record[name]):
+        if name in record and not accepts(record[name]):
             return f'has the "{name}" {str(record[name])[:80]!r}, which is not {meant}'
     if record["error"] is None and record["right"] is None:
         return 'has neither an "error" nor a grade in "right"'
@@ -105,4 +105,8 @@ _ANSWERED: dict[str, _Field] = {
     **dict.fromkeys((*COUNTERS, "flops", "seconds"), _NATURAL),
     **dict.fromkeys(("reward", "reward_before"), (_or_null(_is_amount), "a number or null")),
     "phases": (_are_phases, f"seconds of {', '.join(PHASES)}"),
+}
+# Records of version 0.1.0 before its release have none.
+_OPTIONAL: dict[str, _Field] = {
+    "finish_reason": (_or_null(lambda value: value in ("stop", "length")), '"stop", "length" or null'),
 }

@@ -1,14 +1,13 @@
-"""What a run says: a summary with intervals, a table, and two runs side by side."""
+"""What a run says: a summary with intervals, plots, and two runs side by side."""
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
-from rich.text import Text
 
 from nabla_fast.evaluation import equal_cost, plots
 from nabla_fast.evaluation.bootstrap import LEVEL, RESAMPLES, interval, paired_difference
@@ -81,41 +80,18 @@ def write_report(directory: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError, ValueError: as `read_run`.
-        ImportError: if matplotlib is not installed; the summary is then written.
+
+    Warns:
+        UserWarning: if matplotlib is not installed, so that there are no plots.
     """
     config, arms = read_run(directory)
     summary = summarise(config, arms)
     write_json(directory / SUMMARY, summary)
-    plots.draw(summary, directory)
+    try:
+        plots.draw(summary, directory)
+    except ImportError as error:
+        warnings.warn(f"no plots: {error}", stacklevel=2)
     return summary
-
-
-def tables(summary: Mapping[str, Any]) -> list[Table]:
-    """The summary as tables that fit 80 columns: quality, cost and, where both were run, nabla against Best-of-N."""
-    quality = _table(
-        f"{summary['task']['name']}: means per problem, 95 % bootstrap intervals",
-        ("accuracy", "interval", "reward\nbefore", "reward", "failed"),
-    )
-    cost = _table("cost per problem", ("model\ncalls", "tokens", "gradients", "cache\nhits", "seconds", "FLOPs"))
-    for label, arm in summary["arms"].items():
-        quality.add_row(
-            label,
-            _number(_mean(arm["accuracy"]), ".1%"),
-            _percent_interval(arm["accuracy"]),
-            _number(_mean(arm["reward_before"]), "+.3f"),
-            _number(_mean(arm["reward"]), "+.3f"),
-            Text(str(arm["failed"]), style="red" if arm["failed"] else ""),
-        )
-        cost.add_row(
-            label,
-            _number(_mean(arm["model_calls"]), ".0f"),
-            _number(arm["counters"]["generated_tokens"], ".0f"),
-            _number(arm["counters"]["gradient_evaluations"], ".1f"),
-            _number(arm["cache_hit_rate"], ".0%"),
-            _number(_mean(arm["seconds"]), ".3g"),
-            _number(_mean(arm["flops"]), ".1e"),
-        )
-    return [quality, cost, *_equal_cost_table(summary)]
 
 
 def compare(first: Path, second: Path) -> dict[str, Any]:
@@ -144,34 +120,6 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     return {"task": config["task"], "first": str(first), "second": str(second), "arms": told_arms}
 
 
-def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
-    """A comparison as two tables, quality and cost; a difference that may be noise has 0 in its interval."""
-    runs = f"A is {comparison['first']}, B is {comparison['second']}; paired 95 % intervals"
-    quality = _table(f"{comparison['task']['name']}: {runs}", ("accuracy A", "accuracy B", "B - A in points"))
-    cost = _table("cost per problem", ("calls A", "calls B", "B / A", "seconds\nA", "seconds\nB", "B / A"))
-    for label, arm in comparison["arms"].items():
-        sides = [arm["first"], arm["second"]]
-        quality.add_row(
-            label,
-            *(_number(_side(side, "accuracy"), ".1%") for side in sides),
-            points(arm["differences"].get("accuracy")),
-        )
-        cost.add_row(
-            label,
-            *_side_by_side(sides, "model_calls", ".0f"),
-            *_side_by_side(sides, "seconds", ".3g"),
-        )
-    return [quality, cost]
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    shown = Table(title=Text(title))
-    shown.add_column("method", no_wrap=True)
-    for column in columns:
-        shown.add_column(column, justify="right", no_wrap=True)
-    return shown
-
-
 def _arm(arm: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
     good = [record for record in records if record["error"] is None]
     figures: dict[str, Any] = {
@@ -184,6 +132,7 @@ def _arm(arm: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
     for name, field in _MEASURES.items():
         values = list(_by_problem(good, field).values())
         figures[name] = asdict(interval(values)) if values else None
+    figures["finish_reasons"] = dict(Counter(r["finish_reason"] for r in good if r.get("finish_reason")))
     figures["counters"] = {name: _ratio(_total(good, name), len(good)) for name in COUNTERS}
     looked_up = _total(good, "cache_hits") + _total(good, "cache_misses")
     positions = _total(good, "skipped_positions") + _total(good, "optimised_positions")
@@ -193,19 +142,6 @@ def _arm(arm: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
         figures["rejection_rate"] = _ratio(_total(good, "rejections"), proposals)
         figures["skipped_share"] = _ratio(_total(good, "skipped_positions"), positions)
     return figures
-
-
-def _equal_cost_table(summary: Mapping[str, Any]) -> list[Table]:
-    differences = summary["against_best_of_n"]
-    if not differences:
-        return []
-    table = _table(
-        "accuracy minus Best-of-N's at equal cost, in points, 95 % intervals; - where no N costs as much",
-        [f"equal\n{cost.replace('_', ' ').replace('flops', 'FLOPs')}" for cost in _COSTS],
-    )
-    for label, found in differences.items():
-        table.add_row(label, *(points(found[cost]) for cost in _COSTS))
-    return [table]
 
 
 def _against_best_of_n(told: Mapping[str, Any], arms: Arms) -> dict[str, dict[str, dict[str, float] | None]]:
@@ -257,31 +193,6 @@ def _total(records: Sequence[Record], field: str) -> int:
 
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-def _mean(measure: Mapping[str, float] | None) -> float | None:
-    return None if measure is None else measure["mean"]
-
-
-def _side(figures: Mapping[str, Any] | None, name: str) -> float | None:
-    return None if figures is None else _mean(figures[name])
-
-
-def _side_by_side(sides: Sequence[Mapping[str, Any] | None], name: str, form: str) -> list[str]:
-    """A figure of both runs, and the second over the first."""
-    first, second = (_side(side, name) for side in sides)
-    ratio = None if first is None or second is None else _ratio(second, first)
-    return [_number(first, form), _number(second, form), _number(ratio, ".2f")]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _percent_interval(measure: Mapping[str, float] | None) -> str:
-    if measure is None:
-        return "-"
-    return f"{100 * measure['low']:.0f} to {100 * measure['high']:.0f}"
 
 
 def points(measure: Mapping[str, float] | None) -> str:

@@ -25,6 +25,8 @@ from nabla_fast.whole_files import part_of, require_own_files, write_json
 CONFIG = "config.json"
 RESULTS = "results.jsonl"
 SUMMARY = "summary.json"
+# What `nabla-fast eval --demo` and `--bundled` wrote.
+_OLD_PAIRS = {"demo": "smollm2", "bundled": "arithmetic"}
 # More samples of one problem than this are a slip of the finger.
 MOST_SAMPLES = 100_000
 # What is traced: a trace of a whole evaluation would have gigabytes.
@@ -161,7 +163,7 @@ def open_run(out: Path, description: Mapping[str, Any], keys: Collection[Key]) -
     whole = [out / name for name in (CONFIG, SUMMARY, *PLOTS)]
     require_own_files([*whole, *map(part_of, whole), out / RESULTS])
     if file.exists():
-        differences = _differences(read_json(file), description)
+        differences = _differences(_with_todays_names(read_json(file)), description)
         if differences:
             raise ValueError(
                 f"--out is {out}, which holds a run with other settings ({'; '.join(differences)}); give another "
@@ -279,6 +281,14 @@ def _with_distinct_prompts(problems: Sequence[Problem], most: int) -> Iterator[l
         batch.append(problem)
     if batch:
         yield batch
+
+
+def _with_todays_names(description: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a run, the pairs of models named as they are now."""
+    models = description.get("models")
+    if isinstance(models, dict):
+        description["models"] = {name: _OLD_PAIRS.get(str(value), value) for name, value in models.items()}
+    return description
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

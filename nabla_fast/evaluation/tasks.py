@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nabla_fast.demo import arithmetic
+from nabla_fast.evaluation import arithmetic
 from nabla_fast.evaluation.grading import Grader, GymGrader, MathGrader, is_number
 from nabla_fast.models.chat import as_chats
 from nabla_fast.text_files import parse_json_line, read_lines

@@ -13,6 +13,7 @@ import evaluate_demo_pair
 import pytest
 import torch
 import train_demo_pair
+from demo_answers import sample_answers, score_answers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from nabla_fast.demo import arithmetic
-from nabla_fast.demo.answers import sample_answers, score_answers
+from nabla_fast.evaluation import arithmetic as sums
 from nabla_fast.evaluation import methods
 from nabla_fast.evaluation.tasks import ARITHMETIC, load_task
 from nabla_fast.models.chat import conversation_frame, generation_prompt_ids
@@ -50,7 +51,8 @@ def reward():
 @settings(max_examples=200, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_a_solution_is_what_python_computes(seed):
-    problem = arithmetic.draw_problem(random.Random(seed))
+    problem = sums.draw_problem(random.Random(seed))
+    assert sums.read_problem(problem.question) == problem
     assert problem.answer == eval(problem.expression)
     *steps, boxed = problem.solution.split("\n")
     for step in steps:
@@ -60,13 +62,29 @@ def test_a_solution_is_what_python_computes(seed):
     assert boxed == f"\\boxed{{{problem.answer}}}"
 
 
+@pytest.mark.parametrize(
+    "question",
+    [
+        "What is 6 * 9?",
+        "Compute 6 * 9.",
+        "Compute 64 * 4 + 505 - 34 * 7 - 15",
+        "Compute 64 * 4 + 905 - 34 * 7 - 15.",
+        "Compute 64 * 4 + 34 * 7.",
+        "Compute 64 * 14 + 5 - 34 * 7.",
+        "Compute 12 * 3 - 99 * 9 + 10.",
+    ],
+)
+def test_what_the_pair_was_not_trained_for_is_no_problem(question):
+    assert sums.read_problem(question) is None
+
+
 def test_splits_share_no_problem_and_are_the_same_every_time():
-    drawn = {split: [p.expression for p in islice(arithmetic.problems(split), 300)] for split in arithmetic.SPLITS}
+    drawn = {split: [p.expression for p in islice(sums.problems(split), 300)] for split in sums.SPLITS}
     assert len({expression for found in drawn.values() for expression in found}) == 4 * 300
-    assert drawn["test"] == [p.expression for p in islice(arithmetic.problems("test"), 300)]
-    assert drawn["test"] != [p.expression for p in islice(arithmetic.problems("test", seed=1), 300)]
+    assert drawn["test"] == [p.expression for p in islice(sums.problems("test"), 300)]
+    assert drawn["test"] != [p.expression for p in islice(sums.problems("test", seed=1), 300)]
     with pytest.raises(ValueError, match="split is 'dev'; use one of train, validation, tuning, test"):
-        next(arithmetic.problems("dev"))
+        next(sums.problems("dev"))
 
 
 def test_the_models_load_as_any_others_do_and_are_small(policy, reward):
@@ -81,7 +99,7 @@ def test_the_models_load_as_any_others_do_and_are_small(policy, reward):
 
 def test_the_tokenizer_loses_nothing_and_answers_have_30_to_80_tokens(policy):
     _, tokenizer = policy
-    for problem in islice(arithmetic.problems("test"), 200):
+    for problem in islice(sums.problems("test"), 200):
         ids = tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids) == problem.solution
         assert 30 <= len(ids) + 1 <= arithmetic.CONFIG.max_new_tokens <= 80
@@ -91,7 +109,7 @@ def test_the_tokenizer_loses_nothing_and_answers_have_30_to_80_tokens(policy):
 
 def test_the_policy_is_right_about_half_of_the_time_and_never_sure(policy):
     model, tokenizer = policy
-    problems = list(islice(arithmetic.problems("validation"), 200))
+    problems = list(islice(sums.problems("validation"), 200))
     answers = sample_answers(model, tokenizer, [ask(p) for p in problems], temperature=0, max_new_tokens=64)
     texts = [tokenizer.decode(rows[0], skip_special_tokens=True) for rows in answers]
     right = sum(text.endswith(f"\\boxed{{{p.answer}}}") for text, p in zip(texts, problems, strict=True)) / 200
@@ -106,7 +124,7 @@ def test_the_reward_model_tells_solutions_from_near_misses(reward):
     model, tokenizer = reward
     rng = random.Random(0)
     better = []
-    for problem in islice(arithmetic.problems("validation"), 100):
+    for problem in islice(sums.problems("validation"), 100):
         texts = [problem.solution, demo_pair_data.near_miss(problem, rng)]
         ids = [[*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for t in texts]
         solution, miss = score_answers(model, tokenizer, ask(problem), ids)
@@ -163,7 +181,7 @@ def test_a_gradient_can_be_taught(monkeypatch):
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **train_demo_pair.SIZES, **ends)
     verifier = demo_pair_verifier.Verifier(LlamaForCausalLM(config))
-    problem = next(arithmetic.problems("train"))
+    problem = next(sums.problems("train"))
     solution = demo_pair_data.solution_ids(tokenizer, problem)
     wrong = [*solution[:9], solution[10], *solution[10:]]
     batch = demo_pair_data.reward_batch(tokenizer, random.Random(0), 8, [(problem, wrong)])
@@ -242,7 +260,7 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_weights(tmp_path, monkey
 
 def test_labels_end_where_the_first_mistake_is(policy):
     _, tokenizer = policy
-    problem = next(arithmetic.problems("test"))
+    problem = next(sums.problems("test"))
     solution = [*tokenizer(problem.solution, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     assert demo_pair_data.labels(tokenizer, problem, solution, len(solution)) == [1.0] * len(solution)
     wrong = list(solution)
@@ -276,7 +294,7 @@ def test_the_solution_is_taught_up_to_the_first_mistake_and_the_token_in_its_pla
         def random(self):
             return 0.0
 
-    problem = next(arithmetic.problems("train"))
+    problem = next(sums.problems("train"))
     solution = demo_pair_data.solution_ids(tokenizer, problem)
     wrong = [*solution[:10], tokenizer.unk_token_id, *solution[11:]]
     batch = demo_pair_data.reward_batch(tokenizer, Sampled(0), 1, [(problem, wrong)])

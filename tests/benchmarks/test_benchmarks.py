@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import nabla_fast as nf
-from nabla_fast import cli, cli_bench
+from nabla_fast import cli
+from nabla_fast.cli import bench
 from nabla_fast.generate import make_pair
 from nabla_fast.testing.models import tiny_language_model, tiny_reward_model, tiny_tokenizer
 
@@ -390,6 +391,12 @@ def test_an_output_that_cannot_be_written_is_found_before_anything_is_measured(t
     assert precious.read_text() == "{}"
 
 
+def test_no_case_of_a_name_is_refused_before_anything_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(run, "begin", lambda *_: pytest.fail("something was measured"))
+    assert run.main(["--quick", "--device", "cpu", "--only", "NOTHING"]) == 2
+    assert capsys.readouterr().out == "error: --only is 'NOTHING', which no case has in its name\n"
+
+
 def test_a_device_that_is_not_here_is_refused(capsys):
     assert run.main(["--device", "tpu"]) == 2
     assert "use auto, cpu, cuda or cuda:N" in capsys.readouterr().out
@@ -400,7 +407,7 @@ def test_a_device_that_is_not_here_is_refused(capsys):
 
 def test_bench_hands_its_options_over(monkeypatch, tmp_path):
     commands = []
-    monkeypatch.setattr(cli_bench.subprocess, "run", lambda c: commands.append(c) or subprocess.CompletedProcess(c, 3))
+    monkeypatch.setattr(bench.subprocess, "run", lambda c: commands.append(c) or subprocess.CompletedProcess(c, 3))
     options = ["--suite", "dto", "--suite", "operators", "--only", "x", "--quick", "--threads", "2"]
     result = CliRunner().invoke(cli.app, ["bench", *options, "--output", str(tmp_path / "o.json")])
     assert result.exit_code == 3
@@ -418,7 +425,7 @@ def test_a_benchmark_that_a_signal_ended_has_the_exit_code_of_a_shell(monkeypatc
 
 def test_bench_needs_a_checkout(tmp_path):
     with pytest.raises(FileNotFoundError, match="needs a source checkout"):
-        cli_bench.find_runner(tmp_path)
+        bench.find_runner(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 import nabla_fast as nf
 import nabla_fast.baselines  # before a test takes the place of what it imports
-from nabla_fast import cli, cli_config, terminal
+from nabla_fast import cli
+from nabla_fast.cli import console, generate, options
 from nabla_fast.testing.models import save_pair, tiny_tokenizer
 
 FAST = ("--max-new-tokens", "6", "--max-rollouts", "2", "--max-iters", "2", "--gradient-threshold", "none")
@@ -38,16 +39,14 @@ def pair(tmp_path_factory):
 def test_generate_prints_answer_reward_and_tables(pair):
     done = run("generate", "--model", pair[0], "--reward-model", pair[1], "--prompt", "is it on", *FAST)
     assert done.returncode == 0, done.stderr
-    for expected in ("is it on", "∇-Reasoner", "reward", "gradient_evaluations", "seconds per phase", "rollout"):
+    for expected in ("is it on", "∇-Reasoner", "reward", "gradient evaluations", "seconds per phase", "rollout"):
         assert expected in done.stdout
     assert "tokens" in done.stderr, "no progress bar"
     assert "Traceback" not in done.stderr
 
 
 def test_what_was_decoded_is_shown_when_the_rollouts_are_lost(monkeypatch, capsys):
-    import importlib
-
-    from nabla_fast import console
+    from nabla_fast.cli import answers
     from nabla_fast.rollout import ServerLostError
 
     def lose(*_, **__):
@@ -55,10 +54,10 @@ def test_what_was_decoded_is_shown_when_the_rollouts_are_lost(monkeypatch, capsy
         error.committed, error.responses = ((5, 6), ()), ((5, 6, 7), ())
         raise error
 
-    monkeypatch.setattr(importlib.import_module("nabla_fast.generate"), "generate", lose)
+    monkeypatch.setattr(answers, "generate", lose)
     tokenizer = tiny_tokenizer()
     with pytest.raises(ServerLostError):
-        console.answer((None, tokenizer, None, None), ["one", "two"], nf.NablaConfig(), compare_greedy=False)
+        answers.answer((None, tokenizer, None, None), ["one", "two"], nf.NablaConfig(), compare_greedy=False)
     shown = capsys.readouterr().err
     assert "2 of 3 tokens are committed" in shown
     assert tokenizer.decode([5, 6, 7]) in shown
@@ -119,13 +118,10 @@ def test_a_signal_leaves_the_answers_that_are_finished_and_the_cursor(pair, tmp_
 
 
 def test_a_model_that_goes_wrong_leaves_the_answers_before_it(pair, monkeypatch, capsys):
-    import importlib
-
-    from nabla_fast import console
+    from nabla_fast.cli import answers
     from nabla_fast.models.loading import load_language_model, load_reward_model
 
-    module = importlib.import_module("nabla_fast.generate")
-    whole = module.generate
+    whole = answers.generate
 
     def generate(*arguments, on_answer, **options):
         def hear(i, answer):
@@ -134,11 +130,11 @@ def test_a_model_that_goes_wrong_leaves_the_answers_before_it(pair, monkeypatch,
 
         return whole(*arguments, on_answer=hear, **options)
 
-    monkeypatch.setattr(module, "generate", generate)
+    monkeypatch.setattr(answers, "generate", generate)
     models = (*load_language_model(pair[0]), *load_reward_model(pair[1]))
     config = nf.NablaConfig(max_new_tokens=4, max_rollouts=2, max_iters=2, gradient_threshold=None, max_batch_size=1)
     with pytest.raises(FloatingPointError):
-        console.answer(models, ["is it on", "the user"], config, compare_greedy=True, as_json=True)
+        answers.answer(models, ["is it on", "the user"], config, compare_greedy=True, as_json=True)
     printed = capsys.readouterr()
     (answer,) = json.loads(printed.out)["answers"]
     assert answer["prompt"] == "is it on"
@@ -151,9 +147,10 @@ def test_a_model_that_goes_wrong_leaves_the_answers_before_it(pair, monkeypatch,
 def test_a_signal_before_anything_is_answered_is_an_exit_code(number):
     script = f"""
 import os, sys
-from nabla_fast import cli, cli_models
-cli.load_models = lambda *_: os.kill(os.getpid(), {int(number)})
-sys.argv = ["nabla-fast", "generate", "--bundled"]
+from nabla_fast import cli
+from nabla_fast.cli.models import ModelChoice
+ModelChoice.load = lambda _: os.kill(os.getpid(), {int(number)})
+sys.argv = ["nabla-fast", "generate", "--pair=arithmetic"]
 cli.main()
 """
     done = subprocess.run(
@@ -198,20 +195,23 @@ def test_json_holds_what_the_library_returns(pair, tmp_path):
         ),
         (["generate", "--prompt", "x"], "--model is missing"),
         (["generate", "--model", "x"], "no prompt given"),
-        (["generate", "--demo", "--model", "x"], "--demo brings its own models"),
-        (["generate", "--prompts", "/no/file.txt", "--demo"], "there is no file /no/file.txt"),
-        (["generate", "--prompts", "/no/[/b].txt", "--demo"], "there is no file /no/[/b].txt"),
-        (["generate", "--prompts", "/", "--demo"], "--prompts: / is a directory"),
+        (["generate", "--pair=smollm2", "--model", "x"], "--pair smollm2 brings its own models"),
+        (["generate", "--prompts", "/no/file.txt", "--pair=smollm2"], "there is no file /no/file.txt"),
+        (["generate", "--prompts", "/no/[/b].txt", "--pair=smollm2"], "there is no file /no/[/b].txt"),
+        (["generate", "--prompts", "/", "--pair=smollm2"], "--prompts: / is a directory"),
         (
-            ["generate", "--demo", "--attn-implementation", "foo"],
+            ["generate", "--pair=smollm2", "--attn-implementation", "foo"],
             "attn_implementation is 'foo'; use one of auto, flash",
         ),
-        (["generate", "--bundled", "--attn-implementation", "foo"], "attn_implementation is 'foo'; use one of auto"),
         (
-            ["eval", "--bundled", "--out", "/no/out", "--attn-implementation", "foo"],
+            ["generate", "--pair=arithmetic", "--attn-implementation", "foo"],
+            "attn_implementation is 'foo'; use one of auto",
+        ),
+        (
+            ["eval", "--pair=arithmetic", "--out", "/no/out", "--attn-implementation", "foo"],
             "attn_implementation is 'foo'; use",
         ),
-        (["generate", "--bundled", "--prompt", "caf\udce9"], "is not text in this terminal's encoding"),
+        (["generate", "--pair=arithmetic", "--prompt", "caf\udce9"], "is not text in this terminal's encoding"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, message, monkeypatch, capsys):
@@ -323,8 +323,8 @@ def test_an_unexpected_exception_keeps_its_traceback(monkeypatch):
 
 
 def test_text_is_not_markup_and_controls_no_terminal(capsys):
-    terminal.print_error("no [/b] \x1b[2J here")
-    terminal.print_warning("[red]:smile:")
+    console.print_error("no [/b] \x1b[2J here")
+    console.print_warning("[red]:smile:")
     assert capsys.readouterr().err == "error: no [/b] \\x1b[2J here\nwarning: [red]:smile:\n"
 
 
@@ -352,23 +352,25 @@ def test_every_config_field_is_an_option_with_a_description():
 
 def test_options_become_the_config():
     base = nf.NablaConfig(max_rollouts=3, resample=nf.Sampling(0.1, 0.2, 3))
-    assert cli_config.configured(base, {"max_rollouts": None, "resample_top_k": None, "stop_strings": []}) == base
+    assert options.configured(base, {"max_rollouts": None, "resample_top_k": None, "stop_strings": []}) == base
     settings = {"max_rollouts": 5, "resample_temperature": 0.0, "stop_strings": ["a", "b"], "update_postfix": True}
-    config = cli_config.configured(base, settings)
+    config = options.configured(base, settings)
     assert (config.max_rollouts, config.stop_strings, config.update_postfix) == (5, ("a", "b"), True)
     assert config.resample == nf.Sampling(0.0, 0.2, 3)
 
 
 def test_a_preset_takes_the_place_of_the_defaults_and_options_override_it():
     base = nf.NablaConfig(max_rollouts=3, max_new_tokens=9)
-    assert cli_config.configured(base, {"preset": None, "max_rollouts": None}) == base
-    assert cli_config.configured(base, {"preset": "aime"}) == nf.NablaConfig.published("aime")
-    config = cli_config.configured(None, {"preset": "amc", "anchor": "rollout", "resample_top_p": 0.7})
+    assert options.configured(base, {"preset": None, "max_rollouts": None}) == base
+    assert options.configured(base, {"preset": "aime"}) == nf.NablaConfig.published("aime")
+    config = options.configured(None, {"preset": "amc", "anchor": "rollout", "resample_top_p": 0.7})
     expected = nf.NablaConfig.published("amc", anchor="rollout", resample=nf.Sampling(0.5, 0.7, 20))
     assert config == expected
 
 
-@pytest.mark.parametrize("command", [["generate", "--bundled"], ["eval", "--bundled", "--out", "{out}"]])
+@pytest.mark.parametrize(
+    "command", [["generate", "--pair=arithmetic"], ["eval", "--pair=arithmetic", "--out", "{out}"]]
+)
 def test_an_unknown_preset_is_refused_with_the_choices(command, tmp_path):
     arguments = [part.format(out=tmp_path / "run") for part in command]
     done = run(*arguments, "--preset", "gsm8k")
@@ -390,27 +392,27 @@ def test_a_bad_prompt_file_is_refused_with_the_line(tmp_path, name, text, messag
     file = tmp_path / name
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
-        cli.read_prompts(file)
+        generate.read_prompts(file)
 
 
 def test_prompt_files_give_lines_or_json_values(tmp_path):
     plain = tmp_path / "a.txt"
     plain.write_text("first\n\n  second\n")
-    assert cli.read_prompts(plain) == ["first", "  second"]
+    assert generate.read_prompts(plain) == ["first", "  second"]
     lines = tmp_path / "a.jsonl"
     chat = [{"role": "user", "content": "x"}]
     lines.write_text(f'"first"\n{{"prompt": "second"}}\n{json.dumps(chat)}\n')
-    assert cli.read_prompts(lines) == ["first", "second", chat]
+    assert generate.read_prompts(lines) == ["first", "second", chat]
 
 
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
 def test_only_a_line_feed_ends_a_line(tmp_path, start):
     plain = tmp_path / "a.txt"
     plain.write_bytes(start + "one\ftwo\u2028three\x85four\r\nfive".encode())
-    assert cli.read_prompts(plain) == ["one\ftwo\u2028three\x85four", "five"]
+    assert generate.read_prompts(plain) == ["one\ftwo\u2028three\x85four", "five"]
     lines = tmp_path / "a.jsonl"
     lines.write_bytes(start + '"one\u2028two"\r\n"three\ffour\rfive"\n'.encode())
-    assert cli.read_prompts(lines) == ["one\u2028two", "three\ffour\rfive"]
+    assert generate.read_prompts(lines) == ["one\u2028two", "three\ffour\rfive"]
 
 
 @pytest.mark.parametrize(
@@ -427,4 +429,4 @@ def test_a_prompt_file_that_is_no_text_names_the_line(tmp_path, name, data, mess
     file = tmp_path / name
     file.write_bytes(data)
     with pytest.raises(ValueError, match=message):
-        cli.read_prompts(file)
+        generate.read_prompts(file)

@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import demo_answers
+import demo_tasks
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from nabla_fast import demo
-from nabla_fast.demo import answers, tasks
+from nabla_fast.evaluation import grading
 from nabla_fast.models.chat import conversation_frame, generation_prompt_ids
 
 TEMPLATE = (
@@ -66,63 +68,63 @@ def tiny(model_class: Any, seed: int, **options: Any) -> Any:
     ],
 )
 def test_extract_number(response: str, number: str | None) -> None:
-    assert tasks.extract_number(response) == number
+    assert grading.extract_number(response) == number
 
 
 def test_answer_span_is_what_extract_number_reads() -> None:
     text = "2 * 7 = 14\n\nI'm ready."
-    start, end = tasks.answer_span(text) or (0, 0)
+    start, end = grading.answer_span(text) or (0, 0)
     assert text[start:end] == "14"
 
 
-@pytest.mark.parametrize("task", list(tasks.TASKS))
+@pytest.mark.parametrize("task", list(demo_tasks.TASKS))
 def test_right_and_wrong_by_the_data_sets_own_score(task: str) -> None:
     pytest.importorskip("reasoning_gym")
-    dataset = tasks.load_task(task, seed=3, size=5)
+    dataset = demo_tasks.load_task(task, seed=3, size=5)
     for entry in dataset:
         right = int(entry["answer"])
-        assert tasks.is_right(dataset, entry, f"The answer is {right}.")
-        assert not tasks.is_right(dataset, entry, f"The answer is {right + 1}.")
-        assert not tasks.is_right(dataset, entry, f"{right}? No: {right + 10}")
-        assert not tasks.is_right(dataset, entry, "I don't know.")
-        assert tasks.task_chat(entry) == [{"role": "user", "content": entry["question"]}]
+        assert demo_tasks.is_right(dataset, entry, f"The answer is {right}.")
+        assert not demo_tasks.is_right(dataset, entry, f"The answer is {right + 1}.")
+        assert not demo_tasks.is_right(dataset, entry, f"{right}? No: {right + 10}")
+        assert not demo_tasks.is_right(dataset, entry, "I don't know.")
+        assert demo_tasks.task_chat(entry) == [{"role": "user", "content": entry["question"]}]
 
 
 def test_unknown_task() -> None:
     with pytest.raises(ValueError, match="task must be one of products, gcd, letter_counting, chain_sum, got 'chess'"):
-        tasks.load_task("chess", seed=0, size=1)
+        demo_tasks.load_task("chess", seed=0, size=1)
 
 
 def test_sampling_shapes_seed_and_eos(tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny(LlamaForCausalLM, 0)
     chats = [CHAT, [{"role": "user", "content": "a b c d a"}]]
     options = {"samples": 3, "temperature": 1.0, "max_new_tokens": 6}
-    sampled = answers.sample_answers(model, tokenizer, chats, seed=1, **options)
+    sampled = demo_answers.sample_answers(model, tokenizer, chats, seed=1, **options)
     assert [len(group) for group in sampled] == [3, 3]
     assert all(0 < len(answer) <= 6 and EOS not in answer[:-1] for group in sampled for answer in group)
-    assert sampled == answers.sample_answers(model, tokenizer, chats, seed=1, **options)
-    assert sampled != answers.sample_answers(model, tokenizer, chats, seed=2, **options)
+    assert sampled == demo_answers.sample_answers(model, tokenizer, chats, seed=1, **options)
+    assert sampled != demo_answers.sample_answers(model, tokenizer, chats, seed=2, **options)
 
 
 def test_greedy_answers_are_the_models_argmax(tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny(LlamaForCausalLM, 0)
-    [[answer]] = answers.sample_answers(model, tokenizer, [CHAT], temperature=0, max_new_tokens=4)
+    [[answer]] = demo_answers.sample_answers(model, tokenizer, [CHAT], temperature=0, max_new_tokens=4)
     prompt = generation_prompt_ids(tokenizer, CHAT)
     logits = model(torch.tensor([prompt + answer])).logits[0]
     assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
     with pytest.raises(ValueError, match="samples must be 1 at temperature 0, got 2"):
-        answers.sample_answers(model, tokenizer, [CHAT], temperature=0, samples=2)
+        demo_answers.sample_answers(model, tokenizer, [CHAT], temperature=0, samples=2)
 
 
 def test_end_of_turn_is_not_doubled(tokenizer: PreTrainedTokenizerFast) -> None:
     frame = conversation_frame(tokenizer, CHAT)
     assert frame.closing == (EOS, 3)
-    assert answers.scored_tail(frame, [6, 7]) == answers.scored_tail(frame, [6, 7, EOS]) == [6, 7, EOS, 3]
+    assert demo_answers.scored_tail(frame, [6, 7]) == demo_answers.scored_tail(frame, [6, 7, EOS]) == [6, 7, EOS, 3]
 
 
 def test_scores_are_the_conversations_last_token(tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny(LlamaForSequenceClassification, 1, num_labels=1)
-    scores = answers.score_answers(model, tokenizer, CHAT, [[6], [7, 8, 9, EOS]], batch_size=2)
+    scores = demo_answers.score_answers(model, tokenizer, CHAT, [[6], [7, 8, 9, EOS]], batch_size=2)
     for answer, score in zip(("a", "b c d"), scores, strict=True):
         text = tokenizer.apply_chat_template([*CHAT, {"role": "assistant", "content": answer}], tokenize=False)
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
@@ -130,12 +132,9 @@ def test_scores_are_the_conversations_last_token(tokenizer: PreTrainedTokenizerF
         assert score == pytest.approx(float(model.score(hidden)[0, -1, 0].detach()), abs=1e-5)
 
 
-def test_packed_training_scores_are_the_separate_ones(
-    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packed_training_scores_are_the_separate_ones(tokenizer: PreTrainedTokenizerFast) -> None:
     pytest.importorskip("reasoning_gym")
     peft = pytest.importorskip("peft")
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
     import reward_data
     import train_reward
 
@@ -147,13 +146,13 @@ def test_packed_training_scores_are_the_separate_ones(
     groups = []
     for chat, group in zip(chats, responses, strict=True):
         frame = conversation_frame(tokenizer, chat)
-        tails = [(answers.scored_tail(frame, response), len(response) > 1) for response in group]
+        tails = [(demo_answers.scored_tail(frame, response), len(response) > 1) for response in group]
         groups.append(reward_data.Group(frame.opening, tails))
     scores, labels, owners = train_reward.packed_scores(adapted, groups)
     separate = [
         score
         for chat, group in zip(chats, responses, strict=True)
-        for score in answers.score_answers(adapted.get_base_model(), tokenizer, chat, group)
+        for score in demo_answers.score_answers(adapted.get_base_model(), tokenizer, chat, group)
     ]
     assert scores.tolist() == pytest.approx(separate, abs=1e-5)
     assert labels.tolist() == [0, 1, 1, 0, 1]
@@ -168,8 +167,7 @@ def test_packed_training_scores_are_the_separate_ones(
     ("scores", "rights", "expected"),
     [([3.0, 2.0, 1.0], [True, False, False], 1.0), ([1.0, 1.0], [True, False], 0.5), ([1.0, 2.0], [True, False], 0.0)],
 )
-def test_auroc(monkeypatch: pytest.MonkeyPatch, scores: list[float], rights: list[bool], expected: float) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
+def test_auroc(scores: list[float], rights: list[bool], expected: float) -> None:
     import evaluate_reward
 
     assert evaluate_reward.auroc(scores, rights) == expected
@@ -216,7 +214,7 @@ def test_smollm2_is_found_without_importing_its_package(smollm2_reward: tuple[An
 def test_demo_reward_prefers_right_products(smollm2_reward: tuple[Any, Any], sentence: str) -> None:
     pytest.importorskip("reasoning_gym")
     model, tokenizer = smollm2_reward
-    dataset = tasks.load_task("products", seed=77_000, size=12)
+    dataset = demo_tasks.load_task("products", seed=77_000, size=12)
     wins = 0
     for entry in dataset:
         first, second = entry["metadata"]["expression"].split(" * ")
@@ -226,8 +224,8 @@ def test_demo_reward_prefers_right_products(smollm2_reward: tuple[Any, Any], sen
             text = sentence.format(*terms, value) if sentence.count("{}") == 3 else sentence.format(value)
             return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-        good, *bad = answers.score_answers(
-            model, tokenizer, tasks.task_chat(entry), [ids(right), ids(right + 1), ids(right + 10)]
+        good, *bad = demo_answers.score_answers(
+            model, tokenizer, demo_tasks.task_chat(entry), [ids(right), ids(right + 1), ids(right + 10)]
         )
         wins += sum(good > score for score in bad)
     assert wins >= 0.8 * 2 * len(dataset)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import nabla_fast as nf
 from nabla_fast import cli
+from nabla_fast.cli.models import ModelChoice
 from nabla_fast.evaluation.runner import RESULTS
 from nabla_fast.testing.models import save_pair
 
@@ -154,25 +155,31 @@ def test_a_lost_server_is_told_how_to_go_on(pair, problems, tmp_path, monkeypatc
         ((), "--task is missing"),
         (("--task", "x"), "--out is missing"),
         (("--task", "x", "--out", "o"), "--model is missing"),
-        (("--task", "x", "--out", "o", "--demo", "--model", "m"), "--demo brings its own models"),
-        (("--task", "x", "--out", "o", "--demo"), "--task is 'x'; use reasoning_gym:NAME"),
-        (("--task", "x", "--out", "o", "--demo", "--methods", "beam"), "--methods is beam; use some of greedy"),
-        (("--task", "x", "--out", "o", "--demo", "--n", "2,x"), "--n is '2,x'; give whole numbers"),
-        (("--task", "x", "--out", "o", "--demo", "--n", "0"), "--n is 0"),
-        (("--task", "x", "--out", "o", "--demo", "--seeds", "one"), "--seeds is 'one'"),
-        (("--task", "x", "--out", "o", "--demo", "--max-iters", "-1"), "max_iters must be at least 0"),
-        (("--task", "x", "--out", "o", "--demo", "--device", "tpu9x"), "device is 'tpu9x'"),
-        (("--task", "reasoning_gym:gcd", "--out", "o", "--demo", "--task-option", "a"), "give NAME=VALUE"),
+        (("--task", "x", "--out", "o", "--pair=smollm2", "--model", "m"), "--pair smollm2 brings its own models"),
+        (("--task", "x", "--out", "o", "--pair=smollm2"), "--task is 'x'; use reasoning_gym:NAME"),
         (
-            ("--task", "x", "--out", "o", "--demo", "--vllm-url", "http://u", "--rollout-backend", "hf"),
+            ("--task", "x", "--out", "o", "--pair=smollm2", "--methods", "beam"),
+            "--methods is beam; use some of greedy",
+        ),
+        (("--task", "x", "--out", "o", "--pair=smollm2", "--n", "2,x"), "--n is '2,x'; give whole numbers"),
+        (("--task", "x", "--out", "o", "--pair=smollm2", "--n", "0"), "--n is 0"),
+        (("--task", "x", "--out", "o", "--pair=smollm2", "--seeds", "one"), "--seeds is 'one'"),
+        (("--task", "x", "--out", "o", "--pair=smollm2", "--max-iters", "-1"), "max_iters must be at least 0"),
+        (("--task", "x", "--out", "o", "--pair=smollm2", "--device", "tpu9x"), "device is 'tpu9x'"),
+        (("--task", "reasoning_gym:gcd", "--out", "o", "--pair=smollm2", "--task-option", "a"), "give NAME=VALUE"),
+        (
+            ("--task", "x", "--out", "o", "--pair=smollm2", "--vllm-url", "http://u", "--rollout-backend", "hf"),
             "is 'http://u', but",
         ),
         (("--compare", "a", "b", "--out", "o"), "--compare shows two finished runs"),
         (("--compare", "a", "b", "--n", "4"), "--compare shows two finished runs as they are; leave out --n"),
-        (("--compare", "a", "b", "--bundled"), "leave out --bundled"),
+        (("--compare", "a", "b", "--pair=arithmetic"), "leave out --pair"),
         (("--compare", "a", "b", "--learning-rate", "1"), "leave out --learning-rate"),
-        (("--bundled", "--out", "x" * 300), "which cannot be made (File name too long); give another directory"),
-        (("--bundled", "--out", "/proc/x"), "--out is /proc/x, which cannot be made"),
+        (
+            ("--pair=arithmetic", "--out", "x" * 300),
+            "which cannot be made (File name too long); give another directory",
+        ),
+        (("--pair=arithmetic", "--out", "/proc/x"), "--out is /proc/x, which cannot be made"),
         (("--compare", "a", "b"), "there is no config.json in a"),
     ],
 )
@@ -185,9 +192,7 @@ def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, arguments, message):
 
 
 def test_another_configuration_is_refused_before_the_models_are_loaded(problems, tmp_path, monkeypatch):
-    from nabla_fast import cli_eval
-
-    monkeypatch.setattr(cli_eval, "load_models", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(ModelChoice, "load", lambda _: pytest.fail("loaded"))
     monkeypatch.chdir(tmp_path)
     command = ("--task", problems, "--out", tmp_path / "a", "--model", "m", "--reward-model", "r")
     with pytest.raises(pytest.fail.Exception):
@@ -210,7 +215,7 @@ def test_help_names_every_option_and_setting():
         "batch-size",
         "retry-failed",
     )
-    for name in (*own, "model", "reward-model", "demo", "split", "prompt-column", "answer-column", "json", "device"):
+    for name in (*own, "model", "reward-model", "pair", "split", "prompt-column", "answer-column", "json", "device"):
         assert f"--{name}" in text
     for field in dataclasses.fields(nf.NablaConfig):
         if field.name not in ("rollout", "resample", "seed", "max_batch_size"):
@@ -219,7 +224,9 @@ def test_help_names_every_option_and_setting():
 
 def test_the_bundled_pair_is_evaluated_on_its_own_task(tmp_path):
     """The shipped models, in float32: what a user gets from the first command of the README."""
-    done = invoke("--bundled", "--max-problems", 12, "--n", 4, "--batch-size", 48, "--out", tmp_path / "a", "--json")
+    done = invoke(
+        "--pair=arithmetic", "--max-problems", 12, "--n", 4, "--batch-size", 48, "--out", tmp_path / "a", "--json"
+    )
     assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout)
     assert summary["task"]["name"] == "arithmetic"
@@ -228,7 +235,7 @@ def test_the_bundled_pair_is_evaluated_on_its_own_task(tmp_path):
     assert set(summary["against_best_of_n"]) == {"nabla 4"}
     both = invoke("--bundled", "--demo", "--out", tmp_path / "b")
     assert both.exit_code != 0
-    assert "--demo and --bundled are two pairs of models" in str(both.exception)
+    assert "--pair is smollm2 and arithmetic; give one of them" in str(both.exception)
 
 
 @pytest.mark.parametrize(

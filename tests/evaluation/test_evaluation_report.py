@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from nabla_fast.cli import eval_tables
+from nabla_fast.cli.console import print_table
 from nabla_fast.evaluation import plots, report
 from nabla_fast.evaluation.bootstrap import interval, paired_difference
 from nabla_fast.evaluation.equal_cost import Point, difference
@@ -167,20 +170,22 @@ def test_a_run_without_results_or_with_nothing_but_failures_has_a_summary(tmp_pa
     arm = report.write_report(run)["arms"]["greedy"]
     assert arm["accuracy"] is None
     assert arm["counters"]["model_calls"] is None
-    text = rendered(report.tables(report.write_report(run)))
+    text = rendered(eval_tables.show_summary, report.write_report(run))
     assert "greedy" in text
 
 
-def rendered(tables):
-    """As a narrow terminal shows them."""
-    console = Console(width=80, file=io.StringIO())
-    console.print(*tables)
+def rendered(show, told, width=80):
+    """What ``show`` prints, as a terminal of some width shows it."""
+    console = Console(width=width, file=io.StringIO(), markup=False, highlight=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_tables, "print_table", partial(print_table, console=console))
+        show(told)
     return console.file.getvalue()
 
 
 def test_the_table_shows_every_method(tmp_path):
     run = write_run(tmp_path / "run", lambda arm, seed, i: i < 12)
-    text = rendered(report.tables(report.write_report(run)))
+    text = rendered(eval_tables.show_summary, report.write_report(run))
     for expected in ("greedy", "best-of-n 4", "nabla 2", "60.0%", "75%", "FLOPs", "4.0e+09", "+0.900"):
         assert expected in text
     assert "…" not in text
@@ -197,7 +202,7 @@ def test_a_comparison_pairs_problems(tmp_path):
     assert comparison["arms"]["nabla 4"]["second"] is None
     assert comparison["arms"]["nabla 4"]["differences"] == {}
     assert "reward" not in comparison["arms"]["self-consistency 2"]["differences"]
-    text = rendered(report.comparison_tables(comparison))
+    text = rendered(eval_tables.show_comparison, comparison)
     assert "+10.0 (" in text
     json.dumps(comparison)
 
@@ -248,6 +253,6 @@ def test_nabla_is_set_against_best_of_n_at_equal_cost(tmp_path):
         if inside:
             assert differences["model_calls"]["mean"] == pytest.approx(0.05)
     assert any(d["model_calls"] for d in found.values())
-    assert "equal cost" in rendered(report.tables(summary))
+    assert "equal cost" in rendered(eval_tables.show_summary, summary)
     alone = report.write_report(write_run(tmp_path / "alone", lambda *_: True, arms=[Arm("nabla", 4)]))
     assert alone["against_best_of_n"] == {}

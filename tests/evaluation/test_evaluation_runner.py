@@ -281,6 +281,15 @@ def test_another_configuration_is_refused_and_nothing_is_overwritten(tmp_path, m
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def test_a_run_that_was_begun_under_an_old_name_of_its_pair_goes_on(tmp_path):
+    task, plan = make_task(["a"]), plan_of()
+    for pair in ("bundled", "arithmetic"):
+        source = {"model": pair, "reward_model": pair}
+        open_run(tmp_path, describe(plan, task, source), plan.keys(task.problems)).close()
+    with pytest.raises(ValueError, match=r'models.model was "arithmetic", is "smollm2"'):
+        open_run(tmp_path, describe(plan, task, {**source, "model": "smollm2"}), plan.keys(task.problems))
+
+
 def test_a_directory_that_is_none_of_ours_is_refused(tmp_path, made_up):
     task, plan = make_task(["a"]), plan_of()
     (tmp_path / "file").touch()

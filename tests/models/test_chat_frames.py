@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 import nabla_fast as nf
-from nabla_fast import cli_config
+from nabla_fast.cli import options
 from nabla_fast.generate import make_pair
 from nabla_fast.models.chat import ChatTemplateError, conversation_frame, generation_prompt_ids
 from nabla_fast.testing.models import (
@@ -156,11 +156,11 @@ def test_template_arguments_reach_the_templates_of_both_models():
 
 def test_template_arguments_are_a_json_object_on_the_command_line():
     def command(**settings):
-        got.append(cli_config.configured(None, settings).chat_template_kwargs)
+        got.append(options.configured(None, settings).chat_template_kwargs)
 
     got = []
     app = typer.Typer()
-    app.command()(cli_config.with_config_options(command))
+    app.command()(options.with_shared_options(command))
     run = CliRunner().invoke
     assert run(app, ["--chat-template-kwargs", '{"enable_thinking": false}']).exit_code == 0
     assert run(app, []).exit_code == 0

@@ -1,4 +1,4 @@
-"""Every field of `NablaConfig` as a command-line option, made from the dataclass itself."""
+"""Options that several commands have: the models, and every field of `NablaConfig`, made from the dataclass itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
+from nabla_fast.cli.models import OLD_PAIR_OPTIONS, PAIR_NAMES
 from nabla_fast.config import PRESETS, NablaConfig, Sampling
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 _SAMPLING_FIELDS = ("rollout", "resample")
 _PANEL = "∇-Reasoner settings"
@@ -22,14 +25,15 @@ class _Off:
     """The value "none" on the command line, as different from an option that was not given."""
 
 
-def with_config_options(command: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
-    """Replaces the ``**settings`` of a typer command by ``--preset`` and an option for each field of `NablaConfig`.
+def with_shared_options(command: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
+    """Replaces the ``**settings`` of a typer command by options.
 
-    Fields in ``without`` get none.
+    They are those of the models (`nabla_fast.cli.models.chosen_models`), ``--preset``, and one for each field of
+    `NablaConfig`; fields in ``without`` get none.
     """
     signature = inspect.signature(command, eval_str=True)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    own += [parameter for parameter in _parameters() if parameter.name not in without]
+    own += _model_options() + [parameter for parameter in _config_options() if parameter.name not in without]
     command.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in own}
     return command
@@ -54,7 +58,33 @@ def configured(base: NablaConfig | None, settings: dict[str, Any]) -> NablaConfi
     return config.replace(**changes)
 
 
-def _parameters() -> list[inspect.Parameter]:
+def _model_options() -> list[inspect.Parameter]:
+    def option(name: str, default: Any, text: str, **extra: Any) -> inspect.Parameter:
+        flag = "--" + name.replace("_", "-")
+        shown = typer.Option(flag, help=text, rich_help_panel="Models", **extra)
+        kind = bool if default is False else str | None
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown]
+        )
+
+    pairs = (
+        "smollm2: SmolLM2-135M with its reward model; arithmetic: the small models that ship with the package, for "
+        "arithmetic alone. Either brings settings, a question and tasks of its own."
+    )
+    return [
+        option("model", None, "Language model: GGUF file, safetensors directory or hub id.", metavar="PATH"),
+        option(
+            "reward_model", None, "Reward model: sequence classifier with one label, or a peft adapter.", metavar="PATH"
+        ),
+        option("pair", None, pairs, metavar="|".join(PAIR_NAMES)),
+        *(option(old, False, f"Old name of --pair {new}.", hidden=True) for old, new in OLD_PAIR_OPTIONS.items()),
+        option("device", "auto", "auto, cpu, cuda or cuda:N."),
+        option("dtype", "auto", "auto, bfloat16, float16, float32 or float64."),
+        option("attn_implementation", "auto", "auto, flash_attention_2, sdpa or eager."),
+    ]
+
+
+def _config_options() -> list[inspect.Parameter]:
     described = _descriptions(NablaConfig)
     parameters = [_preset()]
     for field in fields(NablaConfig):
@@ -73,7 +103,7 @@ def _parameters() -> list[inspect.Parameter]:
 def _preset() -> inspect.Parameter:
     text = (
         f"The published settings for a benchmark, {', '.join(PRESETS[:-1])} or {PRESETS[-1]}, instead of the defaults "
-        "below and those of --demo and --bundled; options that are given override it."
+        "below and those of --pair; options that are given override it."
     )
     option = typer.Option("--preset", metavar="NAME", help=text, rich_help_panel=_PANEL)
     return inspect.Parameter(

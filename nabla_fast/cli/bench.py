@@ -8,17 +8,16 @@ from pathlib import Path
 
 import typer
 
-_CHECKOUT = Path(__file__).resolve().parents[1]
+_CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def bench(context: typer.Context) -> None:
+def command(context: typer.Context) -> None:
     """Measures the operators, an optimisation and a decode against what a user would write, and against the machine.
 
     Takes the options of benchmarks/run.py in a source checkout, --help among them.
     """
     # A process of its own: nothing that this one has loaded or set weighs on what is measured.
-    command = [sys.executable, str(find_runner(_CHECKOUT)), *context.args]
-    code = subprocess.run(command).returncode
+    code = subprocess.run([sys.executable, str(find_runner(_CHECKOUT)), *context.args]).returncode
     # Of a process that a signal ended, as a shell reports it.
     raise typer.Exit(code if code >= 0 else 128 - code)
 

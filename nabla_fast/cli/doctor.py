@@ -1,0 +1,54 @@
+"""`nabla-fast doctor`: what this installation can do and what it cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.text import Text
+
+from nabla_fast.cli.console import OUT, print_json, print_table
+from nabla_fast.cli.options import AsJson
+
+
+def command(as_json: AsJson = False) -> None:
+    """Shows versions, devices, which back ends are built, and why one is missing."""
+    from nabla_fast import environment
+
+    report = environment.report()
+    if as_json:
+        print_json(report)
+    else:
+        _show(report)
+
+
+def _show(report: dict[str, Any]) -> None:
+    backends, operators = report["backends"], report["operators"]
+    print_table("versions", ("package", "version"), list(report["versions"].items()), text=["version"])
+    print_table("devices", ("device", "what"), _devices(report["devices"]), text=["what"])
+    _show_available("back ends", backends)
+    marks = [(operator, *(_mark(why[name] is None) for name in backends)) for operator, why in operators.items()]
+    print_table("operators", ("operator", *backends), marks)
+    for operator, reasons in operators.items():
+        for name, reason in reasons.items():
+            # What is true of the whole back end stands in its own table.
+            if reason is not None and backends[name]["available"]:
+                OUT.print(f"{operator}, {name}: {reason}")
+    _show_available("demo", report["demo"])
+
+
+def _devices(devices: dict[str, Any]) -> list[tuple[str, str]]:
+    cpu = devices["cpu"]
+    rows = [("CPU", f"{cpu['architecture']}, {cpu['threads']} threads, {cpu['vector_instructions']}")]
+    for gpu in devices["cuda"]:
+        capability = gpu["compute_capability"].replace(".", "")
+        rows.append((gpu["name"], f"sm_{capability}, {gpu['memory_bytes'] / 2**30:.0f} GiB"))
+    return rows if devices["cuda"] else [*rows, ("CUDA", "no GPU is visible to torch")]
+
+
+def _show_available(title: str, entries: dict[str, dict[str, Any]]) -> None:
+    rows = [(name, _mark(entry["available"]), entry["reason"] or "") for name, entry in entries.items()]
+    print_table(title, ("name", "available", "why not"), rows, text=["available", "why not"])
+
+
+def _mark(available: bool) -> Text:
+    return Text("yes", "green") if available else Text("no", "yellow")

@@ -1,0 +1,199 @@
+"""`nabla-fast eval`: accuracy and cost of decoding methods on a task, and two such runs side by side."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from nabla_fast.cli.console import ERR, OUT, counted, plain, print_json, status
+from nabla_fast.cli.eval_tables import show_comparison, show_summary
+from nabla_fast.cli.models import ModelChoice, chosen_models
+from nabla_fast.cli.options import AsJson, configured, with_shared_options
+from nabla_fast.config import NablaConfig
+from nabla_fast.stopping import StoppedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nabla_fast.evaluation.methods import Models
+    from nabla_fast.evaluation.ray_engine import Cluster
+    from nabla_fast.evaluation.runner import Plan
+    from nabla_fast.evaluation.tasks import Task
+
+_SHOWN_FAILURES = 5
+
+_task = partial(typer.Option, rich_help_panel="Task")
+_run = partial(typer.Option, rich_help_panel="Run")
+_engine = partial(typer.Option, rich_help_panel="Engine")
+
+_TASK_HELP = (
+    "reasoning_gym:NAME; arithmetic, which --pair arithmetic is for; a .jsonl file of prompt and answer; math500, "
+    "aime2024, aime2025 or amc; or a hub data set id with its columns."
+)
+_OPTION_HELP = "A parameter of a reasoning-gym task, such as min_digits=2; give the option again for another one."
+_N_HELP = "Samples of self-consistency and best-of-n, and max_rollouts of nabla; several separated by commas."
+_PROFILE_HELP = (
+    "Directory for a trace of the first 2 problems, which every method decodes once more for it at its smallest n and "
+    "with 64 tokens at most, and for the seconds per phase of the whole run."
+)
+
+
+@partial(with_shared_options, without=("seed", "max_batch_size"))
+def command(
+    context: typer.Context,
+    task: Annotated[str | None, _task(help=_TASK_HELP, metavar="TASK")] = None,
+    task_option: Annotated[list[str] | None, _task(help=_OPTION_HELP, metavar="NAME=VALUE")] = None,
+    max_problems: Annotated[int | None, _task(help="Take this many problems. Default: all.")] = None,
+    prompt_column: Annotated[str | None, _task(help="Column or key of the questions.")] = None,
+    answer_column: Annotated[str | None, _task(help="Column or key of the reference answers.")] = None,
+    split: Annotated[str | None, _task(help="Split of a hub data set or of arithmetic. Default: test.")] = None,
+    methods: Annotated[str, _run(help="Separated by commas.")] = "greedy,self-consistency,best-of-n,nabla",
+    n: Annotated[str, _run(help=_N_HELP, metavar="N,N,...")] = "8",
+    seeds: Annotated[str, _run(help="Separated by commas; greedy takes the first.", metavar="SEED,...")] = "0",
+    out: Annotated[
+        Path | None, _run(help="Directory of the results; a run that was stopped goes on in it.", metavar="DIR")
+    ] = None,
+    batch_size: Annotated[int, _run(help="Most sequences decoded together.")] = 8,
+    retry_failed: Annotated[bool, _run("--retry-failed", help="Try problems again that failed before.")] = False,
+    profile: Annotated[Path | None, _run(help=_PROFILE_HELP, metavar="DIR")] = None,
+    engine: Annotated[str, _engine(help="local (this process) or ray (workers on a Ray cluster).")] = "local",
+    ray_address: Annotated[
+        str | None,
+        _engine(
+            help="A Ray cluster's address, or auto for the one of this machine. Default: start one here.",
+            metavar="ADDRESS",
+        ),
+    ] = None,
+    workers: Annotated[int | None, _engine(help="Ray workers. Default: as many as there is room for.")] = None,
+    cpus_per_worker: Annotated[
+        int | None, _engine(help="CPU cores of a Ray worker. Default: 4, or all there are.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Put two runs on the same problems side by side instead.", metavar="DIR DIR"),
+    ] = None,
+    as_json: AsJson = False,
+    **settings: Any,
+) -> None:
+    """Measures accuracy and cost of greedy decoding, self-consistency, Best-of-N and ∇-Reasoner on a task."""
+    if compare is not None:
+        _refuse_others(context)
+        _compare(*compare, as_json)
+        return
+    choice = chosen_models(settings)
+    if task is None and choice.demo is not None:
+        task = choice.demo.task
+    if task is None or out is None:
+        raise ValueError(f"{'--task' if task is None else '--out'} is missing; give --task and --out, or --compare")
+    choice.require()
+    from nabla_fast.evaluation import driver, runner
+
+    columns = {"prompt_column": prompt_column, "answer_column": answer_column, "split": split}
+    problems = partial(_problems, task, task_option or [], choice, max_problems=max_problems, **columns)
+    cluster = driver.choose_cluster(engine, ray_address, workers, cpus_per_worker, choice.device)
+    driver.prepare_profile(profile, cluster)
+    config = driver.with_key(configured(choice.config, settings))
+    arms = _names(methods), _integers("--n", n), _integers("--seeds", seeds)
+    plan = runner.make_plan(*arms, config, batch_size=batch_size, max_rollouts=settings["max_rollouts"])
+    failed = _evaluate(choice, problems, plan, out, cluster, profile, retry_failed=retry_failed, as_json=as_json)
+    raise typer.Exit(1 if failed else 0)
+
+
+def _evaluate(
+    choice: ModelChoice,
+    problems: Callable[[], Task],
+    plan: Plan,
+    out: Path,
+    cluster: Cluster | None,
+    profile: Path | None,
+    *,
+    retry_failed: bool,
+    as_json: bool,
+) -> int:
+    """Runs a plan under progress bars, and shows what comes out; how many answers failed."""
+    from nabla_fast.cli.progress import RunProgress
+    from nabla_fast.evaluation import driver, runner
+    from nabla_fast.rollout import ServerLostError
+
+    source = choice.describe()
+    with status("preparing the problems"):
+        task = problems()
+    keys = plan.keys(task.problems)
+    # The directory first: a mistake there should not have to wait for the models.
+    with runner.open_run(out, runner.describe(plan, task, source), keys) as journal:
+        load = partial(_load, choice.absolute(), plan.config)
+        engine = driver.make_engine(load, task, plan, journal, cluster=cluster, profile=profile, announce=status)
+        bars = RunProgress(plan, task.problems, journal.records, retry_failed=retry_failed)
+        try:
+            with bars.progress:
+                records = engine(retry_failed=retry_failed, on_record=bars.on_record)
+        except (KeyboardInterrupt, StoppedError, ServerLostError):
+            done = len(runner.latest(journal.records))
+            told = f"stopped with {done} of {counted(len(keys), 'answer')} in {out}"
+            ERR.print(f"{told}; the same command goes on from there", soft_wrap=True)
+            raise
+    summary = driver.write(out, records, profile)
+    if as_json:
+        print_json(summary)
+    else:
+        show_summary(summary)
+    failed = [record for record in records if record["error"] is not None]
+    for record in failed[:_SHOWN_FAILURES]:
+        where = f"{record['method']} {record['n']}, seed {record['seed']}, {record['problem']}"
+        ERR.print(Text.assemble((f"failed: {where}: ", "red"), plain(record["error"])), soft_wrap=True)
+    if failed:
+        told = f"{len(failed)} of {counted(len(records), 'answer')} failed; {runner.RESULTS} has them all"
+        ERR.print(told, soft_wrap=True)
+    profiled = "" if profile is None else f"; the profile is in {profile}"
+    (ERR if as_json else OUT).print(f"results, summary and plots are in {out}{profiled}", soft_wrap=True)
+    return len(failed)
+
+
+def _load(choice: ModelChoice, config: NablaConfig) -> Models:
+    """Called where the models are to be: in this process, or in each worker."""
+    from nabla_fast.evaluation import methods
+
+    return methods.load(*choice.load(), config)
+
+
+def _problems(name: str, options: list[str], choice: ModelChoice, **more: Any) -> Task:
+    from nabla_fast.evaluation.tasks import GYM_PREFIX, load_task, parse_options
+
+    own = {} if choice.demo is None else choice.demo.task_options.get(name.removeprefix(GYM_PREFIX), {})
+    task = load_task(name, {**own, **parse_options(options)}, **more)
+    if choice.demo is not None:
+        choice.demo.require([problem.chat for problem in task.problems])
+    return task
+
+
+def _refuse_others(context: typer.Context) -> None:
+    """Raises ValueError for an option that means nothing beside --compare, which would seem to have been heard."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name != "DEFAULT" and parameter.name not in ("compare", "as_json"):
+            raise ValueError(f"--compare shows two finished runs as they are; leave out {parameter.opts[0]}")
+
+
+def _compare(first: Path, second: Path, as_json: bool) -> None:
+    from nabla_fast.evaluation import report
+
+    comparison = report.compare(first, second)
+    if as_json:
+        print_json(comparison)
+    else:
+        show_comparison(comparison)
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in _names(text)]
+    except ValueError as error:
+        raise ValueError(f"{option} is {text!r}; give whole numbers separated by commas, such as 2,4,8") from error

@@ -1,0 +1,137 @@
+"""The models that a command names: what is said of them, and how they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nabla_fast.cli.console import print_warning
+
+if TYPE_CHECKING:
+    from nabla_fast.config import NablaConfig
+    from nabla_fast.demo.pairs import DemoPair
+
+PAIR_NAMES = ("smollm2", "arithmetic")
+# Names of options that ``--pair`` took the place of, until the release after 0.1.
+OLD_PAIR_OPTIONS = {"demo": "smollm2", "bundled": "arithmetic"}
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A language model and a reward model by the options of a command, or a pair of the package by its name.
+
+    Workers on other machines get it and load the models there.
+    """
+
+    model: str | None
+    reward_model: str | None
+    pair: str | None
+    device: str
+    dtype: str
+    attn_implementation: str
+
+    @property
+    def demo(self) -> DemoPair | None:
+        """The pair that ``--pair`` names."""
+        from nabla_fast.demo.pairs import PAIRS
+
+        return None if self.pair is None else PAIRS[self.pair]
+
+    @property
+    def config(self) -> NablaConfig | None:
+        """The settings that belong to the pair; None for other models."""
+        return None if self.demo is None else self.demo.config
+
+    def require(self) -> None:
+        """Raises ValueError unless either both models are named or a pair is."""
+        if self.pair and (self.model or self.reward_model):
+            raise ValueError(
+                f"--pair {self.pair} brings its own models; leave out --model and --reward-model, or leave out --pair"
+            )
+        for option, value in (("--model", self.model), ("--reward-model", self.reward_model)):
+            if not (value or self.pair):
+                raise ValueError(
+                    f"{option} is missing; give a GGUF file, a safetensors directory or a hub id, or use --pair "
+                    f"{' or '.join(PAIR_NAMES)}"
+                )
+
+    def describe(self) -> dict[str, str | None]:
+        """Where the models come from and how they are run, as two runs must share it to share a directory.
+
+        Raises:
+            ValueError: if the device, the dtype or the attention is unknown.
+        """
+        from nabla_fast.models.loading import choose_attention, choose_device, choose_dtype
+
+        chosen = choose_device(self.device)
+        kind = choose_dtype(self.dtype, chosen)
+        # Refused here if it is unknown; what "auto" comes to may differ from one machine of a cluster to another.
+        choose_attention(self.attn_implementation, chosen, kind)
+        return {
+            "model": self.pair or self.model,
+            "reward_model": self.pair or self.reward_model,
+            "device": str(chosen),
+            "dtype": str(kind).removeprefix("torch."),
+            "attn_implementation": self.attn_implementation,
+        }
+
+    def absolute(self) -> ModelChoice:
+        """With local paths as workers find them, whose working directory is another one; hub ids as they are."""
+        return replace(self, model=_absolute(self.model), reward_model=_absolute(self.reward_model))
+
+    def load(self) -> tuple[Any, Any, Any, Any]:
+        """Language model, its tokenizer, reward model, its tokenizer.
+
+        Raises:
+            ValueError: as `require` and `describe`; and as `nabla_fast.models.loading` does.
+        """
+        self.require()
+        # First what takes no time: a mistake there should not have to wait for a model.
+        self.describe()
+        quiet_transformers()
+        if self.demo is not None:
+            return self.demo.load(**self._where)
+        from nabla_fast.models.loading import load_language_model, load_reward_model
+
+        assert self.model is not None
+        assert self.reward_model is not None
+        return (
+            *load_language_model(self.model, **self._where, argument="--model"),
+            *load_reward_model(self.reward_model, **self._where, argument="--reward-model"),
+        )
+
+    @property
+    def _where(self) -> dict[str, str]:
+        return {"device": self.device, "dtype": self.dtype, "attn_implementation": self.attn_implementation}
+
+
+def chosen_models(settings: Mapping[str, Any]) -> ModelChoice:
+    """What the options of `nabla_fast.cli.options.with_model_options` say.
+
+    Raises:
+        ValueError: for an unknown pair, or for two.
+    """
+    pair = settings["pair"]
+    for old, name in OLD_PAIR_OPTIONS.items():
+        if settings[old]:
+            print_warning(f"--{old} is deprecated and will be removed in the next release; use --pair {name}")
+            if pair not in (None, name):
+                raise ValueError(f"--pair is {pair} and {name}; give one of them")
+            pair = name
+    if pair is not None and pair not in PAIR_NAMES:
+        raise ValueError(f"--pair is {pair!r}; use {' or '.join(PAIR_NAMES)}")
+    return ModelChoice(pair=pair, **{f.name: settings[f.name] for f in fields(ModelChoice) if f.name != "pair"})
+
+
+def quiet_transformers() -> None:
+    """Leaves the terminal to our own progress display."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _absolute(path: str | None) -> str | None:
+    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
