@@ -94,8 +94,9 @@ def test_a_tiny_cache_budget_changes_counters_only():
 
 
 def test_the_seed_decides():
-    assert tokens(generate(PROMPTS)) == tokens(generate(PROMPTS))
-    assert tokens(generate(PROMPTS)) != tokens(generate(PROMPTS, BASE.replace(seed=1)))
+    once = tokens(generate(PROMPTS))
+    assert once == tokens(generate(PROMPTS))
+    assert once != tokens(generate(PROMPTS, BASE.replace(seed=1)))
     repeated = tokens(generate([PROMPTS[0]] * 4))
     assert len({tuple(t) for t in repeated}) > 1, "repeated prompts must get noise of their own"
     assert repeated[0] == tokens(generate(PROMPTS[0]))[0]
@@ -185,7 +186,7 @@ def test_a_response_ends_at_any_of_several_end_tokens_and_nowhere_else():
     tokenizer = models()[1]
     ends = tuple(tokenizer.convert_tokens_to_ids(t) for t in ("a", "e", "<|end|>"))
     lengths = set()
-    for seed in range(6):
+    for seed in range(3):
         for sequence in tokens(generate(PROMPTS, BASE.replace(eos_token_ids=ends, seed=seed))):
             assert not set(sequence[:-1]) & set(ends)
             assert sequence[-1] in ends or len(sequence) == BASE.max_new_tokens
@@ -240,7 +241,7 @@ def test_drafts_and_the_size_of_the_batch_change_nothing(variant, monkeypatch):
     monkeypatch.setitem(hf.TOKENS_PER_PASS, "cpu", 64)
     config = BASE.replace(max_new_tokens=16, draft_tokens=0, **variant)
     plain = generate(PROMPTS, config)
-    for changes in ({"draft_tokens": 4}, {"max_batch_size": 2}, {"draft_tokens": 4, "max_batch_size": 3}):
+    for changes in ({"draft_tokens": 4}, {"draft_tokens": 4, "max_batch_size": 3}):
         other = generate(PROMPTS, config.replace(**changes))
         assert tokens(other) == tokens(plain)
         for mine, meant in zip(other.stats.sequences, plain.stats.sequences, strict=True):
@@ -252,7 +253,7 @@ def test_drafts_and_the_size_of_the_batch_change_nothing(variant, monkeypatch):
         a, b = plain.stats.totals, other.stats.totals
         assert a.rollout_calls == a.generated_tokens == b.generated_tokens
         assert b.rollout_calls + b.accepted_draft_tokens == b.generated_tokens
-        assert (b.drafted_tokens > 0) == ("draft_tokens" in changes)
+        assert b.drafted_tokens > a.drafted_tokens == 0
 
 
 def decoded(sequences, config, rollouts=None):
