@@ -3,6 +3,7 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 #include <sstream>
 
@@ -18,6 +19,10 @@ int64_t extent(const at::Tensor& tensor) {
 }
 
 }  // namespace
+
+bool any_double(std::initializer_list<at::Tensor> tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& x) { return x.scalar_type() == at::kDouble; });
+}
 
 std::string dtype_name(const at::Tensor& tensor) {
   return "torch." + std::string(c10::getDtypeNames(tensor.scalar_type()).first);
