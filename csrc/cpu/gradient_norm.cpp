@@ -64,9 +64,8 @@ class Pass {
         hidden_(hidden, tables.head),
         embedding_(embedding, tables.embedding),
         reward_(reward_embedding, tables.reward_embedding),
-        split_(tables.head.rows,
-               tables.reward_embedding.columns + tables.embedding.columns +
-                   (tables.reads_head() && !tables.shares_head() ? tables.head.columns : 0)),
+        split_(tables.head.rows, tables.reward_embedding.columns + tables.embedding.columns +
+                                     (tables.reads_head() && !tables.shares_head() ? tables.head.columns : 0)),
         states_(split_.parts),
         moments_(split_.parts) {
     split_.run([&](int64_t part, int64_t first, int64_t last) {

@@ -45,7 +45,7 @@ class Pass {
   // A row's own token beside the state of the others.
   struct Whole {
     double max;
-    double sum;  // of exp(logit - max)
+    double sum;     // of exp(logit - max)
     double others;  // 1 - p of the token
     double log_likelihood;
 

@@ -21,9 +21,9 @@ struct Rescale {
   double shift = 0;
 };
 
-// What the entries of a row that were seen so far add up to, with e = exp((x - max) / tau). An operator adds to the sums
-// that it needs; the others mean nothing. Sums are double: a vocabulary's worth of float32 additions would cost digits,
-// and there is one addition per block. Of a row that holds NaN or +inf, max, best or sum_exp is not finite.
+// What the entries of a row that were seen so far add up to, with e = exp((x - max) / tau). An operator adds to the
+// sums that it needs; the others mean nothing. Sums are double: a vocabulary's worth of float32 additions would cost
+// digits, and there is one addition per block. Of a row that holds NaN or +inf, max, best or sum_exp is not finite.
 struct State {
   double max = -std::numeric_limits<double>::infinity();   // of x
   double sum_exp = 0;                                      // of e

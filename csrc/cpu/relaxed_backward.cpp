@@ -1,6 +1,6 @@
 #include "../checks.h"
-#include "online_softmax.h"
 #include "matrix.h"
+#include "online_softmax.h"
 #include "operators.h"
 #include "tile_matmul.h"
 #include "vocabulary_pass.h"

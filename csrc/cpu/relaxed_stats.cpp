@@ -52,9 +52,9 @@ class Reducer {
     }
     load_block(z, x);
     // clamp_min is the bare instruction. It may drop a NaN, which the sum below will show.
-    const Vec max = at::vec::clamp_min(
-        at::vec::clamp_min(at::vec::clamp_min(x[0], x[1]), at::vec::clamp_min(x[2], x[3])),
-        at::vec::clamp_min(at::vec::clamp_min(x[4], x[5]), at::vec::clamp_min(x[6], x[7])));
+    const Vec max =
+        at::vec::clamp_min(at::vec::clamp_min(at::vec::clamp_min(x[0], x[1]), at::vec::clamp_min(x[2], x[3])),
+                           at::vec::clamp_min(at::vec::clamp_min(x[4], x[5]), at::vec::clamp_min(x[6], x[7])));
     // As seldom as the logarithm of the row's length, where the order is random.
     if ((max > max_).zero_mask() != kNoLane) raise_max(max, offset);
     const Vec lowest(Power<acc_t>::kLowest);
@@ -188,9 +188,9 @@ Statistics relaxed_stats(const at::Tensor& z, double tau, std::optional<double> 
   const double inverse_tau = check.inverse_of(tau);
   Statistics statistics;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, z.scalar_type(), "relaxed_stats", [&] {
-    statistics = relaxed_statistics<at::opmath_type<scalar_t>>(reduce_rows<scalar_t>(z, inverse_tau), z.size(0),
-                                                               inverse_tau, {entropy_threshold, confidence_threshold},
-                                                               z.options());
+    statistics =
+        relaxed_statistics<at::opmath_type<scalar_t>>(reduce_rows<scalar_t>(z, inverse_tau), z.size(0), inverse_tau,
+                                                      {entropy_threshold, confidence_threshold}, z.options());
   });
   return statistics;
 }

@@ -1,6 +1,6 @@
 #include "../checks.h"
-#include "operators.h"
 #include "matrix.h"
+#include "operators.h"
 
 #include <ATen/ops/empty.h>
 

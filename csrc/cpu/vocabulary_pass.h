@@ -34,8 +34,8 @@ struct PassInput {
   at::Tensor gradient;              // dense G (N, V), or undefined
   std::vector<GradientTerm> terms;  // or G as terms
   double tau = 1;
-  at::Tensor values;          // (V, k): what is summed with the weights e; undefined for the tokens alone
-  bool through_cap = false;   // weights carry the derivative of the softcap
+  at::Tensor values;         // (V, k): what is summed with the weights e; undefined for the tokens alone
+  bool through_cap = false;  // weights carry the derivative of the softcap
 };
 
 inline std::vector<int64_t> row_numbers(int64_t first, int64_t last) {

@@ -21,12 +21,9 @@ Kernel* kernel_for_width(int64_t hidden) {
 
 Kernel* kernel_for(int64_t type, int64_t hidden) {
   switch (static_cast<Weight>(type)) {
-    case Weight::kFloat32:
-      return kernel_for_width<Weight::kFloat32>(hidden);
-    case Weight::kBfloat16:
-      return kernel_for_width<Weight::kBfloat16>(hidden);
-    case Weight::kFloat16:
-      return kernel_for_width<Weight::kFloat16>(hidden);
+    case Weight::kFloat32: return kernel_for_width<Weight::kFloat32>(hidden);
+    case Weight::kBfloat16: return kernel_for_width<Weight::kBfloat16>(hidden);
+    case Weight::kFloat16: return kernel_for_width<Weight::kFloat16>(hidden);
   }
   return nullptr;
 }

@@ -129,7 +129,7 @@ struct Worker {
     const float mine = transpose_sum(dots);
     // Two buffers in turn, so that one barrier per tile is enough: who is a tile ahead writes to the other one, and
     // nobody is two ahead.
-    float(*const buffer)[kTileChunks] = shared->dots[tile % 2];
+    float (*const buffer)[kTileChunks] = shared->dots[tile % 2];
     const int j = lane_index() / S::kLanes, share = lane_index() % S::kLanes;
     if (share == 0) buffer[warp_index()][j] = mine;
     block_sync();

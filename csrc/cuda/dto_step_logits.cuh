@@ -65,14 +65,15 @@ __device__ __forceinline__ void add_entry(State& part, const Slice& slice, int i
 
 // One step of this thread's entries; what they say about the next one.
 __device__ __forceinline__ State step_entries(const Slice& slice, const State& row, float shift, float inverse_tau,
-                                             const AdamStep& adam_numbers) {
+                                              const AdamStep& adam_numbers) {
   const float mean = row.sum_exp_grad / row.sum_exp;
   State part;
   for (int i = thread_index(); i < slice.count; i += kThreads) {
     float logit = slice.logits[i], exp_avg = slice.exp_avg[i], exp_avg_sq = slice.exp_avg_sq[i];
     const float gradient = slice.gradient[i] - shift;
     const float x = softmax_input(slice, i, logit);
-    adam(logit, exp_avg, exp_avg_sq, logit_gradient(x, gradient, row.max, row.sum_exp, mean, inverse_tau), adam_numbers);
+    adam(logit, exp_avg, exp_avg_sq, logit_gradient(x, gradient, row.max, row.sum_exp, mean, inverse_tau),
+         adam_numbers);
     slice.logits[i] = logit;
     slice.exp_avg[i] = exp_avg;
     slice.exp_avg_sq[i] = exp_avg_sq;
@@ -84,8 +85,8 @@ __device__ __forceinline__ State step_entries(const Slice& slice, const State& r
 // The team's part of the row in every thread, from every block's own. Two places are used in turn: nobody writes to one
 // before all have passed the barrier after it was read.
 template <bool kCluster>
-__device__ __forceinline__ State exchange(const State& mine, LogitsShared* shared, const DtoRows& rows, int row, int rank,
-                                         int team, int round, float inverse_tau) {
+__device__ __forceinline__ State exchange(const State& mine, LogitsShared* shared, const DtoRows& rows, int row,
+                                          int rank, int team, int round, float inverse_tau) {
   if constexpr (kCluster) {
     State* const place = shared->exchange + round % 2;
     if (thread_index() == 0) *place = mine;
@@ -95,7 +96,7 @@ __device__ __forceinline__ State exchange(const State& mine, LogitsShared* share
   } else {
     unsigned* const counter = static_cast<unsigned*>(rows.scratch) + row;
     State* const places = reinterpret_cast<State*>(static_cast<char*>(rows.scratch) + counter_bytes(rows.rows)) +
-                         (2 * row + round % 2) * team;
+                          (2 * row + round % 2) * team;
     if (thread_index() == 0) places[rank] = mine;
     counter_barrier(counter, (round + 1) * team);
     return team_merge(places, team, inverse_tau);

@@ -112,8 +112,8 @@ NABLA_FAST_BOTH Logit head_logit(float product, float scale, float softcap) {
 
 // The numbers of one Adam step that are the same for every parameter of a row.
 struct AdamStep {
-  float rate;          // learning rate / (1 - beta1^count)
-  float correction;    // 1 - beta2^count
+  float rate;        // learning rate / (1 - beta1^count)
+  float correction;  // 1 - beta2^count
   float weight_decay;
 };
 

@@ -77,8 +77,7 @@ __device__ __forceinline__ AdamStep next_step(const DtoRows& rows, int64_t start
 }
 
 // By one thread of the team.
-__device__ __forceinline__ void report(const DtoRows& rows, int row, const Progress& progress, int token,
-                                       int done) {
+__device__ __forceinline__ void report(const DtoRows& rows, int row, const Progress& progress, int token, int done) {
   rows.token[row] = token;
   rows.changed[row] = token < 0 || token != progress.expected;
   rows.step[row] = progress.start + done;

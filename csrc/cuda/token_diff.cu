@@ -24,6 +24,6 @@ int nabla_fast_cuda_token_diff(const int64_t* old_tokens, int64_t old_row, int64
   const Tokens before{old_tokens, old_row, old_column}, after{new_tokens, new_row, new_column};
   constexpr size_t kShared = 2 * sizeof(long long) * (kDiffThreads / 32);
   token_diff_kernel<<<static_cast<unsigned>(rows), kDiffThreads, kShared, stream>>>(before, after, first, count,
-                                                                                   columns);
+                                                                                    columns);
   return cudaGetLastError();
 }

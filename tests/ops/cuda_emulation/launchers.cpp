@@ -79,12 +79,9 @@ int nabla_fast_cuda_plan_logits(int64_t rows, int64_t, int device_number, DtoPla
 
 int nabla_fast_cuda_dto_latents(const DtoRows* rows, const DtoHead* head, const DtoPlan* plan, int, void*) {
   switch (static_cast<Weight>(head->type)) {
-    case Weight::kFloat32:
-      return run_latents_type<Weight::kFloat32>(*rows, *head, *plan);
-    case Weight::kBfloat16:
-      return run_latents_type<Weight::kBfloat16>(*rows, *head, *plan);
-    case Weight::kFloat16:
-      return run_latents_type<Weight::kFloat16>(*rows, *head, *plan);
+    case Weight::kFloat32: return run_latents_type<Weight::kFloat32>(*rows, *head, *plan);
+    case Weight::kBfloat16: return run_latents_type<Weight::kBfloat16>(*rows, *head, *plan);
+    case Weight::kFloat16: return run_latents_type<Weight::kFloat16>(*rows, *head, *plan);
   }
   return 1;
 }
