@@ -82,7 +82,7 @@ class Pass {
         squares += moments.squares;
         if (tables_.nll_coeff == 0) continue;
         const double constant = tables_.nll_coeff * (merged[row].lse(1.0) - moments.shift);
-        squares += 2 * constant * moments.sum + entries(part) * constant * constant;
+        squares += 2 * constant * moments.sum + static_cast<double>(split_.part_size(part)) * constant * constant;
       }
       // Rounding may leave the sum of squares a little below zero; a NaN stays one.
       norms[row] = static_cast<acc_t>(std::sqrt(squares < 0 ? 0 : squares));
@@ -90,12 +90,6 @@ class Pass {
   }
 
  private:
-  double entries(int64_t part) const {
-    const int64_t first = split_.begin(split_.tiles * part / split_.parts);
-    const int64_t last = std::min(split_.begin(split_.tiles * (part + 1) / split_.parts), split_.entries);
-    return static_cast<double>(last - first);
-  }
-
   std::pair<std::vector<State>, std::vector<Moments>> reduce_part(int64_t first, int64_t last) const {
     std::vector<State> states(hidden_.padded_rows());
     std::vector<Moments> moments(hidden_.padded_rows());

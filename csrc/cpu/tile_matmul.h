@@ -192,11 +192,15 @@ struct Split {
   template <typename Work>
   void run(const Work& work) const {
     at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-      for (int64_t part = first; part < last; ++part) work(part, tiles * part / parts, tiles * (part + 1) / parts);
+      for (int64_t part = first; part < last; ++part) work(part, first_tile(part), first_tile(part + 1));
       release_matmul();
     });
   }
 
+  int64_t first_tile(int64_t part) const { return tiles * part / parts; }
+  int64_t part_size(int64_t part) const {
+    return std::min(begin(first_tile(part + 1)), entries) - begin(first_tile(part));
+  }
   int64_t begin(int64_t index) const { return index * tile; }
   int64_t size(int64_t index) const { return std::min(tile, entries - index * tile); }
 
