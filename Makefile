@@ -53,6 +53,7 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/ops/cuda_emulation -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
 # Sources are read, not imported, so neither torch nor the package is needed.
 docs: $(DOCS_STAMP)

@@ -3,6 +3,7 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 #include <sstream>
 
@@ -18,6 +19,11 @@ int64_t extent(const at::Tensor& tensor) {
 }
 
 }  // namespace
+
+bool any_double(std::initializer_list<at::Tensor> tensors) {
+  return std::any_of(tensors.begin(), tensors.end(),
+                     [](const at::Tensor& x) { return x.scalar_type() == at::kDouble; });
+}
 
 std::string dtype_name(const at::Tensor& tensor) {
   return "torch." + std::string(c10::getDtypeNames(tensor.scalar_type()).first);
@@ -66,7 +72,8 @@ void Check::floats(const at::Tensor& tensor, const char* argument, std::initiali
   memory(tensor, argument, index);
   const auto dtype = tensor.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
-                   named(argument, index), " must be of a float dtype (torch.float32, torch.float64, torch.bfloat16 or ",
+                   named(argument, index),
+                   " must be of a float dtype (torch.float32, torch.float64, torch.bfloat16 or ",
                    "torch.float16), got ", dtype_name(tensor));
   shape(tensor, argument, sizes, index);
 }
@@ -117,9 +124,9 @@ void Check::vectors_and_tables(at::TensorList vectors, at::TensorList tables, in
 double Check::inverse_of(double tau) const {
   // Rows of float32 are scaled by 1 / tau in units of log2: neither may be zero or infinite.
   constexpr double kLog2OfE = 1.4426950408889634;
-  TORCH_CHECK_VALUE(tau > 0 && std::isnormal(static_cast<float>(1 / tau)) &&
-                        std::isnormal(static_cast<float>(kLog2OfE / tau)),
-                    name_, ": tau must be positive and finite, with 1 / tau in float32's range, got ", tau);
+  TORCH_CHECK_VALUE(
+      tau > 0 && std::isnormal(static_cast<float>(1 / tau)) && std::isnormal(static_cast<float>(kLog2OfE / tau)), name_,
+      ": tau must be positive and finite, with 1 / tau in float32's range, got ", tau);
   return 1 / tau;
 }
 

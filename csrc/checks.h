@@ -59,6 +59,9 @@ class Check {
   const char* name_;
 };
 
+// Whether one of the tensors is float64; then sums are float64 too.
+bool any_double(std::initializer_list<at::Tensor> tensors);
+
 // "torch.float32"
 std::string dtype_name(const at::Tensor& tensor);
 

@@ -53,7 +53,7 @@ class GradientCache : public torch::CustomClassHolder {
   // for it may hold the interpreter's lock. That is why entries leave through `dropped` and die after the lock is given
   // back: the last owner of a tensor may have Python code to run.
   std::mutex mutex_;
-  Entries entries_;  // most recently used first
+  Entries entries_;                                                // most recently used first
   std::unordered_map<std::string_view, Entries::iterator> index_;  // views of the entries' own keys
   int64_t bytes_ = 0;
   int64_t hits_ = 0;

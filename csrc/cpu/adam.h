@@ -1,6 +1,8 @@
 // Adam with the betas 0.9 and 0.999 and eps 1e-8, as torch.optim.Adam makes its steps.
 #pragma once
 
+#include "matrix.h"
+
 #include <ATen/cpu/vec/vec.h>
 
 #include <cmath>
@@ -31,15 +33,14 @@ struct Adam {
   }
 
   void update(acc_t* parameters, acc_t* means, acc_t* squares, const acc_t* gradient, int64_t count) const {
-    for (int64_t i = 0; i < count; i += Vec::size()) {
-      const int64_t lanes = std::min<int64_t>(Vec::size(), count - i);
+    each_vector<Vec>(count, [&](int64_t i, int64_t lanes) {
       Vec mean = Vec::loadu(means + i, lanes);
       Vec square = Vec::loadu(squares + i, lanes);
       (*this)(Vec::loadu(parameters + i, lanes), Vec::loadu(gradient + i, lanes), mean, square)
           .store(parameters + i, lanes);
       mean.store(means + i, lanes);
       square.store(squares + i, lanes);
-    }
+    });
   }
 
   Vec step_size;

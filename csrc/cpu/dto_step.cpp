@@ -1,5 +1,5 @@
-#include "../checks.h"
 #include "dto_step.h"
+#include "../checks.h"
 
 #include "operators.h"
 #include "vocabulary_table.h"

@@ -27,8 +27,8 @@ struct DtoProblem {
   double softcap;
   double tau;
   double weight_decay;
-  at::Tensor soft_noise;  // (N, V) or undefined
-  at::Tensor hard_noise;  // (N, V) or undefined
+  at::Tensor soft_noise;            // (N, V) or undefined
+  at::Tensor hard_noise;            // (N, V) or undefined
   at::Tensor gradient;              // (N, V), or undefined:
   std::vector<GradientTerm> terms;  // G in terms
 

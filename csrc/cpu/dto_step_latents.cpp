@@ -28,7 +28,6 @@ void pass_block(DtoProblem& problem, const std::vector<int64_t>& rows, const at:
   const at::Tensor index =
       at::from_blob(const_cast<int64_t*>(rows.data()), {static_cast<int64_t>(rows.size())}, at::kLong);
   PassInput input;
-  input.vocabulary = problem.vocabulary;
   input.rows = rows;
   input.hidden = problem.parameters.index_select(0, index);
   input.weight = problem.weight;
@@ -43,9 +42,9 @@ void pass_block(DtoProblem& problem, const std::vector<int64_t>& rows, const at:
     input.values = problem.weight;
     input.through_cap = true;
   }
-  const PassOutput output = vocabulary_pass<acc_t>(input);
+  const PassOutput<acc_t> output = vocabulary_pass<acc_t>(input);
   for (size_t i = 0; i < rows.size(); ++i) {
-    problem.current[rows[i]] = output.states[i].undefined ? -1 : output.states[i].token;
+    problem.current[rows[i]] = output.states[i].defined() ? output.states[i].token : -1;
   }
   if (!hidden_gradients.defined()) return;
   const at::Tensor gradients = hidden_gradient<acc_t>(output, problem.tau).mul(problem.scale);
@@ -56,10 +55,9 @@ void pass_block(DtoProblem& problem, const std::vector<int64_t>& rows, const at:
 
 template <typename acc_t>
 void pass(DtoProblem& problem, const std::vector<int64_t>& rows, const at::Tensor& hidden_gradients) {
-  for (size_t begin = 0; begin < rows.size(); begin += kRowsPerPass) {
-    const size_t end = std::min<size_t>(begin + kRowsPerPass, rows.size());
-    pass_block<acc_t>(problem, {rows.begin() + begin, rows.begin() + end}, hidden_gradients);
-  }
+  each_pass(static_cast<int64_t>(rows.size()), [&](int64_t first, int64_t count) {
+    pass_block<acc_t>(problem, {rows.begin() + first, rows.begin() + first + count}, hidden_gradients);
+  });
 }
 
 // Adam for every row of the group.

@@ -1,7 +1,7 @@
 // One row of latents: the head is read once, and each tile of it stays in the first-level cache between the products
 // that make its logits and the sums of its weighted rows.
 #include "dto_step.h"
-#include "strided_rows.h"
+#include "matrix.h"
 #include "vocabulary_pass.h"
 
 #include <ATen/Parallel.h>
@@ -131,36 +131,28 @@ class RowPass {
         weight_(problem.weight.const_data_ptr<weight_t>()),
         inverse_tau_(1 / problem.tau),
         gradient_(problem.gradient),
+        soft_(optional_matrix(problem.soft_noise)),
+        hard_(optional_matrix(problem.hard_noise)),
         with_gradient(row.hidden_gradient ? d_ : 0),
         plain(with_gradient.size()) {
-    if (problem.soft_noise.defined()) soft_.emplace(problem.soft_noise);
-    if (problem.hard_noise.defined()) hard_.emplace(problem.hard_noise);
     if (row.hidden_gradient) start_at(row.token);
   }
 
   void run(int64_t begin, int64_t end) {
-    for (int64_t start = begin; start < end && !state.undefined; start += kBlock) {
+    for (int64_t start = begin; start < end && state.max < kInfinity; start += kBlock) {
       run_block(start, std::min(kBlock, end - start));
     }
     collect();
   }
 
   void merge(RowPass& other) {
-    state.undefined |= other.state.undefined;
-    if (other.state.best > state.best) {
-      state.best = other.state.best;
-      state.token = other.state.token;
-    }
-    if (!row_.hidden_gradient) state.max = std::max(state.max, other.state.max);
-    if (!row_.hidden_gradient || other.state.sum == 0) return;
     if (other.state.max > state.max) {
-      raise(other.state.max, other.state.reference);
+      raise_max(other.state.max, other.state.reference);
     } else {
-      other.raise(state.max, state.reference);
+      other.raise_max(state.max, state.reference);
     }
-    state.sum += other.state.sum;
-    state.gradient_sum += other.state.gradient_sum;
-    for (int64_t j = 0; j < d_; ++j) {
+    state.add(other.state);
+    for (size_t j = 0; j < plain.size(); ++j) {
       with_gradient[j] += other.with_gradient[j];
       plain[j] += other.plain[j];
     }
@@ -191,8 +183,8 @@ class RowPass {
         row_.hidden_gradient ? gradient_.read(row_.row, start, count, 0.f, buffers[2].data()) : nullptr;
     collect();
     const double share = kNegligible / static_cast<double>(problem_.vocabulary);
-    inverse_weight_limit_ = static_cast<float>(1 / (share * (state.sum)));
-    inverse_product_limit_ = static_cast<float>(1 / (share * (horizontal_sum(magnitude_))));
+    inverse_weight_limit_ = static_cast<float>(1 / (share * state.sum_exp));
+    inverse_product_limit_ = static_cast<float>(1 / (share * horizontal_sum(magnitude_)));
     for (int64_t i = 0; i < count; i += kTile) {
       const int64_t rows = std::min(kTile, count - i);
       const weight_t* weight = weight_ + (start + i) * stride_;
@@ -207,7 +199,7 @@ class RowPass {
       }
       add_tile(start + i, rows, weight, z, soft ? soft + i : nullptr, hard ? hard + i : nullptr,
                gradient ? gradient + i : nullptr);
-      if (state.undefined) return;
+      if (state.max == kInfinity) return;
     }
   }
 
@@ -224,19 +216,17 @@ class RowPass {
     const Vec y = hard ? value + Vec::loadu(hard, rows) : value;
     const float best = horizontal_max(y);
     if (!(best < kInfinity)) {
-      state.undefined = true;
+      state.max = kInfinity;
       return;
     }
     if (best > state.best) {
       const Lanes<float> lanes(y);
-      state.best = best;
-      state.token = start + (std::find(lanes.values, lanes.values + rows, best) - lanes.values);
+      state.add_hard(best, start + (std::find(lanes.values, lanes.values + rows, best) - lanes.values));
     }
-    if (!gradient && !soft) return;
 
     const Vec x = soft ? value + Vec::loadu(soft, rows) : value;
     const float max = soft ? horizontal_max(x) : hard ? horizontal_max(value) : best;
-    if (!(max < kInfinity)) state.undefined = true;
+    if (!(max < kInfinity)) state.max = kInfinity;
     if (!gradient) {
       state.max = std::max<double>(state.max, max);
       return;
@@ -244,9 +234,9 @@ class RowPass {
     if (max > state.max) {
       const Lanes<float> lanes(x);
       const float reference = gradient[std::find(lanes.values, lanes.values + rows, max) - lanes.values];
-      raise(max, std::isfinite(reference) ? reference : state.reference);
+      raise_max(max, std::isfinite(reference) ? reference : state.reference);
     }
-    if (state.undefined || state.max == -kInfinity) return;
+    if (std::isinf(state.max)) return;
     const Vec e = ((x - Vec(static_cast<float>(state.max))) * Vec(static_cast<float>(inverse_tau_))).exp();
     const Vec product = weighted(e, Vec::loadu(gradient, rows) - Vec(static_cast<float>(state.reference)));
     const Vec magnitude = product.abs();
@@ -269,11 +259,11 @@ class RowPass {
     }
   }
 
-  void raise(double max, double reference) {
+  void raise_max(double max, double reference) {
     collect();
-    const Rescale by = raise_maximum(state, max, reference, inverse_tau_);
+    const Rescale by = state.raise_max(max, inverse_tau_, reference);
     magnitude_ = Vec(0.f);
-    for (int64_t j = 0; j < d_; ++j) {
+    for (size_t j = 0; j < plain.size(); ++j) {
       with_gradient[j] = static_cast<float>(by.factor * (with_gradient[j] - by.shift * plain[j]));
       plain[j] = static_cast<float>(by.factor * plain[j]);
     }
@@ -281,8 +271,8 @@ class RowPass {
 
   // Moves the sums from vectors to the state.
   void collect() {
-    state.sum += horizontal_sum(sum_);
-    state.gradient_sum += horizontal_sum(gradient_sum_);
+    state.sum_exp += horizontal_sum(sum_);
+    state.sum_exp_grad += horizontal_sum(gradient_sum_);
     sum_ = Vec(0.f);
     gradient_sum_ = Vec(0.f);
   }
@@ -294,8 +284,8 @@ class RowPass {
   int64_t stride_;
   const weight_t* weight_;
   double inverse_tau_;
-  StridedRows gradient_;
-  std::optional<StridedRows> soft_, hard_;
+  Matrix gradient_;
+  std::optional<Matrix> soft_, hard_;
   Vec sum_{0.f};
   Vec gradient_sum_{0.f};
   Vec magnitude_{0.f};  // of the products e |G - reference|
@@ -303,7 +293,7 @@ class RowPass {
   float inverse_product_limit_ = kInfinity;
 
  public:
-  RowState state;
+  State state;
   std::vector<float> with_gradient;  // sum of e (G - reference) * head row
   std::vector<float> plain;          // sum of e * head row
 };
@@ -326,11 +316,10 @@ int64_t run_pass(const DtoProblem& problem, const LatentsRow& row) {
   });
   RowPass<weight_t>& total = *passes[0];
   for (int64_t part = 1; part < parts; ++part) total.merge(*passes[part]);
-  // Soft noise of nothing but -inf leaves no softmax.
-  if (total.state.undefined || (problem.soft_noise.defined() && std::isinf(total.state.max))) return -1;
+  if (!total.state.defined()) return -1;
   if (row.hidden_gradient) {
-    const double mean = total.state.gradient_sum / total.state.sum;
-    const double factor = problem.scale / (total.state.sum * problem.tau);
+    const double mean = total.state.sum_exp_grad / total.state.sum_exp;
+    const double factor = problem.scale / (total.state.sum_exp * problem.tau);
     for (int64_t j = 0; j < d; ++j) {
       row.hidden_gradient[j] = static_cast<float>((total.with_gradient[j] - mean * total.plain[j]) * factor);
     }
@@ -343,7 +332,7 @@ int64_t run_pass(const DtoProblem& problem, const LatentsRow& row) {
 bool latents_row_fits(const DtoProblem& problem) {
   const auto dtype = problem.weight.scalar_type();
   return problem.gradient.defined() && (dtype == at::kFloat || dtype == at::kBFloat16) &&
-         (problem.weight.stride(1) == 1 || problem.weight.size(1) == 1);
+         Matrix(problem.weight).column_stride == 1;
 }
 
 int64_t latents_row_pass(const DtoProblem& problem, const LatentsRow& row) {

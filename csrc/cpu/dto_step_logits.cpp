@@ -2,7 +2,7 @@
 // the next weights and the next token.
 #include "adam.h"
 #include "dto_step.h"
-#include "strided_rows.h"
+#include "matrix.h"
 #include "vocabulary_pass.h"
 
 #include <ATen/Parallel.h>
@@ -41,16 +41,11 @@ class LogitsRows {
         weights_(weights),
         states_(last - first),
         tops_(last - first, -1),
-        partial_((last - first) * parts_) {
-    if (gradient.defined()) {
-      gradient_.emplace(gradient);
-      gradient_offset_ = first;
-    } else {
-      gradient_.emplace(problem.gradient);
-    }
-    if (problem.soft_noise.defined()) soft_.emplace(problem.soft_noise);
-    if (problem.hard_noise.defined()) hard_.emplace(problem.hard_noise);
-  }
+        partial_((last - first) * parts_),
+        gradient_(gradient.defined() ? gradient : problem.gradient),
+        gradient_offset_(gradient.defined() ? first : 0),
+        soft_(optional_matrix(problem.soft_noise)),
+        hard_(optional_matrix(problem.hard_noise)) {}
 
   // The tokens of rows as they are; with `weigh`, also their weights and sums.
   void start(const std::vector<int64_t>& rows, bool weigh) {
@@ -78,7 +73,7 @@ class LogitsRows {
       const double rate = problem_.rates[problem_.step[row]];
       rules[row - first_] = Adam<acc_t>(++problem_.step[row], rate, problem_.weight_decay);
     }
-    std::vector<RowState> before(states_);
+    std::vector<State> before(states_);
     each_part(rows, [&](int64_t row, int64_t begin, int64_t end) {
       return step_part(row, begin, end, rules[row - first_], before[row - first_], last);
     });
@@ -94,15 +89,9 @@ class LogitsRows {
   }
 
  private:
-  // Of a part of a row.
-  struct Part {
-    double max = -std::numeric_limits<double>::infinity();   // of logit + soft noise
-    double best = -std::numeric_limits<double>::infinity();  // of logit + hard noise
-    int64_t token = -1;                                      // where `best` is
-    int64_t top = -1;                                        // where `max` is
-    double sum = 0;           // of e
-    double gradient_sum = 0;  // of e (G - reference)
-    bool undefined = false;
+  // Of a part of a row: x is logit + soft noise, hard values are logit + hard noise.
+  struct Part : State {
+    int64_t top = -1;  // where `max` is
   };
 
   void reweigh(const std::vector<int64_t>& rows) {
@@ -126,25 +115,19 @@ class LogitsRows {
   }
 
   void merge(int64_t row) {
-    RowState& state = states_[row - first_];
-    state.best = -std::numeric_limits<double>::infinity();
-    state.token = -1;
-    state.sum = state.gradient_sum = 0;
-    state.undefined = false;
+    State& state = states_[row - first_];
+    State merged;
+    merged.max = state.max;
+    merged.reference = state.reference;
     double max = -std::numeric_limits<double>::infinity();
     for (int64_t part = 0; part < parts_; ++part) {
       const Part& one = partial_[(row - first_) * parts_ + part];
       max = std::max(max, one.max);
-      state.undefined |= one.undefined;
-      if (one.best > state.best) {
-        state.best = one.best;
-        state.token = one.token;
-      }
-      state.sum += one.sum;
-      state.gradient_sum += one.gradient_sum;
+      merged.add(one);
     }
+    state = merged;
     // Soft noise of nothing but -inf leaves no softmax.
-    problem_.current[row] = state.undefined || std::isinf(max) ? -1 : state.token;
+    problem_.current[row] = std::isfinite(max) ? state.token : -1;
   }
 
   // The part that holds the row's maximum.
@@ -164,7 +147,7 @@ class LogitsRows {
     if (soft_) soft_->copy(row, token, 1, &soft);
     const acc_t guess = parameters(row)[token] + soft;
     acc_t reference = 0;
-    gradient_->copy(row - gradient_offset_, token, 1, &reference);
+    gradient_.copy(row - gradient_offset_, token, 1, &reference);
     states_[row - first_].reference = std::isfinite(reference) ? reference : 0;
     tops_[row - first_] = token;
     return std::isfinite(guess) ? guess : kMinusInfinity;
@@ -173,12 +156,12 @@ class LogitsRows {
   // The maximum, against which weights are taken, and its G: sums of G - reference keep their digits where that token
   // holds nearly all of the weight.
   void choose_reference(int64_t row) {
-    RowState& state = states_[row - first_];
+    State& state = states_[row - first_];
     const Part& top = top_part(row);
     state.max = top.max;
     tops_[row - first_] = top.top;
     acc_t reference = 0;
-    if (top.top >= 0) gradient_->copy(row - gradient_offset_, top.top, 1, &reference);
+    if (top.top >= 0) gradient_.copy(row - gradient_offset_, top.top, 1, &reference);
     state.reference = std::isfinite(reference) ? reference : 0;
   }
 
@@ -204,25 +187,22 @@ class LogitsRows {
   }
 
   void read_gradient(Block& block, int64_t row, int64_t begin, int64_t count) const {
-    block.gradient = gradient_->read(row - gradient_offset_, begin, count, acc_t(0), block.gradient_buffer);
+    block.gradient = gradient_.read(row - gradient_offset_, begin, count, acc_t(0), block.gradient_buffer);
   }
 
   // Takes the block's maxima into the part's. Lanes behind `count` must not be seen.
   void add_maxima(Part& part, const Block& block, const acc_t* z, int64_t begin, int64_t count) const {
     Vec x_max(kMinusInfinity);
     Vec y_max(kMinusInfinity);
-    const auto add = [&](const Vec& value, int64_t i, int64_t lanes) {
+    each_vector<Vec>(count, [&](int64_t i, int64_t lanes) {
+      Vec value = Vec::loadu(z + i, lanes);
+      if (lanes < Vec::size()) value = Vec::set(Vec(kMinusInfinity), value, lanes);
       const Vec y = block.hard ? value + Vec::loadu(block.hard + i, lanes) : value;
       y_max = at::vec::maximum(y_max, y);
       if (block.soft || block.hard) {
         x_max = at::vec::maximum(x_max, block.soft ? value + Vec::loadu(block.soft + i, lanes) : value);
       }
-    };
-    int64_t i = 0;
-    for (; i + Vec::size() <= count; i += Vec::size()) add(Vec::loadu(z + i), i, Vec::size());
-    if (i < count) {
-      add(Vec::set(Vec(kMinusInfinity), Vec::loadu(z + i, count - i), count - i), i, count - i);
-    }
+    });
     const auto at = [&](const acc_t* noise, acc_t value) {
       int64_t index = 0;
       while (index < count - 1 && (noise ? z[index] + noise[index] : z[index]) != value) ++index;
@@ -231,11 +211,8 @@ class LogitsRows {
     const acc_t best = Lanes<acc_t>(y_max).max();
     const acc_t max = block.soft || block.hard ? Lanes<acc_t>(x_max).max() : best;
     // A maximum that is NaN or +inf fails this.
-    part.undefined |= !(best < -kMinusInfinity && max < -kMinusInfinity);
-    if (best > part.best) {
-      part.best = best;
-      part.token = begin + at(block.hard, best);
-    }
+    if (!(best < -kMinusInfinity && max < -kMinusInfinity)) part.max = -kMinusInfinity;
+    if (best > part.best) part.add_hard(best, begin + at(block.hard, best));
     if (max > part.max) {
       part.max = max;
       part.top = begin + at(block.soft, max);
@@ -254,7 +231,7 @@ class LogitsRows {
   }
 
   // Weights of a block against the row's maximum, and their sums.
-  void weigh_block(const Block& block, const RowState& state, const acc_t* z, acc_t* e, int64_t count, Vec& sum,
+  void weigh_block(const Block& block, const State& state, const acc_t* z, acc_t* e, int64_t count, Vec& sum,
                    Vec& gradient_sum) const {
     const Vec max(static_cast<acc_t>(state.max));
     const Vec scale(static_cast<acc_t>(inverse_tau_));
@@ -268,14 +245,12 @@ class LogitsRows {
       sum = sum + weight;
       gradient_sum = gradient_sum + weighted(weight, Vec::loadu(block.gradient + i, lanes) - reference);
     };
-    int64_t i = 0;
-    for (; i + Vec::size() <= count; i += Vec::size()) weigh(i, Vec::size());
-    if (i < count) weigh(i, count - i);
+    each_vector<Vec>(count, weigh);
   }
 
   // `part` with the sums of its weights.
   Part weigh_part(int64_t row, int64_t begin, int64_t end, Part part) const {
-    part.sum = part.gradient_sum = 0;
+    part.sum_exp = part.sum_exp_grad = 0;
     Block block;
     acc_t passing[kBlock];
     acc_t* e = weights(row);
@@ -287,21 +262,21 @@ class LogitsRows {
       Vec gradient_sum(acc_t(0));
       weigh_block(block, states_[row - first_], parameters(row) + start, e ? e + start : passing, count, sum,
                   gradient_sum);
-      part.sum += Lanes<acc_t>(sum).sum();
-      part.gradient_sum += Lanes<acc_t>(gradient_sum).sum();
+      part.sum_exp += Lanes<acc_t>(sum).sum();
+      part.sum_exp_grad += Lanes<acc_t>(gradient_sum).sum();
     }
     return part;
   }
 
-  Part step_part(int64_t row, int64_t begin, int64_t end, const Adam<acc_t>& adam, const RowState& state,
+  Part step_part(int64_t row, int64_t begin, int64_t end, const Adam<acc_t>& adam, const State& state,
                  bool last) const {
     acc_t* z = parameters(row);
     acc_t* stored = weights(row);
     acc_t* mean = problem_.exp_avg.mutable_data_ptr<acc_t>() + row * vocabulary_;
     acc_t* square = problem_.exp_avg_sq.mutable_data_ptr<acc_t>() + row * vocabulary_;
-    const Vec expected(static_cast<acc_t>(state.gradient_sum / state.sum));
+    const Vec expected(static_cast<acc_t>(state.sum_exp_grad / state.sum_exp));
     const Vec reference(static_cast<acc_t>(state.reference));
-    const Vec scale(static_cast<acc_t>(inverse_tau_ / state.sum));
+    const Vec scale(static_cast<acc_t>(inverse_tau_ / state.sum_exp));
     Part part;
     Block block;
     acc_t passing[kBlock];
@@ -322,15 +297,13 @@ class LogitsRows {
         m.store(mean + start + i, lanes);
         v.store(square + start + i, lanes);
       };
-      int64_t i = 0;
-      for (; i + Vec::size() <= count; i += Vec::size()) step(i, Vec::size());
-      if (i < count) step(i, count - i);
+      each_vector<Vec>(count, step);
       add_maxima(part, block, z + start, start, count);
       if (last) continue;
       sum = gradient_sum = Vec(acc_t(0));
       weigh_block(block, state, z + start, e, count, sum, gradient_sum);
-      part.sum += Lanes<acc_t>(sum).sum();
-      part.gradient_sum += Lanes<acc_t>(gradient_sum).sum();
+      part.sum_exp += Lanes<acc_t>(sum).sum();
+      part.sum_exp_grad += Lanes<acc_t>(gradient_sum).sum();
     }
     return part;
   }
@@ -341,11 +314,12 @@ class LogitsRows {
   int64_t parts_;
   double inverse_tau_;
   at::Tensor weights_;  // (rows, V), or undefined where only one step is made: then they are made twice
-  std::vector<RowState> states_;
+  std::vector<State> states_;
   std::vector<int64_t> tops_;  // the token whose G is a row's reference
   std::vector<Part> partial_;
-  std::optional<StridedRows> gradient_, soft_, hard_;
-  int64_t gradient_offset_ = 0;  // the row of the problem that is the gradient's first
+  Matrix gradient_;
+  int64_t gradient_offset_;  // the row of the problem that is the gradient's first
+  std::optional<Matrix> soft_, hard_;
 };
 
 // Groups [begin, end).
@@ -353,8 +327,7 @@ template <typename acc_t>
 void step_groups(DtoProblem& problem, size_t begin, size_t end) {
   const int64_t first = problem.groups[begin];
   const int64_t last = problem.groups[end];
-  std::vector<int64_t> all;
-  for (int64_t row = first; row < last; ++row) all.push_back(row);
+  const std::vector<int64_t> all = row_numbers(first, last);
   const auto options = problem.parameters.options();
   at::Tensor gradient;
   if (!problem.gradient.defined()) {

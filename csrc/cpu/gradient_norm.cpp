@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cmath>
+#include <utility>
 
 namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
@@ -44,17 +45,15 @@ void add_moments(const acc_t* gradient, const acc_t* logits, int64_t size, int64
 }
 
 struct Tables {
-  Table head;
-  Table embedding;
-  Table reward_embedding;
-  bool tied;  // head and embedding are the same numbers in memory
+  Matrix head;
+  Matrix embedding;
+  Matrix reward_embedding;
   HeadTransform transform;
   double nll_coeff;
-};
 
-struct Part {
-  std::vector<State> states;
-  std::vector<Moments> moments;
+  // The head is not read without the likelihood, and read as the embedding where they are one.
+  bool reads_head() const { return nll_coeff != 0; }
+  bool shares_head() const { return reads_head() && head == embedding; }
 };
 
 template <typename acc_t>
@@ -65,25 +64,25 @@ class Pass {
         hidden_(hidden, tables.head),
         embedding_(embedding, tables.embedding),
         reward_(reward_embedding, tables.reward_embedding),
-        split_(tables.head.entries,
-               tables.reward_embedding.width + tables.embedding.width +
-                   (tables.tied || tables.nll_coeff == 0 ? 0 : tables.head.width)),
-        parts_(split_.parts) {
-    split_.run([&](int64_t part, int64_t first, int64_t last) { parts_[part] = reduce_part(first, last); });
+        split_(tables.head.rows, tables.reward_embedding.columns + tables.embedding.columns +
+                                     (tables.reads_head() && !tables.shares_head() ? tables.head.columns : 0)),
+        states_(split_.parts),
+        moments_(split_.parts) {
+    split_.run([&](int64_t part, int64_t first, int64_t last) {
+      std::tie(states_[part], moments_[part]) = reduce_part(first, last);
+    });
   }
 
   void write(acc_t* norms) const {
-    std::vector<std::vector<State>> states;
-    for (const auto& part : parts_) states.push_back(part.states);
-    const std::vector<State> merged = merge_parts(states, 1.0);
+    const std::vector<State> merged = merge_parts(states_, 1.0);
     for (int64_t row = 0; row < hidden_.rows(); ++row) {
       double squares = 0;
       for (int64_t part = 0; part < split_.parts; ++part) {
-        const Moments& moments = parts_[part].moments[row];
+        const Moments& moments = moments_[part][row];
         squares += moments.squares;
         if (tables_.nll_coeff == 0) continue;
         const double constant = tables_.nll_coeff * (merged[row].lse(1.0) - moments.shift);
-        squares += 2 * constant * moments.sum + entries(part) * constant * constant;
+        squares += 2 * constant * moments.sum + static_cast<double>(split_.part_size(part)) * constant * constant;
       }
       // Rounding may leave the sum of squares a little below zero; a NaN stays one.
       norms[row] = static_cast<acc_t>(std::sqrt(squares < 0 ? 0 : squares));
@@ -91,22 +90,17 @@ class Pass {
   }
 
  private:
-  double entries(int64_t part) const {
-    const int64_t first = split_.begin(split_.tiles * part / split_.parts);
-    const int64_t last = std::min(split_.begin(split_.tiles * (part + 1) / split_.parts), split_.entries);
-    return static_cast<double>(last - first);
-  }
-
-  Part reduce_part(int64_t first, int64_t last) const {
-    Part part{std::vector<State>(hidden_.padded_rows()), std::vector<Moments>(hidden_.padded_rows())};
+  std::pair<std::vector<State>, std::vector<Moments>> reduce_part(int64_t first, int64_t last) const {
+    std::vector<State> states(hidden_.padded_rows());
+    std::vector<Moments> moments(hidden_.padded_rows());
     std::vector<acc_t> gradient(split_.tile * kPanel);
-    std::vector<acc_t> logits(tables_.nll_coeff != 0 ? gradient.size() : 0);
+    std::vector<acc_t> logits(tables_.reads_head() ? gradient.size() : 0);
     std::vector<double> factors(kPanel);
     TableTile<acc_t> head;
     TableTile<acc_t> own_embedding;
     TableTile<acc_t> reward;
-    const bool read_head = tables_.nll_coeff != 0;
-    TableTile<acc_t>& embedding = tables_.tied && read_head && !hidden_.bfloat16() ? head : own_embedding;
+    const bool read_head = tables_.reads_head();
+    TableTile<acc_t>& embedding = tables_.shares_head() && !hidden_.bfloat16() ? head : own_embedding;
     for (int64_t index = first; index < last; ++index) {
       const int64_t begin = split_.begin(index);
       const int64_t size = split_.size(index);
@@ -115,20 +109,22 @@ class Pass {
       if (!reward_.bfloat16()) reward.load(tables_.reward_embedding, begin, size);
       for (int64_t panel = 0; panel < hidden_.panels(); ++panel) {
         const int64_t columns = hidden_.columns(panel);
-        Moments* moments = part.moments.data() + panel * kPanel;
-        State* states = part.states.data() + panel * kPanel;
+        Moments* panel_moments = moments.data() + panel * kPanel;
         embedding_.multiply(tables_.embedding, embedding, begin, size, panel, gradient.data(), false);
         reward_.multiply(tables_.reward_embedding, reward, begin, size, panel, gradient.data(), true);
         if (read_head) {
           hidden_.multiply(tables_.head, head, begin, size, panel, logits.data(), false);
           tables_.transform.apply(logits.data(), size * columns);
-          if (index == first) choose_shifts(logits.data(), columns, moments);
+          if (index == first) choose_shifts(logits.data(), columns, panel_moments);
         }
-        add_moments(gradient.data(), logits.data(), size, columns, static_cast<acc_t>(tables_.nll_coeff), moments);
-        if (read_head) add_tile<false>(logits.data(), size, columns, begin, 1.0, states, factors.data());
+        add_moments(gradient.data(), logits.data(), size, columns, static_cast<acc_t>(tables_.nll_coeff),
+                    panel_moments);
+        if (read_head) {
+          add_tile<false>(logits.data(), size, columns, begin, 1.0, states.data() + panel * kPanel, factors.data());
+        }
       }
     }
-    return part;
+    return {std::move(states), std::move(moments)};
   }
 
   // The first logit of the part, if it is finite.
@@ -143,18 +139,18 @@ class Pass {
   Rows<acc_t> embedding_;
   Rows<acc_t> reward_;
   Split split_;
-  std::vector<Part> parts_;
+  std::vector<std::vector<State>> states_;     // (parts, padded rows)
+  std::vector<std::vector<Moments>> moments_;  // as many
 };
 
 template <typename acc_t>
 Tensor run(const Tensor& hidden, const Tensor& embedding, const Tensor& reward_embedding, const Tables& tables) {
   Tensor norms = at::empty({hidden.size(0)}, hidden.options().dtype(c10::CppTypeToScalarType<acc_t>::value));
-  for (int64_t row = 0; row < hidden.size(0); row += kRowsPerPass) {
-    const int64_t rows = std::min(kRowsPerPass, hidden.size(0) - row);
+  each_pass(hidden.size(0), [&](int64_t row, int64_t rows) {
     const Pass<acc_t> pass(hidden.narrow(0, row, rows), embedding.narrow(0, row, rows),
                            reward_embedding.narrow(0, row, rows), tables);
     pass.write(norms.mutable_data_ptr<acc_t>() + row);
-  }
+  });
   // Without the likelihood the head is not read, but a row whose hidden state is NaN is one without a gradient.
   if (tables.nll_coeff == 0) norms.add_(zero_or_nan(hidden));
   return norms;
@@ -171,14 +167,10 @@ Tensor gradient_norm(const Tensor& hidden, const Tensor& embedding, const Tensor
   check.table(reward_table, "reward_table", weight.size(0), "d_r");
   check.floats(embedding, "embedding", {hidden.size(0), embedding_table.size(1)});
   check.floats(reward_embedding, "reward_embedding", {hidden.size(0), reward_table.size(1)});
-  const bool tied = weight.const_data_ptr() == embedding_table.const_data_ptr() &&
-                    weight.scalar_type() == embedding_table.scalar_type() &&
-                    weight.strides() == embedding_table.strides() && weight.sizes() == embedding_table.sizes();
-  const Tables tables{Table(weight), Table(embedding_table), Table(reward_table), tied, {scale, softcap}, nll_coeff};
-  for (const Tensor* tensor : {&hidden, &embedding, &reward_embedding, &weight, &embedding_table, &reward_table}) {
-    if (tensor->scalar_type() == at::kDouble) return run<double>(hidden, embedding, reward_embedding, tables);
-  }
-  return run<float>(hidden, embedding, reward_embedding, tables);
+  const Tables tables{Matrix(weight), Matrix(embedding_table), Matrix(reward_table), {scale, softcap}, nll_coeff};
+  return any_double({hidden, embedding, reward_embedding, weight, embedding_table, reward_table})
+             ? run<double>(hidden, embedding, reward_embedding, tables)
+             : run<float>(hidden, embedding, reward_embedding, tables);
 }
 
 }  // namespace nabla_fast::cpu::CPU_CAPABILITY

@@ -7,10 +7,10 @@ namespace {
 
 // One pass over the head for at most kRowsPerPass rows.
 template <typename acc_t>
-std::vector<State> reduce_pass(const at::Tensor& h, const Table& table, const HeadTransform& transform,
+std::vector<State> reduce_pass(const at::Tensor& h, const Matrix& table, const HeadTransform& transform,
                                double inverse_tau) {
   const Rows<acc_t> rows(h, table);
-  const Split split(table.entries, table.width);
+  const Split split(table.rows, table.columns);
   std::vector<std::vector<State>> states(split.parts);
   split.run([&](int64_t part, int64_t first, int64_t last) {
     // Of this thread's own memory while it is written to.
@@ -35,16 +35,15 @@ std::vector<State> reduce_pass(const at::Tensor& h, const Table& table, const He
 }
 
 template <typename acc_t>
-std::vector<State> reduce(const at::Tensor& h, const at::Tensor& weight, const HeadTransform& transform,
-                          double inverse_tau) {
-  const Table table(weight);
+Statistics run(const at::Tensor& h, const at::Tensor& weight, const HeadTransform& transform, double inverse_tau,
+               const Thresholds& thresholds) {
+  const Matrix table(weight);
   std::vector<State> states;
-  for (int64_t row = 0; row < h.size(0); row += kRowsPerPass) {
-    const int64_t rows = std::min(kRowsPerPass, h.size(0) - row);
+  each_pass(h.size(0), [&](int64_t row, int64_t rows) {
     const std::vector<State> pass = reduce_pass<acc_t>(h.narrow(0, row, rows), table, transform, inverse_tau);
     states.insert(states.end(), pass.begin(), pass.begin() + rows);
-  }
-  return states;
+  });
+  return relaxed_statistics<acc_t>(states, h.size(0), inverse_tau, thresholds, h.options());
 }
 
 }  // namespace
@@ -56,12 +55,8 @@ Statistics linear_relaxed_stats(const Tensor& h, const Tensor& weight, double sc
   const double inverse_tau = check.inverse_of(tau);
   const HeadTransform transform{scale, softcap};
   const Thresholds thresholds{entropy_threshold, confidence_threshold};
-  if (h.scalar_type() == at::kDouble || weight.scalar_type() == at::kDouble) {
-    return relaxed_statistics<double>(reduce<double>(h, weight, transform, inverse_tau), h.size(0), inverse_tau,
-                                      thresholds, h.options());
-  }
-  return relaxed_statistics<float>(reduce<float>(h, weight, transform, inverse_tau), h.size(0), inverse_tau,
-                                   thresholds, h.options());
+  return any_double({h, weight}) ? run<double>(h, weight, transform, inverse_tau, thresholds)
+                                 : run<float>(h, weight, transform, inverse_tau, thresholds);
 }
 
 }  // namespace nabla_fast::cpu::CPU_CAPABILITY

@@ -14,6 +14,77 @@
 #include <vector>
 
 namespace nabla_fast::cpu::CPU_CAPABILITY {
+
+// The factor and the shift that bring sums to another maximum and another reference.
+struct Rescale {
+  double factor = 0;
+  double shift = 0;
+};
+
+// What the entries of a row that were seen so far add up to, with e = exp((x - max) / tau). An operator adds to the
+// sums that it needs; the others mean nothing. Sums are double: a vocabulary's worth of float32 additions would cost
+// digits, and there is one addition per block. Of a row that holds NaN or +inf, max, best or sum_exp is not finite.
+struct State {
+  double max = -std::numeric_limits<double>::infinity();   // of x
+  double sum_exp = 0;                                      // of e
+  double sum_exp_logit = 0;                                // of e (x - max) / tau
+  double sum_exp_grad = 0;                                 // of e (G - reference)
+  double best = -std::numeric_limits<double>::infinity();  // of the values whose argmax is the hard token
+  int64_t token = -1;                                      // where `best` is, the lowest index of equals
+  // G of the maximum: only differences of G matter, and where one token holds nearly all of the weight, those of the
+  // others would drown in its rounding.
+  double reference = 0;
+
+  // Indices must ascend, so that the first of equals stays.
+  void add_hard(double value, int64_t index) {
+    if (value > best) {
+      best = value;
+      token = index;
+    }
+  }
+
+  // Makes `value` the maximum; what was summed beside the state is to be rescaled alike.
+  Rescale raise_max(double value, double inverse_tau, double new_reference = 0) {
+    Rescale by{0, new_reference - reference};
+    if (max > -std::numeric_limits<double>::infinity()) {
+      const double moved = (max - value) * inverse_tau;
+      by.factor = std::exp(moved);
+      // -inf times a factor of 0 would be NaN, and so would be the right answer for a row with +inf in it.
+      sum_exp_logit = by.factor > 0 ? by.factor * (sum_exp_logit + moved * sum_exp) : sum_exp * 0;
+      sum_exp_grad = by.factor * (sum_exp_grad - by.shift * sum_exp);
+      sum_exp *= by.factor;
+    }
+    max = value;
+    reference = new_reference;
+    return by;
+  }
+
+  // Adds a state of later entries, relative to the same maximum and reference.
+  void add(const State& later) {
+    sum_exp += later.sum_exp;
+    sum_exp_logit += later.sum_exp_logit;
+    sum_exp_grad += later.sum_exp_grad;
+    add_hard(later.best, later.token);
+  }
+
+  // Adds a state of later entries.
+  void merge(State later, double inverse_tau) {
+    if (later.max > max) {
+      raise_max(later.max, inverse_tau, later.reference);
+    } else {
+      later.raise_max(max, inverse_tau, reference);
+    }
+    add(later);
+  }
+
+  // Whether there are a softmax and a hard token.
+  bool defined() const { return std::isfinite(max) && std::isfinite(best) && std::isfinite(sum_exp); }
+
+  double lse(double inverse_tau) const {
+    return defined() ? max * inverse_tau + std::log(sum_exp) : std::numeric_limits<double>::quiet_NaN();
+  }
+};
+
 namespace {
 
 // max_prob, lse, entropy, token, mask
@@ -88,46 +159,6 @@ acc_t finite_or_zero(double max) {
   return max == -std::numeric_limits<double>::infinity() ? acc_t(0) : static_cast<acc_t>(max);
 }
 
-// Of the entries seen so far, with y = (z - max) / tau. The sums are double: a vocabulary's worth of float32 additions
-// would cost digits, and there is one addition per block. Rows that hold NaN or +inf show it in `sum`, which is NaN.
-struct State {
-  double max = -std::numeric_limits<double>::infinity();
-  double sum = 0;       // sum of exp(y)
-  double weighted = 0;  // sum of exp(y) * y
-  int64_t token = -1;   // lowest index of the maximum
-
-  // Makes `value` the maximum: y moves by a shift, exp(y) by the factor that is returned.
-  double raise_max(double value, int64_t index, double inverse_tau) {
-    double factor = 0;
-    if (token >= 0) {
-      const double shift = (max - value) * inverse_tau;
-      factor = std::exp(shift);
-      // A shift of -inf times a factor of 0 would be NaN, and so would be the right answer for a row with +inf in it.
-      weighted = factor > 0 ? factor * (weighted + shift * sum) : sum * 0;
-      sum *= factor;
-    }
-    max = value;
-    token = index;
-    return factor;
-  }
-
-  void merge_right(State other, double inverse_tau) {
-    if (other.max > max) {
-      raise_max(other.max, other.token, inverse_tau);
-    } else {
-      other.raise_max(max, other.token, inverse_tau);
-    }
-    sum += other.sum;
-    weighted += other.weighted;
-  }
-
-  bool defined() const { return token >= 0 && std::isfinite(sum) && std::isfinite(max); }
-
-  double lse(double inverse_tau) const {
-    return defined() ? max * inverse_tau + std::log(sum) : std::numeric_limits<double>::quiet_NaN();
-  }
-};
-
 // A row's mask is true where its entropy and its largest probability pass the thresholds that there are.
 template <typename acc_t>
 Statistics relaxed_statistics(const std::vector<State>& states, int64_t rows, double inverse_tau,
@@ -151,10 +182,10 @@ Statistics relaxed_statistics(const std::vector<State>& states, int64_t rows, do
       mask_out[row] = false;
       continue;
     }
-    max_prob_out[row] = static_cast<acc_t>(1 / state.sum);
+    max_prob_out[row] = static_cast<acc_t>(1 / state.sum_exp);
     lse_out[row] = static_cast<acc_t>(state.lse(inverse_tau));
-    // Never below zero, rounding or not: the maximum adds exactly 1 to the sum, and nothing adds to weighted.
-    entropy_out[row] = static_cast<acc_t>(std::log(state.sum) - state.weighted / state.sum);
+    // Never below zero, rounding or not: the maximum adds exactly 1 to sum_exp and nothing to sum_exp_logit.
+    entropy_out[row] = static_cast<acc_t>(std::log(state.sum_exp) - state.sum_exp_logit / state.sum_exp);
     token_out[row] = state.token;
     mask_out[row] = (!thresholds.entropy || entropy_out[row] >= static_cast<acc_t>(*thresholds.entropy)) &&
                     (!thresholds.confidence || max_prob_out[row] <= static_cast<acc_t>(*thresholds.confidence));

@@ -24,38 +24,38 @@ using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using HardEmbeddings = std::tuple<std::vector<Tensor>, Tensor>;
 
 // Of dto_step; `gradient` is dense, or the three factors.
-#define NABLA_FAST_DTO_STEP_ARGUMENTS                                                                                 \
-  (const Tensor& parameters, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step,                     \
-   const Tensor& tokens, const Tensor& learning_rates, at::TensorList gradient,                                       \
-   const std::optional<Tensor>& soft_noise, const std::optional<Tensor>& hard_noise,                                  \
-   const std::optional<Tensor>& group, const Tensor& weight, double scale, double softcap,                            \
-   const Tensor& embedding_table, const Tensor& reward_table, double nll_coeff, bool latents, double tau,             \
+#define NABLA_FAST_DTO_STEP_ARGUMENTS                                                                     \
+  (const Tensor& parameters, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step,         \
+   const Tensor& tokens, const Tensor& learning_rates, at::TensorList gradient,                           \
+   const std::optional<Tensor>& soft_noise, const std::optional<Tensor>& hard_noise,                      \
+   const std::optional<Tensor>& group, const Tensor& weight, double scale, double softcap,                \
+   const Tensor& embedding_table, const Tensor& reward_table, double nll_coeff, bool latents, double tau, \
    double weight_decay, int64_t max_steps)
 
 // X(name, type of the result, arguments)
-#define NABLA_FAST_CPU_OPERATORS(X)                                                                                \
-  X(token_diff, TwoTensors, (const Tensor& old_tokens, const Tensor& new_tokens))                                  \
-  X(relaxed_stats, FiveTensors,                                                                                    \
-    (const Tensor& z, double tau, std::optional<double> entropy_threshold,                                         \
-     std::optional<double> confidence_threshold))                                                                  \
-  X(linear_relaxed_stats, FiveTensors,                                                                             \
-    (const Tensor& h, const Tensor& weight, double scale, double softcap, double tau,                              \
-     std::optional<double> entropy_threshold, std::optional<double> confidence_threshold))                         \
-  X(log_likelihood_gradient, TwoTensors,                                                                           \
-    (const Tensor& h, const Tensor& weight, double scale, double softcap, const Tensor& tokens, bool need_grad))   \
-  X(gradient_norm, Tensor,                                                                                         \
-    (const Tensor& hidden, const Tensor& embedding, const Tensor& reward_embedding, const Tensor& weight,          \
-     double scale, double softcap, const Tensor& embedding_table, const Tensor& reward_table, double nll_coeff))   \
-  X(straight_through_embedding, HardEmbeddings, (const Tensor& z, at::TensorList tables, double tau))              \
-  X(linear_straight_through_embedding, HardEmbeddings,                                                             \
-    (const Tensor& h, const Tensor& weight, double scale, double softcap, at::TensorList tables, double tau))      \
-  X(soft_embedding, Tensor, (const Tensor& z, const Tensor& table, double tau))                                    \
-  X(linear_soft_embedding, Tensor,                                                                                 \
-    (const Tensor& h, const Tensor& weight, double scale, double softcap, const Tensor& table, double tau))        \
-  X(relaxed_backward, Tensor, (const Tensor& z, at::TensorList vectors, at::TensorList tables, double tau))        \
-  X(linear_relaxed_backward, Tensor,                                                                               \
-    (const Tensor& h, const Tensor& weight, double scale, double softcap, at::TensorList vectors,                  \
-     at::TensorList tables, double tau))                                                                           \
+#define NABLA_FAST_CPU_OPERATORS(X)                                                                              \
+  X(token_diff, TwoTensors, (const Tensor& old_tokens, const Tensor& new_tokens))                                \
+  X(relaxed_stats, FiveTensors,                                                                                  \
+    (const Tensor& z, double tau, std::optional<double> entropy_threshold,                                       \
+     std::optional<double> confidence_threshold))                                                                \
+  X(linear_relaxed_stats, FiveTensors,                                                                           \
+    (const Tensor& h, const Tensor& weight, double scale, double softcap, double tau,                            \
+     std::optional<double> entropy_threshold, std::optional<double> confidence_threshold))                       \
+  X(log_likelihood_gradient, TwoTensors,                                                                         \
+    (const Tensor& h, const Tensor& weight, double scale, double softcap, const Tensor& tokens, bool need_grad)) \
+  X(gradient_norm, Tensor,                                                                                       \
+    (const Tensor& hidden, const Tensor& embedding, const Tensor& reward_embedding, const Tensor& weight,        \
+     double scale, double softcap, const Tensor& embedding_table, const Tensor& reward_table, double nll_coeff)) \
+  X(straight_through_embedding, HardEmbeddings, (const Tensor& z, at::TensorList tables, double tau))            \
+  X(linear_straight_through_embedding, HardEmbeddings,                                                           \
+    (const Tensor& h, const Tensor& weight, double scale, double softcap, at::TensorList tables, double tau))    \
+  X(soft_embedding, Tensor, (const Tensor& z, const Tensor& table, double tau))                                  \
+  X(linear_soft_embedding, Tensor,                                                                               \
+    (const Tensor& h, const Tensor& weight, double scale, double softcap, const Tensor& table, double tau))      \
+  X(relaxed_backward, Tensor, (const Tensor& z, at::TensorList vectors, at::TensorList tables, double tau))      \
+  X(linear_relaxed_backward, Tensor,                                                                             \
+    (const Tensor& h, const Tensor& weight, double scale, double softcap, at::TensorList vectors,                \
+     at::TensorList tables, double tau))                                                                         \
   X(dto_step, TwoTensors, NABLA_FAST_DTO_STEP_ARGUMENTS)
 
 #define NABLA_FAST_DECLARE(name, result, arguments) result name arguments;

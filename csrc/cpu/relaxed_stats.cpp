@@ -52,9 +52,9 @@ class Reducer {
     }
     load_block(z, x);
     // clamp_min is the bare instruction. It may drop a NaN, which the sum below will show.
-    const Vec max = at::vec::clamp_min(
-        at::vec::clamp_min(at::vec::clamp_min(x[0], x[1]), at::vec::clamp_min(x[2], x[3])),
-        at::vec::clamp_min(at::vec::clamp_min(x[4], x[5]), at::vec::clamp_min(x[6], x[7])));
+    const Vec max =
+        at::vec::clamp_min(at::vec::clamp_min(at::vec::clamp_min(x[0], x[1]), at::vec::clamp_min(x[2], x[3])),
+                           at::vec::clamp_min(at::vec::clamp_min(x[4], x[5]), at::vec::clamp_min(x[6], x[7])));
     // As seldom as the logarithm of the row's length, where the order is random.
     if ((max > max_).zero_mask() != kNoLane) raise_max(max, offset);
     const Vec lowest(Power<acc_t>::kLowest);
@@ -81,8 +81,11 @@ class Reducer {
     State state;
     state.max = scalar_max_;
     const auto plus = [](const Vec& a, const Vec& b) { return a + b; };
-    state.sum = at::vec::vec_reduce_all<acc_t>(plus, (sum_[0] + sum_[1]) + (sum_[2] + sum_[3]));
-    state.weighted = at::vec::vec_reduce_all<acc_t>(plus, (weighted_[0] + weighted_[1]) + (weighted_[2] + weighted_[3])) / Power<acc_t>::kUnits;
+    const auto total = [&](const std::array<Vec, kSums>& sums) {
+      return at::vec::vec_reduce_all<acc_t>(plus, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+    };
+    state.sum_exp = total(sum_);
+    state.sum_exp_logit = total(weighted_) / Power<acc_t>::kUnits;
     return state;
   }
 
@@ -139,7 +142,7 @@ State reduce_part(const scalar_t* z, int64_t size, int64_t first, double inverse
     const scalar_t* begin = z + reducer.max_offset();
     const scalar_t* end = std::min(begin + block, z + size);
     const scalar_t* position = std::find_if(begin, end, [&](scalar_t value) { return acc_t(value) == max; });
-    state.token = first + (position - z);
+    state.add_hard(state.max, first + (position - z));
   }
   return state;
 }
@@ -171,7 +174,7 @@ std::vector<State> reduce_rows(const at::Tensor& z, double inverse_tau) {
 
   std::vector<State> merged(rows);
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t part = 0; part < parts; ++part) merged[row].merge_right(states[row * parts + part], inverse_tau);
+    for (int64_t part = 0; part < parts; ++part) merged[row].merge(states[row * parts + part], inverse_tau);
   }
   return merged;
 }
@@ -185,9 +188,9 @@ Statistics relaxed_stats(const at::Tensor& z, double tau, std::optional<double> 
   const double inverse_tau = check.inverse_of(tau);
   Statistics statistics;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, z.scalar_type(), "relaxed_stats", [&] {
-    statistics = relaxed_statistics<at::opmath_type<scalar_t>>(reduce_rows<scalar_t>(z, inverse_tau), z.size(0),
-                                                               inverse_tau, {entropy_threshold, confidence_threshold},
-                                                               z.options());
+    statistics =
+        relaxed_statistics<at::opmath_type<scalar_t>>(reduce_rows<scalar_t>(z, inverse_tau), z.size(0), inverse_tau,
+                                                      {entropy_threshold, confidence_threshold}, z.options());
   });
   return statistics;
 }

@@ -1,6 +1,6 @@
 #include "../checks.h"
+#include "matrix.h"
 #include "operators.h"
-#include "strided_rows.h"
 
 #include <ATen/ops/empty.h>
 
@@ -16,7 +16,7 @@ Tensor table_rows(const Tensor& table, const Tensor& token) {
   const int64_t rows = token.size(0);
   const int64_t width = table.size(1);
   Tensor out = at::empty({rows, width}, token.options().dtype(c10::CppTypeToScalarType<acc_t>::value));
-  const StridedRows source(table);
+  const Matrix source(table);
   const int64_t* tokens = token.const_data_ptr<int64_t>();
   acc_t* data = out.mutable_data_ptr<acc_t>();
   for (int64_t i = 0; i < rows; ++i) {

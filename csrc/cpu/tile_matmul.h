@@ -15,12 +15,10 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
-#include <vector>
 
 namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
@@ -33,6 +31,12 @@ constexpr int64_t kStrip = 32;
 constexpr int64_t kPanelUnit = 16;
 // Rows that are worked on in one pass over a table; it bounds the memory of the accumulators that each thread has.
 constexpr int64_t kRowsPerPass = 512;
+
+// work(first row, rows) for all rows, as many at a time as go into one pass.
+template <typename Work>
+void each_pass(int64_t rows, const Work& work) {
+  for (int64_t row = 0; row < rows; row += kRowsPerPass) work(row, std::min(kRowsPerPass, rows - row));
+}
 
 // c (m, n) = a (m, k) b (k, n), or c += ..., all row-major.
 template <typename acc_t>
@@ -81,8 +85,8 @@ void transpose_tile(const acc_t* products, int64_t size, int64_t columns, acc_t*
 template <typename acc_t>
 class Rows {
  public:
-  Rows(const at::Tensor& rows, const Table& table)
-      : width_(table.width),
+  Rows(const at::Tensor& rows, const Matrix& table)
+      : width_(table.columns),
         rows_(rows.size(0)),
         bfloat16_(rows.scalar_type() == at::kBFloat16 && table.dtype == at::kBFloat16 && width_ % 2 == 0 &&
                   table.dense() && std::is_same_v<acc_t, float> && has_bfloat16_matmul()) {
@@ -112,7 +116,7 @@ class Rows {
   bool bfloat16() const { return bfloat16_; }
 
   // out (size, columns(panel)) = the products of table entries [begin, begin + size) with one panel, or += them.
-  void multiply(const Table& table, const TableTile<acc_t>& tile, int64_t begin, int64_t size, int64_t panel,
+  void multiply(const Matrix& table, const TableTile<acc_t>& tile, int64_t begin, int64_t size, int64_t panel,
                 acc_t* out, bool add) const {
     for (int64_t strip = 0; strip < columns(panel); strip += kStrip) {
       multiply_strip(table, tile, begin, size, panel * kPanel + strip, std::min(kStrip, columns(panel) - strip),
@@ -124,14 +128,14 @@ class Rows {
   static constexpr auto kDtype = c10::CppTypeToScalarType<acc_t>::value;
 
   // Rows [row, row + n), which lie packed together.
-  void multiply_strip(const Table& table, const TableTile<acc_t>& tile, int64_t begin, int64_t size, int64_t row,
+  void multiply_strip(const Matrix& table, const TableTile<acc_t>& tile, int64_t begin, int64_t size, int64_t row,
                       int64_t n, acc_t* out, int64_t out_stride, bool add) const {
     if constexpr (std::is_same_v<acc_t, float>) {
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
       if (bfloat16_) {
         const auto* packed = static_cast<const at::BFloat16*>(packed_.const_data_ptr()) + row * width_;
-        at::native::cpublas::brgemm(size, n, width_, table.entry_stride, n, out_stride, add,
-                                    table.entry<at::BFloat16>(begin), packed, out);
+        at::native::cpublas::brgemm(size, n, width_, table.row_stride, n, out_stride, add,
+                                    table.address<at::BFloat16>(begin), packed, out);
         return;
       }
 #endif
@@ -188,11 +192,15 @@ struct Split {
   template <typename Work>
   void run(const Work& work) const {
     at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-      for (int64_t part = first; part < last; ++part) work(part, tiles * part / parts, tiles * (part + 1) / parts);
+      for (int64_t part = first; part < last; ++part) work(part, first_tile(part), first_tile(part + 1));
       release_matmul();
     });
   }
 
+  int64_t first_tile(int64_t part) const { return tiles * part / parts; }
+  int64_t part_size(int64_t part) const {
+    return std::min(begin(first_tile(part + 1)), entries) - begin(first_tile(part));
+  }
   int64_t begin(int64_t index) const { return index * tile; }
   int64_t size(int64_t index) const { return std::min(tile, entries - index * tile); }
 

@@ -33,7 +33,8 @@ void add_columns(acc_t* logits, int64_t size, int64_t stride, int64_t begin, dou
       // Seldom, where the order is random: the tile is searched only then.
       int64_t v = 0;
       while (logits[v * stride + lane] != lanes[lane]) ++v;
-      factors[lane] = state.raise_max(lanes[lane], begin + v, inverse_tau);
+      factors[lane] = state.raise_max(lanes[lane], inverse_tau).factor;
+      state.add_hard(lanes[lane], begin + v);
     }
     lanes[lane] = finite_or_zero<acc_t>(state.max);
   }
@@ -62,8 +63,8 @@ void add_columns(acc_t* logits, int64_t size, int64_t stride, int64_t begin, dou
     weighted[k].store(weighted_lanes.data() + k * Vec::size());
   }
   for (int64_t lane = 0; lane < kLanes; ++lane) {
-    states[lane].sum += lanes[lane];
-    states[lane].weighted += weighted_lanes[lane] * (1 / Power<acc_t>::kUnits);
+    states[lane].sum_exp += lanes[lane];
+    states[lane].sum_exp_logit += weighted_lanes[lane] * (1 / Power<acc_t>::kUnits);
   }
 }
 
@@ -88,7 +89,7 @@ void add_tile(acc_t* logits, int64_t size, int64_t columns, int64_t begin, doubl
 inline std::vector<State> merge_parts(const std::vector<std::vector<State>>& parts, double inverse_tau) {
   std::vector<State> merged = parts[0];
   for (size_t part = 1; part < parts.size(); ++part) {
-    for (size_t row = 0; row < merged.size(); ++row) merged[row].merge_right(parts[part][row], inverse_tau);
+    for (size_t row = 0; row < merged.size(); ++row) merged[row].merge(parts[part][row], inverse_tau);
   }
   return merged;
 }

@@ -1,11 +1,9 @@
 #include "vocabulary_pass.h"
 
-#include "online_softmax.h"
-#include "strided_rows.h"
+#include "matrix.h"
 #include "vocabulary_products.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <cmath>
 #include <memory>
@@ -13,10 +11,6 @@
 
 namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
-
-std::optional<StridedRows> optional_rows(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional<StridedRows>(tensor) : std::nullopt;
-}
 
 // What one thread makes of its part of the vocabulary.
 template <typename acc_t>
@@ -30,13 +24,13 @@ class PartPass {
         products_(products),
         tile_(tile),
         n_(static_cast<int64_t>(input.rows.size())),
-        blocks_(!input.values.defined() ? 0 : has_gradient() ? 2 : 1),
+        blocks_(input.values.defined() ? 1 + has_gradient() : 0),
         width_(blocks_ ? input.values.size(1) : 0),
         inverse_tau_(1 / input.tau),
-        z_(optional_rows(input.z)),
-        soft_(optional_rows(input.soft_noise)),
-        hard_(optional_rows(input.hard_noise)),
-        dense_(optional_rows(input.gradient)),
+        z_(optional_matrix(input.z)),
+        soft_(optional_matrix(input.soft_noise)),
+        hard_(optional_matrix(input.hard_noise)),
+        dense_(optional_matrix(input.gradient)),
         workspace_(products.workspace(tile)),
         weights_(blocks_ * kPanel * tile),
         x_(tile),
@@ -61,30 +55,18 @@ class PartPass {
   // Adds another part, whose entries come later in the vocabulary.
   void merge(PartPass& other) {
     for (int64_t i = 0; i < n_; ++i) {
-      RowState& a = states[i];
-      RowState& b = other.states[i];
-      a.undefined |= b.undefined;
-      if (b.best > a.best) {
-        a.best = b.best;
-        a.token = b.token;
-      }
-      if (!blocks_) a.max = std::max(a.max, b.max);
-      if (b.sum == 0) continue;
-      if (b.max > a.max) {
-        rescale(i, raise_maximum(a, b.max, b.reference, inverse_tau_));
+      if (other.states[i].max > states[i].max) {
+        raise_max(i, other.states[i].max, other.states[i].reference);
       } else {
-        other.rescale(i, raise_maximum(b, a.max, a.reference, inverse_tau_));
+        other.raise_max(i, states[i].max, states[i].reference);
       }
-      a.sum += b.sum;
-      a.gradient_sum += b.gradient_sum;
-      for (int64_t block = 0; block < blocks_; ++block) {
-        for (int64_t j = 0; j < width_; ++j) sum(block, i)[j] += other.sum(block, i)[j];
-      }
+      states[i].add(other.states[i]);
     }
+    for (size_t j = 0; j < sums.size(); ++j) sums[j] += other.sums[j];
   }
 
  private:
-  static constexpr acc_t kMinusInfinity = -std::numeric_limits<acc_t>::infinity();
+  static constexpr acc_t kInfinity = std::numeric_limits<acc_t>::infinity();
 
   bool noisy() const { return soft_.has_value() || hard_.has_value(); }
 
@@ -101,23 +83,22 @@ class PartPass {
   // Row i, which is `row` of its panel.
   void add_row(int64_t i, int64_t row, int64_t start, int64_t count) {
     const int64_t padded = round_up(count, Vec::size());
-    RowState& state = states[i];
+    State& state = states[i];
     acc_t max;
     acc_t best;
     read_logits(i, row, start, count, padded, max, best);
     // A maximum that is NaN or +inf fails this.
-    if (!(best < std::numeric_limits<acc_t>::infinity() && max < std::numeric_limits<acc_t>::infinity())) {
-      state.undefined = true;
+    if (!(best < kInfinity && max < kInfinity)) {
+      state.max = kInfinity;
     } else if (best > state.best) {
       const acc_t* y = noisy() ? y_.data() : x_.data();
-      state.best = best;
-      state.token = start + (std::find(y, y + count, best) - y);
+      state.add_hard(best, start + (std::find(y, y + count, best) - y));
     }
     if (!blocks_) {
       state.max = std::max<double>(state.max, max);
       return;
     }
-    if (state.undefined || (max == kMinusInfinity && state.max == kMinusInfinity)) {
+    if (state.max == kInfinity || (max == -kInfinity && state.max == -kInfinity)) {
       for (int64_t block = 0; block < blocks_; ++block) std::fill_n(weights(block, row), padded, acc_t(0));
       return;
     }
@@ -128,7 +109,7 @@ class PartPass {
         const acc_t own = gradient[std::find(x_.data(), x_.data() + count, max) - x_.data()];
         if (std::isfinite(own)) reference = own;
       }
-      rescale(i, raise_maximum(state, max, reference, inverse_tau_));
+      raise_max(i, max, reference);
     }
     write_weights(state, row, padded, gradient);
   }
@@ -138,17 +119,17 @@ class PartPass {
     const int64_t at = input_.rows[i];
     const acc_t* z;
     if (z_) {
-      z = z_->template read<acc_t>(at, start, count, kMinusInfinity, x_.data());
+      z = z_->template read<acc_t>(at, start, count, -kInfinity, x_.data());
     } else {
       acc_t* logits = workspace_.logits.data() + row * tile_;
-      std::fill(logits + count, logits + padded, kMinusInfinity);
+      std::fill(logits + count, logits + padded, -kInfinity);
       z = logits;
     }
     const acc_t* hard = hard_ ? hard_->template read<acc_t>(at, start, count, acc_t(0), y_.data()) : nullptr;
     const acc_t* soft = soft_ ? soft_->template read<acc_t>(at, start, count, acc_t(0), buffer_.data()) : nullptr;
     const Vec inverse_cap(static_cast<acc_t>(capped() ? 1 / input_.softcap : 0));
-    Vec x_max(kMinusInfinity);
-    Vec y_max(kMinusInfinity);
+    Vec x_max(-kInfinity);
+    Vec y_max(-kInfinity);
     for (int64_t j = 0; j < padded; j += Vec::size()) {
       const Vec value = Vec::loadu(z + j);
       if (capped()) {
@@ -172,7 +153,7 @@ class PartPass {
     return products_.has_gradient() ? workspace_.gradient.data() + row * tile_ : nullptr;
   }
 
-  void write_weights(RowState& state, int64_t row, int64_t padded, const acc_t* gradient) {
+  void write_weights(State& state, int64_t row, int64_t padded, const acc_t* gradient) {
     const Vec max(static_cast<acc_t>(state.max));
     const Vec scale(static_cast<acc_t>(inverse_tau_ * Power<acc_t>::kUnits));
     const Vec reference(static_cast<acc_t>(state.reference));
@@ -190,11 +171,12 @@ class PartPass {
       gradient_sum = gradient_sum + product;
       (capped() ? product * slope : product).store(with_gradient + j);
     }
-    state.sum += Lanes<acc_t>(sum).sum();
-    state.gradient_sum += Lanes<acc_t>(gradient_sum).sum();
+    state.sum_exp += Lanes<acc_t>(sum).sum();
+    state.sum_exp_grad += Lanes<acc_t>(gradient_sum).sum();
   }
 
-  void rescale(int64_t i, Rescale by) {
+  void raise_max(int64_t i, double max, double reference) {
+    const Rescale by = states[i].raise_max(max, inverse_tau_, reference);
     acc_t* plain = sum(blocks_ - 1, i);
     acc_t* with_gradient = sum(0, i);
     for (int64_t j = 0; j < width_; ++j) {
@@ -206,7 +188,7 @@ class PartPass {
   }
 
  public:
-  std::vector<RowState> states;
+  std::vector<State> states;
 
  private:
   const PassInput& input_;
@@ -216,7 +198,7 @@ class PartPass {
   int64_t blocks_;  // weighted sums per row: none, one of e, or of e (G - reference) before e
   int64_t width_;
   double inverse_tau_;
-  std::optional<StridedRows> z_, soft_, hard_, dense_;
+  std::optional<Matrix> z_, soft_, hard_, dense_;
   typename VocabularyProducts<acc_t>::Workspace workspace_;
   std::vector<acc_t> weights_, x_, y_, slope_, gradient_, buffer_;
 
@@ -226,23 +208,12 @@ class PartPass {
 
 }  // namespace
 
-Rescale raise_maximum(RowState& state, double max, double reference, double inverse_tau) {
-  // An empty state has nothing to bring along, and its maximum may be -inf.
-  const Rescale by{state.sum > 0 ? std::exp((state.max - max) * inverse_tau) : 0, reference - state.reference};
-  state.gradient_sum = by.factor * (state.gradient_sum - by.shift * state.sum);
-  state.sum *= by.factor;
-  state.max = max;
-  state.reference = reference;
-  return by;
-}
-
 template <typename acc_t>
-PassOutput vocabulary_pass(const PassInput& input) {
-  const auto n = static_cast<int64_t>(input.rows.size());
+PassOutput<acc_t> vocabulary_pass(const PassInput& input) {
   const auto source = (input.z.defined() ? input.z : input.hidden).scalar_type();
   const VocabularyProducts<acc_t> products(input.hidden, input.weight, {input.scale, input.softcap}, input.terms,
                                            input.values, source);
-  const Split split(input.vocabulary, products.width());
+  const Split split(input.vocabulary(), products.width());
   std::vector<std::unique_ptr<PartPass<acc_t>>> passes(split.parts);
   split.run([&](int64_t part, int64_t first, int64_t last) {
     passes[part] = std::make_unique<PartPass<acc_t>>(input, products, split.tile);
@@ -250,40 +221,22 @@ PassOutput vocabulary_pass(const PassInput& input) {
   });
   PartPass<acc_t>& total = *passes[0];
   for (int64_t part = 1; part < split.parts; ++part) total.merge(*passes[part]);
-
-  PassOutput output;
-  output.states = std::move(total.states);
-  // Nothing but -inf, maybe by the soft noise alone, has no softmax.
-  for (RowState& state : output.states) state.undefined |= std::isinf(state.max);
-  if (!input.values.defined()) return output;
-  const int64_t columns = input.values.size(1);
-  const auto options = at::dtype(c10::CppTypeToScalarType<acc_t>::value);
-  const bool has_gradient = input.gradient.defined() || !input.terms.empty();
-  const acc_t* sums = total.sums.data();
-  if (has_gradient) {
-    output.weighted = at::empty({n, columns}, options);
-    std::copy_n(sums, n * columns, output.weighted.template mutable_data_ptr<acc_t>());
-    sums += n * columns;
-  }
-  output.mixture = at::empty({n, columns}, options);
-  std::copy_n(sums, n * columns, output.mixture.template mutable_data_ptr<acc_t>());
-  return output;
+  return {std::move(total.states), input.values.defined() ? input.values.size(1) : 0, std::move(total.sums)};
 }
 
 template <typename acc_t>
-at::Tensor hidden_gradient(const PassOutput& output, double tau) {
-  const int64_t columns = output.weighted.size(1);
-  at::Tensor result = at::empty_like(output.weighted);
-  const acc_t* weighted = output.weighted.const_data_ptr<acc_t>();
-  const acc_t* mixture = output.mixture.const_data_ptr<acc_t>();
+at::Tensor hidden_gradient(const PassOutput<acc_t>& output, double tau) {
+  const auto n = static_cast<int64_t>(output.states.size());
+  at::Tensor result = at::empty({n, output.width}, at::dtype(c10::CppTypeToScalarType<acc_t>::value));
+  const acc_t* with_gradient = output.sums.data();
+  const acc_t* plain = with_gradient + n * output.width;
   acc_t* out = result.mutable_data_ptr<acc_t>();
-  for (size_t i = 0; i < output.states.size(); ++i) {
-    const RowState& state = output.states[i];
-    const double mean = state.gradient_sum / state.sum;
-    const double factor = state.undefined ? std::numeric_limits<double>::quiet_NaN() : 1 / (state.sum * tau);
-    for (int64_t j = 0; j < columns; ++j) {
-      const int64_t at = static_cast<int64_t>(i) * columns + j;
-      out[at] = static_cast<acc_t>((weighted[at] - mean * mixture[at]) * factor);
+  for (int64_t i = 0; i < n; ++i) {
+    const State& state = output.states[i];
+    const double mean = state.sum_exp_grad / state.sum_exp;
+    const double factor = state.defined() ? 1 / (state.sum_exp * tau) : std::numeric_limits<double>::quiet_NaN();
+    for (int64_t at = i * output.width; at < (i + 1) * output.width; ++at) {
+      out[at] = static_cast<acc_t>((with_gradient[at] - mean * plain[at]) * factor);
     }
   }
   return result;
@@ -310,10 +263,10 @@ void write_gradient(int64_t vocabulary, const std::vector<GradientTerm>& terms, 
   });
 }
 
-template PassOutput vocabulary_pass<float>(const PassInput&);
-template PassOutput vocabulary_pass<double>(const PassInput&);
-template at::Tensor hidden_gradient<float>(const PassOutput&, double);
-template at::Tensor hidden_gradient<double>(const PassOutput&, double);
+template PassOutput<float> vocabulary_pass<float>(const PassInput&);
+template PassOutput<double> vocabulary_pass<double>(const PassInput&);
+template at::Tensor hidden_gradient<float>(const PassOutput<float>&, double);
+template at::Tensor hidden_gradient<double>(const PassOutput<double>&, double);
 template void write_gradient<float>(int64_t, const std::vector<GradientTerm>&, const at::Tensor&);
 template void write_gradient<double>(int64_t, const std::vector<GradientTerm>&, const at::Tensor&);
 

@@ -101,7 +101,7 @@ class VocabularyProducts {
       if (rounds_) return workspace.values.add_product(rows, weights, stride, sums);
     }
     const TableTile<acc_t>& values = workspace.tables[values_];
-    const int64_t width = tables_[values_].width;
+    const int64_t width = tables_[values_].columns;
     matmul<acc_t>(rows, width, size, weights, stride, values.data(), values.stride(), sums, width, true);
   }
 
@@ -110,7 +110,7 @@ class VocabularyProducts {
   // Elements that are read per vocabulary entry.
   int64_t width() const {
     int64_t width = 0;
-    for (const Table& table : tables_) width += table.width;
+    for (const Matrix& table : tables_) width += table.columns;
     return width;
   }
 
@@ -131,7 +131,7 @@ class VocabularyProducts {
     std::vector<GradientTerm> sums;
     for (const GradientTerm& term : terms) {
       const auto same = std::find_if(sums.begin(), sums.end(), [&](const GradientTerm& sum) {
-        return sum.softcap == 0 && term.softcap == 0 && Table(sum.table) == Table(term.table) &&
+        return sum.softcap == 0 && term.softcap == 0 && Matrix(sum.table) == Matrix(term.table) &&
                sum.vectors.scalar_type() == kDtype && term.vectors.scalar_type() == kDtype;
       });
       if (same == sums.end()) {
@@ -151,7 +151,7 @@ class VocabularyProducts {
   }
 
   size_t find_or_add(const at::Tensor& tensor) {
-    const Table table(tensor);
+    const Matrix table(tensor);
     const auto found = std::find(tables_.begin(), tables_.end(), table);
     if (found != tables_.end()) return found - tables_.begin();
     tables_.push_back(table);
@@ -165,7 +165,7 @@ class VocabularyProducts {
   }
 
   HeadTransform transform_;
-  std::vector<Table> tables_;
+  std::vector<Matrix> tables_;
   std::vector<bool> converted_;  // whether a table's tile is needed as acc_t
   std::optional<Operand> logits_;
   std::vector<Operand> plain_;

@@ -12,10 +12,10 @@ namespace nabla_fast::cuda {
 
 // Sums A and B over the team for some columns and updates these columns of the row.
 __device__ __forceinline__ void update_columns(const DtoRows& rows, const DtoHead& head, int row, int rank, int team,
-                                               const Part& all, const float* weights, const float* vectors,
+                                               const State& all, const float* weights, const float* vectors,
                                                const AdamStep& adam_numbers, float (*sums)[2][32]) {
   const int hidden = static_cast<int>(head.hidden);
-  const float mean = all.weighted / all.sum, outer = static_cast<float>(head.scale);
+  const float mean = all.sum_exp_grad / all.sum_exp, outer = static_cast<float>(head.scale);
 #pragma unroll 1
   for (int block = rank; block * 32 < hidden; block += team) {
     const int column = block * 32 + lane_index();
@@ -48,12 +48,12 @@ __device__ __forceinline__ void update_columns(const DtoRows& rows, const DtoHea
 // their reading and another between their reading and the next step's writing.
 struct Scratch {
   unsigned* counter;
-  Part* parts;     // one per block
+  State* parts;    // one per block
   float* vectors;  // A and B (2, d), one pair per block
 };
 
 __device__ __forceinline__ Scratch scratch_of(const DtoRows& rows, const DtoHead& head, int row, int team) {
-  Part* const parts = reinterpret_cast<Part*>(static_cast<char*>(rows.scratch) + counter_bytes(rows.rows));
+  State* const parts = reinterpret_cast<State*>(static_cast<char*>(rows.scratch) + counter_bytes(rows.rows));
   float* const vectors = reinterpret_cast<float*>(parts + rows.rows * team);
   const int64_t before = static_cast<int64_t>(row) * team;
   return {static_cast<unsigned*>(rows.scratch) + row, parts + before, vectors + 2 * before * head.hidden};
@@ -79,22 +79,18 @@ __global__ void __launch_bounds__(kThreads, 1) dto_latents_kernel(DtoRows rows, 
     // Read again after every pass, so that no register has to keep what follows from them.
     const int row = shared->pass.row, rank = shared->pass.rank;
     const Scratch scratch = scratch_of(rows, head, row, team);
-    const Part mine = worker.finish(need_gradient, scratch.vectors + 2 * rank * head.hidden);
-    if (thread_index() == 0) {
-      scratch.parts[rank] = mine;
-    }
+    const State mine = worker.finish(need_gradient, scratch.vectors + 2 * rank * head.hidden);
+    if (thread_index() == 0) scratch.parts[rank] = mine;
     counter_barrier(scratch.counter, (2 * done + 1) * team);
-    const Part all = team_merge(scratch.parts, team, shared->pass.inverse_tau);
+    const State all = team_merge(scratch.parts, team, shared->pass.inverse_tau);
     const int token = token_of(all);
     if (shared->progress.stops(token, done)) {
-      if (rank == 0 && thread_index() == 0) {
-        report(rows, row, shared->progress, token, done);
-      }
+      if (rank == 0 && thread_index() == 0) report(rows, row, shared->progress, token, done);
       return;
     }
     if (thread_index() < team) {
       shared->weights[thread_index()] =
-          rescale(load_part(scratch.parts + thread_index()).max, all.max, shared->pass.inverse_tau) / all.sum;
+          rescale(load_part(scratch.parts[thread_index()]).max, all.max, shared->pass.inverse_tau) / all.sum_exp;
     }
     block_sync();
     update_columns(rows, head, row, rank, team, all, shared->weights, scratch.vectors,

@@ -53,7 +53,7 @@ struct LatentsShared {
   float dots[2][kWarps][kTileChunks];
   float weights[kThreads];
   float sums[kWarps][2][32];
-  Part slots[kWarps];
+  State slots[kWarps];
   // Here rather than in registers, of which the tiles' loop needs all.
   Pass pass;
   Progress progress;

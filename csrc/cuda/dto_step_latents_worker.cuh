@@ -47,9 +47,7 @@ __device__ __forceinline__ float transpose_sum(float (&values)[kCount]) {
     }
   }
 #pragma unroll
-  for (int offset = 16 / kCount; offset > 0; offset /= 2) {
-    values[0] += shuffle_xor(values[0], offset);
-  }
+  for (int offset = 16 / kCount; offset > 0; offset /= 2) values[0] += shuffle_xor(values[0], offset);
   return values[0];
 }
 
@@ -61,7 +59,7 @@ struct Worker {
   const Place& place;
   LatentsShared* const shared;
   float h[S::kColumns], a[S::kColumns], b[S::kColumns];
-  Part part;  // softmax: the maximum of the group, the sums of this lane's entries; hard token: of this lane's entries
+  State part;  // softmax: the maximum of the group, the sums of this lane's entries; hard token: of this lane's entries
 
   // The first vocabulary entry of this thread's group in a tile; past the end, also for a group that is not one.
   __device__ __forceinline__ int entry(int tile) const {
@@ -83,9 +81,7 @@ struct Worker {
       const bool valid = has_chunk(c);
       const float* const from = row + place.chunk(c) * S::kVector;
 #pragma unroll
-      for (int k = 0; k < S::kVector; ++k) {
-        h[c * S::kVector + k] = valid ? load_shared_by_blocks(from + k) : 0.0f;
-      }
+      for (int k = 0; k < S::kVector; ++k) h[c * S::kVector + k] = valid ? load_shared_by_blocks(from + k) : 0.0f;
     }
   }
 
@@ -127,19 +123,15 @@ struct Worker {
         float w[S::kVector];
         unpack<kType>(*slot(tile, j, c), w);
 #pragma unroll
-        for (int k = 0; k < S::kVector; ++k) {
-          dots[j] += w[k] * h[c * S::kVector + k];
-        }
+        for (int k = 0; k < S::kVector; ++k) dots[j] += w[k] * h[c * S::kVector + k];
       }
     }
     const float mine = transpose_sum(dots);
     // Two buffers in turn, so that one barrier per tile is enough: who is a tile ahead writes to the other one, and
     // nobody is two ahead.
-    float(*const buffer)[kTileChunks] = shared->dots[tile % 2];
+    float (*const buffer)[kTileChunks] = shared->dots[tile % 2];
     const int j = lane_index() / S::kLanes, share = lane_index() % S::kLanes;
-    if (share == 0) {
-      buffer[warp_index()][j] = mine;
-    }
+    if (share == 0) buffer[warp_index()][j] = mine;
     block_sync();
     float sum = 0;
 #pragma unroll 1
@@ -147,9 +139,7 @@ struct Worker {
       sum += buffer[place.group * place.group_warps + warp][j];
     }
 #pragma unroll
-    for (int offset = S::kLanes / 2; offset > 0; offset /= 2) {
-      sum += shuffle_xor(sum, offset);
-    }
+    for (int offset = S::kLanes / 2; offset > 0; offset /= 2) sum += shuffle_xor(sum, offset);
     return sum;
   }
 
@@ -157,9 +147,7 @@ struct Worker {
   __device__ __forceinline__ float2 add_to_softmax(float x, float gradient, float slope) {
     float max = x;
 #pragma unroll
-    for (int offset = S::kLanes; offset < 32; offset *= 2) {
-      max = fmaxf(max, shuffle_xor(max, offset));
-    }
+    for (int offset = S::kLanes; offset < 32; offset *= 2) max = fmaxf(max, shuffle_xor(max, offset));
     if (max > part.max) {
       const float factor = raise_max(part, max, shared->pass.inverse_tau);
 #pragma unroll
@@ -169,8 +157,8 @@ struct Worker {
       }
     }
     const float e = relative_exp(x, part.max, shared->pass.inverse_tau), weighted = weigh(e, gradient);
-    part.sum += e;
-    part.weighted += weighted;
+    part.sum_exp += e;
+    part.sum_exp_grad += weighted;
     return {weighted * slope, e * slope};
   }
 
@@ -195,15 +183,11 @@ struct Worker {
   // whether there is a softmax.
   __device__ __forceinline__ void run(bool need_gradient) {
     const int depth = place.groups * S::kDepth, tiles = (shared->pass.end - shared->pass.begin + depth - 1) / depth;
-    part = Part{};
+    part = State{};
 #pragma unroll
-    for (int i = 0; i < S::kColumns; ++i) {
-      a[i] = b[i] = 0;
-    }
+    for (int i = 0; i < S::kColumns; ++i) a[i] = b[i] = 0;
 #pragma unroll 1
-    for (int tile = 0; tile < kStages; ++tile) {
-      copy_tile(tile);
-    }
+    for (int tile = 0; tile < kStages; ++tile) copy_tile(tile);
     Entry next = load_entry(0);
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
@@ -215,9 +199,7 @@ struct Worker {
       const bool valid = v < shared->pass.end;
       const Logit logit = head_logit(dot, shared->pass.scale, shared->pass.softcap);
       const float x = valid ? logit.value + now.soft_noise : -INFINITY;
-      if (valid) {
-        add_hard(part, logit.value + now.hard_noise, v);
-      }
+      if (valid) add_hard(part, logit.value + now.hard_noise, v);
       if (need_gradient) {
         add_to_sums(tile, add_to_softmax(x, now.gradient, valid ? logit.slope : 0.0f));
       } else {
@@ -230,16 +212,12 @@ struct Worker {
   }
 
   // The block's part in every thread; its A and B, relative to the part's maximum, go to `vectors` (2, d).
-  __device__ __forceinline__ Part finish(bool need_gradient, float* vectors) {
+  __device__ __forceinline__ State finish(bool need_gradient, float* vectors) {
     // An entry is held by several lanes and by every warp of the group: one of them counts it.
-    Part mine = part;
-    if (!place.active || place.member / 32 != 0 || lane_index() % S::kLanes != 0) {
-      mine.sum = mine.weighted = 0;
-    }
-    const Part all = block_merge(mine, shared->slots, shared->pass.inverse_tau);
-    if (!need_gradient) {
-      return all;
-    }
+    State mine = part;
+    if (!place.active || place.member / 32 != 0 || lane_index() % S::kLanes != 0) mine.sum_exp = mine.sum_exp_grad = 0;
+    const State all = block_merge(mine, shared->slots, shared->pass.inverse_tau);
+    if (!need_gradient) return all;
     // block_merge was a barrier: nobody reads tiles any more.
     float* const staged = reinterpret_cast<float*>(shared->tiles);
     const float factor = rescale(part.max, all.max, shared->pass.inverse_tau);
@@ -260,9 +238,7 @@ struct Worker {
     for (int i = thread_index(); i < 2 * head.hidden; i += kThreads) {
       float sum = 0;
 #pragma unroll 1
-      for (int group = 0; group < place.groups; ++group) {
-        sum += staged[2 * group * head.hidden + i];
-      }
+      for (int group = 0; group < place.groups; ++group) sum += staged[2 * group * head.hidden + i];
       vectors[i] = sum;
     }
     // The tiles are free again on return, whatever the caller does next.

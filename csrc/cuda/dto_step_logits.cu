@@ -61,17 +61,13 @@ bool has_clusters(int device) {
 int nabla_fast_cuda_plan_logits(int64_t rows, int64_t vocabulary, int device, DtoPlan* plan) {
   NABLA_FAST_TRY(cudaSetDevice(device));
   int64_t wanted = 1;
-  while (wanted < kMaxCluster && wanted * kSliceWanted < vocabulary) {
-    wanted *= 2;
-  }
+  while (wanted < kMaxCluster && wanted * kSliceWanted < vocabulary) wanted *= 2;
   if (has_clusters(device)) {
     // A processor group may have room for 8 blocks but not for 16.
     for (const int64_t team : {wanted, (wanted + 1) / 2}) {
       for (const int64_t chip_gradient : {1, 0}) {
         *plan = {team, 1, chip_gradient, 0};
-        if (cluster_fits(rows, vocabulary, *plan, device)) {
-          return cudaSuccess;
-        }
+        if (cluster_fits(rows, vocabulary, *plan, device)) return cudaSuccess;
       }
     }
   }
@@ -79,15 +75,13 @@ int nabla_fast_cuda_plan_logits(int64_t rows, int64_t vocabulary, int device, Dt
   *plan = {};
   plan->team = team_size(resident_blocks(dto_logits_kernel<false>, sizeof(LogitsShared), device), rows,
                          (vocabulary + kSliceWanted - 1) / kSliceWanted);
-  plan->scratch_bytes = counter_bytes(rows) + 2 * rows * plan->team * static_cast<int64_t>(sizeof(Part));
+  plan->scratch_bytes = counter_bytes(rows) + 2 * rows * plan->team * static_cast<int64_t>(sizeof(State));
   return cudaSuccess;
 }
 
 int nabla_fast_cuda_dto_logits(const DtoRows* rows, const DtoPlan* plan, int device, cudaStream_t stream) {
   NABLA_FAST_TRY(cudaSetDevice(device));
-  if (plan->team < 1) {
-    return cudaErrorInvalidValue;
-  }
+  if (plan->team < 1) return cudaErrorInvalidValue;
   DtoRows rows_copy = *rows;
   DtoPlan plan_copy = *plan;
   void* arguments[] = {&rows_copy, &plan_copy};

@@ -23,8 +23,8 @@ struct Slice {
 
 // In front of the arrays in shared memory.
 struct LogitsShared {
-  Part slots[kWarps];
-  Part exchange[2];
+  State slots[kWarps];
+  State exchange[2];
   float arrays[1];
 };
 
@@ -46,35 +46,34 @@ __device__ __forceinline__ Slice slice_of(const DtoRows& rows, int row, int rank
           noise(rows.soft_noise, rows.soft_noise_stride),
           noise(rows.hard_noise, rows.hard_noise_stride),
           static_cast<int>(first),
-          static_cast<int>(left < 0 ? 0 : left < size ? left : size)};
+          static_cast<int>(left < 0 ? 0 : min(left, size))};
 }
 
 __device__ __forceinline__ void copy_slice(float* to, const float* from, int count) {
-  for (int i = thread_index(); i < count; i += kThreads) {
-    to[i] = from[i];
-  }
+  for (int i = thread_index(); i < count; i += kThreads) to[i] = from[i];
 }
 
 __device__ __forceinline__ float softmax_input(const Slice& slice, int i, float logit) {
   return slice.soft_noise ? logit + slice.soft_noise[i] : logit;
 }
 
-__device__ __forceinline__ void add_entry(Part& part, const Slice& slice, int i, float logit, float gradient,
+__device__ __forceinline__ void add_entry(State& part, const Slice& slice, int i, float logit, float gradient,
                                           float inverse_tau) {
   add_soft(part, softmax_input(slice, i, logit), gradient, inverse_tau);
   add_hard(part, slice.hard_noise ? logit + slice.hard_noise[i] : logit, slice.first + i);
 }
 
 // One step of this thread's entries; what they say about the next one.
-__device__ __forceinline__ Part step_entries(const Slice& slice, const Part& row, float shift, float inverse_tau,
-                                             const AdamStep& adam_numbers) {
-  const float mean = row.weighted / row.sum;
-  Part part;
+__device__ __forceinline__ State step_entries(const Slice& slice, const State& row, float shift, float inverse_tau,
+                                              const AdamStep& adam_numbers) {
+  const float mean = row.sum_exp_grad / row.sum_exp;
+  State part;
   for (int i = thread_index(); i < slice.count; i += kThreads) {
     float logit = slice.logits[i], exp_avg = slice.exp_avg[i], exp_avg_sq = slice.exp_avg_sq[i];
     const float gradient = slice.gradient[i] - shift;
     const float x = softmax_input(slice, i, logit);
-    adam(logit, exp_avg, exp_avg_sq, logit_gradient(x, gradient, row.max, row.sum, mean, inverse_tau), adam_numbers);
+    adam(logit, exp_avg, exp_avg_sq, logit_gradient(x, gradient, row.max, row.sum_exp, mean, inverse_tau),
+         adam_numbers);
     slice.logits[i] = logit;
     slice.exp_avg[i] = exp_avg;
     slice.exp_avg_sq[i] = exp_avg_sq;
@@ -86,23 +85,19 @@ __device__ __forceinline__ Part step_entries(const Slice& slice, const Part& row
 // The team's part of the row in every thread, from every block's own. Two places are used in turn: nobody writes to one
 // before all have passed the barrier after it was read.
 template <bool kCluster>
-__device__ __forceinline__ Part exchange(const Part& mine, LogitsShared* shared, const DtoRows& rows, int row, int rank,
-                                         int team, int round, float inverse_tau) {
+__device__ __forceinline__ State exchange(const State& mine, LogitsShared* shared, const DtoRows& rows, int row,
+                                          int rank, int team, int round, float inverse_tau) {
   if constexpr (kCluster) {
-    Part* const place = shared->exchange + round % 2;
-    if (thread_index() == 0) {
-      *place = mine;
-    }
+    State* const place = shared->exchange + round % 2;
+    if (thread_index() == 0) *place = mine;
     cluster_sync();
     const int lane = lane_index();
-    return warp_merge(lane < team ? *cluster_address(place, lane) : Part{}, inverse_tau);
+    return warp_merge(lane < team ? *cluster_address(place, lane) : State{}, inverse_tau);
   } else {
     unsigned* const counter = static_cast<unsigned*>(rows.scratch) + row;
-    Part* const places = reinterpret_cast<Part*>(static_cast<char*>(rows.scratch) + counter_bytes(rows.rows)) +
-                         (2 * row + round % 2) * team;
-    if (thread_index() == 0) {
-      places[rank] = mine;
-    }
+    State* const places = reinterpret_cast<State*>(static_cast<char*>(rows.scratch) + counter_bytes(rows.rows)) +
+                          (2 * row + round % 2) * team;
+    if (thread_index() == 0) places[rank] = mine;
     counter_barrier(counter, (round + 1) * team);
     return team_merge(places, team, inverse_tau);
   }
@@ -135,13 +130,13 @@ __global__ void __launch_bounds__(kThreads, 1) dto_logits_kernel(DtoRows rows, D
   }
 
   // A thread reads and writes its own entries only, so the arrays need no barrier.
-  Part part;
+  State part;
   for (int i = thread_index(); i < slice.count; i += kThreads) {
     add_entry(part, slice, i, slice.logits[i], slice.gradient[i] - shift, inverse_tau);
   }
   for (int done = 0;; ++done) {
-    const Part mine = block_merge(part, shared->slots, inverse_tau);
-    const Part all = exchange<kCluster>(mine, shared, rows, row, rank, team, done, inverse_tau);
+    const State mine = block_merge(part, shared->slots, inverse_tau);
+    const State all = exchange<kCluster>(mine, shared, rows, row, rank, team, done, inverse_tau);
     const int token = token_of(all);
     if (progress.stops(token, done)) {
       if constexpr (kCluster) {
@@ -152,9 +147,7 @@ __global__ void __launch_bounds__(kThreads, 1) dto_logits_kernel(DtoRows rows, D
         }
         cluster_sync();  // nobody leaves while another still reads its shared memory
       }
-      if (rank == 0 && thread_index() == 0) {
-        report(rows, row, progress, token, done);
-      }
+      if (rank == 0 && thread_index() == 0) report(rows, row, progress, token, done);
       return;
     }
     part = step_entries(slice, all, shift, inverse_tau, next_step(rows, progress.start, done));

@@ -10,9 +10,9 @@
 
 namespace nabla_fast::cuda {
 
-#define NABLA_FAST_TRY(call)                            \
+#define NABLA_FAST_TRY(call)                                      \
   if (const cudaError_t error_ = (call); error_ != cudaSuccess) { \
-    return error_;                                      \
+    return error_;                                                \
   }
 
 inline int attribute(cudaDeviceAttr which, int device) {

@@ -13,14 +13,14 @@
 
 namespace nabla_fast::cuda {
 
-// What one part of the vocabulary says about a row. Parts merge in any grouping; the empty part changes nothing.
-struct Part {
-  float max = -INFINITY;   // of x = logit + soft noise; NaN shows in `sum`
-  float sum = 0;           // of exp((x - max) / tau)
-  float weighted = 0;      // of exp((x - max) / tau) * gradient
-  float best = -INFINITY;  // of logit + hard noise
-  int index = INT_MAX;     // the lowest one with `best`
-  int bad = 0;             // whether a hard value is NaN or +inf
+// What a part of the vocabulary says about a row, with e = exp((x - max) / tau). Parts merge in any grouping; the empty
+// part changes nothing. A NaN or +inf among the x shows in max or sum_exp, among the hard values in best.
+struct State {
+  float max = -INFINITY;   // of x = logit + soft noise
+  float sum_exp = 0;       // of e
+  float sum_exp_grad = 0;  // of e * G
+  float best = -INFINITY;  // of logit + hard noise; +inf for NaN
+  int token = INT_MAX;     // the lowest one with `best`
 };
 
 // Differences are taken before they are divided by tau: large logits would be rounded too far beside a small one.
@@ -39,56 +39,50 @@ NABLA_FAST_BOTH float relative_exp(float x, float max, float inverse_tau) {
 // 0 * inf would be NaN where a -inf logit meets an infinite gradient; such entries cannot move.
 NABLA_FAST_BOTH float weigh(float e, float gradient) { return e > 0 ? e * gradient : 0.0f; }
 
-// The factor on what was summed with the part, too.
-NABLA_FAST_BOTH float raise_max(Part& part, float max, float inverse_tau) {
-  const float factor = rescale(part.max, max, inverse_tau);
-  part.sum *= factor;
-  part.weighted *= factor;
-  part.max = max;
+// The factor on what was summed with the state, too.
+NABLA_FAST_BOTH float raise_max(State& state, float max, float inverse_tau) {
+  const float factor = rescale(state.max, max, inverse_tau);
+  state.sum_exp *= factor;
+  state.sum_exp_grad *= factor;
+  state.max = max;
   return factor;
 }
 
 // Of x where no softmax is wanted, what says whether there is one.
-NABLA_FAST_BOTH void look_at_soft(Part& part, float x) { part.max = fmaxf(part.max, x == x ? x : INFINITY); }
+NABLA_FAST_BOTH void look_at_soft(State& state, float x) { state.max = fmaxf(state.max, x == x ? x : INFINITY); }
 
-NABLA_FAST_BOTH void add_soft(Part& part, float x, float gradient, float inverse_tau) {
-  if (x > part.max) {
-    raise_max(part, x, inverse_tau);
-  }
-  const float e = relative_exp(x, part.max, inverse_tau);
-  part.sum += e;
-  part.weighted += weigh(e, gradient);
+NABLA_FAST_BOTH void add_soft(State& state, float x, float gradient, float inverse_tau) {
+  if (x > state.max) raise_max(state, x, inverse_tau);
+  const float e = relative_exp(x, state.max, inverse_tau);
+  state.sum_exp += e;
+  state.sum_exp_grad += weigh(e, gradient);
 }
 
-// Indices must ascend, so that the first of equals stays.
-NABLA_FAST_BOTH void add_hard(Part& part, float value, int index) {
-  if (!(value < INFINITY)) {
-    part.bad = 1;
-  }
-  if (value > part.best) {
-    part.best = value;
-    part.index = index;
+// Tokens must ascend, so that the first of equals stays.
+NABLA_FAST_BOTH void add_hard(State& state, float value, int token) {
+  const float seen = value == value ? value : INFINITY;
+  if (seen > state.best) {
+    state.best = seen;
+    state.token = token;
   }
 }
 
-NABLA_FAST_BOTH Part merge(const Part& a, const Part& b, float inverse_tau) {
-  Part out = a;
+NABLA_FAST_BOTH State merge(const State& a, const State& b, float inverse_tau) {
+  State out = a;
   out.max = fmaxf(a.max, b.max);
   const float factor_a = rescale(a.max, out.max, inverse_tau), factor_b = rescale(b.max, out.max, inverse_tau);
-  out.sum = a.sum * factor_a + b.sum * factor_b;
-  out.weighted = a.weighted * factor_a + b.weighted * factor_b;
-  if (b.best > a.best || (b.best == a.best && b.index < a.index)) {
+  out.sum_exp = a.sum_exp * factor_a + b.sum_exp * factor_b;
+  out.sum_exp_grad = a.sum_exp_grad * factor_a + b.sum_exp_grad * factor_b;
+  if (b.best > a.best || (b.best == a.best && b.token < a.token)) {
     out.best = b.best;
-    out.index = b.index;
+    out.token = b.token;
   }
-  out.bad = a.bad | b.bad;
   return out;
 }
 
 // The hard token; -1 where the row, with either noise, holds NaN or +inf or is all -inf.
-NABLA_FAST_BOTH int token_of(const Part& row) {
-  const bool softmax = fabsf(row.max) < INFINITY && row.sum == row.sum;
-  return row.bad || row.best == -INFINITY || !softmax ? -1 : row.index;
+NABLA_FAST_BOTH int token_of(const State& row) {
+  return fabsf(row.max) < INFINITY && fabsf(row.best) < INFINITY && row.sum_exp == row.sum_exp ? row.token : -1;
 }
 
 // A constant on G changes nothing in p * (G - <p, G>), so G is taken relative to its value at the hard token, where
@@ -111,26 +105,22 @@ struct Logit {
 
 NABLA_FAST_BOTH Logit head_logit(float product, float scale, float softcap) {
   const float scaled = scale * product;
-  if (softcap == 0) {
-    return {scaled, 1.0f};
-  }
+  if (softcap == 0) return {scaled, 1.0f};
   const float bounded = tanhf(scaled / softcap);
   return {softcap * bounded, 1 - bounded * bounded};
 }
 
 // The numbers of one Adam step that are the same for every parameter of a row.
 struct AdamStep {
-  float rate;          // learning rate / (1 - beta1^count)
-  float correction;    // 1 - beta2^count
+  float rate;        // learning rate / (1 - beta1^count)
+  float correction;  // 1 - beta2^count
   float weight_decay;
 };
 
 NABLA_FAST_BOTH double power(double base, int64_t exponent) {
   double result = 1;
   for (; exponent > 0; exponent >>= 1, base *= base) {
-    if (exponent & 1) {
-      result *= base;
-    }
+    if (exponent & 1) result *= base;
   }
   return result;
 }
@@ -142,9 +132,7 @@ NABLA_FAST_BOTH AdamStep adam_step(int64_t count, double learning_rate, float we
 }
 
 NABLA_FAST_BOTH void adam(float& parameter, float& exp_avg, float& exp_avg_sq, float grad, const AdamStep& step) {
-  if (step.weight_decay != 0) {
-    grad += step.weight_decay * parameter;
-  }
+  if (step.weight_decay != 0) grad += step.weight_decay * parameter;
   exp_avg += 0.1f * (grad - exp_avg);
   exp_avg_sq = 0.999f * exp_avg_sq + 0.001f * grad * grad;
   parameter -= step.rate * exp_avg / (sqrtf(exp_avg_sq / step.correction) + 1e-8f);

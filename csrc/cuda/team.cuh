@@ -13,46 +13,41 @@ constexpr int kWarps = kThreads / 32;
 // A scratch buffer begins with one arrival counter per row, zero at launch.
 __host__ __device__ constexpr int64_t counter_bytes(int64_t rows) { return (rows * 4 + 15) / 16 * 16; }
 
+// A state of what `take` makes of the fields of another one.
+template <typename Take>
+__device__ __forceinline__ State each_field(const State& state, const Take& take) {
+  return {take(state.max), take(state.sum_exp), take(state.sum_exp_grad), take(state.best), take(state.token)};
+}
+
 // The whole warp's part, in every lane. The rounding of a merge depends on its order, so all take lane 0's result:
 // blocks that merge the same parts must come to the same decision.
-__device__ __forceinline__ Part warp_merge(Part part, float inverse_tau) {
+__device__ __forceinline__ State warp_merge(State part, float inverse_tau) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
-    const Part other{shuffle_xor(part.max, offset),      shuffle_xor(part.sum, offset),
-                     shuffle_xor(part.weighted, offset), shuffle_xor(part.best, offset),
-                     shuffle_xor(part.index, offset),    shuffle_xor(part.bad, offset)};
-    part = merge(part, other, inverse_tau);
+    part = merge(part, each_field(part, [&](auto field) { return shuffle_xor(field, offset); }), inverse_tau);
   }
-  return {shuffle(part.max, 0),  shuffle(part.sum, 0),   shuffle(part.weighted, 0),
-          shuffle(part.best, 0), shuffle(part.index, 0), shuffle(part.bad, 0)};
+  return each_field(part, [](auto field) { return shuffle(field, 0); });
 }
 
 // The whole block's part, in every thread. `slots` has room for kWarps parts and is free again on return.
-__device__ __forceinline__ Part block_merge(const Part& part, Part* slots, float inverse_tau) {
-  const Part mine = warp_merge(part, inverse_tau);
-  if (lane_index() == 0) {
-    slots[warp_index()] = mine;
-  }
+__device__ __forceinline__ State block_merge(const State& part, State* slots, float inverse_tau) {
+  const State mine = warp_merge(part, inverse_tau);
+  if (lane_index() == 0) slots[warp_index()] = mine;
   block_sync();
-  const Part all = warp_merge(lane_index() < kWarps ? slots[lane_index()] : Part{}, inverse_tau);
+  const State all = warp_merge(lane_index() < kWarps ? slots[lane_index()] : State{}, inverse_tau);
   block_sync();
   return all;
 }
 
-__device__ __forceinline__ Part load_part(const Part* address) {
-  const float* values = &address->max;
-  const int* numbers = &address->index;
-  return {load_shared_by_blocks(values),     load_shared_by_blocks(values + 1), load_shared_by_blocks(values + 2),
-          load_shared_by_blocks(values + 3), load_shared_by_blocks(numbers),    load_shared_by_blocks(numbers + 1)};
+__device__ __forceinline__ State load_part(const State& part) {
+  return each_field(part, [](const auto& field) { return load_shared_by_blocks(&field); });
 }
 
 // The whole row's part, in every thread, from one part per block of the team in global memory.
-__device__ __forceinline__ Part team_merge(const Part* parts, int team, float inverse_tau) {
-  Part part;
+__device__ __forceinline__ State team_merge(const State* parts, int team, float inverse_tau) {
+  State part;
 #pragma unroll 1
-  for (int rank = lane_index(); rank < team; rank += 32) {
-    part = merge(part, load_part(parts + rank), inverse_tau);
-  }
+  for (int rank = lane_index(); rank < team; rank += 32) part = merge(part, load_part(parts[rank]), inverse_tau);
   return warp_merge(part, inverse_tau);
 }
 
@@ -82,8 +77,7 @@ __device__ __forceinline__ AdamStep next_step(const DtoRows& rows, int64_t start
 }
 
 // By one thread of the team.
-__device__ __forceinline__ void report(const DtoRows& rows, int row, const Progress& progress, int token,
-                                       int done) {
+__device__ __forceinline__ void report(const DtoRows& rows, int row, const Progress& progress, int token, int done) {
   rows.token[row] = token;
   rows.changed[row] = token < 0 || token != progress.expected;
   rows.step[row] = progress.start + done;

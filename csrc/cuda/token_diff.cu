@@ -1,3 +1,4 @@
+#include "launch.cuh"
 #include "launchers.h"
 #include "token_diff.cuh"
 
@@ -18,16 +19,11 @@ const char* nabla_fast_cuda_error(int error) { return cudaGetErrorString(static_
 int nabla_fast_cuda_token_diff(const int64_t* old_tokens, int64_t old_row, int64_t old_column,
                                const int64_t* new_tokens, int64_t new_row, int64_t new_column, int64_t* first,
                                int64_t* count, int64_t rows, int64_t columns, int device, cudaStream_t stream) {
-  if (rows == 0) {
-    return cudaSuccess;
-  }
-  const cudaError_t error = cudaSetDevice(device);
-  if (error != cudaSuccess) {
-    return error;
-  }
+  if (rows == 0) return cudaSuccess;
+  NABLA_FAST_TRY(cudaSetDevice(device));
   const Tokens before{old_tokens, old_row, old_column}, after{new_tokens, new_row, new_column};
   constexpr size_t kShared = 2 * sizeof(long long) * (kDiffThreads / 32);
   token_diff_kernel<<<static_cast<unsigned>(rows), kDiffThreads, kShared, stream>>>(before, after, first, count,
-                                                                                   columns);
+                                                                                    columns);
   return cudaGetLastError();
 }

@@ -6,7 +6,6 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
-#include <c10/util/Exception.h>
 
 #include <atomic>
 #include <cstdio>
@@ -19,12 +18,12 @@ using Ids = std::vector<int64_t>;
 
 namespace {
 
-#define REQUIRE(condition)                                                           \
-  do {                                                                               \
-    if (!(condition)) {                                                              \
+#define REQUIRE(condition)                                                          \
+  do {                                                                              \
+    if (!(condition)) {                                                             \
       std::fprintf(stderr, "%s:%d: REQUIRE(%s)\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                                  \
-    }                                                                                \
+      std::exit(1);                                                                 \
+    }                                                                               \
   } while (false)
 
 constexpr int64_t kRowBytes = (4 + 4 + 3) * 4 + 8;
@@ -101,8 +100,7 @@ void test_tensors_may_call_back() {
   int ended = 0;
   const auto insert = [&](int64_t id) {
     auto parts = values(1);
-    parts[0] = at::from_blob(
-        memory, {1, 4}, [&](void*) { ended += cache.stats().at("bytes") >= 0; }, at::kFloat);
+    parts[0] = at::from_blob(memory, {1, 4}, [&](void*) { ended += cache.stats().at("bytes") >= 0; }, at::kFloat);
     cache.insert(tokens({id}), 0, std::move(parts), 0.0);
   };
   insert(1);
@@ -130,12 +128,8 @@ void test_threads() {
       switch (random() % 8) {
         case 0:
         case 1:
-        case 2:
-          cache.insert(ids(key), start, values(3 - start), reward);
-          break;
-        case 3:
-          cache.insert_reward(ids(key), reward);
-          break;
+        case 2: cache.insert(ids(key), start, values(3 - start), reward); break;
+        case 3: cache.insert_reward(ids(key), reward); break;
         case 4: {
           ++reward_finds;
           const auto found = cache.find_reward(ids(key));

@@ -344,9 +344,9 @@ void finish_copies(size_t pending) {
 // What the compiler calls before the reads and writes of the kernels.
 extern "C" {
 
-#define NABLA_FAST_HEAR(bytes)                                                                        \
-  void __tsan_read##bytes(void* address) { nabla_fast::cuda::heard(address, bytes, false); }          \
-  void __tsan_write##bytes(void* address) { nabla_fast::cuda::heard(address, bytes, true); }          \
+#define NABLA_FAST_HEAR(bytes)                                                                         \
+  void __tsan_read##bytes(void* address) { nabla_fast::cuda::heard(address, bytes, false); }           \
+  void __tsan_write##bytes(void* address) { nabla_fast::cuda::heard(address, bytes, true); }           \
   void __tsan_unaligned_read##bytes(void* address) { nabla_fast::cuda::heard(address, bytes, false); } \
   void __tsan_unaligned_write##bytes(void* address) { nabla_fast::cuda::heard(address, bytes, true); }
 

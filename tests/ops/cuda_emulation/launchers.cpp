@@ -67,24 +67,21 @@ int nabla_fast_cuda_token_diff(const int64_t* old_tokens, int64_t old_row, int64
 
 int nabla_fast_cuda_plan_latents(int64_t rows, int64_t, int64_t, int64_t hidden, int device_number, DtoPlan* plan) {
   const int64_t team = device_number / 2;
-  *plan = {team, 0, 0, counter_bytes(rows) + rows * team * static_cast<int64_t>(sizeof(Part) + 8 * hidden)};
+  *plan = {team, 0, 0, counter_bytes(rows) + rows * team * static_cast<int64_t>(sizeof(State) + 8 * hidden)};
   return 0;
 }
 
 int nabla_fast_cuda_plan_logits(int64_t rows, int64_t, int device_number, DtoPlan* plan) {
   const int64_t team = device_number / 2, cluster = device_number % 2;
-  *plan = {team, cluster, rows % 2, counter_bytes(rows) + 2 * rows * team * static_cast<int64_t>(sizeof(Part))};
+  *plan = {team, cluster, rows % 2, counter_bytes(rows) + 2 * rows * team * static_cast<int64_t>(sizeof(State))};
   return 0;
 }
 
 int nabla_fast_cuda_dto_latents(const DtoRows* rows, const DtoHead* head, const DtoPlan* plan, int, void*) {
   switch (static_cast<Weight>(head->type)) {
-    case Weight::kFloat32:
-      return run_latents_type<Weight::kFloat32>(*rows, *head, *plan);
-    case Weight::kBfloat16:
-      return run_latents_type<Weight::kBfloat16>(*rows, *head, *plan);
-    case Weight::kFloat16:
-      return run_latents_type<Weight::kFloat16>(*rows, *head, *plan);
+    case Weight::kFloat32: return run_latents_type<Weight::kFloat32>(*rows, *head, *plan);
+    case Weight::kBfloat16: return run_latents_type<Weight::kBfloat16>(*rows, *head, *plan);
+    case Weight::kFloat16: return run_latents_type<Weight::kFloat16>(*rows, *head, *plan);
   }
   return 1;
 }
