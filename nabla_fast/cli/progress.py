@@ -41,11 +41,15 @@ class _OfAll(ProgressColumn):
 
 
 def _bars(*columns: ProgressColumn) -> Progress:
-    """A description, a bar where there is room for it, and what is told beside it, which wraps and is never cut."""
-    bar = [BarColumn(bar_width=min(30, ERR.width - _WIDE + 20))] if ERR.width >= _WIDE else []
-    told = TextColumn("{task.fields[told]}", markup=False, table_column=Column(overflow="fold"))
-    name = TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold"))
-    return Progress(name, *bar, told, *columns, console=ERR)
+    """A description, a bar and what is told beside it; in a narrow terminal the words alone, which wrap."""
+    if ERR.width < _WIDE:
+        return Progress(_words("{task.description}: {task.fields[told]}"), console=ERR)
+    bar = BarColumn(bar_width=min(30, ERR.width - 60))
+    return Progress(_words("{task.description}"), bar, _words("{task.fields[told]}"), *columns, console=ERR)
+
+
+def _words(form: str) -> TextColumn:
+    return TextColumn(form, markup=False, table_column=Column(overflow="fold"))
 
 
 class AnswerProgress:

@@ -32,6 +32,13 @@ def test_a_table_that_fits_is_one():
     assert any("61.5%" in line and "-12.345" in line for line in lines)
 
 
+def test_a_table_fits_exactly_where_it_is_no_wider():
+    least = next(width for width in range(200) if "─" in table(width))
+    lines = table(least).splitlines()
+    assert max(map(len, lines)) <= least
+    assert any("61.5%" in line and "-12.345" in line for line in lines)
+
+
 @pytest.mark.parametrize("width", [5, 20, 40])
 def test_a_table_that_does_not_fit_has_a_cell_a_line_and_all_of_each(width):
     told = table(width)
