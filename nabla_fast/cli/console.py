@@ -78,7 +78,7 @@ def print_table(
         columns: the first one names the rows; a line feed breaks a name in two.
         text: columns of words besides the first one. Words may be wrapped, other cells are not, and nothing is cut.
     """
-    console.print(Text(f"\n{title}", "italic"), soft_wrap=True)
+    console.print(Text(f"\n{title}", "italic"))
     words = {columns[0], *text}
     widths = [_least_width(cells, cells[0] in words) for cells in zip(columns, *rows, strict=True)]
     if sum(widths) + 2 * (len(widths) - 1) > console.width:
