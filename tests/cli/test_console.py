@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from nabla_fast import cli
 from nabla_fast.cli import console
+from nabla_fast.cli.models import PAIR_NAMES
+from nabla_fast.demo.pairs import PAIRS
 
 COLUMNS = ("method", "accuracy", "reward\nbefore", "why")
 ROWS = [("greedy", "61.5%", "-12.345", "no reason that is short"), ("self-consistency 16", "100.0%", Text("-0.1"), "")]
@@ -67,6 +69,10 @@ def test_a_closed_standard_output_is_an_error(arguments):
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120, env=dict(os.environ))
     assert done.returncode == 2
     assert done.stderr == "error: standard output is closed; use >/dev/null to print nothing\n"
+
+
+def test_every_pair_has_its_name_among_the_options():
+    assert tuple(PAIRS) == PAIR_NAMES
 
 
 @pytest.mark.parametrize(("old", "new"), [("--demo", "smollm2"), ("--bundled", "arithmetic")])
