@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
-from rich.measure import Measurement
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -78,29 +78,29 @@ def print_table(
         columns: the first one names the rows; a line feed breaks a name in two.
         text: columns of words besides the first one. Words may be wrapped, other cells are not, and nothing is cut.
     """
-    table = Table(
-        title=Text(title),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    for place, column in enumerate(columns):
-        words = place == 0 or column in text
-        table.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+    console.print(Text(f"\n{title}", "italic"))
+    words = {columns[0], *text}
+    widths = [_least_width(cells, cells[0] in words) for cells in zip(columns, *rows, strict=True)]
+    if sum(widths) + 2 * (len(widths) - 1) > console.width:
+        for name, *cells in rows:
+            console.print(Text.assemble(f"{columns[0]} ", name, style="bold"), soft_wrap=True)
+            for column, cell in zip(columns[1:], cells, strict=True):
+                if cell:
+                    console.print(Text.assemble("  ", column.replace("\n", " "), " ", cell), soft_wrap=True)
+        return
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for column in columns:
+        wraps = column in words
+        table.add_column(column, justify="left" if wraps else "right", no_wrap=not wraps, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console.print()
-    if Measurement.get(console, console.options.update(max_width=10_000), table).minimum <= console.width:
-        console.print(table)
-        return
-    console.print(Text(title, "italic"), soft_wrap=True)
-    for name, *cells in rows:
-        console.print(Text.assemble(f"{columns[0]} ", name, style="bold"), soft_wrap=True)
-        for column, cell in zip(columns[1:], cells, strict=True):
-            if cell:
-                console.print(Text.assemble("  ", column.replace("\n", " "), " ", cell), soft_wrap=True)
+    console.print(table)
+
+
+def _least_width(cells: Sequence[str | Text], wraps: bool) -> int:
+    """Columns of a terminal that cells need, of which the first is a heading."""
+    pieces = [piece for cell in cells for piece in (str(cell).split() if wraps else str(cell).split("\n"))]
+    return max(map(cell_len, pieces), default=0)
 
 
 def status(message: str) -> AbstractContextManager[Any]:

@@ -127,8 +127,12 @@ def chosen_models(settings: Mapping[str, Any]) -> ModelChoice:
 
 def quiet_transformers() -> None:
     """Leaves the terminal to our own progress display."""
+    import warnings
+
     from transformers.utils import logging
 
+    # Its advice on its own deprecations is for those who call it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Collection
 from dataclasses import fields
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -59,79 +60,69 @@ def configured(base: NablaConfig | None, settings: dict[str, Any]) -> NablaConfi
 
 
 def _model_options() -> list[inspect.Parameter]:
-    def option(name: str, default: Any, text: str, **extra: Any) -> inspect.Parameter:
-        flag = "--" + name.replace("_", "-")
-        shown = typer.Option(flag, help=text, rich_help_panel="Models", **extra)
-        kind = bool if default is False else str | None
-        return inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown]
-        )
-
-    pairs = (
+    reward = "Reward model: sequence classifier with one label, or a peft adapter."
+    pair = (
         "smollm2: SmolLM2-135M with its reward model; arithmetic: the small models that ship with the package, for "
         "arithmetic alone. Either brings settings, a question and tasks of its own."
     )
+    how = {
+        "device": "auto, cpu, cuda or cuda:N.",
+        "dtype": "auto, bfloat16, float16, float32 or float64.",
+        "attn_implementation": "auto, flash_attention_2, sdpa or eager.",
+    }
+    option = partial(_option, panel="Models")
+    named = "Language model: GGUF file, safetensors directory or hub id."
     return [
-        option("model", None, "Language model: GGUF file, safetensors directory or hub id.", metavar="PATH"),
-        option(
-            "reward_model", None, "Reward model: sequence classifier with one label, or a peft adapter.", metavar="PATH"
-        ),
-        option("pair", None, pairs, metavar="|".join(PAIR_NAMES)),
-        *(option(old, False, f"Old name of --pair {new}.", hidden=True) for old, new in OLD_PAIR_OPTIONS.items()),
-        option("device", "auto", "auto, cpu, cuda or cuda:N."),
-        option("dtype", "auto", "auto, bfloat16, float16, float32 or float64."),
-        option("attn_implementation", "auto", "auto, flash_attention_2, sdpa or eager."),
+        option("model", str | None, named, metavar="PATH"),
+        option("reward_model", str | None, reward, metavar="PATH"),
+        option("pair", str | None, pair, metavar="|".join(PAIR_NAMES)),
+        *(option(old, bool, f"Old name of --pair {new}.", False, hidden=True) for old, new in OLD_PAIR_OPTIONS.items()),
+        *(option(name, str, text, "auto") for name, text in how.items()),
     ]
 
 
 def _config_options() -> list[inspect.Parameter]:
-    described = _descriptions(NablaConfig)
-    parameters = [_preset()]
-    for field in fields(NablaConfig):
-        default = getattr(NablaConfig(), field.name)
-        if field.name in _SAMPLING_FIELDS:
-            for part in fields(Sampling):
-                text = f"{described[field.name]} {_descriptions(Sampling)[part.name]}"
-                parameters.append(
-                    _option(f"{field.name}_{part.name}", str(part.type), getattr(default, part.name), text)
-                )
-        else:
-            parameters.append(_option(field.name, str(field.type), default, described[field.name]))
-    return parameters
-
-
-def _preset() -> inspect.Parameter:
-    text = (
+    preset = (
         f"The published settings for a benchmark, {', '.join(PRESETS[:-1])} or {PRESETS[-1]}, instead of the defaults "
         "below and those of --pair; options that are given override it."
     )
-    option = typer.Option("--preset", metavar="NAME", help=text, rich_help_panel=_PANEL)
-    return inspect.Parameter(
-        "preset", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
-    )
+    parameters = [_option("preset", str | None, preset, metavar="NAME")]
+    described, parts = _descriptions(NablaConfig), _descriptions(Sampling)
+    for field in fields(NablaConfig):
+        default, text = getattr(NablaConfig(), field.name), described[field.name]
+        if field.name not in _SAMPLING_FIELDS:
+            parameters.append(_setting(field.name, str(field.type), default, text))
+            continue
+        for part in fields(Sampling):
+            name, told = f"{field.name}_{part.name}", f"{text} {parts[part.name]}"
+            parameters.append(_setting(name, str(part.type), getattr(default, part.name), told))
+    return parameters
 
 
-def _option(name: str, kind: str, default: Any, text: str) -> inspect.Parameter:
-    flag = "--" + name.replace("_", "-")
-    shown = "none" if default is None or default == () else str(default)
-    extra: dict[str, Any] = {
-        "help": f"{text} Default: {shown}.",
-        "show_default": False,
-        "rich_help_panel": _PANEL,
-    }
-    annotation: Any
+def _setting(name: str, kind: str, default: Any, text: str) -> inspect.Parameter:
+    """The option for a field of `NablaConfig` of type ``kind``; not given, it is None."""
+    text = f"{text} Default: {'none' if default is None or default == () else default}."
     if kind == "bool":
-        annotation = Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", **extra)]
-    elif kind.startswith("tuple"):
-        annotation = Annotated[(list[int] if "int" in kind else list[str]) | None, typer.Option(flag, **extra)]
-    elif kind.startswith("dict"):
-        annotation = Annotated[Any, typer.Option(flag, parser=_json_object, metavar="JSON", **extra)]
-    elif kind.endswith("| None"):
-        parse = _or_none(_KINDS[kind.split()[0]])
-        annotation = Annotated[Any, typer.Option(flag, parser=parse, metavar=kind.split()[0].upper(), **extra)]
-    else:
-        annotation = Annotated[_KINDS[kind] | None, typer.Option(flag, **extra)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        return _option(name, bool | None, text)
+    if kind.startswith("tuple"):
+        return _option(name, (list[int] if "int" in kind else list[str]) | None, text)
+    if kind.startswith("dict"):
+        return _option(name, Any, text, parser=_json_object, metavar="JSON")
+    if kind.endswith("| None"):
+        plain = kind.split()[0]
+        return _option(name, Any, text, parser=_or_none(_KINDS[plain]), metavar=plain.upper())
+    return _option(name, _KINDS[kind] | None, text)
+
+
+def _option(
+    name: str, kind: Any, text: str, default: Any = None, *, panel: str = _PANEL, **extra: Any
+) -> inspect.Parameter:
+    flag = "--" + name.replace("_", "-")
+    if kind == bool | None:
+        flag += f"/--no-{flag[2:]}"
+    # Of a setting, the default stands in the text.
+    option = typer.Option(flag, help=text, rich_help_panel=panel, show_default=default is not None, **extra)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
 def _or_none(kind: type) -> Callable[[str], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from rich.progress import (
@@ -40,19 +41,23 @@ class _OfAll(ProgressColumn):
         return self._column.render(task) if task.description == _ALL else Text()
 
 
-def _bars(*columns: ProgressColumn) -> Progress:
-    """A description, a bar where there is room for it, and what is told beside it, which wraps and is never cut."""
-    bar = [BarColumn(bar_width=min(30, ERR.width - _WIDE + 20))] if ERR.width >= _WIDE else []
-    told = TextColumn("{task.fields[told]}", markup=False, table_column=Column(overflow="fold"))
-    name = TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold"))
-    return Progress(name, *bar, told, *columns, console=ERR)
+def _bars(told: str, *columns: ProgressColumn) -> Progress:
+    """A description, a bar and what is told beside it; in a narrow terminal the words alone, which wrap."""
+    if ERR.width < _WIDE:
+        return Progress(_words(f"{{task.description}}: {told}"), console=ERR)
+    bar = BarColumn(bar_width=min(30, ERR.width - 60))
+    return Progress(_words("{task.description}"), bar, _words(told), *columns, console=ERR)
+
+
+def _words(form: str) -> TextColumn:
+    return TextColumn(form, markup=False, table_column=Column(overflow="fold"))
 
 
 class AnswerProgress:
     """Hears of a decode (`nabla_fast.decoder.Observer`): committed tokens of all answers, and the running phase."""
 
     def __init__(self, label: str) -> None:
-        self.progress = _bars(SpinnerColumn(), TimeElapsedColumn())
+        self.progress = _bars("{task.fields[told]}", SpinnerColumn(), TimeElapsedColumn())
         self._label = label
         self._bar = self.progress.add_task(label, total=None, told="")
         self._rollouts = 0
@@ -97,18 +102,14 @@ class RunProgress:
     def __init__(
         self, plan: Plan, problems: Sequence[Problem], records: Sequence[Record], *, retry_failed: bool = False
     ) -> None:
-        self.progress = _bars(_OfAll(TimeElapsedColumn()), _OfAll(TimeRemainingColumn()))
+        told = "{task.completed:.0f}/{task.total:.0f}{task.fields[told]}"
+        self.progress = _bars(told, _OfAll(TimeElapsedColumn()), _OfAll(TimeRemainingColumn()))
         self._graded: dict[str, list[bool]] = {arm.label: [] for arm in plan.arms}
         self._labels = {(arm.method, arm.n): arm.label for arm in plan.arms}
         keys = plan.keys(problems)
-        self._totals = {_ALL: len(keys), **dict.fromkeys(self._graded, 0)}
-        for method, n, *_ in keys:
-            self._totals[self._labels[method, n]] += 1
-        self._done = dict.fromkeys(self._totals, 0)
-        self._bars = {
-            label: self.progress.add_task(label, total=total, told=f"0/{total}")
-            for label, total in self._totals.items()
-        }
+        totals = Counter(self._labels[method, n] for method, n, *_ in keys)
+        self._all = self.progress.add_task(_ALL, total=len(keys), told="")
+        self._bars = {label: self.progress.add_task(label, total=totals[label], told="") for label in self._graded}
         for record in latest(records):
             if not (retry_failed and record["error"] is not None):
                 self.on_record(record)
@@ -119,10 +120,6 @@ class RunProgress:
         graded = self._graded[label]
         if record["error"] is None:
             graded.append(record["right"])
-        self._count(label, f", {sum(graded) / len(graded):.1%} right" if graded else ", all failed")
-        self._count(_ALL, "")
-
-    def _count(self, label: str, told: str) -> None:
-        self._done[label] += 1
-        told = f"{self._done[label]}/{self._totals[label]}{told}"
-        self.progress.update(self._bars[label], completed=self._done[label], told=told)
+        told = f", {sum(graded) / len(graded):.1%} right" if graded else ", all failed"
+        self.progress.update(self._bars[label], advance=1, told=told)
+        self.progress.update(self._all, advance=1)

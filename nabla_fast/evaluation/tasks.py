@@ -113,12 +113,12 @@ def load_task(
         raise ValueError(f"--max-problems is {max_problems}; give at least 1")
     if max_problems is not None and max_problems > _MOST and (name == ARITHMETIC or name.startswith(GYM_PREFIX)):
         raise ValueError(f"--max-problems is {max_problems}; {name} makes at most {_MOST}")
-    columns = {"--prompt-column": prompt_column, "--answer-column": answer_column, "--split": split}
+    columns = {"--prompt-column": prompt_column, "--answer-column": answer_column}
     if name.startswith(GYM_PREFIX):
-        _refuse(columns, f"{name} has no columns")
+        _refuse({**columns, "--split": split}, f"{name} has no columns")
         return _gym_task(name, dict(options or {}), max_problems)
     if name == ARITHMETIC:
-        _refuse({option: columns[option] for option in columns if option != "--split"}, f"{name} has no columns")
+        _refuse(columns, f"{name} has no columns")
         return _arithmetic_task(dict(options or {}), split or "test", max_problems)
     if options:
         raise ValueError(f"--task-option is {next(iter(options))}, but only {GYM_PREFIX}NAME tasks have parameters")
@@ -128,7 +128,7 @@ def load_task(
         return _file_task(name, keys, max_problems)
     if name in PRESETS:
         preset = PRESETS[name]
-        _refuse({option: columns[option] for option in columns if option != "--split"}, f"{name} knows its columns")
+        _refuse(columns, f"{name} knows its columns")
         return _hub_task(name, preset, split or preset.split, max_problems)
     if name.count("/") != 1 or Path(name).exists():
         raise ValueError(f"--task is {name!r}; use {ACCEPTED}")

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from nabla_fast import cli
 from nabla_fast.cli import console
+from nabla_fast.cli.models import PAIR_NAMES
+from nabla_fast.demo.pairs import PAIRS
 
 COLUMNS = ("method", "accuracy", "reward\nbefore", "why")
 ROWS = [("greedy", "61.5%", "-12.345", "no reason that is short"), ("self-consistency 16", "100.0%", Text("-0.1"), "")]
@@ -29,6 +31,13 @@ def table(width):
 def test_a_table_that_fits_is_one():
     lines = table(80).splitlines()
     assert max(map(len, lines)) <= 80
+    assert any("61.5%" in line and "-12.345" in line for line in lines)
+
+
+def test_a_table_fits_exactly_where_it_is_no_wider():
+    least = next(width for width in range(200) if "─" in table(width))
+    lines = table(least).splitlines()
+    assert max(map(len, lines)) <= least
     assert any("61.5%" in line and "-12.345" in line for line in lines)
 
 
@@ -60,6 +69,10 @@ def test_a_closed_standard_output_is_an_error(arguments):
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120, env=dict(os.environ))
     assert done.returncode == 2
     assert done.stderr == "error: standard output is closed; use >/dev/null to print nothing\n"
+
+
+def test_every_pair_has_its_name_among_the_options():
+    assert tuple(PAIRS) == PAIR_NAMES
 
 
 @pytest.mark.parametrize(("old", "new"), [("--demo", "smollm2"), ("--bundled", "arithmetic")])
