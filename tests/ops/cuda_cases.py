@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import shutil
 import subprocess
 import sys
 import tempfile
+import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +64,23 @@ class Place:
         self.blocks, self.cluster = blocks, cluster
         cuda._plan_latents.cache_clear()
         cuda._plan_logits.cache_clear()
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch) -> Place:
+    """Has `nabla_fast.ops.cuda` run on the emulated device, on CPU tensors."""
+    library, place = emulation(), Place(torch.device("cpu"))
+
+    @contextlib.contextmanager
+    def device(_: torch.device) -> Iterator[tuple[int, None]]:
+        yield 2 * place.blocks + place.cluster, None
+
+    monkeypatch.setattr(cuda, "_library", lambda: library)
+    monkeypatch.setattr(cuda, "_device", device)
+    # A case that the kernels do not take must fail here, not run elsewhere.
+    monkeypatch.setitem(sys.modules, "nabla_fast.ops.triton", types.ModuleType("triton"))
+    monkeypatch.setattr("nabla_fast.ops.triton", sys.modules["nabla_fast.ops.triton"], raising=False)
+    place.team(3)
+    return place
 
 
 @dataclass

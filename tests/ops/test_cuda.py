@@ -8,7 +8,6 @@ it says.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 import types
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import Place, emulation, make_case
+from cuda_cases import Place, emulate, make_case
 from test_decoder import BASE
 from test_gpu import require_same_decodes
 from torch import Tensor
@@ -38,19 +37,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
             pytest.skip(f"needs a GPU: {NO_GPU}")
         yield Place(torch.device("cuda", torch.cuda.current_device()))
         return
-    library = emulation()
-    place = Place(torch.device("cpu"))
-
-    @contextlib.contextmanager
-    def device(_: torch.device) -> Iterator[tuple[int, None]]:
-        yield 2 * place.blocks + place.cluster, None
-
-    monkeypatch.setattr(cuda, "_library", lambda: library)
-    monkeypatch.setattr(cuda, "_device", device)
-    # A case that the kernels do not take must fail here, not run elsewhere.
-    monkeypatch.setitem(sys.modules, "nabla_fast.ops.triton", types.ModuleType("triton"))
-    monkeypatch.setattr("nabla_fast.ops.triton", sys.modules["nabla_fast.ops.triton"], raising=False)
-    place.team(3)
+    place = emulate(monkeypatch)
     yield place
     place.team(3)
 

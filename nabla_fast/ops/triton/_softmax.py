@@ -54,8 +54,10 @@ def shift(max):
 @triton.jit
 def rescale(max, sum_exp, sum_exp_logit, sum_exp_grad, base, inv_tau):
     """A state's sums, relative to ``base`` now."""
-    factor = tl.exp((max - base) * inv_tau)
-    moved = tl.where(sum_exp > 0, (max - base) * inv_tau, 0.0)
+    moved = (max - base) * inv_tau
+    factor = tl.exp(moved)
+    # Where the factor is 0, the difference may be -inf; any other number does as well there.
+    moved = tl.where(sum_exp > 0, tl.maximum(moved, -1e4), 0.0)
     return sum_exp * factor, (sum_exp_logit + moved * sum_exp) * factor, sum_exp_grad * factor
 
 
