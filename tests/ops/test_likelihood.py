@@ -1,4 +1,4 @@
-"""`log_likelihood_gradient` and `linear_log_likelihood` by every back end against autograd of log softmax in float64."""
+"""`log_likelihood_gradient` and `linear_log_likelihood` by every back end against autograd in float64."""
 
 from __future__ import annotations
 
