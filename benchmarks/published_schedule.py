@@ -2,7 +2,7 @@
 
 The models are run as transformers ships them, over whole sequences (prompt, committed tokens, tokens ahead), for every
 gradient; one-hot rows (m, V) go through the embedding tables by matmul, the log-likelihood through a dense
-log_softmax, and torch's Adam moves the parameters. A gradient is kept within one optimisation, while no token of it
+log_softmax, and torch's Adam moves the parameters. A gradient is kept within one optimization, while no token of it
 changes, and never from one position to the next. As in the published code, the gradient criterion takes one gradient
 for all positions ahead; it is taken again within a selection only where the response to be judged is another one, which
 the decode loop of `nabla_fast` asks for (a sampled token that is not the argmax has been committed in between).
@@ -110,7 +110,7 @@ class State:
 
 @dataclass
 class Rows:
-    """What one optimisation relaxes: the rows that move, and those ahead that rest.
+    """What one optimization relaxes: the rows that move, and those ahead that rest.
 
     Attributes:
         moving: (n, d) or (n, V) parameter.
@@ -162,7 +162,7 @@ class PublishedSchedule:
             self.select(state)
             if not state.ahead:
                 break
-            logits = self.optimise(state)
+            logits = self.optimize(state)
             self.propose(state, self.resample(state, logits))
         state.position = len(state.trajectory.tokens)
         return state
@@ -193,7 +193,7 @@ class PublishedSchedule:
 
     # 2
     def select(self, state: State) -> None:
-        """Commits everything before the next token worth optimising."""
+        """Commits everything before the next token worth optimizing."""
         with self.clock.phase("selection", [state.stats]):
             chosen = self._first_passing(state)
         state.stats.skipped_positions += chosen
@@ -230,15 +230,15 @@ class PublishedSchedule:
         return y.grad
 
     # 3
-    def optimise(self, state: State) -> Tensor:
-        """The optimised logits (V,) of the next token."""
+    def optimize(self, state: State) -> Tensor:
+        """The optimized logits (V,) of the next token."""
         with self.clock.phase("dto", [state.stats]), torch.enable_grad():
-            logits = self._optimised(state)
+            logits = self._optimized(state)
         state.stats.dto_iterations += self.config.max_iters
         state.stats.optimised_positions += 1
         return logits
 
-    def _optimised(self, state: State) -> Tensor:
+    def _optimized(self, state: State) -> Tensor:
         config, rows = self.config, self._rows(state)
         optimizer = torch.optim.Adam([rows.moving], config.learning_rate, weight_decay=config.weight_decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(_rate, config))
@@ -307,7 +307,7 @@ class PublishedSchedule:
 
     # 4
     def resample(self, state: State, logits: Tensor) -> int:
-        """Draws the next token anew, from the optimised logits (V,)."""
+        """Draws the next token anew, from the optimized logits (V,)."""
         with self.clock.phase("resample", [state.stats]):
             sequence = state.sequence(state.committed)
             return int(self.sampler(logits[None], self.config.resample, [sequence], [sequence.prefix]))
@@ -327,7 +327,7 @@ class PublishedSchedule:
         state.position += 1
 
     def _start_tokens(self, state: State, z: Tensor) -> Tensor:
-        """(m,) what an optimisation that starts here takes the tokens ahead to be; z (m, V) are their logits."""
+        """(m,) what an optimization that starts here takes the tokens ahead to be; z (m, V) are their logits."""
         if self.config.anchor == "rollout":
             return state.trajectory.tokens[state.position :]
         keys = [(state.seed, state.position + row) for row in range(len(z))]

@@ -51,7 +51,7 @@ BASELINES = "baselines"
 TUNED = "tuned"
 
 # What is tuned on its own, and what all of it starts from. Without a gradient threshold at first: the one of the
-# published models would leave nothing to optimise.
+# published models would leave nothing to optimize.
 KINDS = {f"{p}-{a}": {"parameterization": p, "anchor": a} for p in PARAMETERIZATIONS for a in reversed(ANCHORS)}
 START = {"gradient_threshold": None, "confidence_threshold": 0.97, "reward_coeff": 1.0}
 # What the tuning changes, one setting after the other, keeping the best: name → values.

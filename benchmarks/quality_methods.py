@@ -45,7 +45,7 @@ def fresh(batch: Batch) -> list[Answer]:
 
 
 def blind(batch: Batch) -> list[Answer]:
-    """The same positions resampled without any optimisation."""
+    """The same positions resampled without any optimization."""
     return fresh(replace(batch, config=batch.config.replace(max_iters=0)))
 
 

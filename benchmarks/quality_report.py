@@ -57,7 +57,7 @@ PAIRS = {
         "judge-latents-rollout",
         "judge-latents-rollout-control",
     ),
-    "optimisation, where resampling has noise of its own": ("fresh", "blind"),
+    "optimization, where resampling has noise of its own": ("fresh", "blind"),
 }
 
 

@@ -1,4 +1,4 @@
-"""A whole optimisation of 20 steps against the published schedule, with one row that moves and with all of them.
+"""A whole optimization of 20 steps against the published schedule, with one row that moves and with all of them.
 
 Settings are the published ones for MATH-500, but with latents. All start from the same latents, those of random tokens,
 with nothing in a cache: what a decode does at its first position. nabla_fast runs with ``checkpoint_activations`` as
@@ -72,7 +72,7 @@ def published(loaded: Loaded, chat: Any, config: nf.NablaConfig, tokens: Tensor,
     state = schedule.start(chat)
     state.trajectory = published_schedule.Trajectory(tokens, latents, 0.0)
     with torch.no_grad():
-        logits = schedule.optimise(state)
+        logits = schedule.optimize(state)
     return {"gradient_evaluations": state.stats.gradient_evaluations, "result": logits.float()}
 
 

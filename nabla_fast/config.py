@@ -59,7 +59,7 @@ class NablaConfig:
     of which `published` gives.
 
     Attributes:
-        max_iters: DTO steps per optimised position (Alg. 2).
+        max_iters: DTO steps per optimized position (Alg. 2).
         learning_rate: Adam's learning rate at its highest.
         min_lr_ratio: the schedule's decay is cut off at this share of ``learning_rate``.
         lr_schedule: "cosine", "linear" or "constant"; `nabla_fast.dto.learning_rates` has the formulas.
@@ -72,9 +72,9 @@ class NablaConfig:
         parameterization: what DTO moves, the last hidden states ("latents") or the logits ("logits").
         anchor: the hard tokens that DTO starts from, the "rollout" as it was drawn or "argmax" (published).
         update_postfix: move all rows that are ahead instead of the first alone.
-        confidence_threshold: optimise only where the largest probability is at most this; None switches it off.
-        entropy_threshold: optimise only where the entropy (nats) is at least this; None switches it off.
-        gradient_threshold: optimise only where the token gradient's L2 norm is at least this; None switches it off.
+        confidence_threshold: optimize only where the largest probability is at most this; None switches it off.
+        entropy_threshold: optimize only where the entropy (nats) is at least this; None switches it off.
+        gradient_threshold: optimize only where the token gradient's L2 norm is at least this; None switches it off.
         max_rollouts: rollouts per sequence, the first included; 1 is plain sampling.
         rejection_sampling: keep a new trajectory only if its reward is higher.
         max_new_tokens: longest response, in tokens.
@@ -91,7 +91,7 @@ class NablaConfig:
         eos_token_ids: a response ends with one of these; None takes the model's own.
         chat_template_kwargs: further arguments of both tokenizers' chat templates, such as {"enable_thinking": false}.
         rollout: how rollouts are sampled.
-        resample: how the optimised position is sampled anew.
+        resample: how the optimized position is sampled anew.
         gradient_cache: keep gradients, keyed by the token ids, between DTO runs.
         gradient_cache_bytes: budget of that cache; the least recently used entries go first.
         checkpoint_activations: for long answers: keep only each layer's input for the backward pass, compute the rest
@@ -220,9 +220,9 @@ class NablaConfig:
     def published(cls, preset: str, **changes: Any) -> NablaConfig:
         """The published settings for a benchmark, to the letter, with ``changes`` applied.
 
-        All start DTO at the argmax. "math500" and "aime" (2024 and 2025) optimise logits and sample rollouts at
+        All start DTO at the argmax. "math500" and "aime" (2024 and 2025) optimize logits and sample rollouts at
         temperature 0.6 with top-p 0.95, proposals at 0.5 with 0.95; "aime" takes ``gradient_threshold`` 8 and
-        ``max_new_tokens`` 3072. "amc" optimises latents, with rollouts at temperature 0.7, proposals at 0.5, and top-p
+        ``max_new_tokens`` 3072. "amc" optimizes latents, with rollouts at temperature 0.7, proposals at 0.5, and top-p
         0.8 and top-k 20 for both. Where a script names no top-k, as those for MATH-500 and AIME, the published code
         takes the language model's own: 20 for Qwen2.5-7B-Instruct. Here none is applied unless ``changes`` names one.
 

@@ -1,6 +1,6 @@
 """∇-Reasoner's decode loop (Alg. 1 and 3), over a batch of sequences.
 
-The steps are numbered as in the design: 1 roll out, 2 select, 3 optimise, 4 resample, 5 propose and accept, 6 stop.
+The steps are numbered as in the design: 1 roll out, 2 select, 3 optimize, 4 resample, 5 propose and accept, 6 stop.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Decoder:
                 while arrived:
                     arrived = self.stop_spent(arrived)
                     arrived = self.select(arrived)
-                    logits = self.optimise(arrived)
+                    logits = self.optimize(arrived)
                     tokens = self.resample(arrived, logits)
                     changed, arrived = self.propose(arrived, tokens, stream)
                     rolling.update(changed)
@@ -139,7 +139,7 @@ class Decoder:
 
     # 2
     def select(self, sequences: Seq[Sequence]) -> list[Sequence]:
-        """Commits everything before the next token worth optimising; returns the sequences that have one."""
+        """Commits everything before the next token worth optimizing; returns the sequences that have one."""
         if not sequences:
             return []
         with self._phase("selection", sequences):
@@ -150,8 +150,8 @@ class Decoder:
         return [sequence for sequence in sequences if not sequence.finished]
 
     # 3
-    def optimise(self, sequences: Seq[Sequence]) -> Tensor:
-        """DTO from the latents ahead; the optimised logits (B, V) of each sequence's next token."""
+    def optimize(self, sequences: Seq[Sequence]) -> Tensor:
+        """DTO from the latents ahead; the optimized logits (B, V) of each sequence's next token."""
         if not sequences:
             return torch.empty(0)
         with self._phase("dto", sequences):

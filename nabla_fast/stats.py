@@ -14,7 +14,7 @@ STEPS = {
     "rollout": "1 roll out",
     "selection": "2 select",
     "gradient": "gradient",
-    "dto": "3 optimise",
+    "dto": "3 optimize",
     "resample": "4 resample",
     "reward": "5 reward",
 }
@@ -55,7 +55,7 @@ class SequenceStats:
         drafted_tokens, accepted_draft_tokens: draft tokens that those passes verified, and how many proved right.
         gradient_evaluations: forward and backward passes over both models.
         cache_hits, cache_misses: look-ups in the gradient cache.
-        dto_iterations: optimisation steps.
+        dto_iterations: optimization steps.
         reward_calls: trajectories scored, those left out whose reward was known.
         optimised_positions: positions at which DTO ran.
         skipped_positions: positions committed without DTO while rollouts were left.

@@ -361,7 +361,7 @@ class Scripted:
 
 
 def scripted_decode(script, rewards, resampled, config):
-    """Runs one sequence with given rollouts, rewards and resampled tokens; the optimiser's logits play no part."""
+    """Runs one sequence with given rollouts, rewards and resampled tokens; the optimizer's logits play no part."""
     pair = make_pair(*models(), config)
     objective = Objective(pair.language_model, pair.reward_model, config)
     given = iter(rewards)
@@ -438,7 +438,7 @@ def test_works_inside_inference_mode_and_no_grad():
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt2", "gpt_neox", "phi3", "qwen2"])
 def test_every_family_decodes_alone_as_in_a_batch(family):
-    # Some of these are so sure of themselves that only a hot, fast optimisation moves them.
+    # Some of these are so sure of themselves that only a hot, fast optimization moves them.
     hot = nf.Sampling(temperature=4.0)
     config = BASE.replace(learning_rate=2.0, reward_coeff=20.0, rollout=hot, resample=hot)
     together = generate(PROMPTS, config, family=family, reward_family=family)

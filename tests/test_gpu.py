@@ -83,7 +83,7 @@ def test_half_precision_decodes(family: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("update_postfix", [False, True])
 @pytest.mark.parametrize("parameterization", ["latents", "logits"])
-def test_an_optimisation_ends_where_it_does_in_float64(
+def test_an_optimization_ends_where_it_does_in_float64(
     parameterization: str, update_postfix: bool, backend: str
 ) -> None:
     config = nf.NablaConfig(

@@ -75,7 +75,7 @@ def test_the_sentences_on_the_bundled_pair():
     assert (calls, flops) == (12, 4), "a twelfth of its model calls and a quarter of its FLOPs"
     assert f"({ours['counters']['rollouts']:.1f} were used on average" in text
     rejected = (100 * found[arm]["rejection_rate"] for arm in ("blind 16", "fresh 16"))
-    assert "without optimisation, {:.0f} % are rejected; with optimisation it is {:.0f} %".format(*rejected) in text
+    assert "without optimization, {:.0f} % are rejected; with optimization it is {:.0f} %".format(*rejected) in text
     assert f"Greedy decoding, if {100 * found['greedy']['accuracy']['mean']:.0f} % is enough" in text
     assert f"taught to judge alone it reaches {100 * found['judge 32']['accuracy']['mean']:.0f} %." in text
     timing = json.loads((RESULTS / "arithmetic-timing.json").read_text())

@@ -105,8 +105,8 @@ def draw(tokenizer: Any, greedy: Any, runs: list[Any], revisions: list[Any], gai
         said = f"points to {new}: proposed, rolled out,\naccepted ({change})"
         axes.text(1, 1, said, transform=axes.transAxes, ha="right", va="top", fontsize=10, color=NABLA)
     notes = (
-        "Marked: the token that is\noptimised, and the one that\ntook its place.",
-        "Nothing left to optimise:\nthis is the answer.",
+        "Marked: the token that is\noptimized, and the one that\ntook its place.",
+        "Nothing left to optimize:\nthis is the answer.",
     )
     for axes, note in zip((bars[0], bars[3]), notes, strict=True):
         axes.text(0, 1, note, fontsize=10, va="top", color=GREY)

@@ -59,25 +59,25 @@ TIMES = "training.json"
 
 @dataclass
 class Training:
-    """What a stage needs to go on: the model, its running mean, the optimiser and the number of steps taken."""
+    """What a stage needs to go on: the model, its running mean, the optimizer and the number of steps taken."""
 
     model: Any
     file: Path
     device: torch.device
     mean: AveragedModel = field(init=False)
-    optimiser: torch.optim.Optimizer = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
     step: int = 0
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.model.to(self.device)
         self.mean = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
         if self.file.exists():
             state = torch.load(self.file, map_location=self.device, weights_only=True)
             self.model.load_state_dict(state["model"])
             self.mean.load_state_dict(state["mean"])
-            self.optimiser.load_state_dict(state["optimiser"])
+            self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds = state["step"], state["seconds"]
 
     def save(self) -> None:
@@ -85,7 +85,7 @@ class Training:
         state = {
             "model": self.model.state_dict(),
             "mean": self.mean.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
         }
@@ -99,13 +99,13 @@ class Training:
         before = self.seconds
         self.model.train()
         while self.step < steps:
-            for group in self.optimiser.param_groups:
+            for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.step)
             value = loss(self.step)
             value.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimiser.step()
-            self.optimiser.zero_grad()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
             self.mean.update_parameters(self.model)
             self.step += 1
             self.seconds = before + time.perf_counter() - start

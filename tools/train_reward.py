@@ -95,7 +95,7 @@ def _sample_chunk(model: Any, tokenizer: Any, task: str, chunk: int) -> list[dic
 def train(
     work: Annotated[Path, typer.Option(help="folder with the samples; keeps the training state too")],
     output: Annotated[Path, typer.Option(help="folder the adapter is written to")],
-    steps: Annotated[int, typer.Option(help="optimiser steps")] = 400,
+    steps: Annotated[int, typer.Option(help="optimizer steps")] = 400,
     batch: Annotated[int, typer.Option(help="problems per step; each brings 6 to 8 answers")] = 8,
     learning_rate: Annotated[float, typer.Option(help="peak learning rate of AdamW")] = 1e-3,
     rank: Annotated[int, typer.Option(help="LoRA rank")] = 8,
@@ -192,7 +192,7 @@ def _trainable_model(rank: int) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = LoraConfig(task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     model = get_peft_model(base, config)
-    # Adapters in float32 inside a bfloat16 model cost a third of the time in casts; the optimiser keeps float32 copies.
+    # Adapters in float32 inside a bfloat16 model cost a third of the time in casts; the optimizer keeps float32 copies.
     return model.bfloat16(), tokenizer
 
 

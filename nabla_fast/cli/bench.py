@@ -12,7 +12,7 @@ _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def command(context: typer.Context) -> None:
-    """Measures the operators, an optimisation and a decode against what a user would write, and against the machine.
+    """Measures the operators, an optimization and a decode against what a user would write, and against the machine.
 
     Takes the options of benchmarks/run.py in a source checkout, --help among them.
     """

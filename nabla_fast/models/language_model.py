@@ -21,7 +21,7 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 _LOGIT_FACTORS = (("logits_scaling", True), ("logit_scale", False), ("lm_head_multiplier", False))
 
 
-# What stands behind the hidden states for a bias to be a factor of. So large that steps of an optimiser, which are
+# What stands behind the hidden states for a bias to be a factor of. So large that steps of an optimizer, which are
 # absolute, are lost in the rounding of float32; a power of two, so that nothing else is.
 _BIAS_UNIT = 2.0**20
 

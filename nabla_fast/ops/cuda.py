@@ -135,7 +135,7 @@ def token_diff(old: Tensor, new: Tensor) -> TokenDiff:
 def dto_step(state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOptions) -> DTOStep:
     """`reference.dto_step` on float32 parameters; a row without a hard token has token -1 and stops.
 
-    Few rows that stop one by one, with a dense gradient, are optimised in one launch; the rest is Triton's.
+    Few rows that stop one by one, with a dense gradient, are optimized in one launch; the rest is Triton's.
 
     Raises:
         RuntimeError: if the launch fails.

@@ -63,7 +63,7 @@ def scaled_and_capped(product: Tensor, head: Head) -> Tensor:
 def relaxed_stats(
     z: Tensor, tau: float = 1.0, entropy_threshold: float | None = None, confidence_threshold: float | None = None
 ) -> RelaxedStats:
-    """Softmax statistics of logits z (N, V) at temperature tau, and the mask of rows worth optimising.
+    """Softmax statistics of logits z (N, V) at temperature tau, and the mask of rows worth optimizing.
 
     Source: selection criteria of ∇-Reasoner (Alg. 3): entropy >= entropy_threshold, max_prob <= confidence_threshold.
     """

@@ -1,4 +1,4 @@
-"""Statistics of the softmax relaxation, and the mask of rows worth optimising."""
+"""Statistics of the softmax relaxation, and the mask of rows worth optimizing."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class RelaxedStats(NamedTuple):
         entropy: (N,) in nats.
         token: (N,) int64 argmax, the lowest index on a tie; -1 where the row holds NaN or +inf or is all -inf
             (the float statistics are NaN there).
-        mask: (N,) bool, True where the row passes both thresholds: it is uncertain enough to be optimised.
+        mask: (N,) bool, True where the row passes both thresholds: it is uncertain enough to be optimized.
     """
 
     max_prob: Annotated[Tensor, "sum N"]
@@ -141,7 +141,7 @@ class DTOInputs(NamedTuple):
     """The inputs of DTO steps.
 
     Attributes:
-        learning_rates: (S,) float32 or float64, of every step of the whole optimisation.
+        learning_rates: (S,) float32 or float64, of every step of the whole optimization.
         gradient: G, dense (N, V) or as factors.
         soft_noise: (N, V) added to the logits inside the softmax.
         hard_noise: (N, V) added to the logits where the hard token is taken.

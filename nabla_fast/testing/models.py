@@ -2,7 +2,7 @@
 
 The models are two layers deep and 24 wide. In float64 they compute in float64 throughout, where transformers computes
 norms and eager softmax in float32 whatever the dtype; rotary tables alone stay float32, and they are the same on every
-path. The weights are drawn large enough that softmaxes are far from uniform and a few optimiser steps change tokens.
+path. The weights are drawn large enough that softmaxes are far from uniform and a few optimizer steps change tokens.
 """
 
 from __future__ import annotations

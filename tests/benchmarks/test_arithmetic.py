@@ -200,11 +200,11 @@ def test_a_gradient_can_be_taught(monkeypatch):
     solution_rows = torch.cat([perfect[:1].expand(8, 1, -1), perfect[batch.following[:, :-1].clamp(min=0)]], dim=1)
     best = compass(lambda embeds: (embeds * solution_rows).sum())
     before = compass(own_reward)
-    optimiser = torch.optim.Adam(verifier.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(verifier.parameters(), lr=1e-2)
     for _ in range(40):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         compass(own_reward).backward()
-        optimiser.step()
+        optimizer.step()
     after = compass(own_reward)
     assert best < after < 0.8 * before
 

@@ -216,7 +216,7 @@ def tiny_pair():
 
 
 @pytest.mark.parametrize("rows", ["one", "all"])
-def test_both_sides_of_an_optimisation_do_the_same(setting, monkeypatch, rows):
+def test_both_sides_of_an_optimization_do_the_same(setting, monkeypatch, rows):
     monkeypatch.setattr(test_bench_dto, "load", lambda device: tiny_pair())
     record = test_bench_dto.measure_dto(setting, 12, rows)
     ours, published, checked = (record["contenders"][n] for n in (tables.OURS, "published", tables.CHECKPOINTED))

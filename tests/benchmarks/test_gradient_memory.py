@@ -1,4 +1,4 @@
-"""Peak memory of an optimisation's first step on SmolLM2, against the published schedule's in the same run."""
+"""Peak memory of an optimization's first step on SmolLM2, against the published schedule's in the same run."""
 
 from __future__ import annotations
 

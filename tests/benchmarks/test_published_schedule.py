@@ -73,7 +73,7 @@ def test_the_published_schedule_gives_the_same_answer(variant):
 
 
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[3], VARIANTS[6]], ids=str)
-def test_an_optimisation_evaluates_as_often_as_ours_without_a_cache(variant):
+def test_an_optimization_evaluates_as_often_as_ours_without_a_cache(variant):
     config = BASE.replace(**variant, gradient_threshold=None, gradient_cache=False)
     ours = nf.generate(*models(), PROMPTS[0], config).stats.totals
     assert ours.gradient_evaluations == published(PROMPTS[0], config).stats.gradient_evaluations > 0

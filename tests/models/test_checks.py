@@ -112,7 +112,7 @@ def test_a_model_is_tried_once_and_again_when_it_has_changed() -> None:
     first = count()
     assert 0 < first < 20
     assert count() == 0
-    model.lm_head.weight.data.mul_(1.5)  # as an optimiser's step or another checkpoint would
+    model.lm_head.weight.data.mul_(1.5)  # as an optimizer's step or another checkpoint would
     with torch.no_grad():
         model.model.norm.weight.mul_(1.1)
     assert count() == first
@@ -195,7 +195,7 @@ def test_a_bias_of_the_output_head_is_part_of_the_logits() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
-def test_optimisation_leaves_the_bias_of_the_output_head_as_it_is(backend: str) -> None:
+def test_optimization_leaves_the_bias_of_the_output_head_as_it_is(backend: str) -> None:
     model = biased(torch.float32)
     config = nf.NablaConfig(
         backend=backend, max_iters=6, nll_coeff=0.3, learning_rate=0.05, lr_schedule="constant", anchor="argmax"
@@ -208,7 +208,7 @@ def test_optimisation_leaves_the_bias_of_the_output_head_as_it_is(backend: str) 
     logits = result.parameters[:1] @ model.lm_head.weight.T + model.lm_head.bias
     torch.testing.assert_close(result.logits, logits, rtol=0, atol=2e-4)
     assert not torch.equal(result.parameters[0], start[0])
-    # The same model with the bias taken in by a constant hidden unit that nothing optimises.
+    # The same model with the bias taken in by a constant hidden unit that nothing optimizes.
     one_step = nf.dto.optimize(*pair, chat, [7, 9], start, config.replace(max_iters=1))
     moved = one_step.parameters[0] - start[0]
     torch.testing.assert_close(moved.abs(), torch.full((WIDTH,), 0.05), rtol=1e-2, atol=0)  # Adam's first step

@@ -1,4 +1,4 @@
-"""The reference operators against autograd and torch's own optimiser, in float64."""
+"""The reference operators against autograd and torch's own optimizer, in float64."""
 
 from __future__ import annotations
 
