@@ -48,6 +48,14 @@ def takes(backend: Backend, *dtypes: torch.dtype) -> bool:
     return backend.name != "triton" or (torch.float64 not in dtypes and (len(dtypes) == 1 or dtypes in TRITON_PAIRS))
 
 
+def _refused(backend: str, dtype: Any = None, pair: Any = None, **_: Any) -> bool:
+    return not takes(Backend(backend.partition("-")[0]), *(pair or [dtype]))
+
+
+in_its_dtypes = pytest.mark.leaves_out(where=_refused)
+"""Of a test with a parameter ``dtype`` or ``pair``: no test where the back end refuses it."""
+
+
 def integers(seed: int, end: int, *shape: int) -> Tensor:
     """Random integers from 0 to below ``end``, on the default device; the same on all."""
     generator = torch.Generator("cpu").manual_seed(seed)

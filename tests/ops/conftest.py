@@ -11,9 +11,24 @@ from back_ends import INTERPRETED
 from nabla_fast.ops import native
 from nabla_fast.testing.operators import Backend
 
-# Tests of Triton's kernels alone: there is no process here that can run them, but the one of test_triton.py.
+# Files of Triton's alone, for the processes of test_triton.py. On a GPU, test_gpu.py has the decodes.
+collect_ignore = [] if INTERPRETED else ["test_triton_decode.py"]
 if not INTERPRETED and not torch.cuda.is_available():
-    collect_ignore_glob = ["test_triton_kernels.py", "test_triton_decode.py"]
+    collect_ignore += ["test_triton_kernels.py"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "leaves_out(where): parameters for which it is true make no test")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [
+        item
+        for item in items
+        for mark in item.iter_markers("leaves_out")
+        if mark.kwargs["where"](**item.callspec.params)
+    ]
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture
