@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from back_ends import INTERPRETED
+from cuda_cases import emulate
 
-from nabla_fast.ops import native
+from nabla_fast.ops import cuda, native
 from nabla_fast.testing.operators import Backend
 
 # Files of Triton's alone, for the processes of test_triton.py. On a GPU, test_gpu.py has the decodes.
@@ -37,9 +38,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     name, _, on_gpu = request.param.partition("-")
     if name == "native" and not native.available():
         pytest.skip(f"no native library: {native.why_missing()}")
+    if name == "cuda" and on_gpu and cuda.why_missing() is not None:
+        pytest.skip(f"no kernels in CUDA: {cuda.why_missing()}")
     if name == "cuda" and not on_gpu:
-        from cuda_cases import emulate
-
         emulate(monkeypatch)
     threads = torch.get_num_threads()
     # Kernels that divide their work among threads are to do so; tiny tensors of PyTorch gain nothing from threads.

@@ -1,4 +1,6 @@
-"""The CUDA back end against the reference.
+"""What the CUDA back end alone has: teams of blocks, clusters, anchors' noise, and what goes to Triton.
+
+`test_dto_step.py` and `test_token_diff.py` have the rest, for teams of three blocks without a cluster.
 
 Every test runs twice: on a GPU, where there is one, and on the emulated device of tests/ops/cuda_emulation, which
 compiles the same kernels for the host. The emulation shows that what they compute is right, and that between every two
@@ -364,7 +366,7 @@ def test_a_decode(place: Place, variant: dict[str, Any], monkeypatch: pytest.Mon
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("vocabulary", "hidden"), [(50257, 768), (49152, 576), (151936, 3584)])
 @pytest.mark.parametrize("latents", [False, True])
-def test_real_sizes(latents: bool, vocabulary: int, hidden: int, dtype: torch.dtype) -> None:
+def test_real_sizes_on_a_gpu(latents: bool, vocabulary: int, hidden: int, dtype: torch.dtype) -> None:
     place = Place(torch.device("cuda", torch.cuda.current_device()))
     for rows in (1, 3):
         case = make_case(place, latents, vocabulary, hidden=hidden, rows=rows, dtype=dtype, max_steps=10)
@@ -373,7 +375,7 @@ def test_real_sizes(latents: bool, vocabulary: int, hidden: int, dtype: torch.dt
 
 @pytest.mark.skipif(NO_GPU is not None, reason=f"needs a GPU: {NO_GPU}")
 @pytest.mark.parametrize("latents", [False, True])
-def test_in_a_cuda_graph(latents: bool) -> None:
+def test_in_a_cuda_graph_of_a_gpu(latents: bool) -> None:
     place = Place(torch.device("cuda", torch.cuda.current_device()))
     case = make_case(place, latents, 1000, hidden=64, noise=False)
     start = [x.clone() for x in case.state]
