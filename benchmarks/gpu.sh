@@ -55,8 +55,7 @@ gpu_tests() {
     export NABLA_FAST_REQUIRE_NATIVE=1 NABLA_FAST_SHOW_FAILURES=1
     # Most of the time kernels are compiled; more processes than this only wait for the GPU.
     "$python" -c 'import xdist' 2>/dev/null && shared=(-n 10)
-    "$python" -m pytest -q "${shared[@]}" -k "not emulated" \
-        tests/ops/test_cuda.py tests/ops/kernels tests/test_gpu.py || failed=1
+    "$python" -m pytest -q "${shared[@]}" -k gpu tests/ops tests/test_gpu.py || failed=1
     NABLA_FAST_TEST_DEVICE=cuda "$python" -m pytest -q "${shared[@]}" tests/test_cached_decode.py tests/test_drop_in.py ||
         failed=1
     return "$failed"
@@ -73,7 +72,7 @@ sanitize() {
         echo "== $tool"
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
             "$python" -m pytest -q -x -p no:cacheprovider tests/ops/test_cuda.py \
-            -k "gpu and (test_logits or test_latents or token_diff)" || failed=1
+            tests/ops/test_token_diff.py -k "gpu and (test_logits or test_latents or token_diff and cuda)" || failed=1
     done
     return "$failed"
 }

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 lesser_instruction_sets = pytest.mark.parametrize("capability", ["default", "avx2"])
 
@@ -19,18 +18,3 @@ def run_python(*arguments: str, **environment: str) -> str:
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
-
-
-def repeat_tests(file: str, some: str, capability: str) -> None:
-    """Runs tests of ``file`` where torch, and so the library, leaves instruction sets above ``capability`` alone.
-
-    Args:
-        some: which tests, as pytest's ``-k`` takes it.
-    """
-    if "ATEN_CPU_CAPABILITY" in os.environ:
-        pytest.skip("runs at one capability already")
-    if torch.backends.cpu.get_cpu_capability() == capability.upper():
-        pytest.skip("the other tests ran on it")
-    run_python(
-        *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", some), ATEN_CPU_CAPABILITY=capability
-    )

@@ -1,4 +1,4 @@
-"""Decodes and operators on a GPU. What each kernel computes is tested in tests/ops/kernels and test_cuda.py.
+"""Decodes and operators on a GPU. What each kernel computes is tested in tests/ops, by the back ends "-gpu".
 
 Without a GPU nothing here can run; the same code runs on the CPU in test_decoder.py, test_dto.py and test_operators.py.
 """

@@ -84,7 +84,7 @@ def step_state(parameters: Tensor, own: Head, *, latents: bool) -> tuple[Tensor,
 
 
 def logits(seed: int, rows: int, vocabulary: int, kind: str = "random", dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows (N, V) of one kind of `kernel_inputs.KINDS`, on the default device; the same numbers on all."""
+    """Rows (N, V) of one kind of `KINDS` of tests/ops/back_ends.py, on the default device; the same numbers on all."""
     generator, device = torch.Generator("cpu").manual_seed(seed), torch.get_default_device()
     z = 3 * torch.randn(rows, vocabulary, generator=generator, device="cpu").to(device)
     if kind == "ties":

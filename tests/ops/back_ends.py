@@ -48,6 +48,14 @@ def takes(backend: Backend, *dtypes: torch.dtype) -> bool:
     return backend.name != "triton" or (torch.float64 not in dtypes and (len(dtypes) == 1 or dtypes in TRITON_PAIRS))
 
 
+def _refused(backend: str, dtype: Any = None, pair: Any = None, **_: Any) -> bool:
+    return not takes(Backend(backend.partition("-")[0]), *(pair or [dtype]))
+
+
+in_its_dtypes = pytest.mark.leaves_out(where=_refused)
+"""Of a test with a parameter ``dtype`` or ``pair``: no test where the back end refuses it."""
+
+
 def integers(seed: int, end: int, *shape: int) -> Tensor:
     """Random integers from 0 to below ``end``, on the default device; the same on all."""
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -108,12 +116,13 @@ each_view = pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
 def product_tolerance(backend: Backend, *dtypes: torch.dtype) -> float:
     """Of logits, relative to them or 1: rounding of sums in float32, unless an operand is float64.
 
-    Triton takes float32 factors of a bfloat16 table as two bfloat16 numbers, good to 2^-17; to 2^-16 in the
-    interpreter, which cuts where the GPU rounds.
+    Triton, and the reference on a GPU, take float32 factors of a bfloat16 table as two bfloat16 numbers, good to 2^-17;
+    to 2^-16 in the interpreter, which cuts where the GPU rounds.
     """
     if torch.float64 in dtypes:
         return 1e-11
-    return 4e-5 if backend.name == "triton" and dtypes == (torch.float32, torch.bfloat16) else 1e-5
+    cut = backend.name == "triton" or torch.get_default_device().type == "cuda"
+    return 4e-5 if cut and dtypes == (torch.float32, torch.bfloat16) else 1e-5
 
 
 def weight_tolerance(backend: Backend, *dtypes: torch.dtype) -> float:

@@ -7,13 +7,25 @@ from collections.abc import Iterator
 import pytest
 import torch
 from back_ends import INTERPRETED
+from cuda_cases import emulate
 
-from nabla_fast.ops import native
+from nabla_fast.ops import cuda, native
 from nabla_fast.testing.operators import Backend
 
-# Tests of Triton's kernels alone: there is no process here that can run them, but the one of test_triton.py.
+# Files of Triton's alone, for the processes of test_triton.py. On a GPU, test_gpu.py has the decodes.
+collect_ignore = [] if INTERPRETED else ["test_triton_decode.py"]
 if not INTERPRETED and not torch.cuda.is_available():
-    collect_ignore_glob = ["test_triton_kernels.py", "test_triton_decode.py"]
+    collect_ignore += ["test_triton_kernels.py"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [
+        item
+        for item in items
+        for mark in item.iter_markers("leaves_out")
+        if mark.kwargs["where"](**item.callspec.params)
+    ]
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture
@@ -22,9 +34,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     name, _, on_gpu = request.param.partition("-")
     if name == "native" and not native.available():
         pytest.skip(f"no native library: {native.why_missing()}")
+    if name == "cuda" and on_gpu and cuda.why_missing() is not None:
+        pytest.skip(f"no kernels in CUDA: {cuda.why_missing()}")
     if name == "cuda" and not on_gpu:
-        from cuda_cases import emulate
-
         emulate(monkeypatch)
     threads = torch.get_num_threads()
     # Kernels that divide their work among threads are to do so; tiny tensors of PyTorch gain nothing from threads.

@@ -14,6 +14,7 @@ from back_ends import (
     each_view,
     few,
     hidden_states,
+    in_its_dtypes,
     logits_by_hand,
     product_tolerance,
     takes,
@@ -82,11 +83,11 @@ def test_the_constant_of_the_likelihood_is_part_of_the_gradient(backend):
 @every
 @each_view
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@in_its_dtypes
 def test_views(backend, dtype, view):
-    if takes(backend, dtype):
-        factors, tables = build(5, 300, 33, (dtype, dtype))
-        views = Tables(Head(view(tables.head.weight)), view(tables.embedding), view(tables.reward_embedding), 0.3)
-        require(backend, TokenGradient(*map(view, factors)), views)
+    factors, tables = build(5, 300, 33, (dtype, dtype))
+    views = Tables(Head(view(tables.head.weight)), view(tables.embedding), view(tables.reward_embedding), 0.3)
+    require(backend, TokenGradient(*map(view, factors)), views)
 
 
 @every

@@ -14,6 +14,7 @@ from back_ends import (
     each_view,
     few,
     hidden_states,
+    in_its_dtypes,
     integers,
     logits_by_hand,
     near,
@@ -80,13 +81,11 @@ def test_real_vocabularies(backend, size, pair):
 @every
 @each_view
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@in_its_dtypes
 def test_views(backend, dtype, view):
-    if takes(backend, dtype):
-        pair = (
-            (dtype, dtype) if dtype != torch.bfloat16 else (torch.float32, dtype)
-        )  # one whose weights are not rounded
-        h, weight = view(logits(4, 5, 33, dtype=pair[0])), view(logits(5, 300, 33, dtype=pair[1]) / 4)
-        require(backend, h, Head(weight), (2 * torch.arange(10))[::2][: len(h)] % len(weight))
+    pair = (dtype, dtype) if dtype != torch.bfloat16 else (torch.float32, dtype)  # one whose weights are not rounded
+    h, weight = view(logits(4, 5, 33, dtype=pair[0])), view(logits(5, 300, 33, dtype=pair[1]) / 4)
+    require(backend, h, Head(weight), (2 * torch.arange(10))[::2][: len(h)] % len(weight))
 
 
 @by("native")

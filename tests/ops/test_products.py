@@ -1,4 +1,4 @@
-"""Products with tables of any dtype; on a GPU, tests/ops/kernels run through them too."""
+"""Products with tables of any dtype; on a GPU, the operators by "reference-gpu" run through them too."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from back_ends import (
     each_view,
     few,
     hidden_states,
+    in_its_dtypes,
     logits_by_hand,
     lowest_argmax,
     near,
@@ -51,6 +53,8 @@ def require_stats(backend, z, tau=1.0, thresholds=(0.5, 0.9)):
     stats = backend.relaxed_stats(z, tau, *thresholds)
     # The reference adds up as PyTorch does, one float32 after the other; Triton computes in powers of 2.
     exact = {"reference": 5e-5, "native": 2e-6, "triton": 1e-5}[backend.name]
+    if "ATEN_CPU_CAPABILITY" in os.environ:  # shorter vectors make fewer partial sums, of more numbers each
+        exact *= 2
     near(stats, textbook(z, tau, *thresholds), 1e-12 if z.dtype == torch.float64 else exact)
     return stats
 
@@ -100,10 +104,10 @@ def test_stats_of_64_rows(backend):
 @every
 @each_view
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@in_its_dtypes
 def test_stats_of_views(backend, dtype, view):
-    if takes(backend, dtype):
-        require_stats(backend, view(logits(3, 5, 1000, dtype=dtype)), 0.7)
-        require_stats(backend, logits(3, 5, 1, dtype=dtype).expand(5, 9))
+    require_stats(backend, view(logits(3, 5, 1000, dtype=dtype)), 0.7)
+    require_stats(backend, logits(3, 5, 1, dtype=dtype).expand(5, 9))
 
 
 @every
@@ -202,24 +206,25 @@ def test_stats_of_hidden_states_of_real_sizes(backend, size, pair):
 
 @every
 @each_view
-def test_stats_of_views_of_hidden_states(backend, view):
-    for dtype in DTYPES:
-        if takes(backend, torch.float32, dtype) or takes(backend, dtype, dtype):
-            pair = (torch.float32, dtype) if takes(backend, torch.float32, dtype) else (dtype, dtype)
-            h, weight = view(logits(4, 5, 33, dtype=pair[0])), view(logits(5, 300, 33, dtype=pair[1]) / 4)
-            require_linear_stats(backend, h, Head(weight))
+@pytest.mark.parametrize(
+    "pair", [*((torch.float32, dtype) for dtype in DTYPES), *((d, d) for d in DTYPES[1:])], ids=str
+)
+@in_its_dtypes
+def test_stats_of_views_of_hidden_states(backend, pair, view):
+    h, weight = view(logits(4, 5, 33, dtype=pair[0])), view(logits(5, 300, 33, dtype=pair[1]) / 4)
+    require_linear_stats(backend, h, Head(weight))
 
 
 @every
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
+@in_its_dtypes
 def test_ties_of_hidden_states_take_the_lowest_index(backend, pair):
     """Small integers, of which products are exact, whatever the order of the sum; several tiles a part."""
-    if takes(backend, *pair):
-        h, head = hidden_states(3, 40, 16, pair)
-        h, head = h.round(), Head((4 * head.weight).round().repeat(80, 1))
-        stats = backend.linear_relaxed_stats(h, head)
-        assert torch.equal(stats.token, lowest_argmax(logits_by_hand(h, head)))
-        assert (stats.token < 40).all()
+    h, head = hidden_states(3, 40, 16, pair)
+    h, head = h.round(), Head((4 * head.weight).round().repeat(80, 1))
+    stats = backend.linear_relaxed_stats(h, head)
+    assert torch.equal(stats.token, lowest_argmax(logits_by_hand(h, head)))
+    assert (stats.token < 40).all()
 
 
 @every

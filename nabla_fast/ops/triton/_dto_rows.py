@@ -71,7 +71,7 @@ def _group_held(HELD, FIRST, LAST, row):
 @triton.jit
 def _adam(P, M, S, inside, grad, rate, correction, decay):
     p = tl.load(P, mask=inside, other=0.0)
-    grad += decay * p
+    grad += tl.where(decay == 0, 0.0, decay * p)  # the logit of a removed token is -inf
     m = tl.load(M, mask=inside, other=0.0)
     m += (grad - m) * (1 - 0.9)
     s = tl.load(S, mask=inside, other=0.0) * 0.999 + grad * grad * (1 - 0.999)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
 from test_decoder import BASE
 from test_gpu import require_same_decodes
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="tests/test_gpu.py decodes with Triton on the GPU"
-)
 
 
 @pytest.mark.parametrize(
