@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 
 from nabla_fast.ops.types import Head
@@ -40,7 +40,9 @@ def by(*names: str) -> Any:
 def few(examples: int, elsewhere: int | None = None) -> settings:
     """Hypothesis settings: ``examples`` in the interpreter, where one takes long, and four times as many elsewhere."""
     most = examples if INTERPRETED else elsewhere or 4 * examples
-    return settings(max_examples=most, deadline=None, suppress_health_check=list(HealthCheck))
+    # Examples are few choices out of short lists: to shrink one that fails takes minutes, and says no more.
+    phases = (Phase.explicit, Phase.reuse, Phase.generate)
+    return settings(max_examples=most, deadline=None, suppress_health_check=list(HealthCheck), phases=phases)
 
 
 def takes(backend: Backend, *dtypes: torch.dtype) -> bool:
