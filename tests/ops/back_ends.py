@@ -26,6 +26,8 @@ FLOATS = (torch.float32, torch.float64, *HALVES)
 TRITON_PAIRS = ((torch.float32, torch.float32), *((a, b) for b in HALVES for a in (b, torch.float32)))
 PAIRS = TRITON_PAIRS if INTERPRETED else tuple((a, b) for a in FLOATS for b in FLOATS)
 DTYPES = tuple(dtype for dtype in FLOATS if not (INTERPRETED and dtype == torch.float64))
+# Of views: Triton's kernels read every dtype by the same strides.
+VIEWED = (torch.bfloat16,) if INTERPRETED else DTYPES
 KINDS = ("random", "ties", "minus infinity", "dominant", "huge", "all equal")
 
 
