@@ -40,8 +40,11 @@ def by(*names: str) -> Any:
 
 
 def few(examples: int, elsewhere: int | None = None) -> settings:
-    """Hypothesis settings: ``examples`` in the interpreter, where one takes long, and four times as many elsewhere."""
-    most = examples if INTERPRETED else elsewhere or 4 * examples
+    """Hypothesis settings: ``examples`` where one takes long, four times as many elsewhere.
+
+    That is in the interpreter, and on a GPU, where it may be compiled.
+    """
+    most = examples if INTERPRETED or torch.cuda.is_available() else elsewhere or 4 * examples
     # Examples are few choices out of short lists: to shrink one that fails takes minutes, and says no more.
     phases = (Phase.explicit, Phase.reuse, Phase.generate)
     return settings(max_examples=most, deadline=None, suppress_health_check=list(HealthCheck), phases=phases)
