@@ -17,5 +17,5 @@ trap 'rm -rf "$scratch"' EXIT
 cp -r tests pyproject.toml "$scratch"
 bin=$(cd "$bin" && pwd)
 cd "$scratch"
-NABLA_FAST_REQUIRE_NATIVE=1 "$bin/python" -m pytest -q -p no:cacheprovider tests/ops tests/test_gradient_cache.py \
-    tests/test_generate.py -k "native or gradient_cache or generate"
+NABLA_FAST_REQUIRE_NATIVE=1 "$bin/python" -m pytest -q -p no:cacheprovider tests/ops/test_{native,stats,embedding,likelihood,gradient_norm,dto_step,token_diff}.py \
+    tests/test_gradient_cache.py tests/test_generate.py -k "native or gradient_cache or generate"

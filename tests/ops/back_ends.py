@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 
 from nabla_fast.ops.types import Head
@@ -26,6 +26,8 @@ FLOATS = (torch.float32, torch.float64, *HALVES)
 TRITON_PAIRS = ((torch.float32, torch.float32), *((a, b) for b in HALVES for a in (b, torch.float32)))
 PAIRS = TRITON_PAIRS if INTERPRETED else tuple((a, b) for a in FLOATS for b in FLOATS)
 DTYPES = tuple(dtype for dtype in FLOATS if not (INTERPRETED and dtype == torch.float64))
+# Of views: Triton's kernels read every dtype by the same strides.
+VIEWED = (torch.bfloat16,) if INTERPRETED else DTYPES
 KINDS = ("random", "ties", "minus infinity", "dominant", "huge", "all equal")
 
 
@@ -38,9 +40,14 @@ def by(*names: str) -> Any:
 
 
 def few(examples: int, elsewhere: int | None = None) -> settings:
-    """Hypothesis settings: ``examples`` in the interpreter, where one takes long, and four times as many elsewhere."""
-    most = examples if INTERPRETED else elsewhere or 4 * examples
-    return settings(max_examples=most, deadline=None, suppress_health_check=list(HealthCheck))
+    """Hypothesis settings: ``examples`` where one takes long, four times as many elsewhere.
+
+    That is in the interpreter, and on a GPU, where it may be compiled.
+    """
+    most = examples if INTERPRETED or torch.cuda.is_available() else elsewhere or 4 * examples
+    # Examples are few choices out of short lists: to shrink one that fails takes minutes, and says no more.
+    phases = (Phase.explicit, Phase.reuse, Phase.generate)
+    return settings(max_examples=most, deadline=None, suppress_health_check=list(HealthCheck), phases=phases)
 
 
 def takes(backend: Backend, *dtypes: torch.dtype) -> bool:

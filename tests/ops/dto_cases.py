@@ -21,11 +21,11 @@ from nabla_fast.testing.operators import Backend, double, dto_arguments, logits
 RATE, RATES = 0.05, 20
 
 
-def _triton_s(backend: str, rows: int = 1, dense: bool = True, group: Any = None, **_: Any) -> bool:
+def _left_to_triton(backend: str, rows: int = 1, dense: bool = True, group: Any = None, **_: Any) -> bool:
     return backend.startswith("cuda") and (rows > 4 or not dense or group is not None)
 
 
-that_kernels_take = pytest.mark.leaves_out(where=_triton_s)
+that_kernels_take = pytest.mark.leaves_out(where=_left_to_triton)
 """Kernels in CUDA take few rows that stop one by one, with a dense gradient; Triton has the rest there."""
 
 

@@ -23,10 +23,12 @@ def require_untouched(problem, before, rows):
 
 @every
 @each_parameterization
-@pytest.mark.parametrize("bad", ["nan", "+inf", "all -inf", "inf in the head"])
-@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize(
+    ("rows", "bad"),
+    [(1, "nan"), (1, "+inf"), (1, "all -inf"), (1, "inf in the head"), (3, "+inf"), (3, "all -inf"), (9, "nan")],
+)
 @that_kernels_take
-@pytest.mark.leaves_out(where=lambda bad, rows, latents, **_: bad == "inf in the head" and (rows > 1 or not latents))
+@pytest.mark.leaves_out(where=lambda bad, latents, **_: bad == "inf in the head" and not latents)
 def test_a_row_without_meaning(backend, rows, bad, latents):
     """Whatever its token is said to be; the other rows know nothing of it."""
     problem, clean = (build(rows, 40, 8, latents=latents, hard=True, warm=True, seed=15, max_steps=2) for _ in range(2))
@@ -55,7 +57,7 @@ def test_a_row_without_meaning(backend, rows, bad, latents):
 @pytest.mark.parametrize("rows", [1, 4])
 def test_removed_tokens_stay_removed_and_infinite_gradients_there_do_no_harm(backend, rows, latents):
     """By noise of -inf for either, and logits of -inf; entries that can never be the token move nothing."""
-    vocabulary = 130 if backend.name == "cuda" else 600  # the emulated device is slow
+    vocabulary = {"cuda": 130, "triton": 300}.get(backend.name, 600)  # slow on what is no GPU
     problem = build(rows, vocabulary, 16, latents=latents, soft=True, hard=True, warm=True, seed=13)
     banned = logits(0, 1, vocabulary)[0] < 0.75
     for name in ("soft_noise", "hard_noise"):
@@ -93,11 +95,14 @@ BAD_NOISES = {
 
 @every
 @pytest.mark.parametrize("name", ["soft_noise", "hard_noise"])
-@pytest.mark.parametrize("kind", BAD_NOISES)
 @pytest.mark.parametrize(
-    ("rows", "latents", "dense"),
-    [(1, True, True), (3, True, True), (9, True, True), (2, True, False), (3, False, True), (2, False, False)],
-)
+    ("rows", "latents", "dense", "kind"),
+    [
+        (1, True, True, "nan"), (3, True, True, "+inf"), (3, True, True, "all -inf"), (9, True, True, "nan"),
+        (9, True, True, "+inf"), (2, True, False, "+inf"), (3, False, True, "nan"), (3, False, True, "all -inf"),
+        (2, False, False, "+inf"),
+    ],
+)  # fmt: skip
 @that_kernels_take
 def test_a_row_with_noise_without_meaning(backend, rows, latents, dense, kind, name):
     """As with parameters without meaning, for its group too, however many steps are left and asked for."""

@@ -12,6 +12,7 @@ from back_ends import (
     INTERPRETED,
     KINDS,
     PAIRS,
+    VIEWED,
     by,
     each_view,
     few,
@@ -71,7 +72,7 @@ def require_hard(embeddings, token, tables):
 
 
 @every
-@few(16)
+@few(12, 64)
 @given(
     shapes, st.sampled_from(KINDS), st.sampled_from(DTYPES), st.sampled_from([0.05, 0.3, 1.0, 10.0]), st.integers(1, 2),
 )  # fmt: skip
@@ -96,7 +97,8 @@ def test_embeddings_of_logits(backend, shape, kind, dtype, tau, count):
 
 @every
 @each_view
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", VIEWED, ids=str)
+@in_its_dtypes
 def test_views(backend, dtype, view):
     z, vector = view(logits(15, 5, 300)), view(logits(17, 5, 40))
     table = view(logits(16, 301, 40, dtype=dtype))[: z.shape[1]]
@@ -145,7 +147,7 @@ def test_rows_without_meaning(backend, place, bad):
 
 
 @every
-@few(14)
+@few(10, 56)
 @given(
     shapes, st.sampled_from(PAIRS), heads, st.sampled_from([0.3, 1.0, 10.0]), st.booleans(), st.integers(1, 2),
     st.integers(0, 99),
@@ -173,7 +175,8 @@ def test_embeddings_of_hidden_states(backend, shape, pair, scale_cap, tau, tied,
 
 @every
 @each_view
-@pytest.mark.parametrize("pair", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("pair", [(torch.float32, dtype) for dtype in VIEWED], ids=str)
+@in_its_dtypes
 def test_views_of_hidden_states(backend, pair, view):
     h, vector = view(logits(4, 5, 33, dtype=pair[0])), view(logits(7, 5, 33))
     head, table = Head(view(logits(5, 300, 33, dtype=pair[1])), 0.25), view(logits(6, 300, 33, dtype=pair[1]))

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from back_ends import (
-    DTYPES,
     INTERPRETED,
     PAIRS,
+    VIEWED,
     by,
     each_view,
     few,
@@ -57,7 +57,7 @@ def build(rows, vocabulary, width, pair, scale_cap=(1.0, 0.0), tied=False, nll_c
 
 
 @every
-@few(14)
+@few(10, 56)
 @given(
     st.sampled_from(sizes), st.sampled_from(PAIRS), heads, st.booleans(), st.sampled_from([0.0, 0.3, -1.0]),
     st.integers(0, 99),
@@ -82,7 +82,7 @@ def test_the_constant_of_the_likelihood_is_part_of_the_gradient(backend):
 
 @every
 @each_view
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", VIEWED, ids=str)
 @in_its_dtypes
 def test_views(backend, dtype, view):
     factors, tables = build(5, 300, 33, (dtype, dtype))

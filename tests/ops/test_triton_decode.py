@@ -13,7 +13,6 @@ from test_gpu import require_same_decodes
 @pytest.mark.parametrize(
     "variant",
     [
-        {},
         {"parameterization": "logits", "anchor": "rollout"},
         {"update_postfix": True, "max_new_tokens": 6, "gumbel_noise": 0.5, "gradient_threshold": 0.3},
     ],
