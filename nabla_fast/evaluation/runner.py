@@ -163,7 +163,8 @@ def open_run(out: Path, description: Mapping[str, Any], keys: Collection[Key]) -
     whole = [out / name for name in (CONFIG, SUMMARY, *PLOTS)]
     require_own_files([*whole, *map(part_of, whole), out / RESULTS])
     if file.exists():
-        differences = _differences(_with_todays_names(read_json(file)), description)
+        before = read_json(file)
+        differences = _differences(before, description) and _differences(_with_todays_names(before), description)
         if differences:
             raise ValueError(
                 f"--out is {out}, which holds a run with other settings ({'; '.join(differences)}); give another "
