@@ -6,7 +6,7 @@ The steps are numbered as in the design: 1 roll out, 2 select, 3 optimize, 4 res
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, closing
 from typing import Protocol
@@ -90,7 +90,6 @@ class Decoder:
                     rolling.add(sequence := waiting.popleft())
                     self.roll_out(sequence, (), stream)
                 arrived = under_way = self.receive(rolling, stream)
-                rolling.difference_update(arrived)
                 while arrived:
                     arrived = self.stop_spent(arrived)
                     arrived = self.select(arrived)
@@ -111,12 +110,13 @@ class Decoder:
         self.objective.language_cache(sequence)  # so that the rollout's is kept
         stream.submit(sequence)
 
-    def receive(self, rolling: Collection[Sequence], stream: RolloutStream) -> list[Sequence]:
+    def receive(self, rolling: set[Sequence], stream: RolloutStream) -> list[Sequence]:
         """Waits for rollouts to end, scores them and accepts or rejects them; returns their sequences."""
         with self.objective.clock.phase("rollout", [s.stats for s in rolling]):
             ended = stream.collect()
         sequences, drawn = [s for s, _ in ended], [rollout for _, rollout in ended]
         for sequence, new in ended:
+            rolling.remove(sequence)  # KeyError if a back end gives back what it was not asked for
             sequence.stats.rollouts += 1
             sequence.stats.generated_tokens += len(new.tokens)
             sequence.stats.rollout_calls += new.calls

@@ -28,14 +28,18 @@ class Letters:
 def test_an_end_token_or_a_stop_string_at_the_limit_is_a_stop(response, reason):
     rule = StopRule(frozenset({1}), ("gh",), Letters())
     sequence = Sequence((9, 9), (), 0, 3)
-    assert rule.finish_reason(sequence, response) == reason
     assert rule.ended(sequence, response) == (reason is not None)
+    assert reason is None or rule.finish_reason(sequence, response) == reason
 
 
-def test_a_criterion_is_a_stop():
-    rule = StopRule(frozenset(), criteria=(lambda ids: ids == [9, 2],))
-    assert rule.finish_reason(Sequence((9,), (), 0, 5), (2,)) == "stop"
-    assert rule.finish_reason(Sequence((9,), (), 0, 5), (3,)) is None
+def test_a_criterion_is_a_stop_and_is_not_asked_for_the_reason():
+    asked = []
+    rule = StopRule(frozenset(), criteria=(lambda ids: bool(asked.append(ids)) or ids == [9, 2],))
+    sequence = Sequence((9,), (), 0, 5)
+    assert rule.ended(sequence, (2,))
+    assert not rule.ended(sequence, (3,))
+    assert rule.finish_reason(sequence, (2,)) == "stop"
+    assert asked == [[9, 2], [9, 3]]
 
 
 @pytest.fixture(scope="module")

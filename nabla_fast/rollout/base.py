@@ -70,22 +70,24 @@ class StopRule:
 
     def ended(self, sequence: Sequence, response: tuple[int, ...]) -> bool:
         """Whether a response to the sequence's prompt is complete."""
-        return self.finish_reason(sequence, response) is not None
+        if not response:
+            return False
+        if len(response) >= sequence.limit or self._stopped(response):
+            return True
+        return any(criterion([*sequence.prompt_ids, *response]) for criterion in self.criteria)
 
-    def finish_reason(self, sequence: Sequence, response: tuple[int, ...]) -> str | None:
-        """Why a response is complete, in vLLM's words; None if it is not.
+    def finish_reason(self, sequence: Sequence, response: tuple[int, ...]) -> str:
+        """Why a complete response ended, in vLLM's words; criteria, which may count their calls, are not asked again.
 
         Returns:
-            "stop" if it ends with an end token, with a stop string or by a criterion; else "length" if it is as long
-            as it may be.
+            "length" if it is as long as it may be and ends with no end token or stop string, else "stop".
         """
-        if not response:
-            return None
-        if response[-1] in self.eos_token_ids or (self.stop_strings and self._completes_stop_string(response)):
-            return "stop"
-        if any(criterion([*sequence.prompt_ids, *response]) for criterion in self.criteria):
-            return "stop"
-        return "length" if len(response) >= sequence.limit else None
+        return "length" if len(response) >= sequence.limit and not self._stopped(response) else "stop"
+
+    def _stopped(self, response: tuple[int, ...]) -> bool:
+        if response[-1] in self.eos_token_ids:
+            return True
+        return bool(self.stop_strings) and self._completes_stop_string(response)
 
     def _completes_stop_string(self, response: tuple[int, ...]) -> bool:
         # A stop string of n bytes lies within the last n tokens, since a token that is part of it adds a byte or more;
