@@ -378,6 +378,16 @@ def scripted_decode(script, rewards, resampled, config):
     return sequence, rollouts.asked
 
 
+def test_a_rollout_of_a_sequence_that_is_not_under_way_is_an_error():
+    class Twice(Scripted):
+        def collect(self):
+            return super().collect() * 2
+
+    hidden = torch.randn(8, make_pair(*models(), BASE).language_model.head.weight.shape[1], dtype=torch.float64)
+    with pytest.raises(KeyError):
+        decoded(begun(1), BASE, Twice([[10, 11, 12]], hidden))
+
+
 def test_a_scripted_decode_commits_accepts_and_rejects_as_designed():
     config = BASE.replace(max_rollouts=4, confidence_threshold=None, max_iters=1)
     sequence, asked = scripted_decode(
