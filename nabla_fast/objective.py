@@ -73,6 +73,7 @@ class Objective:
         self.cache = GradientCache(config.gradient_cache_bytes) if config.gradient_cache else None
         backbones = (language_model.backbone, reward_model.backbone)
         self._models = [backbone.model for backbone in backbones if backbone is not None]
+        self._fused = [backbone.fused for backbone in backbones if backbone is not None]
         # Walking through a large model takes milliseconds.
         self._parameters = [parameter for model in self._models for parameter in model.parameters()]
         if config.checkpoint_activations:
@@ -147,7 +148,7 @@ class Objective:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(frozen(self._parameters))
-            stack.enter_context(fast_kernels(self.language_model.device))
+            stack.enter_context(fast_kernels(self.language_model.device, *self._fused))
             if self.config.checkpoint_activations:
                 stack.enter_context(checkpointed(*self._models))
             # The reward model first: on a GPU, the language model is launched while it runs.
@@ -249,7 +250,8 @@ class Objective:
     def _score(self, sequences: Seq[Sequence], responses: Seq[Tensor]) -> list[float]:
         model = self.reward_model
         responses = [response.to(self.language_model.device) for response in responses]
-        with self._joined(), self._reward_side(), frozen(self._parameters), fast_kernels(self.language_model.device):
+        fast = fast_kernels(self.language_model.device, *self._fused)
+        with self._joined(), self._reward_side(), frozen(self._parameters), fast:
             known = [self._reward_cache(s) for s in sequences]
             caches, inputs = [], []
             common = common_lengths(known, responses) if model.supports_prefix_cache else [0] * len(known)
