@@ -235,7 +235,7 @@ def _same(theirs: Callable[..., Any], ours: Callable[..., Any], inputs: list[Ten
             if not all(isinstance(x, Tensor) and x.requires_grad for x in out):
                 return False
             weighed = sum((x * _random(tuple(x.shape), x, 7)).sum() for x in out)
-            results.append([x.detach() for x in out] + list(torch.autograd.grad(weighed, given)))  # type: ignore[arg-type]
+            results.append([x.detach() for x in out] + list(torch.autograd.grad(weighed, given)))
     mine, own = results
     return len(mine) == len(own) and all(
         a.shape == b.shape
