@@ -17,6 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+# Traces make nothing faster; tests switch them on.
+TRACE_ON_CPU = False
+
+
+def usable(device: torch.device) -> bool:
+    """Whether functions on this device are captured."""
+    return device.type == "cuda" or (device.type == "cpu" and TRACE_ON_CPU)
+
 
 class CaptureError(RuntimeError):
     """A function cannot be captured; the message says why."""
@@ -52,7 +60,7 @@ class Graph:
     The first call is what CUDA calls the warm-up: kernels are compiled and workspaces allocated.
 
     Args:
-        function: tensors in, tensors out, in any nesting of tuples and named tuples. It reads no tensor on the host,
+        function: tensors in, tensors and None out, in any nesting of tuples and named tuples. It reads no tensor on the host,
             and nothing but its arguments and tensors that stay where they are (weights) changes between calls.
         pool: whose memory it uses.
         watched: tensors (weights) whose addresses the capture holds; where one has moved, it is captured anew.
@@ -67,7 +75,7 @@ class Graph:
         self.captures = 0
         self._warm = False
         self._inputs: list[Tensor] = []
-        self._outputs: list[Tensor] = []
+        self._outputs: list[Any] = []  # tensors, or None
         self._spec: Any = None
         self._addresses: tuple[int, ...] = ()
         self._replay: Callable[[], None] | None = None
@@ -134,6 +142,10 @@ class Graph:
 
         # Fake tensors hold no data, so that reading one raises, as it would in a CUDA graph.
         traced = make_fx(self.function, tracing_mode="fake", _allow_non_fake_inputs=True)(*self._inputs)
+        for node in traced.graph.nodes:
+            shape = getattr(node.meta.get("val"), "shape", ())
+            if not all(isinstance(size, int) for size in shape):
+                raise ValueError(f"the shape of what {node.target} gives depends on data")
         traced.graph.eliminate_dead_code()
         traced.recompile()
 
@@ -141,7 +153,8 @@ class Graph:
             self.pool.spoil()
             with torch.no_grad():
                 self._outputs, self._spec = tree_flatten(traced(*self._inputs))
-            self.pool.outputs = [x for x in self._outputs if not any(x is own for own in self._inputs)]
+            own = [x for x in self._outputs if isinstance(x, Tensor)]
+            self.pool.outputs = [x for x in own if not any(x is given for given in self._inputs)]
 
         return replay
 
