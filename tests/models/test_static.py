@@ -366,13 +366,15 @@ def test_by_inductor() -> None:
         for layers in (None, CompiledLayers(model, "model"))
     )
     for a, b in ((one.states, other.states), (one.gradient, other.gradient), (one.new, other.new)):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().mean()))
 
 
 def test_a_decode_with_compiled_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr(CompiledLayers.__init__, "__defaults__", ("aot_eager",))  # inductor takes minutes
-    ours, plain = (decode("qwen3", torch.float32, False, compile=on) for on in (True, False))
+    ours, plain = (
+        decode("qwen3", torch.float32, False, compile=on, max_new_tokens=6, max_rollouts=2) for on in (True, False)
+    )
     same(ours, plain, 1e-4)
     assert ours.stats.graphs["compile_seconds"] > 0
     assert ours.stats.graphs["captures"] == 0
