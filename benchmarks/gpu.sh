@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests, sanitizes and measures nabla_fast on a bare machine with one GPU, within ten minutes.
 #
-#     benchmarks/gpu.sh DIR [--only build|test|sanitize|ops|dto|rollouts|generate]
+#     benchmarks/gpu.sh DIR [--only build|test|sanitize|ops|gradients|dto|rollouts|generate]
 #
 # It needs torch, triton, transformers, rich, typer, pytest, hypothesis, cmake, nvcc and a C++ compiler, and no network;
 # nothing is installed; with pytest-xdist the tests share the cores. DIR gets few files: status.tsv (part, result,
@@ -15,7 +15,7 @@ usage() {
     exit 2
 }
 
-parts=(build test sanitize ops dto rollouts generate)
+parts=(build test gradients rollouts generate ops dto sanitize)
 out="" only=""
 while (($#)); do
     case "$1" in
@@ -109,7 +109,7 @@ note() {
 }
 
 # No part may use up the time of those after it; alone it may have all.
-declare -A longest=([build]=200 [test]=200 [sanitize]=150 [ops]=150 [dto]=150 [rollouts]=100 [generate]=300)
+declare -A longest=([build]=200 [test]=200 [sanitize]=150 [ops]=150 [gradients]=250 [dto]=150 [rollouts]=150 [generate]=300)
 
 failed=0
 for part in "${parts[@]}"; do

@@ -35,7 +35,7 @@ DOCUMENTS = (ROOT / "README.md", DOCS / "speed.md", DOCS / "quality.md")
 PICTURES = DOCS / "assets" / "speed"
 """A folder for each machine; the documents with pictures are in docs/."""
 KINDS = ("cpu", "gpu")
-SUITES = ("operators", "dto", "generate", "rollouts")
+SUITES = ("operators", "gradients", "dto", "generate", "rollouts")
 IMPROVEMENTS = "improvements"
 SPEED_IN_BRIEF, QUALITY_IN_BRIEF, QUALITY = "speed in brief", "quality in brief", "quality "
 NOT_MEASURED = "not measured"

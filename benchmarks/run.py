@@ -48,6 +48,7 @@ SUITES = {
         "token_diff",
         "sampling",
     ),
+    "gradients": ("gradients",),
     "dto": ("dto",),
     "generate": ("generate",),
     "rollouts": ("rollouts",),

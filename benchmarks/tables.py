@@ -19,6 +19,7 @@ FORMAT = 1
 OURS = "nabla_fast"
 NO_CACHE, CHECKPOINTED = f"{OURS}, no cache", f"{OURS}, checkpointed"
 ALONE, NO_DRAFTS = "one after the other", "without drafts"
+NO_GRAPHS, COMPILED = f"{OURS}, without graphs", f"{OURS}, compiled"
 """What the package as a whole goes by where it is a contender, and variants of its settings."""
 OPERATOR_COLUMNS = ("case", "ours", "time", "time/floor", "× eager", "× compiled", "× library", "memory")
 BRIEF_COLUMNS = ("what", "model", "machine", "nabla_fast", "published schedule", "times faster", "peak memory")
@@ -34,6 +35,12 @@ SIDE_COLUMNS = (
 ROLLOUT_COLUMNS = (
     *("case", "nabla_fast", "other", "time", "times faster", "tokens"),
     *("calls per token", "accepted per call", "difference"),
+)
+
+
+GRADIENT_COLUMNS = (
+    *("case", "nabla_fast", "without graphs", "times faster", "compiled", "published", "times faster than published"),
+    *("memory", "host waits", "seconds of captures", "seconds to compile"),
 )
 
 
@@ -130,6 +137,30 @@ def rollout_cells(record: Record) -> list[str]:
     ]
 
 
+def gradient_cells(record: Record) -> list[str]:
+    """One cell for each of `GRADIENT_COLUMNS`."""
+    contenders = record["contenders"]
+
+    def time_of(name: str) -> str:
+        return milliseconds(contenders[name]["median_ms"]) if name in contenders else "-"
+
+    plain = contenders.get(NO_GRAPHS)
+    waits = [contenders[name].get("host_waits") for name in (OURS, "published")]
+    return [
+        label(record),
+        time_of(OURS),
+        time_of(NO_GRAPHS),
+        factor(plain and plain["median_ms"] / contenders[OURS]["median_ms"]),
+        time_of(COMPILED),
+        time_of("published"),
+        factor(times_faster(record, "published")) + ("" if clean(record) else " *"),
+        share(memory_share(record, "published")),
+        "-" if waits[0] is None else f"{waits[0]}, {waits[1]}",
+        factor(contenders[OURS].get("capture_seconds")),
+        factor(contenders.get(COMPILED, {}).get("compile_seconds")),
+    ]
+
+
 def clean(record: Record) -> bool:
     """Whether everybody had the cores, or the GPU kept the time; otherwise a star stands beside the ratio."""
     return all(contender["clean"] > 0 for contender in record["contenders"].values())
@@ -139,6 +170,7 @@ def columns_and_rows(records: list[Record], suite: str) -> tuple[tuple[str, ...]
     """The table of one suite; columns of which nothing is known are left out."""
     columns, cells = {
         "operators": (OPERATOR_COLUMNS, operator_cells),
+        "gradients": (GRADIENT_COLUMNS, gradient_cells),
         "rollouts": (ROLLOUT_COLUMNS, rollout_cells),
     }.get(suite, (SIDE_COLUMNS, side_cells))
     rows = [cells(record) for record in records if record["suite"] == suite]

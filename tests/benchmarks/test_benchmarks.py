@@ -497,10 +497,10 @@ echo "$*" >> {log}
         suites = [line.split("--suite ")[1].split()[0] for line in log.read_text().splitlines() if "--suite" in line]
         return done.returncode, suites
 
-    assert run_parts() == (1, ["operators", "dto", "rollouts", "generate"])
+    assert run_parts() == (1, ["gradients", "rollouts", "generate", "operators", "dto"])
     lines = [line.split("\t")[:2] for line in (out / "status.tsv").read_text().splitlines()]
     failed = "failed, exit status 1"
-    assert dict(lines) == dict.fromkeys(["build", "test", "ops", "dto", "rollouts"], "ok") | dict.fromkeys(
+    assert dict(lines) == dict.fromkeys(["build", "test", "ops", "gradients", "dto", "rollouts"], "ok") | dict.fromkeys(
         ["sanitize", "generate"], failed
     )
     measured = out / "operators.json"

@@ -68,13 +68,13 @@ def objectives(monkeypatch: pytest.MonkeyPatch) -> list[Objective]:
 
 
 @functools.cache
-def decode(family: str, dtype: torch.dtype, traces: bool, **settings: Any) -> NablaOutput:
+def decode(family: str, dtype: torch.dtype, traces: bool, prompts: int = 3, **settings: Any) -> NablaOutput:
     tokenizer = tiny_tokenizer()
     reward_family = FAMILIES[(FAMILIES.index(family) + 2) % len(FAMILIES)]
     models = tiny_language_model(family, dtype=dtype), tiny_reward_model(reward_family, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "TRACE_ON_CPU", traces)
-        return nf.generate(models[0], tokenizer, models[1], tokenizer, PROMPTS, CONFIG.replace(**settings))
+        return nf.generate(models[0], tokenizer, models[1], tokenizer, PROMPTS[:prompts], CONFIG.replace(**settings))
 
 
 def same(one: NablaOutput, other: NablaOutput, tolerance: float) -> None:
@@ -373,7 +373,7 @@ def test_a_decode_with_compiled_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr(CompiledLayers.__init__, "__defaults__", ("aot_eager",))  # inductor takes minutes
     ours, plain = (
-        decode("qwen3", torch.float32, False, compile=on, max_new_tokens=6, max_rollouts=2) for on in (True, False)
+        decode("qwen3", torch.float32, False, 1, compile=on, max_new_tokens=6, max_rollouts=2) for on in (True, False)
     )
     same(ours, plain, 1e-4)
     assert ours.stats.graphs["compile_seconds"] > 0
