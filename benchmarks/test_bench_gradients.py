@@ -1,7 +1,7 @@
 """A gradient of both models, over tokens behind a cached prompt: as one graph, operator by operator, and as published.
 
-Several gradients in a row, each after another token has changed, as a decode asks for them; the time is that of one. The
-published schedule computes the whole sequence and a gradient over the vocabulary. Graphs are of GPUs alone.
+Several gradients in a row, each after another token has changed, as a decode asks for them; the time is that of one.
+The published schedule computes the whole sequence and a gradient over the vocabulary. Graphs are of GPUs alone.
 """
 
 from __future__ import annotations
