@@ -105,9 +105,10 @@ def require_same_model(engine: Engine, language_model: LanguageModel, tolerance:
     size = language_model.vocab_size
     # Steps of the golden ratio fall evenly whatever the size.
     ids = [int(size * (0.61803398875 * n % 1)) for n in range(_PROBE_TOKENS - 1)] + [size - 1]
-    tokens = torch.tensor(ids, device=language_model.device)
+    tokens = torch.tensor(ids)
     (hidden,), _ = language_model.backbone([None], [language_model.embedding.inputs(tokens)])
-    own = language_model.logits(hidden[:-1]).float().log_softmax(-1).gather(-1, tokens[1:, None])[:, 0].cpu()
+    log_pi = language_model.logits(hidden[:-1]).float().log_softmax(-1)
+    own = log_pi.cpu().gather(-1, tokens[1:, None])[:, 0]
     served = f"{engine.name} serves {engine.model!r}, which is not {language_model.name}"
     try:
         theirs = torch.tensor(engine.log_probabilities(ids))
@@ -232,13 +233,13 @@ class VLLMStream:
     @torch.no_grad()
     def _rollouts(self, ended: Seq[_Progress]) -> list[Rollout]:
         """The tokens, and latents from one prefill of all together."""
-        device, weight = self._model.device, self._model.head.weight
+        weight = self._model.head.weight
         tokens = [torch.tensor(progress.tokens, dtype=torch.long) for progress in ended]
         moved = [i for i, new in enumerate(tokens) if len(new)]
         sequences = [ended[i].sequence for i in moved]
         known = [s.language_cache or self._model.new_cache(s.prompt_ids) for s in sequences]
         # The last token predicts nothing that is asked for.
-        responses = [torch.tensor(ended[i].response[:-1], dtype=torch.long, device=device) for i in moved]
+        responses = [torch.tensor(ended[i].response[:-1], dtype=torch.long) for i in moved]
         hidden, caches = self._prefill(known, responses) if moved else ([], [])
         rollouts = [Rollout(new, weight.new_zeros(0, weight.shape[1])) for new in tokens]
         for i, rows, cache in zip(moved, hidden, caches, strict=True):
