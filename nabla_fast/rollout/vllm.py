@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nabla_fast.config import NablaConfig, Sampling
+from nabla_fast.config import VLLM_GPU_MEMORY_UTILIZATION, NablaConfig, Sampling
 from nabla_fast.models.backbone import Cache, joined
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.sequence_cache import SequenceCache, extended
@@ -81,13 +80,29 @@ def chosen(language_model: LanguageModel, config: NablaConfig) -> VLLMRollout | 
             f"rollout_backend is 'vllm', but {language_model.name} was not loaded from a folder or hub that vLLM could "
             "load it from; give vllm_url, that of a server"
         )
-    return VLLMRollout(language_model, _engine(path, str(language_model.head.weight.dtype).removeprefix("torch.")))
+    dtype = str(language_model.head.weight.dtype).removeprefix("torch.")
+    return VLLMRollout(language_model, _engine(path, dtype, config.vllm_gpu_memory_utilization))
 
 
-@functools.cache
-def _engine(path: str, dtype: str) -> VLLMEngine:
-    """One engine per model and process: it takes minutes to start and a share of the GPU."""
-    return VLLMEngine(path, dtype=dtype)
+_ENGINES: dict[tuple[str, str], VLLMEngine] = {}
+
+
+def _engine(path: str, dtype: str, gpu_memory_utilization: float | None) -> VLLMEngine:
+    """One engine per model and process: it takes minutes to start and a share of the GPU. None takes any share.
+
+    Raises:
+        ValueError: if it was started with another share.
+    """
+    if (path, dtype) not in _ENGINES:
+        share = VLLM_GPU_MEMORY_UTILIZATION if gpu_memory_utilization is None else gpu_memory_utilization
+        _ENGINES[path, dtype] = VLLMEngine(path, dtype=dtype, gpu_memory_utilization=share)
+    engine = _ENGINES[path, dtype]
+    if gpu_memory_utilization not in (None, engine.gpu_memory_utilization):
+        raise ValueError(
+            f"vllm_gpu_memory_utilization is {gpu_memory_utilization}, but {engine.name} was started with "
+            f"{engine.gpu_memory_utilization} and keeps it; give that, or None, or start a new process"
+        )
+    return engine
 
 
 @torch.no_grad()
