@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from accelerate import dispatch_model
 from pretended_devices import PretendedDevices
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import nabla_fast as nf
 from nabla_fast import baselines
@@ -184,6 +186,29 @@ def test_models_split_over_devices_decode_what_whole_ones_do(
     head = places["lm_head"]
     assert devices.copies["cuda:2", head] > 0
     assert all(not devices.copies[f"cuda:{i}", f"cuda:{j}"] for i in (0, 1) for j in (2, 3))
+
+
+def test_a_model_split_by_hooks_of_ones_own(devices: PretendedDevices) -> None:
+    """Nothing moves token ids, positions and masks to the embeddings' device but the package itself."""
+    models = pair(tied=False)
+    expected = nf.generate(*models, PROMPTS, CONFIG)
+    language_model, reward_model = models[0], models[2]
+    for model, head, first, last in (
+        (language_model, language_model.lm_head, "cuda:0", "cuda:1"),
+        (reward_model, reward_model.score, "cuda:2", "cuda:3"),
+    ):
+        devices.put_module(model, first)
+        for part in (model.model.layers[1], model.model.norm, head):
+            devices.put_module(part, last)
+        model.model.layers[1].register_forward_pre_hook(partial(moved, torch.device(last)), with_kwargs=True)
+    with devices:
+        output = nf.generate(*models, PROMPTS, CONFIG)
+    require_same(output, expected)
+    assert all(devices.operations[f"cuda:{i}"] > 0 for i in range(4))
+
+
+def moved(device: torch.device, _: nn.Module, args: Any, kwargs: Any) -> Any:
+    return tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
 
 
 def test_penalties_and_baselines_of_a_split_model(devices: PretendedDevices, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ and after them, dropping padding by the 2-D mask and putting it back, is its own
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -216,8 +217,9 @@ def test_an_attention_that_the_model_does_not_have_is_named(tmp_path: Path, monk
 
 def test_a_damaged_checkpoint_is_not_blamed_on_the_attention(tmp_path: Path) -> None:
     folder, _ = save_pair(tmp_path)
-    (folder / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match=r"model\.safetensors") as caught:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    with pytest.raises(ValueError, match=r"its config\.json and its weights are of different sizes") as caught:
         loading.load_language_model(folder, device="cpu", attn_implementation="counted")
     assert "attn_implementation" not in str(caught.value)
 
