@@ -99,6 +99,9 @@ class NablaConfig:
         gradient_cache_bytes: budget of that cache; the least recently used entries go first.
         checkpoint_activations: for long answers: keep only each layer's input for the backward pass, compute the rest
             again.
+        graphs: on a GPU, launch a gradient as one CUDA graph, and rollouts as one a token. It takes memory for each
+            size of a batch. Models that cannot be captured run as they are; activations are kept, so that it has no
+            effect with ``checkpoint_activations``. On a CPU it changes nothing.
         backend: which kernels the operators use.
         seed: seed of the noise; a sequence's noise depends on this and on its prompt alone.
     """
@@ -138,6 +141,7 @@ class NablaConfig:
     gradient_cache: bool = True
     gradient_cache_bytes: int = 2**30
     checkpoint_activations: bool = False
+    graphs: bool = True
     backend: str = "auto"
     seed: int = 0
 
@@ -156,7 +160,7 @@ class NablaConfig:
         _require_number("nll_coeff", self.nll_coeff)
         _require_choice("parameterization", self.parameterization, PARAMETERIZATIONS)
         _require_choice("anchor", self.anchor, ANCHORS)
-        for name in ("update_postfix", "rejection_sampling", "gradient_cache", "checkpoint_activations"):
+        for name in ("update_postfix", "rejection_sampling", "gradient_cache", "checkpoint_activations", "graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.confidence_threshold is not None:

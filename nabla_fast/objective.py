@@ -20,10 +20,12 @@ from nabla_fast import ops
 from nabla_fast.config import NablaConfig
 from nabla_fast.gradient_cache import Evaluation, GradientCache
 from nabla_fast.models.activations import checkpointed, frozen, require_layers
-from nabla_fast.models.backbone import Inputs, joined
+from nabla_fast.models.backbone import Cache, Inputs, joined
+from nabla_fast.models.graphed import graphed_likelihood, graphed_rewards, pooled_states
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardFrame, RewardModel
 from nabla_fast.models.sequence_cache import SequenceCache, catch_up, common_lengths
+from nabla_fast.models.static import StaticPass
 from nabla_fast.models.torch_kernels import fast_kernels
 from nabla_fast.sequence import Sequence
 from nabla_fast.stats import Clock
@@ -57,6 +59,7 @@ class Objective:
         clock: where its time is charged.
         tables: what turns factors into gradients over the vocabulary, on the language head's device.
         cache: of evaluations and rewards; None with ``gradient_cache=False``.
+        likelihood_graphs, reward_graphs: what computes both where it can be captured.
 
     Raises:
         ValueError: if ``config.checkpoint_activations`` is set for a model without layers to recompute.
@@ -74,11 +77,16 @@ class Objective:
         self.cache = GradientCache(config.gradient_cache_bytes) if config.gradient_cache else None
         backbones = (language_model.backbone, reward_model.backbone)
         self._models = [backbone.model for backbone in backbones if backbone is not None]
+        self._fused = [backbone.fused for backbone in backbones if backbone is not None]
         # Walking through a large model takes milliseconds.
         self._parameters = [parameter for model in self._models for parameter in model.parameters()]
         if config.checkpoint_activations:
             for model, name in zip(self._models, (language_model.name, reward_model.name), strict=False):
                 require_layers(model, name)
+        # What keeps each layer's input alone does so for memory, of which graphs take more.
+        graphs = config.graphs and not config.checkpoint_activations
+        self.likelihood_graphs = graphed_likelihood(language_model, config.backend, graphs)
+        self.reward_graphs = graphed_rewards(reward_model, graphs)
         self._reward_stream = torch.cuda.Stream(reward_model.device) if reward_model.device.type == "cuda" else None
 
     def rewards(self, sequences: Seq[Sequence], responses: Seq[Tensor]) -> list[float]:
@@ -147,7 +155,7 @@ class Objective:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(frozen(self._parameters))
             for device in {d.type: d for d in (self.device, self.reward_model.device)}.values():
-                stack.enter_context(fast_kernels(device))
+                stack.enter_context(fast_kernels(device, *self._fused))
             if self.config.checkpoint_activations:
                 stack.enter_context(checkpointed(*self._models))
             # The reward model first: on a GPU, the language model is launched while it runs, and on two both run.
@@ -175,6 +183,9 @@ class Objective:
     def _likelihood_gradient(self, requests: Seq[Request]) -> _Part:
         """Per request h^pi (m, d) and a = dL/d(embedding weight row) (m, d); log pi at all their positions."""
         model = self.language_model
+        part = self._likelihood_by_graph(requests)
+        if part is not None:
+            return part
         hidden, inputs = self._language_states(requests)
         targets = torch.cat([r.response[r.start :] for r in requests]).to(self.device)
         log_pi = ops.linear_log_likelihood(torch.cat(hidden), model.head, targets, backend=self.config.backend)
@@ -187,6 +198,35 @@ class Objective:
             rows = _factor((next(grads) if len(x) else x.embeds.detach())[len(x) - ahead :], scale).to(self.device)
             factors.append(torch.cat([rows, rows.new_zeros(1, rows.shape[1])]))
         return _Part(factors, log_pi.detach(), [h.detach() for h in hidden])
+
+    def _likelihood_by_graph(self, requests: Seq[Request]) -> _Part | None:
+        """The same in one replay; None where the model is not captured."""
+        model = self.language_model
+        if self.likelihood_graphs.graphs is None:
+            return None
+        known = [self.language_cache(r.sequence) for r in requests]
+        responses, starts = [r.response for r in requests], [r.start for r in requests]
+        covered = catch_up(model.backbone, model.embedding, known, responses, starts)
+        inputs = [model.embedding.inputs(y[n:-1]) for y, n in zip(responses, covered, strict=True)]
+        targets = [y[n:].to(self.device) for y, n in zip(responses, covered, strict=True)]
+        inside = [torch.ones_like(y, dtype=torch.bool) for y in targets]
+        out = self.likelihood_graphs.run(
+            [own.cache for own in known], inputs, [(targets, None), (inside, None)], gradient=True
+        )
+        if out is None:
+            return None
+        assert out.gradient is not None
+        scale = -self.config.nll_coeff * model.embedding.scale
+        factors, hidden, log_pi = [], [], []
+        for i, (response, start) in enumerate(zip(responses, starts, strict=True)):
+            # Copies, since the next replay writes to the graph's memory.
+            ahead = slice(start - covered[i], len(response) - covered[i])
+            rows = _factor(out.gradient[i, ahead.start : ahead.stop - 1], scale)
+            factors.append(torch.cat([rows, rows.new_zeros(1, rows.shape[1])]))
+            hidden.append(out.states[i, ahead].clone())
+            log_pi.append(out.values[i, ahead])
+            known[i].keep(response[:-1], out.cache(i))
+        return _Part(factors, torch.cat(log_pi), hidden)
 
     def _language_states(self, requests: Seq[Request]) -> tuple[list[Tensor], list[Inputs]]:
         """The hidden states (m, d) that predict each token ahead, and inputs they depend on: the last m - 1 of them
@@ -223,6 +263,7 @@ class Objective:
         model = self.reward_model
         known = [self._reward_cache(r.sequence) for r in requests]
         frames = [_frame(r.sequence) for r in requests]
+        factors: list[Tensor] = []
         if model.supports_prefix_cache:
             assert model.backbone is not None
             responses, starts = [r.response for r in requests], [r.start for r in requests]
@@ -231,16 +272,24 @@ class Objective:
         else:
             skipped = [-len(frame.opening) for frame in frames]
             inputs = [model.conversation(f, r.response) for f, r in zip(frames, requests, strict=True)]
+        scale = -self.config.reward_coeff * model.table.scale
+        caches = [own.cache for own in known] if model.supports_prefix_cache else [None] * len(known)
+        out = self._rewards_by_graph(caches, inputs, gradient=True)
+        if out is not None:
+            assert out.gradient is not None
+            for i, (request, own) in enumerate(zip(requests, known, strict=True)):
+                own.keep(request.response, out.cache(i))
+                ahead = slice(request.start - skipped[i], len(request.response) - skipped[i])
+                factors.append(_factor(out.gradient[i, ahead], scale))
+            return _Part(factors, out.values[: len(requests)].clone())
         inputs = [x.differentiable() for x in inputs]
-        rewards, after = model.rewards(inputs, [own.cache for own in known])
+        rewards, after = model.rewards(inputs, caches)
         if not rewards.requires_grad:
             raise ValueError(
                 f"{model.name} returned rewards without a gradient; it must be differentiable with respect to "
                 "inputs_embeds"
             )
         grads = torch.autograd.grad(rewards.sum(), [x.embeds for x in inputs])
-        scale = -self.config.reward_coeff * model.table.scale
-        factors = []
         for request, own, cache, grad, skip in zip(requests, known, after, grads, skipped, strict=True):
             own.keep(request.response, cache)
             factors.append(_factor(grad[request.start - skip : len(request.response) - skip], scale))
@@ -248,7 +297,8 @@ class Objective:
 
     def _score(self, sequences: Seq[Sequence], responses: Seq[Tensor]) -> list[float]:
         model = self.reward_model
-        with self._joined(), self._reward_side(), frozen(self._parameters), fast_kernels(model.device):
+        fast = fast_kernels(model.device, *self._fused)
+        with self._joined(), self._reward_side(), frozen(self._parameters), fast:
             known = [self._reward_cache(s) for s in sequences]
             caches, inputs = [], []
             common = common_lengths(known, responses) if model.supports_prefix_cache else [0] * len(known)
@@ -257,14 +307,25 @@ class Objective:
                 cache = own.before(start) if start >= 0 else None
                 caches.append(cache)
                 inputs.append(model.conversation(_frame(sequence), response, None if cache is None else start))
-            rewards, after = model.rewards(inputs, caches)
             # A proposal is mostly rejected, and what it shares with the trajectory stays; so only the first is kept.
-            for own, response, cache in zip(known, responses, after, strict=True):
+            out = self._rewards_by_graph(caches, inputs, gradient=False)
+            rewards, after = model.rewards(inputs, caches) if out is None else (out.values[: len(known)], [])
+            for i, (own, response) in enumerate(zip(known, responses, strict=True)):
                 if own.cache is None:
-                    own.keep(response, cache)
+                    own.keep(response, after[i] if out is None else out.cache(i))
             self._require_finite([rewards], model.name)
             scored: list[float] = rewards.tolist()
         return scored
+
+    def _rewards_by_graph(
+        self, caches: Seq[Cache | None], conversations: Seq[Inputs], *, gradient: bool
+    ) -> StaticPass | None:
+        """Rewards of conversations in one replay; None where the model is not captured."""
+        if self.reward_graphs.graphs is None:
+            return None
+        self.reward_model.lengths(conversations, caches)
+        at = pooled_states(self.reward_model, conversations)
+        return self.reward_graphs.run(caches, conversations, [(at, 1)], gradient=gradient)
 
     def _reward_cache(self, sequence: Sequence) -> SequenceCache:
         if sequence.reward_cache is None:

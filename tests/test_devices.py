@@ -23,13 +23,17 @@ from torch.utils._pytree import tree_map_only
 
 import nabla_fast as nf
 from nabla_fast import baselines
+from nabla_fast.models import static
+from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.testing.models import WIDTH, tiny_language_model, tiny_reward_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPTS = test_decoder.PROMPTS[:2]
-# Each operation is looked at, which takes longer than to compute it.
-CONFIG = test_decoder.BASE.replace(backend="reference", gradient_threshold=0.2, max_new_tokens=8, max_rollouts=4)
+# Each operation is looked at, which takes longer than to compute it. CUDA graphs need a GPU.
+CONFIG = test_decoder.BASE.replace(
+    backend="reference", graphs=False, gradient_threshold=0.2, max_new_tokens=8, max_rollouts=4
+)
 LANGUAGE, REWARD = "cuda:0", "cuda:1"
 LAYERS = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm")
 
@@ -181,6 +185,9 @@ def test_models_split_over_devices_decode_what_whole_ones_do(
     split(devices, models[2], dict(zip(LAYERS, last, strict=True)) | {"score": "cuda:3"}, monkeypatch)
     with devices:
         output = nf.generate(*models, PROMPTS, CONFIG)
+        backbone = LanguageModel(*models[:2]).backbone
+        # A graph holds addresses on one device, and hooks that copy would not run when it is replayed.
+        assert static.why_not(backbone) == "its weights are on several devices, or off-loaded"
     require_same(output, expected)
     assert all(devices.operations[f"cuda:{i}"] > 0 for i in range(4))
     head = places["lm_head"]
@@ -333,6 +340,8 @@ def test_hooks_and_off_loading_of_accelerate_change_nothing(off_loaded: tuple[st
         folder = tmp_path / type(model).__name__
         dispatch_model(model, device_map, main_device="cpu", offload_dir=folder, force_hooks=True)
         assert model.hf_device_map == device_map
+    may_be_captured = static.why_not(LanguageModel(*hooked[:2]).backbone) is None
+    assert may_be_captured == (not off_loaded)
     require_same(nf.generate(*hooked, PROMPTS, CONFIG), nf.generate(*models, PROMPTS, CONFIG))
 
 

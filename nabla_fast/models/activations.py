@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,38 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from nabla_fast.models.temporary import set_attribute, while_any
 from nabla_fast.models.torch_kernels import fast_kernels
-
-_lock = threading.Lock()
-# What some block has changed for now: how many blocks want it so, in all threads, and how it is put back.
-_changed: dict[tuple[str, int], tuple[int, Callable[[], Any]]] = {}
-
-
-@contextmanager
-def _while_any(kind: str, items: Iterable[Any], change: Callable[[Any], Callable[[], Any] | None]) -> Iterator[None]:
-    """Changes objects for this block: the first block makes a change, the last puts it back, also among threads.
-
-    Args:
-        change: makes the change and returns what puts it back, or None where there is nothing to change.
-    """
-    held = []
-    try:
-        with _lock:
-            for item in items:
-                key = kind, id(item)
-                blocks, back = _changed[key] if key in _changed else (0, change(item))
-                if back is not None:
-                    _changed[key] = blocks + 1, back
-                    held.append((key, item))  # while it is alive, nothing else has its id
-        yield
-    finally:
-        with _lock:
-            for key, _ in held:
-                blocks, back = _changed.pop(key)
-                if blocks > 1:
-                    _changed[key] = blocks - 1, back
-                else:
-                    back()
 
 
 @contextmanager
@@ -56,7 +25,7 @@ def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
         parameter.requires_grad_(False)
         return partial(parameter.requires_grad_, True)
 
-    with _while_any("frozen", parameters, freeze):
+    with while_any("frozen", parameters, freeze):
         yield
 
 
@@ -67,15 +36,14 @@ def checkpointed(*models: Any) -> Iterator[None]:
     Not transformers' own switch, which drops the prefix and needs training mode.
     """
     layers = [layer for model in models for layer in _layers(model)]
-    with _while_any("checkpointed", layers, _checkpoint):
+    with while_any("checkpointed", layers, _checkpoint):
         yield
 
 
 def _checkpoint(layer: Any) -> Callable[[], Any]:
     # Another library (accelerate, for one) may have set a layer's forward itself.
-    own = vars(layer).get("forward")
-    layer.forward = partial(checkpoint, partial(_run, layer.forward), use_reentrant=False, preserve_rng_state=False)
-    return partial(delattr, layer, "forward") if own is None else partial(setattr, layer, "forward", own)
+    repeated = partial(checkpoint, partial(_run, layer.forward), use_reentrant=False, preserve_rng_state=False)
+    return set_attribute(layer, "forward", repeated)
 
 
 def _run(forward: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:

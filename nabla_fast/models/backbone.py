@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from nabla_fast.models import checks
+from nabla_fast.models.fused_layers import fused_layers
 from nabla_fast.models.kv_cache import KVCache, ModelCache, PaddedCache, layout
 
 # What families call the cache that they make themselves, in their outputs and among their arguments.
@@ -78,6 +79,7 @@ class Backbone:
         cache_argument: the name of the cache among the arguments of the module's forward pass.
         output: applied to the last hidden states (B, S, d) of every pass.
         tried: (n, d) the last hidden states of ``ids``.
+        fused: its layers that `fast_kernels` exchanges.
         needs_ids: whether the model reads token ids besides input embeddings, as those with per-layer embeddings do.
 
     Raises:
@@ -106,6 +108,7 @@ class Backbone:
         self.cache_kind, self.supports_prefix_cache = found.cache_kind, found.supports_prefix_cache
         self.windowed, self.needs_ids, self.plain_cache = found.windowed, found.needs_ids, found.plain_cache
         self.tried = found.expected
+        self.fused = fused_layers(model, name)
         if found.reason is not None:
             checks.warn_once(model, f"{name} {_SLOWER[found.cache_kind, found.supports_prefix_cache]}: {found.reason}")
 

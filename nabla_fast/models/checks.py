@@ -204,8 +204,19 @@ def has_windows(config: Any) -> bool:
     layers = getattr(config, "layer_types", None)
     if layers:
         return "sliding_attention" in layers
-    names = [name for name, value in vars(config).items() if value and any(word in name for word in _REACHES)]
+    names = [name for name, value in vars(config).items() if value and _names_a_window(name)]
     return bool(names) or "local" in str(getattr(config, "attention_types", ""))
+
+
+def window_is_known(config: Any) -> bool:
+    """Whether all windows of a model's attention are ``sliding_window``, of all layers or those of that type."""
+    names = [name for name, value in vars(config).items() if value and _names_a_window(name)]
+    by_type = bool(getattr(config, "layer_types", None))
+    return bool(getattr(config, "sliding_window", None)) and (by_type or names == ["sliding_window"])
+
+
+def _names_a_window(name: str) -> bool:
+    return any(word in name for word in _REACHES)
 
 
 class _Probe:

@@ -27,11 +27,13 @@ class KVCache:
     Attributes:
         keys, values: per layer (1, heads, T, head width); rotary embeddings are applied.
         hidden: (T, d) last hidden states.
+        stacked: keys and values as one tensor (L, 2, 1, heads, T, head width) of which they are views, if there is one.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     hidden: Tensor
+    stacked: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -41,7 +43,8 @@ class KVCache:
         if length >= len(self):
             return self
         keys, values = (tuple(x[:, :, :length] for x in part) for part in (self.keys, self.values))
-        return KVCache(keys, values, self.hidden[:length])
+        both = None if self.stacked is None else self.stacked[..., :length, :]
+        return KVCache(keys, values, self.hidden[:length], both)
 
 
 @dataclass(frozen=True)

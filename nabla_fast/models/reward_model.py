@@ -162,11 +162,7 @@ class RewardModel:
             ValueError: if it does not give one number per conversation, or a conversation is too long.
         """
         caches = [None] * len(conversations) if caches is None else caches
-        lengths = [len(c) + (0 if s is None else len(s)) for c, s in zip(conversations, caches, strict=True)]
-        if self.context_length is not None and max(lengths) > self.context_length:
-            raise ValueError(
-                f"{self.name} takes at most {self.context_length} tokens, got a conversation of {max(lengths)}"
-            )
+        lengths = self.lengths(conversations, caches)
         after: list[Cache | None] = [None] * len(conversations)
         if self.head is not None:
             rewards, after = self.head(caches, conversations)
@@ -187,6 +183,19 @@ class RewardModel:
                 f"{self.name} must return rewards of shape ({len(conversations)},), got {tuple(rewards.shape)}"
             )
         return rewards.to(torch.promote_types(rewards.dtype, torch.float32)), after
+
+    def lengths(self, conversations: Sequence[Inputs], caches: Sequence[Cache | None]) -> list[int]:
+        """Tokens of each conversation, its cached prefix included.
+
+        Raises:
+            ValueError: if a conversation is too long for the model.
+        """
+        lengths = [len(c) + (0 if s is None else len(s)) for c, s in zip(conversations, caches, strict=True)]
+        if self.context_length is not None and max(lengths) > self.context_length:
+            raise ValueError(
+                f"{self.name} takes at most {self.context_length} tokens, got a conversation of {max(lengths)}"
+            )
+        return lengths
 
     def _template_closing(self) -> tuple[int, ...]:
         if not getattr(self.tokenizer, "chat_template", None):

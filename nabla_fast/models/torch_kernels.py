@@ -5,6 +5,7 @@
   and of a rollout's.
 * Attention on a GPU. PyTorch prefers cuDNN's, for which the host makes a plan for every new length of a sequence; here
   nearly every call has lengths of its own.
+* Norms and rotary embeddings on a GPU, see `nabla_fast.models.fused_layers`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,31 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
+from nabla_fast.models.fused_layers import FusedLayers
 
-def fast_kernels(device: torch.device) -> AbstractContextManager[Any]:
+
+def fast_kernels(device: torch.device, *fused: FusedLayers) -> AbstractContextManager[Any]:
     """In this block, layers of models on ``device`` use the kernels that this module describes.
 
     The models stay as they are, and results differ by rounding. On a CPU it is a mode of this thread, for weights that
-    want no gradient; on a GPU a switch of the whole process, which is put back when the last block ends.
+    want no gradient; on a GPU it changes settings of the whole process and layers of the models, which are put back
+    when the last block ends.
+
+    Args:
+        fused: the layers of each model that are exchanged.
     """
     if device.type == "cuda":
-        return _without_cudnn_attention()
+        return _on_gpu(fused)
     return _OneDNN() if device.type == "cpu" and _mkl_is_slow() else nullcontext()
+
+
+@contextmanager
+def _on_gpu(fused: tuple[FusedLayers, ...]) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(_without_cudnn_attention())
+        for layers in fused:
+            stack.enter_context(layers.active())
+        yield
 
 
 class _Blocks:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +40,10 @@ class HFRollout:
         self.language_model = language_model
         self.sampler = sampler or Sampler()
         self.draft_tokens = draft_tokens
+
+    def fast_kernels(self) -> AbstractContextManager[Any]:
+        """See `nabla_fast.models.torch_kernels`."""
+        return fast_kernels(self.language_model.device, self.language_model.backbone.fused)
 
     def open(self, sampling: Sampling, stop: StopRule) -> RolloutStream:
         """See `RolloutBackend.open`."""
@@ -123,7 +129,7 @@ class _Stream:
 
     @torch.no_grad()
     def collect(self) -> list[tuple[Sequence, Rollout]]:
-        with fast_kernels(self.backend.language_model.device):
+        with self.backend.fast_kernels():
             while not self.ended and (self.rows or self.joining):
                 if self.joining:
                     self._join()
@@ -198,7 +204,7 @@ class _SequentialStream:
         if not self.waiting:
             return []
         sequence = self.waiting.popleft()
-        with fast_kernels(self.backend.language_model.device):
+        with self.backend.fast_kernels():
             return [(sequence, self._roll_out(sequence))]
 
     def close(self) -> None:

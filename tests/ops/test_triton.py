@@ -21,8 +21,8 @@ FILES = {
     "steps": ["test_dto_step.py", "test_dto_step_rows.py"],
     "decodes": ["test_triton_decode.py", "test_triton_kernels.py"],
     "all others": [
-        "test_arguments.py", "test_embedding.py", "test_gradient_norm.py", "test_likelihood.py", "test_stats.py",
-        "test_token_diff.py",
+        "test_arguments.py", "test_embedding.py", "test_gradient_norm.py", "test_likelihood.py", "test_rotary.py",
+        "test_stats.py", "test_token_diff.py",
     ],
 }  # fmt: skip
 # Names Triton, but runs none of its kernels.

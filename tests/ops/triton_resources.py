@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from nabla_fast.ops import triton as ops
 from nabla_fast.ops.triton import stats as linear_state
+from nabla_fast.ops.triton.rotary import rotary
 from nabla_fast.ops.types import DTOInputs, DTOOptions, DTOState, Head, Tables, TokenGradient
 
 V, D, D_R = 151936, 3584, 2560
@@ -89,6 +90,12 @@ def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Every operator at the sizes of Qwen2.5-7B with a 4B reward model, so that every tile shape is taken."""
     yield "B=8", partial(ops.token_diff, new(8, 1024, dtype=torch.int64), new(8, 1024, dtype=torch.int64))
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k, cos, sin = (
+            new(*shape, dtype=dtype) for shape in ((1, 28, 64, 128), (1, 4, 64, 128), *2 * [(1, 64, 128)])
+        )
+        for inverse in (False, True):
+            yield f"{TYPES[dtype]} inverse={inverse}", partial(rotary, q, k, cos, sin, inverse)
     yield from _calls("bf16", torch.bfloat16, (1, 64, 128, 1024))
     yield from _calls("f32", torch.float32, (1, 64))
 

@@ -26,13 +26,14 @@ def check(*tensors: Tensor) -> None:
 def run(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
     """Launches a kernel on the tensors' own GPU, whatever the current one is.
 
-    Fused multiply-adds are asked for by name, because Triton's default for them changes between versions.
+    Fused multiply-adds are asked for by name, because Triton's default for them changes between versions;
+    ``enable_fp_fusion=False`` among the arguments asks for none.
     """
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         # Left to itself, ptxas now and then spills a few bytes to stay at 128 registers; let it have what there is.
         most = min(255, 65536 // (32 * arguments["num_warps"]))
-        kernel[grid](**arguments, enable_fp_fusion=True, maxnreg=most)
+        kernel[grid](**{"enable_fp_fusion": True, **arguments}, maxnreg=most)
 
 
 @cache

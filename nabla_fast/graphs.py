@@ -1,0 +1,204 @@
+"""Functions of constant shapes, captured once and replayed: CUDA graphs on a GPU, traces on a CPU.
+
+A captured function launches all its kernels with one call of the host. What it may do is limited: shapes, addresses and
+Python numbers are those of the capture. A trace on a CPU holds the same promises, so that what would go wrong on a GPU
+(a number baked in, an output read after another replay has used its memory, a wait for the device) goes wrong there,
+where it can be tested. It is for tests alone, and makes nothing faster.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+# Traces make nothing faster; tests switch them on.
+TRACE_ON_CPU = False
+
+
+def usable(device: torch.device) -> bool:
+    """Whether functions on this device are captured."""
+    return device.type == "cuda" or (device.type == "cpu" and TRACE_ON_CPU)
+
+
+class CaptureError(RuntimeError):
+    """A function cannot be captured; the message says why."""
+
+
+class Pool:
+    """Memory that several graphs share. Only one of them runs at a time, all from one stream.
+
+    An output of a graph holds until the next call of any graph of the pool.
+
+    Args:
+        device: of all tensors of the graphs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.lock = threading.RLock()
+        on_gpu = device.type == "cuda"
+        self.handle: Any = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.stream = torch.cuda.Stream(device) if on_gpu else None
+        self.outputs: list[Tensor] = []
+
+    def spoil(self) -> None:
+        """Overwrites the outputs of the last replay, as the next one does on a GPU."""
+        for x in self.outputs:
+            x.fill_(torch.nan if x.is_floating_point() else True if x.dtype == torch.bool else -(2**31))
+        self.outputs = []
+
+
+class Graph:
+    """``function(*tensors)`` of constant shapes. The first call runs it as it is, the second captures it.
+
+    The first call is what CUDA calls the warm-up: kernels are compiled and workspaces allocated.
+
+    Args:
+        function: tensors in, tensors and None out, in any nesting of tuples and named tuples. It reads no tensor on the host,
+            and nothing but its arguments and tensors that stay where they are (weights) changes between calls.
+        pool: whose memory it uses.
+        watched: tensors (weights) whose addresses the capture holds; where one has moved, it is captured anew.
+        in_place: how many of the first arguments the function writes to: they are captured as they are, not copied,
+            and have to be the same tensors in each call.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], pool: Pool, watched: tuple[Tensor, ...] = (), in_place: int = 0
+    ) -> None:
+        self.function, self.pool, self.watched, self.in_place = function, pool, watched, in_place
+        self.captures = 0
+        self._warm = False
+        self._inputs: list[Tensor] = []
+        self._outputs: list[Any] = []  # tensors, or None
+        self._spec: Any = None
+        self._addresses: tuple[int, ...] = ()
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self, *arguments: Tensor) -> Any:
+        """What the function gives. The tensors hold until the pool's next call: clone what is to be kept.
+
+        Raises:
+            CaptureError: if the function cannot be captured.
+            ValueError: if an argument has another shape, dtype or, for one that is written to, address than before.
+        """
+        with self.pool.lock:
+            if self._replay is not None and self._addresses != self._where():
+                self._warm, self._replay = False, None
+            if not self._warm:
+                self._warm = True
+                return self.function(*arguments)
+            if self._replay is None:
+                self._capture(arguments)
+            self._fill(arguments)
+            assert self._replay is not None
+            self._replay()
+            return tree_unflatten(self._outputs, self._spec)
+
+    def _where(self) -> tuple[int, ...]:
+        return tuple(x.data_ptr() for x in self.watched)
+
+    def _fill(self, arguments: tuple[Tensor, ...]) -> None:
+        for i, (own, given) in enumerate(zip(self._inputs, arguments, strict=True)):
+            if own.shape != given.shape or own.dtype != given.dtype or own.device != given.device:
+                raise ValueError(
+                    f"argument {i} of a graph must be {own.dtype} of shape {tuple(own.shape)} on {own.device}, got "
+                    f"{given.dtype} of shape {tuple(given.shape)} on {given.device}"
+                )
+            if own.data_ptr() == given.data_ptr() and own.stride() == given.stride():
+                continue
+            if i < self.in_place:
+                raise ValueError(f"argument {i} of a graph is written to, so it must be the tensor of the capture")
+            own.copy_(given)
+
+    def _capture(self, arguments: tuple[Tensor, ...]) -> None:
+        self._addresses = self._where()
+        self._inputs = [x if i < self.in_place else x.detach().clone() for i, x in enumerate(arguments)]
+        try:
+            self._replay = self._recorded() if self.pool.stream is not None else self._traced()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise CaptureError(f"{type(error).__name__}: {reason[0] if reason else ''}") from error
+        self.captures += 1
+
+    def _recorded(self) -> Callable[[], None]:  # pragma: no cover - needs a GPU
+        graph = torch.cuda.CUDAGraph()
+        # A wait of the host during the capture is an error; other threads may go on.
+        with torch.cuda.graph(graph, pool=self.pool.handle, stream=self.pool.stream, capture_error_mode="thread_local"):
+            out = self.function(*self._inputs)
+        self._outputs, self._spec = tree_flatten(out)
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def _traced(self) -> Callable[[], None]:
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        # Fake tensors hold no data, so that reading one raises, as it would in a CUDA graph.
+        traced = make_fx(self.function, tracing_mode="fake", _allow_non_fake_inputs=True)(*self._inputs)
+        for node in traced.graph.nodes:
+            shape = getattr(node.meta.get("val"), "shape", ())
+            if not all(isinstance(size, int) for size in shape):
+                raise ValueError(f"the shape of what {node.target} gives depends on data")
+        traced.graph.eliminate_dead_code()
+        traced.recompile()
+
+        def replay() -> None:
+            self.pool.spoil()
+            with torch.no_grad():
+                self._outputs, self._spec = tree_flatten(traced(*self._inputs))
+            own = [x for x in self._outputs if isinstance(x, Tensor)]
+            self.pool.outputs = [x for x in own if not any(x is given for given in self._inputs)]
+
+        return replay
+
+
+class Graphs:
+    """Graphs by key, the most recently used ones; on a GPU each holds memory.
+
+    Args:
+        device: of all their tensors.
+        most: how many are kept.
+    """
+
+    def __init__(self, device: torch.device, most: int = 32) -> None:
+        self.pool = Pool(device)
+        self.most = most
+        self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Graph]) -> Graph:
+        """The graph of a key, made where there is none; the least recently used goes where there are too many."""
+        with self.pool.lock:
+            if key not in self._graphs:
+                self._graphs[key] = make()
+                if len(self._graphs) > self.most:
+                    self._graphs.popitem(last=False)
+            self._graphs.move_to_end(key)
+            return self._graphs[key]
+
+    def clear(self) -> None:
+        """Gives up all graphs."""
+        with self.pool.lock:
+            self._graphs.clear()
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    @property
+    def captures(self) -> int:
+        """How many captures the kept graphs have made."""
+        return sum(graph.captures for graph in self._graphs.values())
+
+
+def bucket(size: int, least: int = 16) -> int:
+    """The size of the graph that serves ``size``: a multiple of ``least``, at most a quarter above from 64 on, and an
+    eighth from 512 on."""
+    share = 8 if size >= 512 else 4
+    step = max(least, 1 << max(0, (size // share).bit_length() - 1))
+    return max(least, -(-size // step) * step)

@@ -1,0 +1,342 @@
+"""Passes of constant shapes through a transformers decoder as it is, for capture in graphs.
+
+What differs from call to call (where a sequence begins and ends, which tokens it has) is in tensors on the device, and
+attention masks and positions are made from them there. A prefix stands right-aligned in a buffer, so that what follows
+it begins in the same column, whatever its length:
+
+    [ unused | prefix | suffix | unused ]
+             ^first   ^P               ^P + S
+
+Nothing is written in place where autograd would see it: a layer attends to the buffer and its new keys, one behind the
+other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from nabla_fast.graphs import Graph, Graphs, bucket
+from nabla_fast.models import checks
+from nabla_fast.models.backbone import Backbone, Inputs
+from nabla_fast.models.kv_cache import KVCache
+from nabla_fast.models.numerics import is_close, relative_error
+
+# Columns of a prefix buffer, at the least; a prefix that outgrows them needs a graph of its own.
+_COLUMNS = 1024
+
+
+def attention_masks(config: Any, first: Tensor, queries: Tensor, columns: int, dtype: torch.dtype) -> Any:
+    """Additive causal masks (B, 1, S, ``columns``), 0 where a query sees a column and the dtype's minimum elsewhere.
+
+    A query sees no column before its row's first, and none behind itself; in layers with a sliding window, only the
+    nearest ones.
+
+    Args:
+        config: the model's text config.
+        first: (B,) int64, the first column of each row.
+        queries: (B or 1, S) int64, the columns that the queries are in.
+
+    Returns:
+        One mask, or a dict of them by kind of layer where kinds differ.
+    """
+    kinds = _windows(config)
+    masks = {kind: _mask(first, queries, columns, window, dtype) for kind, window in kinds.items()}
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _windows(config: Any) -> dict[str, int | None]:
+    """Kind of layer → how many columns its attention reaches back, None for all."""
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+    window = getattr(config, "sliding_window", None)
+    if not kinds:
+        return {"full_attention": window}
+    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+
+
+def _mask(first: Tensor, queries: Tensor, columns: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    column = torch.arange(columns, device=first.device)
+    seen = (column <= queries.unsqueeze(-1)) & (column >= first.view(-1, 1, 1))
+    if window is not None:
+        seen = seen & (column > queries.unsqueeze(-1) - window)
+    # Not -inf: a row that sees nothing (padding before the first column) would be NaN.
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(seen.shape, dtype=dtype, device=first.device).masked_fill(~seen, lowest).unsqueeze(1)
+
+
+class _BehindBuffer(DynamicCache):
+    """Keys and values (L, 2, B, H, P, D) of prefixes, which are only read; what a pass adds is in ``new``."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        super().__init__()
+        self.buffer = buffer
+        self.new: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        keys, values = self.buffer[layer_idx]
+        self.new.append(torch.stack([key_states, value_states]).detach())
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+
+@dataclass(frozen=True)
+class StaticPass:
+    """What a pass over B suffixes of S tokens gives; of each row only its own tokens mean anything.
+
+    Attributes:
+        states: (B, S + 1, d) the last hidden state of each prefix, and those of its suffix.
+        gradient: (B, S, d) with respect to the suffixes' embeddings, zero behind a row's end; None if none was asked
+            for.
+        values: whatever the function of the states gave.
+        new: (L, 2, B, H, S, D) keys and values of the suffixes.
+        buffer: (L, 2, B, H, P, D) those of the prefixes.
+        caches: of the prefixes.
+        sizes: of the suffixes.
+    """
+
+    states: Tensor
+    gradient: Tensor | None
+    values: Tensor
+    new: Tensor
+    buffer: Tensor
+    caches: Sequence[KVCache | None]
+    sizes: Sequence[int]
+
+    def cache(self, row: int) -> KVCache:
+        """The cache of a row's prefix and suffix together; a copy."""
+        before, size = self.caches[row], self.sizes[row]
+        begin = self.buffer.shape[-2] - (0 if before is None else len(before))
+        both = torch.cat([self.buffer[:, :, row : row + 1, :, begin:], self.new[:, :, row : row + 1, :, :size]], dim=-2)
+        hidden = self.states[row, 1 : 1 + size]
+        return from_stacked(both, hidden.clone() if before is None else torch.cat([before.hidden, hidden]))
+
+
+Value = Callable[..., tuple[Tensor, Tensor]]
+
+
+class StaticBackbone:
+    """Passes of a `Backbone` over suffixes behind cached prefixes, by captured graphs.
+
+    Args:
+        backbone: one that `why_not` has nothing to say about.
+        graphs: where its graphs are kept.
+    """
+
+    def __init__(self, backbone: Backbone, graphs: Graphs) -> None:
+        self.backbone, self.graphs = backbone, graphs
+        self._config = backbone.model.config.get_text_config()
+        self._last_position = (getattr(self._config, "max_position_embeddings", None) or 2**40) - 1
+        self._weights = tuple(backbone.model.parameters())
+        self._buffers: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(
+        self,
+        name: str,
+        caches: Sequence[KVCache | None],
+        inputs: Sequence[Inputs],
+        value: Value,
+        arguments: Sequence[tuple[Sequence[Tensor], int | None]],
+        *,
+        gradient: bool,
+    ) -> StaticPass:
+        """Runs B suffixes of different lengths, each behind its cached prefix.
+
+        Args:
+            name: of ``value``: one name, one function.
+            inputs: of each suffix, S_b tokens; the longest S_b is 1 or more.
+            value: maps (states, *arguments) to a number whose gradient is taken, and to values that are returned. It
+                is captured.
+            arguments: more tensors for it: one per row, padded with zeros to this length, None for S + 1.
+            gradient: whether the gradient with respect to the inputs' embeddings is wanted.
+
+        Returns:
+            The pass, whose tensors hold until the next call.
+
+        Raises:
+            CaptureError: if the pass cannot be captured.
+            torch.OutOfMemoryError: if there is no room for it.
+        """
+        sizes = [len(x) for x in inputs]
+        past = [0 if cache is None else len(cache) for cache in caches]
+        rows, size = 1 << (len(inputs) - 1).bit_length(), bucket(max(sizes))
+        columns = _COLUMNS if max(past) <= _COLUMNS else 1 << (max(past) - 1).bit_length()
+        buffer, last = self._filled(caches, rows, columns)
+        embeds = _padded([x.embeds for x in inputs], rows, size)
+        more = [_padded(tensors, rows, width or size + 1) for tensors, width in arguments]
+        device = embeds.device
+        first = torch.tensor([columns - n for n in past] + [columns] * (rows - len(past))).to(device, non_blocking=True)
+        key = (name, rows, size, columns, gradient, *((x.shape, x.dtype) for x in more))
+        graph = self.graphs.get(key, lambda: self._graph(value, gradient))
+        return StaticPass(*graph(buffer, first, last, embeds, *more), buffer, caches, sizes)  # type: ignore[call-arg]
+
+    def _graph(self, value: Value, gradient: bool) -> Graph:
+        def run(buffer: Tensor, first: Tensor, last: Tensor, embeds: Tensor, *arguments: Tensor) -> tuple[Any, ...]:
+            with torch.enable_grad() if gradient else torch.no_grad():
+                x = embeds.detach().requires_grad_(gradient)
+                hidden, new = self.run(buffer, first, x)
+                states = torch.cat([last.unsqueeze(1), hidden], dim=1)
+                total, values = value(states, *arguments)
+                found = torch.autograd.grad(total, x)[0] if gradient else None
+            return states.detach(), found, values.detach(), new
+
+        return Graph(run, self.graphs.pool, self._weights, in_place=1)
+
+    def run(self, buffer: Tensor, first: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, S, d) of suffixes, and their keys and values (L, 2, B, H, S, D)."""
+        size, columns = embeds.shape[1], buffer.shape[-2]
+        steps = torch.arange(size, device=embeds.device)
+        cache = _BehindBuffer(buffer)
+        masks = attention_masks(self._config, first, (columns + steps).unsqueeze(0), columns + size, embeds.dtype)
+        positions = (columns - first).unsqueeze(1) + steps
+        hidden, _ = self.backbone.run(
+            steps.expand(len(embeds), size),
+            embeds,
+            columns,
+            attention_mask=masks,
+            position_ids=positions.clamp(max=self._last_position),
+            use_cache=True,
+            **{self.backbone.cache_argument: cache},
+        )
+        return hidden, torch.stack(cache.new)
+
+    def _filled(self, caches: Sequence[KVCache | None], rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """The buffer with the prefixes in it, and their last hidden states (rows, d)."""
+        weight = self.backbone.embedding.weight
+        found = next((cache for cache in caches if cache is not None), None)
+        if (rows, columns) not in self._buffers:
+            layers, heads, width, dtype = self._sizes(found)
+            self._buffers[rows, columns] = torch.zeros(
+                layers, 2, rows, heads, columns, width, dtype=dtype, device=weight.device
+            )
+        buffer = self._buffers[rows, columns]
+        last = None
+        for row, cache in enumerate(caches):
+            if cache is None:
+                continue
+            part = buffer[:, :, row, :, columns - len(cache) :]
+            part.copy_(stacked(cache)[:, :, 0])
+            if last is None:
+                last = cache.hidden.new_zeros(rows, cache.hidden.shape[1])
+            last[row] = cache.hidden[-1]
+        if last is None:
+            last = weight.new_zeros(rows, self._width)
+        return buffer, last
+
+    def _sizes(self, cache: KVCache | None) -> tuple[int, int, int, torch.dtype]:
+        if cache is None:
+            _, (cache,) = self.backbone.extend([None], [_probe(self.backbone)[:1]])  # type: ignore[assignment]
+        assert cache is not None
+        _, heads, _, width = cache.keys[0].shape
+        return len(cache.keys), heads, width, cache.keys[0].dtype
+
+    @property
+    def _width(self) -> int:
+        return self.backbone.tried.shape[1]
+
+
+def stacked(cache: KVCache) -> Tensor:
+    """Keys and values of all layers as one tensor (L, 2, 1, heads, T, head width)."""
+    if cache.stacked is not None:
+        return cache.stacked
+    return torch.stack([torch.stack([k, v]) for k, v in zip(cache.keys, cache.values, strict=True)])
+
+
+def from_stacked(both: Tensor, hidden: Tensor) -> KVCache:
+    """A cache of keys and values (L, 2, 1, heads, T, head width) and hidden states (T, d); views."""
+    keys, values = zip(*(layer.unbind() for layer in both.unbind()), strict=True)
+    return KVCache(keys, values, hidden, both)
+
+
+def _padded(rows: Sequence[Tensor], count: int, size: int) -> Tensor:
+    """(count, size, ...) of rows (n_b, ...), zeros behind each and below."""
+    out = rows[0].new_zeros(count, size, *rows[0].shape[1:])
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row.detach()
+    return out
+
+
+# Whether a model can be run so
+
+
+def why_not(backbone: Backbone) -> str | None:
+    """Why passes of constant shapes are not for a model, in one clause; None if they are. Tried once per model."""
+    found: str | None = checks.remembered(backbone.model, backbone.name, "static", lambda: _examine(backbone))
+    return found
+
+
+def _examine(backbone: Backbone) -> str | None:
+    if backbone.cache_kind != "prefix" or not backbone.supports_prefix_cache:
+        return "it does not run in batches behind prefixes"
+    if backbone.needs_ids:
+        return "it reads token ids besides embeddings"
+    if len({weight.device for weight in backbone.model.parameters()}) > 1:
+        return "its weights are on several devices, or off-loaded"
+    config = backbone.model.config.get_text_config()
+    if backbone.windowed and not checks.window_is_known(config):
+        return "its layers have windows of a kind that is not known"
+    inputs = _probe(backbone)
+    with torch.no_grad():
+        _, caches = backbone.extend([None, None], [inputs[:4], inputs[:2]])
+    if len({x.shape for cache in caches[:1] for x in (*cache.keys, *cache.values)}) > 1:  # type: ignore[union-attr]
+        return "its layers have keys and values of several sizes"
+    # With a window that eight tokens show.
+    with _small_window(config) if backbone.windowed else nullcontext():
+        try:
+            return _difference(backbone, inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model does with a mask of four dimensions
+            return f"a pass with a mask of four dimensions raises {type(error).__name__}"
+
+
+def _difference(backbone: Backbone, inputs: Inputs) -> str | None:
+    """How a pass of constant shapes differs from the usual one, on a batch of two; None if it does not."""
+    static = StaticBackbone(backbone, Graphs(inputs.device))
+    with torch.no_grad():
+        _, caches = backbone.extend([None, None], [inputs[:4], inputs[:2]])
+    weights = torch.linspace(1, 2, backbone.tried.shape[1], device=inputs.device)
+
+    def value(states: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+        total = (states.float() * weights * inside.unsqueeze(-1)).pow(2).sum()
+        return total, total
+
+    suffixes = [inputs[4:], inputs[2:]]
+    ones = [torch.ones(1 + len(x), device=inputs.device) for x in suffixes]
+    out = static("check", caches, suffixes, value, [(ones, None)], gradient=True)  # type: ignore[arg-type]
+    assert out.gradient is not None
+    with torch.enable_grad():
+        leaves = [x.differentiable() for x in suffixes]
+        hidden, usual = backbone(caches, leaves)
+        total = sum((h.float() * weights).pow(2).sum() for h in hidden)
+        gradients = torch.autograd.grad(total, [x.embeds for x in leaves])  # type: ignore[arg-type]
+    for row, x in enumerate(suffixes):
+        cache = usual[row]
+        assert isinstance(cache, KVCache)
+        for what, ours, theirs in (
+            ("hidden states", out.states[row, 1 : 1 + len(x)], hidden[row]),
+            ("gradients", out.gradient[row, : len(x)], gradients[row]),
+            ("keys", out.cache(row).keys[-1].flatten(0, -2), cache.keys[-1].flatten(0, -2)),
+        ):
+            if not is_close(ours, theirs):
+                return f"{what} of passes of constant shapes are {relative_error(ours, theirs):.2g} apart, relatively"
+    return None
+
+
+@contextmanager
+def _small_window(config: Any) -> Any:
+    before = config.sliding_window
+    config.sliding_window = 3
+    try:
+        yield
+    finally:
+        config.sliding_window = before
+
+
+def _probe(backbone: Backbone) -> Inputs:
+    ids = checks.probe_ids(backbone.model)
+    return Inputs(ids, backbone.embedding(ids.unsqueeze(0))[0].detach())

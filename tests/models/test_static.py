@@ -1,0 +1,320 @@
+"""Passes of constant shapes: what they give, for which models, and whole decodes by them."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import nabla_fast as nf
+from nabla_fast import graphs
+from nabla_fast.generate import NablaOutput, make_pair
+from nabla_fast.models import checks, static, torch_kernels
+from nabla_fast.models.language_model import LanguageModel
+from nabla_fast.objective import Objective, Request
+from nabla_fast.testing.models import (
+    FAMILIES,
+    shared_language_model,
+    shared_reward_model,
+    tiny_language_model,
+    tiny_reward_model,
+    tiny_tokenizer,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONFIG = nf.NablaConfig(
+    max_new_tokens=14,
+    max_rollouts=4,
+    max_iters=3,
+    learning_rate=0.3,
+    nll_coeff=0.1,
+    confidence_threshold=None,
+    gradient_threshold=None,
+    rollout=nf.Sampling(temperature=1.0, top_p=0.95),
+    backend="reference",
+)
+PROMPTS = ["what is 3 times 4", "the user", "12 + 24 = is it on"]
+
+
+@pytest.fixture(autouse=True)
+def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN's linear layer, which a CPU may take, cannot be traced; a GPU has none."""
+    monkeypatch.setattr(torch_kernels, "_mkl_is_slow", lambda: False)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "TRACE_ON_CPU", True)
+
+
+@pytest.fixture
+def objectives(monkeypatch: pytest.MonkeyPatch) -> list[Objective]:
+    """Every objective that is made."""
+    made: list[Objective] = []
+    own = Objective.__init__
+
+    def init(self: Objective, *args: Any, **kwargs: Any) -> None:
+        own(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(Objective, "__init__", init)
+    return made
+
+
+@functools.cache
+def decode(family: str, dtype: torch.dtype, traces: bool, **settings: Any) -> NablaOutput:
+    tokenizer = tiny_tokenizer()
+    reward_family = FAMILIES[(FAMILIES.index(family) + 2) % len(FAMILIES)]
+    models = tiny_language_model(family, dtype=dtype), tiny_reward_model(reward_family, dtype=dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "TRACE_ON_CPU", traces)
+        return nf.generate(models[0], tokenizer, models[1], tokenizer, PROMPTS, CONFIG.replace(**settings))
+
+
+def same(one: NablaOutput, other: NablaOutput, tolerance: float) -> None:
+    assert [s.tolist() for s in one.sequences] == [s.tolist() for s in other.sequences]
+    assert one.rewards == pytest.approx(other.rewards, abs=tolerance)
+    assert one.stats.totals.gradient_evaluations == other.stats.totals.gradient_evaluations
+    assert one.stats.totals.reward_calls == other.stats.totals.reward_calls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decode_by_traces(family: str, objectives: list[Objective]) -> None:
+    """Batches of three, ragged: tokens and counters are those without graphs, and each graph is captured once."""
+    same(decode(family, torch.float64, True), decode(family, torch.float64, False), 1e-10)
+    for part in (objectives[0].likelihood_graphs, objectives[0].reward_graphs):
+        assert part.graphs is not None
+        assert 0 < part.graphs.captures <= len(part.graphs)
+
+
+def test_a_decode_by_traces_in_float32() -> None:
+    same(decode("qwen3", torch.float32, True), decode("qwen3", torch.float32, False), 1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"parameterization": "logits", "update_postfix": True}, {"anchor": "argmax"}, {"gradient_cache": False}],
+    ids=["logits, postfix", "argmax", "no cache"],
+)
+def test_a_decode_with_other_settings(settings: dict[str, Any]) -> None:
+    same(decode("qwen2", torch.float64, True, **settings), decode("qwen2", torch.float64, False, **settings), 1e-10)
+
+
+def pair(family: str = "qwen2", reward: str = "qwen3") -> Any:
+    tokenizer = tiny_tokenizer()
+    return make_pair(shared_language_model(family), tokenizer, shared_reward_model(reward), tokenizer, CONFIG)
+
+
+def requests(pair: Any, starts: list[int], length: int = 10, seed: int = 0) -> list[Request]:
+    chats = [({"role": "user", "content": text},) for text in PROMPTS]
+    ids, frames = pair.prompts(chats, CONFIG)
+    sequences = pair.sequences(ids, frames, CONFIG)[: len(starts)]
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for i, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
+        response = torch.randint(4, 40, (length - i,), generator=generator)
+        made.append(Request(sequence, response, start))
+    return made
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("starts", [[0], [0, 3, 7], [9, 8, 7], [9, 0]], ids=str)
+def test_an_evaluation(starts: list[int]) -> None:
+    """At the first token, at the last one, and both in one batch; three times, so that graphs are replayed."""
+    models = pair()
+    ours = Objective(models.language_model, models.reward_model, CONFIG.replace(gradient_cache=False))
+    plain = Objective(models.language_model, models.reward_model, CONFIG.replace(gradient_cache=False, graphs=False))
+    assert plain.likelihood_graphs.graphs is plain.reward_graphs.graphs is None
+    for seed in range(3):
+        with torch.no_grad():
+            one = ours.evaluate(requests(models, starts, seed=seed))
+            other = plain.evaluate(requests(models, starts, seed=seed))
+        for a, b in zip(one, other, strict=True):
+            assert a.reward == pytest.approx(b.reward, abs=1e-10)
+            torch.testing.assert_close(a.log_likelihoods, b.log_likelihoods, rtol=0, atol=1e-10)
+            for x, y in zip(a.factors, b.factors, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-10)
+    assert ours.likelihood_graphs.graphs is not None
+
+
+@pytest.mark.usefixtures("traced")
+def test_what_an_evaluation_keeps_is_its_own() -> None:
+    """No result is in the memory of a graph, which the next replay writes to."""
+    models = pair()
+    objective = Objective(models.language_model, models.reward_model, CONFIG.replace(gradient_cache=False))
+    kept, copies = [], []
+    for seed in range(4):
+        asked = requests(models, [2, 2], seed=seed)
+        with torch.no_grad():
+            for evaluation in objective.evaluate(asked):
+                kept += [*evaluation.factors, evaluation.log_likelihoods]
+            objective.rewards([r.sequence for r in asked], [r.response.flip(0) for r in asked])
+        for request in asked:
+            for cache in (request.sequence.language_cache, request.sequence.reward_cache):
+                assert cache is not None
+                kept += [*cache.cache.keys, *cache.cache.values, cache.cache.hidden]
+        copies += [x.clone() for x in kept[len(copies) :]]
+    for x, copy in zip(kept, copies, strict=True):
+        assert torch.equal(x, copy)
+        assert bool(x.isfinite().all())
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_prefix_that_outgrows_its_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static, "_COLUMNS", 16)
+    models = pair()
+    ours, plain = (
+        Objective(models.language_model, models.reward_model, CONFIG.replace(gradient_cache=False, graphs=on))
+        for on in (True, False)
+    )
+    for start in (0, 0, 20, 20, 60, 60):
+        with torch.no_grad():
+            (a,), (b,) = (o.evaluate(requests(models, [start], length=70)) for o in (ours, plain))
+        torch.testing.assert_close(a.factors.embedding, b.factors.embedding, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(a.factors.reward_embedding, b.factors.reward_embedding, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_pooled_token_that_is_not_the_last_one() -> None:
+    """The padding token ends conversations, and the model pools the one before it."""
+    tokenizer = tiny_tokenizer()
+    reward = tiny_reward_model("qwen2")
+    models = make_pair(shared_language_model("qwen2"), tokenizer, reward, tokenizer, CONFIG)
+    skipped = models.reward_model._closing[-1]
+    assert models.reward_model.head is not None
+    object.__setattr__(models.reward_model.head, "skips", skipped)
+    ours, plain = (
+        Objective(models.language_model, models.reward_model, CONFIG.replace(gradient_cache=False, graphs=on))
+        for on in (True, False)
+    )
+    for seed in range(3):
+        with torch.no_grad():
+            one, other = (o.evaluate(requests(models, [0, 4], seed=seed)) for o in (ours, plain))
+        for a, b in zip(one, other, strict=True):
+            assert a.reward == pytest.approx(b.reward, abs=1e-10)
+            torch.testing.assert_close(a.factors.reward_embedding, b.factors.reward_embedding, rtol=1e-9, atol=1e-10)
+
+
+# Which models run so
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_passes_the_check(family: str) -> None:
+    model = LanguageModel(shared_language_model(family), tiny_tokenizer())
+    assert static.why_not(model.backbone) is None
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_the_check_sees_windows(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LanguageModel(tiny_language_model(family), tiny_tokenizer())
+    monkeypatch.setattr(
+        static, "_windows", lambda config: dict.fromkeys(dict.fromkeys(config.layer_types))
+    )  # as if no layer had one
+    reason = static.why_not(model.backbone)
+    assert reason is not None
+    assert "apart" in reason
+
+
+def test_the_check_sees_a_wrong_first_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LanguageModel(tiny_language_model("llama"), tiny_tokenizer())
+    own = static.attention_masks
+    monkeypatch.setattr(static, "attention_masks", lambda config, first, *rest: own(config, first + 1, *rest))
+    reason = static.why_not(model.backbone)
+    assert reason is not None
+    assert "apart" in reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"cache_kind": "state"}, "in batches"),
+        ({"supports_prefix_cache": False}, "in batches"),
+        ({"needs_ids": True}, "token ids"),
+    ],
+)
+def test_other_models_are_left_alone(change: dict[str, Any], reason: str) -> None:
+    backbone = LanguageModel(tiny_language_model("llama"), tiny_tokenizer()).backbone
+    vars(backbone).update(change)
+    found = static.why_not(backbone)
+    assert found is not None
+    assert reason in found
+
+
+def test_windows_of_other_kinds() -> None:
+    class Config:
+        def __init__(self, **values: Any) -> None:
+            vars(self).update(values)
+
+    assert checks.window_is_known(Config(sliding_window=8))
+    assert checks.window_is_known(Config(sliding_window=8, layer_types=["sliding_attention"], window_pattern=6))
+    assert not checks.window_is_known(Config(sliding_window=8, window_pattern=6))
+    assert not checks.window_is_known(Config(sliding_window=None, attention_chunk_size=8))
+    assert not checks.window_is_known(Config(window_size=8))
+
+
+# What cannot be captured
+
+
+def read_on_the_host(states: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    total = states.sum() * float(states.sum())
+    return total, states.sum(-1)
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("error", ["capture", "memory"])
+def test_a_model_that_cannot_be_captured_runs_without_graphs(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    models = make_pair(tiny_language_model("qwen2"), tokenizer, tiny_reward_model("qwen3"), tokenizer, CONFIG)
+    config = CONFIG.replace(gradient_cache=False)
+    ours = Objective(models.language_model, models.reward_model, config)
+    plain = Objective(models.language_model, models.reward_model, config.replace(graphs=False))
+    if error == "capture":
+        ours.likelihood_graphs._value = read_on_the_host
+    else:
+
+        def full(self: Any, *_: Any) -> None:
+            raise torch.OutOfMemoryError("no memory")
+
+        monkeypatch.setattr(graphs.Graph, "_traced", full)
+    with warnings.catch_warnings(record=True) as told, torch.no_grad():
+        warnings.simplefilter("always")
+        for seed in range(4):
+            one, other = (o.evaluate(requests(models, [0, 3], seed=seed)) for o in (ours, plain))
+            if seed or error == "memory":
+                for a, b in zip(one, other, strict=True):
+                    torch.testing.assert_close(a.factors.embedding, b.factors.embedding, rtol=1e-9, atol=1e-10)
+    assert ours.likelihood_graphs.graphs is None
+    messages = [str(w.message) for w in told if "without graphs" in str(w.message)]
+    assert len(messages) == (1 if error == "capture" else 2)
+    assert "DataDependent" in messages[0] or "no memory" in messages[0]
+
+
+@pytest.mark.usefixtures("traced")
+def test_no_graphs_beside_checkpoints() -> None:
+    models = pair()
+    objective = Objective(models.language_model, models.reward_model, CONFIG.replace(checkpoint_activations=True))
+    assert objective.likelihood_graphs.graphs is objective.reward_graphs.graphs is None
+
+
+def test_no_graphs_on_a_cpu() -> None:
+    models = pair()
+    objective = Objective(models.language_model, models.reward_model, CONFIG)
+    assert objective.likelihood_graphs.graphs is None
+
+
+def test_masks_by_hand() -> None:
+    class Config:
+        sliding_window = 2
+        layer_types = ("full_attention", "sliding_attention")
+
+    masks = static.attention_masks(Config, torch.tensor([1, 3]), torch.tensor([[3, 4]]), 6, torch.float32)
+    seen = {kind: [[row.nonzero()[:, 0].tolist() for row in m[0] == 0] for m in mask] for kind, mask in masks.items()}
+    assert seen == {
+        "full_attention": [[[1, 2, 3], [1, 2, 3, 4]], [[3], [3, 4]]],
+        "sliding_attention": [[[2, 3], [3, 4]], [[3], [3, 4]]],
+    }
