@@ -24,6 +24,7 @@ _LEAST_TEMPERATURE = 1e-4
 _MOST_BYTES, _MOST_SECONDS = 2**63 - 1, 86400.0
 PRESETS = ("math500", "aime", "amc")
 VLLM_GPU_MEMORY_UTILIZATION = 0.4
+_SWITCHES = ("update_postfix", "rejection_sampling", "gradient_cache", "checkpoint_activations", "graphs", "compile")
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ class NablaConfig:
         graphs: on a GPU, launch a gradient as one CUDA graph, and rollouts as one a token. It takes memory for each
             size of a batch. Models that cannot be captured run as they are; activations are kept, so that it has no
             effect with ``checkpoint_activations``. On a CPU it changes nothing.
+        compile: compile a decoder layer of each model by ``torch.compile``, for gradients and rewards. It takes from
+            seconds to minutes at first; not together with ``checkpoint_activations``.
         backend: which kernels the operators use.
         seed: seed of the noise; a sequence's noise depends on this and on its prompt alone.
     """
@@ -142,6 +145,7 @@ class NablaConfig:
     gradient_cache_bytes: int = 2**30
     checkpoint_activations: bool = False
     graphs: bool = True
+    compile: bool = False
     backend: str = "auto"
     seed: int = 0
 
@@ -160,9 +164,11 @@ class NablaConfig:
         _require_number("nll_coeff", self.nll_coeff)
         _require_choice("parameterization", self.parameterization, PARAMETERIZATIONS)
         _require_choice("anchor", self.anchor, ANCHORS)
-        for name in ("update_postfix", "rejection_sampling", "gradient_cache", "checkpoint_activations", "graphs"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.compile and self.checkpoint_activations:
+            raise ValueError("compile must be False with checkpoint_activations=True, which runs layers once more")
         if self.confidence_threshold is not None:
             _require_number("confidence_threshold", self.confidence_threshold, minimum=0.0, maximum=1.0)
         if self.entropy_threshold is not None:

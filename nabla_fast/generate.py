@@ -208,17 +208,21 @@ def run(
         objective = Objective(pair.language_model, pair.reward_model, config)
         for ended in Decoder(objective, pair.rollouts(config, sampler), sampler, stop, observer).finishing(sequences):
             on_end(ended)
-    return _output(pair, sequences, {} if objective.cache is None else objective.cache.stats())
+    return _output(pair, sequences, objective)
 
 
-def _output(pair: Pair, sequences: Seq[Sequence], cache: dict[str, int] | None = None) -> NablaOutput:
-    """The answers of finished sequences."""
+def _output(pair: Pair, sequences: Seq[Sequence], objective: Objective | None = None) -> NablaOutput:
+    """The answers of finished sequences, and what their common objective counted."""
     tokens = [s.current.tokens for s in sequences]
     return NablaOutput(
         texts=[pair.tokenizer.decode(t, skip_special_tokens=True) for t in tokens],
         sequences=tokens,
         rewards=[s.current.reward for s in sequences],
-        stats=Stats([s.stats for s in sequences], cache or {}),
+        stats=Stats(
+            [s.stats for s in sequences],
+            {} if objective is None or objective.cache is None else objective.cache.stats(),
+            {} if objective is None else objective.graph_stats(),
+        ),
     )
 
 

@@ -9,6 +9,7 @@ where it can be tested. It is for tests alone, and makes nothing faster.
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -37,10 +38,11 @@ class Pool:
 
     Args:
         device: of all tensors of the graphs.
+        capture: whether functions are captured at all, or always run as they are.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, capture: bool = True) -> None:
+        self.device, self.capture = device, capture
         self.lock = threading.RLock()
         on_gpu = device.type == "cuda"
         self.handle: Any = torch.cuda.graph_pool_handle() if on_gpu else None
@@ -60,19 +62,23 @@ class Graph:
     The first call is what CUDA calls the warm-up: kernels are compiled and workspaces allocated.
 
     Args:
-        function: tensors in, tensors and None out, in any nesting of tuples and named tuples. It reads no tensor on the host,
-            and nothing but its arguments and tensors that stay where they are (weights) changes between calls.
+        function: tensors in, tensors and None out, in any nesting of tuples and named tuples. It reads no tensor on the
+            host, and nothing but its arguments and tensors that stay where they are (weights) changes between calls.
         pool: whose memory it uses.
         watched: tensors (weights) whose addresses the capture holds; where one has moved, it is captured anew.
         in_place: how many of the first arguments the function writes to: they are captured as they are, not copied,
             and have to be the same tensors in each call.
+
+    Attributes:
+        captures: how often it was captured.
+        seconds: how long that took.
     """
 
     def __init__(
         self, function: Callable[..., Any], pool: Pool, watched: tuple[Tensor, ...] = (), in_place: int = 0
     ) -> None:
         self.function, self.pool, self.watched, self.in_place = function, pool, watched, in_place
-        self.captures = 0
+        self.captures, self.seconds = 0, 0.0
         self._warm = False
         self._inputs: list[Tensor] = []
         self._outputs: list[Any] = []  # tensors, or None
@@ -90,7 +96,7 @@ class Graph:
         with self.pool.lock:
             if self._replay is not None and self._addresses != self._where():
                 self._warm, self._replay = False, None
-            if not self._warm:
+            if not self._warm or not self.pool.capture:
                 self._warm = True
                 return self.function(*arguments)
             if self._replay is None:
@@ -117,6 +123,7 @@ class Graph:
             own.copy_(given)
 
     def _capture(self, arguments: tuple[Tensor, ...]) -> None:
+        start = time.perf_counter()
         self._addresses = self._where()
         self._inputs = [x if i < self.in_place else x.detach().clone() for i, x in enumerate(arguments)]
         try:
@@ -127,6 +134,7 @@ class Graph:
             reason = str(error).strip().splitlines()
             raise CaptureError(f"{type(error).__name__}: {reason[0] if reason else ''}") from error
         self.captures += 1
+        self.seconds += time.perf_counter() - start
 
     def _recorded(self) -> Callable[[], None]:  # pragma: no cover - needs a GPU
         graph = torch.cuda.CUDAGraph()
@@ -165,10 +173,11 @@ class Graphs:
     Args:
         device: of all their tensors.
         most: how many are kept.
+        capture: see `Pool`.
     """
 
-    def __init__(self, device: torch.device, most: int = 32) -> None:
-        self.pool = Pool(device)
+    def __init__(self, device: torch.device, most: int = 24, capture: bool = True) -> None:
+        self.pool = Pool(device, capture)
         self.most = most
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
 
@@ -194,6 +203,11 @@ class Graphs:
     def captures(self) -> int:
         """How many captures the kept graphs have made."""
         return sum(graph.captures for graph in self._graphs.values())
+
+    @property
+    def seconds(self) -> float:
+        """How long those took."""
+        return sum(graph.seconds for graph in self._graphs.values())
 
 
 def bucket(size: int, least: int = 16) -> int:

@@ -85,8 +85,8 @@ class Objective:
                 require_layers(model, name)
         # What keeps each layer's input alone does so for memory, of which graphs take more.
         graphs = config.graphs and not config.checkpoint_activations
-        self.likelihood_graphs = graphed_likelihood(language_model, config.backend, graphs)
-        self.reward_graphs = graphed_rewards(reward_model, graphs)
+        self.likelihood_graphs = graphed_likelihood(language_model, config.backend, graphs, config.compile)
+        self.reward_graphs = graphed_rewards(reward_model, graphs, config.compile)
         self._reward_stream = torch.cuda.Stream(reward_model.device) if reward_model.device.type == "cuda" else None
 
     def rewards(self, sequences: Seq[Sequence], responses: Seq[Tensor]) -> list[float]:
@@ -128,6 +128,12 @@ class Objective:
             for i, source in zip(missing, first, strict=True):
                 found[i] = computed[source]
         return [evaluation for evaluation in found if evaluation is not None]
+
+    def graph_stats(self) -> dict[str, float]:
+        """Captures of both models, and the seconds that they and compilation took; empty where there are none."""
+        parts = [graphed.stats() for graphed in (self.likelihood_graphs, self.reward_graphs)]
+        names = {name for part in parts for name in part}
+        return {name: sum(part.get(name, 0) for part in parts) for name in sorted(names)}
 
     def language_cache(self, sequence: Sequence) -> SequenceCache:
         """The language model's cache of a sequence, made where there is none."""

@@ -115,10 +115,12 @@ class Stats:
     Attributes:
         sequences: one record per prompt.
         cache: what `GradientCache.stats` said at the end, its evictions and bytes among it; empty without a cache.
+        graphs: ``captures`` of CUDA graphs, ``capture_seconds`` and ``compile_seconds``; empty where neither was done.
     """
 
     sequences: list[SequenceStats]
     cache: dict[str, int] = field(default_factory=dict)
+    graphs: dict[str, float] = field(default_factory=dict)
 
     @property
     def totals(self) -> SequenceStats:
@@ -139,6 +141,7 @@ class Stats:
             "sequences": [record.to_dict() for record in self.sequences],
             "totals": self.totals.to_dict(),
             "cache": dict(self.cache),
+            "graphs": dict(self.graphs),
         }
 
 

@@ -40,7 +40,7 @@ def test_output_holds_text_tokens_reward_and_stats_per_prompt(models):
     for text, sequence in zip(out.texts, out.sequences, strict=True):
         assert sequence.dtype == torch.long
         assert text == tokenizer.decode(sequence, skip_special_tokens=True)
-    assert set(out.stats.to_dict()) == {"sequences", "totals", "cache"}
+    assert set(out.stats.to_dict()) == {"sequences", "totals", "cache", "graphs"}
     assert all(seconds >= 0 for seconds in out.stats.totals.seconds.values())
 
 

@@ -95,9 +95,9 @@ def test_arguments_of_other_shapes_dtypes_and_places_are_refused() -> None:
     assert state.tolist() == [3, 3]
     with pytest.raises(ValueError, match=r"argument 1 .*\(2,\).*\(3,\)"):
         graph(state, torch.ones(3))
-    with pytest.raises(ValueError, match="argument 1 .*float32.*float64"):
+    with pytest.raises(ValueError, match=r"argument 1 .*float32.*float64"):
         graph(state, torch.ones(2).double())
-    with pytest.raises(ValueError, match="argument 0 .*written to"):
+    with pytest.raises(ValueError, match=r"argument 0 .*written to"):
         graph(state.clone(), torch.ones(2))
     graph(state, state)
     assert state.tolist() == [6, 6]

@@ -90,6 +90,10 @@ class Outcome:
         seconds = [{**record.seconds, "total": sum(record.seconds.values())} for record in totals.values()]
         rows = [(phase, *(f"{one[phase]:.2f}" for one in seconds)) for phase in (*PHASES, "total")]
         print_table("seconds per phase", ("phase", *totals), rows)
+        graphs = self.refined.stats.graphs
+        if graphs:
+            rows = [(name.replace("_", " "), f"{number:.4g}") for name, number in graphs.items()]
+            print_table("graphs", ("counter", "∇-Reasoner"), rows)
 
 
 def answer(

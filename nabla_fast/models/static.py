@@ -13,6 +13,7 @@ other.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from transformers import DynamicCache
 from nabla_fast.graphs import Graph, Graphs, bucket
 from nabla_fast.models import checks
 from nabla_fast.models.backbone import Backbone, Inputs
+from nabla_fast.models.compiled_layers import CompiledLayers, compiled_graphs
 from nabla_fast.models.kv_cache import KVCache
 from nabla_fast.models.numerics import is_close, relative_error
 
@@ -79,9 +81,18 @@ class _BehindBuffer(DynamicCache):
         self.new: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        keys, values = self.buffer[layer_idx]
-        self.new.append(torch.stack([key_states, value_states]).detach())
+        keys, values = self.of_layer(layer_idx)
+        self.add(key_states, value_states)
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+    def of_layer(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the prefixes in one layer (B, H, P, D)."""
+        keys, values = self.buffer[layer_idx]
+        return keys, values
+
+    def add(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Keeps what a layer adds, in the order of the layers."""
+        self.new.append(torch.stack([key_states, value_states]).detach())
 
 
 @dataclass(frozen=True)
@@ -125,10 +136,15 @@ class StaticBackbone:
     Args:
         backbone: one that `why_not` has nothing to say about.
         graphs: where its graphs are kept.
+        compiled: its layers, compiled; None runs them as they are.
+
+    Attributes:
+        compile_seconds: how long passes took in which something was compiled.
     """
 
-    def __init__(self, backbone: Backbone, graphs: Graphs) -> None:
-        self.backbone, self.graphs = backbone, graphs
+    def __init__(self, backbone: Backbone, graphs: Graphs, compiled: CompiledLayers | None = None) -> None:
+        self.backbone, self.graphs, self.compiled = backbone, graphs, compiled
+        self.compile_seconds = 0.0
         self._config = backbone.model.config.get_text_config()
         self._last_position = (getattr(self._config, "max_position_embeddings", None) or 2**40) - 1
         self._weights = tuple(backbone.model.parameters())
@@ -172,7 +188,18 @@ class StaticBackbone:
         first = torch.tensor([columns - n for n in past] + [columns] * (rows - len(past))).to(device, non_blocking=True)
         key = (name, rows, size, columns, gradient, *((x.shape, x.dtype) for x in more))
         graph = self.graphs.get(key, lambda: self._graph(value, gradient))
-        return StaticPass(*graph(buffer, first, last, embeds, *more), buffer, caches, sizes)  # type: ignore[call-arg]
+        results = self._timed(lambda: graph(buffer, first, last, embeds, *more))
+        return StaticPass(*results, buffer, caches, sizes)  # type: ignore[call-arg]
+
+    def _timed(self, call: Callable[[], Any]) -> Any:
+        if self.compiled is None:
+            return call()
+        before, start = compiled_graphs(), time.perf_counter()
+        with self.compiled.active():
+            results = call()
+        if compiled_graphs() > before:
+            self.compile_seconds += time.perf_counter() - start
+        return results
 
     def _graph(self, value: Value, gradient: bool) -> Graph:
         def run(buffer: Tensor, first: Tensor, last: Tensor, embeds: Tensor, *arguments: Tensor) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ import nabla_fast as nf
 from nabla_fast import graphs
 from nabla_fast.generate import NablaOutput, make_pair
 from nabla_fast.models import checks, static, torch_kernels
+from nabla_fast.models.compiled_layers import CompiledLayers, compiled_graphs
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.objective import Objective, Request
 from nabla_fast.testing.models import (
@@ -318,3 +319,76 @@ def test_masks_by_hand() -> None:
         "full_attention": [[[1, 2, 3], [1, 2, 3, 4]], [[3], [3, 4]]],
         "sliding_attention": [[[2, 3], [3, 4]], [[3], [3, 4]]],
     }
+
+
+# Compiled layers
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gpt2"])
+def test_compiled_layers(family: str) -> None:
+    """All layers run one graph, and a second length is the last that compiles."""
+    torch._dynamo.reset()
+    model = tiny_language_model(family, dtype=torch.float32).requires_grad_(False)
+    language = LanguageModel(model, tiny_tokenizer())
+    plain, compiled = (
+        static.StaticBackbone(language.backbone, graphs.Graphs(torch.device("cpu"), capture=False), layers)
+        for layers in (None, CompiledLayers(model, "model", backend="aot_eager"))
+    )
+    ids = torch.randint(4, 40, (2, 60), generator=torch.Generator().manual_seed(0))
+    before, made = compiled_graphs(), []
+    for length in (20, 30, 50, 60):
+        with torch.no_grad():
+            _, caches = language.backbone.extend([None], [language.embedding.inputs(ids[0, :7])])
+        suffix = [language.embedding.inputs(ids[0, 7:length])]
+        one, other = (s("value", caches, suffix, squares, [], gradient=True) for s in (plain, compiled))  # type: ignore[arg-type]
+        for a, b in ((one.states, other.states), (one.gradient, other.gradient), (one.new, other.new)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        made.append(compiled_graphs() - before)
+    assert made == [1, 2, 2, 2]
+    assert compiled.compile_seconds > 0
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def squares(states: Tensor) -> tuple[Tensor, Tensor]:
+    total = states.tanh().pow(2).sum()
+    return total, total.reshape(1)
+
+
+def test_by_inductor() -> None:
+    torch._dynamo.reset()
+    model = tiny_language_model("qwen3", dtype=torch.float32).requires_grad_(False)
+    language = LanguageModel(model, tiny_tokenizer())
+    suffix = [language.embedding.inputs(torch.arange(5, 25))]
+    one, other = (
+        static.StaticBackbone(language.backbone, graphs.Graphs(torch.device("cpu"), capture=False), layers)(
+            "value", [None], suffix, squares, [], gradient=True
+        )
+        for layers in (None, CompiledLayers(model, "model"))
+    )
+    for a, b in ((one.states, other.states), (one.gradient, other.gradient), (one.new, other.new)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().mean()))
+
+
+def test_a_decode_with_compiled_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(CompiledLayers.__init__, "__defaults__", ("aot_eager",))  # inductor takes minutes
+    ours, plain = (
+        decode("qwen3", torch.float32, False, compile=on, max_new_tokens=6, max_rollouts=2) for on in (True, False)
+    )
+    same(ours, plain, 1e-4)
+    assert ours.stats.graphs["compile_seconds"] > 0
+    assert ours.stats.graphs["captures"] == 0
+    assert plain.stats.graphs == {}
+
+
+def test_layers_that_are_called_in_another_way_are_told_of() -> None:
+    tokenizer = tiny_tokenizer()
+    models = tiny_language_model("gpt2"), tokenizer, tiny_reward_model("gpt2"), tokenizer
+    config = CONFIG.replace(compile=True, max_new_tokens=3)
+    with pytest.warns(UserWarning, match="compile has no effect on model"):
+        nf.generate(*models, PROMPTS[:1], config)
+
+
+def test_compilation_beside_checkpoints_is_refused() -> None:
+    with pytest.raises(ValueError, match="checkpoint_activations"):
+        CONFIG.replace(compile=True, checkpoint_activations=True)
