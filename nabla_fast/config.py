@@ -23,6 +23,7 @@ _LEAST_TEMPERATURE = 1e-4
 # The most that C++ takes, and that an operating system waits: a day.
 _MOST_BYTES, _MOST_SECONDS = 2**63 - 1, 86400.0
 PRESETS = ("math500", "aime", "amc")
+VLLM_GPU_MEMORY_UTILIZATION = 0.4
 _SWITCHES = ("update_postfix", "rejection_sampling", "gradient_cache", "checkpoint_activations", "graphs", "compile")
 
 
@@ -86,6 +87,8 @@ class NablaConfig:
         vllm_model: the name under which that server serves it; None takes the first that it lists.
         vllm_api_key: of that server; None takes the environment variable ``VLLM_API_KEY``. It is in no result.
         vllm_timeout: seconds in which the next tokens of that server's answer must come.
+        vllm_gpu_memory_utilization: share of a GPU's memory, above 0 and at most 1, for vLLM in this process, its
+            weights and KV cache together; None is 0.4. A server has its own, ``vllm serve --gpu-memory-utilization``.
         draft_tokens: most tokens of earlier trajectories that a rollout verifies in one forward pass, instead of
             drawing them one by one; the tokens drawn are the same. Fewer where a batch fills the pass; 0 for none.
         stop_strings: a response ends where one of these is complete (the string is kept, as in transformers).
@@ -131,6 +134,7 @@ class NablaConfig:
     vllm_model: str | None = None
     vllm_api_key: str | None = field(default=None, repr=False)
     vllm_timeout: float = 120.0
+    vllm_gpu_memory_utilization: float | None = None
     draft_tokens: int = 8
     stop_strings: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] | None = None
@@ -198,6 +202,7 @@ class NablaConfig:
         object.__setattr__(self, "chat_template_kwargs", dict(kwargs))
 
     def _check_server(self) -> None:
+        self._check_memory_of_vllm()
         _require_number("vllm_timeout", self.vllm_timeout, minimum=0.0, maximum=_MOST_SECONDS, open_minimum=True)
         if self.vllm_model is not None and not (isinstance(self.vllm_model, str) and self.vllm_model):
             raise TypeError(f"vllm_model must be a name or None, got {self.vllm_model!r}")
@@ -213,6 +218,22 @@ class NablaConfig:
         require_server_url("vllm_url", self.vllm_url)
         if self.rollout_backend == "hf":
             raise ValueError(f"vllm_url is {self.vllm_url!r}, but rollout_backend is 'hf'; use 'vllm' or 'auto'")
+
+    def _check_memory_of_vllm(self) -> None:
+        share = self.vllm_gpu_memory_utilization
+        if share is None:
+            return
+        require_share("vllm_gpu_memory_utilization", share)
+        if self.vllm_url is not None:
+            raise ValueError(
+                f"vllm_gpu_memory_utilization is {share}, but vllm_url is given; a server gets its share where it is "
+                f"started: vllm serve --gpu-memory-utilization {share}"
+            )
+        if self.rollout_backend != "vllm":
+            raise ValueError(
+                f"vllm_gpu_memory_utilization is {share}, but rollout_backend is {self.rollout_backend!r}; it is of "
+                "the vLLM of this process, rollout_backend 'vllm'"
+            )
 
     def _freeze_stops(self) -> None:
         if isinstance(self.stop_strings, str):
@@ -294,6 +315,11 @@ def require_api_key(name: str, key: object) -> None:
         raise TypeError(f"{name} must be a string or None, got {type(key).__name__}")
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise ValueError(f"{name} cannot be a key; it must be printable ASCII characters without spaces")
+
+
+def require_share(name: str, value: object) -> None:
+    """Raises an error unless ``value`` is a number above 0 and at most 1."""
+    _require_number(name, value, minimum=0.0, maximum=1.0, open_minimum=True)
 
 
 def _is_int(value: object) -> bool:

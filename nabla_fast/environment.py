@@ -10,14 +10,24 @@ from typing import Any
 
 import torch
 
+from nabla_fast.config import VLLM_GPU_MEMORY_UTILIZATION, require_share
 from nabla_fast.ops import backends, native
 
-_PACKAGES = ("torch", "transformers", "triton", "flash-attn", "numpy", "nabla_fast")
+_PACKAGES = ("torch", "transformers", "triton", "flash-attn", "kernels", "accelerate", "vllm", "numpy", "nabla_fast")
 _NOT_INSTALLED = "not installed"
+# What has to fit where when vLLM is on the GPU of the models.
+_NEEDS = (
+    "vLLM's share holds the language model's weights, a second time, and vLLM's KV cache.",
+    "What is left holds the weights of both models, and what gradients need: keys and values, activations, the cache.",
+    "A vLLM server on the same GPU takes its share as well. Weights are not shared between vLLM and this process.",
+)
 
 
-def report() -> dict[str, Any]:
+def report(vllm_gpu_memory_utilization: float = VLLM_GPU_MEMORY_UTILIZATION) -> dict[str, Any]:
     """Versions, devices, back ends and demo files of this installation, as plain data that JSON can hold.
+
+    Args:
+        vllm_gpu_memory_utilization: see `NablaConfig`.
 
     Returns:
         ``versions``: package → version, or "not installed".
@@ -25,7 +35,13 @@ def report() -> dict[str, Any]:
         ``backends``: name → ``available`` and ``reason``, why it is not (None if it is).
         ``operators``: operator → back end → why it cannot run here, None if it can.
         ``demo``: name of each of the demo's needs → ``available`` and ``reason``.
+        ``vllm``: ``gpu_memory_utilization``; ``gpus``: of each GPU ``memory_bytes``, and how many vLLM in this process
+            would take (``vllm_bytes``) and leave (``left_bytes``); ``needs``: what has to fit where.
+
+    Raises:
+        ValueError: if ``vllm_gpu_memory_utilization`` is not above 0 and at most 1.
     """
+    require_share("vllm_gpu_memory_utilization", vllm_gpu_memory_utilization)
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "devices": {"cpu": _cpu(), "cuda": _cuda_devices()},
@@ -41,7 +57,17 @@ def report() -> dict[str, Any]:
             "gguf": _entry(_why_not_installed("gguf", "pip install gguf accelerate")),
             "peft": _entry(_why_not_installed("peft", "pip install peft")),
         },
+        "vllm": _memory_beside_vllm(vllm_gpu_memory_utilization),
     }
+
+
+def _memory_beside_vllm(share: float) -> dict[str, Any]:
+    gpus = []
+    for device in _cuda_devices():
+        taken = int(share * device["memory_bytes"])
+        left = device["memory_bytes"] - taken
+        gpus.append({"memory_bytes": device["memory_bytes"], "vllm_bytes": taken, "left_bytes": left})
+    return {"gpu_memory_utilization": share, "gpus": gpus, "needs": list(_NEEDS)}
 
 
 def _entry(reason: str | None) -> dict[str, Any]:

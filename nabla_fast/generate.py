@@ -139,8 +139,9 @@ def generate(
     Args:
         model: a transformers causal language model in ``eval()``.
         tokenizer: its tokenizer, with a chat template.
-        reward_model: a sequence classifier with one label in ``eval()``, on the same device; or a differentiable
-            callable that maps (inputs_embeds (B, T, d_r), attention_mask (B, T)) to rewards (B,).
+        reward_model: a sequence classifier with one label in ``eval()``; or a differentiable callable that maps
+            (inputs_embeds (B, T, d_r), attention_mask (B, T)) to rewards (B,). Either model may be on a device of its
+            own, or on several by accelerate's ``device_map``.
         reward_tokenizer: its tokenizer, with a chat template; None takes ``tokenizer``.
         prompts: a string, a chat (list of ``{"role", "content"}``), or a list of either. A chat that ends with an
             assistant's message has it continued: the answer holds what follows, the reward model sees both as one.

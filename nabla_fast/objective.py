@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from nabla_fast.stats import Clock
 class Request:
     """Asks for the gradient at ``response`` (n,) int64 with respect to its positions ``start`` < n and later.
 
-    The response is on the CPU, where the cache looks it up; whoever evaluates it copies it to the models.
+    The response is on the CPU, where the caches look it up; each model's tokens are copied to its device.
     """
 
     sequence: Sequence
@@ -57,7 +57,7 @@ class Objective:
 
     Attributes:
         clock: where its time is charged.
-        tables: what turns factors into gradients over the vocabulary.
+        tables: what turns factors into gradients over the vocabulary, on the language head's device.
         cache: of evaluations and rewards; None with ``gradient_cache=False``.
         likelihood_graphs, reward_graphs: what computes both where it can be captured.
 
@@ -70,9 +70,10 @@ class Objective:
         self.reward_model = reward_model
         self.config = config
         self.clock = Clock()
-        self.tables = ops.Tables(
-            language_model.head, language_model.embedding.weight, reward_model.table.weight, config.nll_coeff
-        )
+        self.device = language_model.device
+        # DTO reads these in every step: embeddings that are elsewhere are copied, once.
+        embedding, reward = (x.weight.to(self.device) for x in (language_model.embedding, reward_model.table))
+        self.tables = ops.Tables(language_model.head, embedding, reward, config.nll_coeff)
         self.cache = GradientCache(config.gradient_cache_bytes) if config.gradient_cache else None
         backbones = (language_model.backbone, reward_model.backbone)
         self._models = [backbone.model for backbone in backbones if backbone is not None]
@@ -86,8 +87,7 @@ class Objective:
         graphs = config.graphs and not config.checkpoint_activations
         self.likelihood_graphs = graphed_likelihood(language_model, config.backend, graphs, config.compile)
         self.reward_graphs = graphed_rewards(reward_model, graphs, config.compile)
-        device = language_model.device
-        self._reward_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._reward_stream = torch.cuda.Stream(reward_model.device) if reward_model.device.type == "cuda" else None
 
     def rewards(self, sequences: Seq[Sequence], responses: Seq[Tensor]) -> list[float]:
         """Rewards of complete responses (n_b,) int64 on the CPU: from the cache, and one batched call for the rest.
@@ -156,20 +156,20 @@ class Objective:
         return None if self.cache is None else self.cache.find_reward(sequence.cache_key(response))
 
     def _compute(self, requests: Seq[Request]) -> list[Evaluation]:
-        requests = [replace(r, response=r.response.to(self.language_model.device)) for r in requests]
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(frozen(self._parameters))
-            stack.enter_context(fast_kernels(self.language_model.device, *self._fused))
+            for device in {d.type: d for d in (self.device, self.reward_model.device)}.values():
+                stack.enter_context(fast_kernels(device, *self._fused))
             if self.config.checkpoint_activations:
                 stack.enter_context(checkpointed(*self._models))
-            # The reward model first: on a GPU, the language model is launched while it runs.
+            # The reward model first: on a GPU, the language model is launched while it runs, and on two both run.
             with self._joined():
                 with self._reward_side():
                     reward = self._reward_gradient(requests)
                 language = self._likelihood_gradient(requests)
-            self._handed_over(reward)
+            reward = self._handed_over(reward)
         self._require_finite([*language.factors, language.values], self.language_model.name)
         self._require_finite([*reward.factors, reward.values], self.reward_model.name)
         log_pi = language.values.double().cpu().split([len(factors) for factors in language.factors])
@@ -193,7 +193,7 @@ class Objective:
         if part is not None:
             return part
         hidden, inputs = self._language_states(requests)
-        targets = torch.cat([r.response[r.start :] for r in requests])
+        targets = torch.cat([r.response[r.start :] for r in requests]).to(self.device)
         log_pi = ops.linear_log_likelihood(torch.cat(hidden), model.head, targets, backend=self.config.backend)
         asked = [x.embeds for x in inputs if len(x)]
         grads = iter(torch.autograd.grad(log_pi.sum(), asked) if asked else ())
@@ -201,7 +201,7 @@ class Objective:
         factors = []
         for request, x in zip(requests, inputs, strict=True):
             ahead = len(request.response) - 1 - request.start
-            rows = _factor((next(grads) if len(x) else x.embeds.detach())[len(x) - ahead :], scale)
+            rows = _factor((next(grads) if len(x) else x.embeds.detach())[len(x) - ahead :], scale).to(self.device)
             factors.append(torch.cat([rows, rows.new_zeros(1, rows.shape[1])]))
         return _Part(factors, log_pi.detach(), [h.detach() for h in hidden])
 
@@ -214,7 +214,7 @@ class Objective:
         responses, starts = [r.response for r in requests], [r.start for r in requests]
         covered = catch_up(model.backbone, model.embedding, known, responses, starts)
         inputs = [model.embedding.inputs(y[n:-1]) for y, n in zip(responses, covered, strict=True)]
-        targets = [y[n:] for y, n in zip(responses, covered, strict=True)]
+        targets = [y[n:].to(self.device) for y, n in zip(responses, covered, strict=True)]
         inside = [torch.ones_like(y, dtype=torch.bool) for y in targets]
         out = self.likelihood_graphs.run(
             [own.cache for own in known], inputs, [(targets, None), (inside, None)], gradient=True
@@ -303,8 +303,7 @@ class Objective:
 
     def _score(self, sequences: Seq[Sequence], responses: Seq[Tensor]) -> list[float]:
         model = self.reward_model
-        responses = [response.to(self.language_model.device) for response in responses]
-        fast = fast_kernels(self.language_model.device, *self._fused)
+        fast = fast_kernels(model.device, *self._fused)
         with self._joined(), self._reward_side(), frozen(self._parameters), fast:
             known = [self._reward_cache(s) for s in sequences]
             caches, inputs = [], []
@@ -343,20 +342,21 @@ class Objective:
 
     @contextmanager
     def _reward_side(self) -> Iterator[None]:
-        """On a GPU, runs the block on a stream of its own, so that kernels of both models overlap.
+        """On a GPU, runs the block on a stream of the reward model's device, so that kernels of both models overlap.
 
-        Whatever the reward model computes is allocated on that stream, so memory is not reused while it is read.
+        Whatever the reward model computes there is allocated on that stream, so memory is not reused while it is read.
         """
         if self._reward_stream is None:
             yield
             return
-        self._reward_stream.wait_stream(torch.cuda.current_stream(self.language_model.device))
+        self._reward_stream.wait_stream(torch.cuda.current_stream(self.reward_model.device))
         with torch.cuda.stream(self._reward_stream):
             yield
 
     @contextmanager
     def _joined(self) -> Iterator[None]:
-        """Afterwards, also after an error, the current stream waits for what the reward model's stream computes.
+        """Afterwards, also after an error, the current stream of the reward model's device waits for what its stream
+        computes.
 
         Otherwise what that reads could be freed and written to meanwhile.
         """
@@ -364,15 +364,18 @@ class Objective:
             yield
         finally:
             if self._reward_stream is not None:
-                torch.cuda.current_stream(self.language_model.device).wait_stream(self._reward_stream)
+                torch.cuda.current_stream(self.reward_model.device).wait_stream(self._reward_stream)
 
-    def _handed_over(self, part: _Part) -> None:
-        """Keeps memory that the reward model's stream allocated until the current stream has read it."""
-        if self._reward_stream is None:
-            return
-        current = torch.cuda.current_stream(self.language_model.device)
-        for tensor in (*part.factors, part.values):
-            tensor.record_stream(current)
+    def _handed_over(self, part: _Part) -> _Part:
+        """The reward model's part on the device where DTO computes.
+
+        Memory that its stream allocated is kept until the current stream of its device has read it: the copy to another
+        device runs there, and waits for nothing else. Copied any sooner, the language model would wait for it, too.
+        """
+        if self._reward_stream is not None:
+            for tensor in (*part.factors, part.values):
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        return _Part([factor.to(self.device) for factor in part.factors], part.values.to(self.device))
 
     @staticmethod
     def _require_finite(tensors: Seq[Tensor], name: str) -> None:

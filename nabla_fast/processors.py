@@ -108,7 +108,8 @@ class GenerationSampler(Sampler):
         return self._made[key]
 
     def _make(self, prompt_ids: tuple[int, ...], limit: int) -> Processors:
-        device = self.model.device
+        # The scores' device, which is not the inputs' where the model is on several.
+        device = self.model.get_output_embeddings().weight.device
         config = copy.copy(self.config)
         config.temperature, config.top_k, config.top_p = None, None, None
         config.do_sample, config.num_beams, config.num_return_sequences = True, 1, 1

@@ -5,9 +5,11 @@ Without a GPU nothing here can run; the same code runs on the CPU in test_decode
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import test_attention
 import test_decoder
 import torch
 from test_operators import DIFFERENTIABLE, NAMES, calls
@@ -15,9 +17,11 @@ from torch import Tensor
 
 import nabla_fast as nf
 from nabla_fast import ops
+from nabla_fast.models import loading
+from nabla_fast.models.numerics import is_close
 from nabla_fast.ops import backends
 from nabla_fast.testing import operators as operator_inputs
-from nabla_fast.testing.models import tiny_language_model, tiny_reward_model, tiny_tokenizer
+from nabla_fast.testing.models import save_pair, tiny_language_model, tiny_reward_model, tiny_tokenizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ("reference", "triton", "cuda")
@@ -102,6 +106,39 @@ def test_an_optimization_ends_where_it_does_in_float64(
     assert got.tokens.tolist() == meant.tokens.tolist()
     assert got.gradient_evaluations == meant.gradient_evaluations
     torch.testing.assert_close(got.parameters.double().cpu(), meant.parameters, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "package"), [("flash_attention_2", "flash_attn"), ("flash_attention_3", "flash_attn_interface")]
+)
+def test_flash_attention_gives_the_gradients_of_sdpa(name: str, package: str, family: str, tmp_path: Path) -> None:
+    """Of responses of several lengths behind left-padded caches of several lengths, up to the rounding of bfloat16."""
+    pytest.importorskip(package, reason=f"{package} is not installed, so only SDPA can be tested")
+    folders = save_pair(tmp_path, family, dtype=torch.bfloat16)
+    found = []
+    for attention in (name, "sdpa"):
+        how: dict[str, Any] = {"device": DEVICE, "dtype": "bfloat16", "attn_implementation": attention}
+        pair = *loading.load_language_model(folders[0], **how), *loading.load_reward_model(folders[1], **how)
+        assert pair[0].config._attn_implementation == attention
+        found.append(test_attention.evaluations(pair))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.reward == pytest.approx(theirs.reward, rel=0.1, abs=0.3)
+        for mine, other in zip(ours.factors, theirs.factors, strict=True):
+            # The last token has no gradient of its embedding.
+            moving = other.float().norm(dim=-1) > 0
+            assert is_close(mine[moving], other[moving])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("variant", VARIANTS[:2], ids=str)
+def test_the_reward_model_on_a_second_gpu_changes_nothing(variant: dict[str, Any]) -> None:
+    config = test_decoder.BASE.replace(**variant)
+    here, there = models(torch.float64), models(torch.float64)
+    there[2].to("cuda:1")
+    expected, output = nf.generate(*here, PROMPTS, config), nf.generate(*there, PROMPTS, config)
+    assert tokens(output) == tokens(expected)
+    assert output.rewards == pytest.approx(expected.rewards, abs=1e-9)
 
 
 def test_the_drop_in_takes_what_transformers_gives_it() -> None:

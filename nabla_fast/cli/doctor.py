@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.text import Text
 
 from nabla_fast.cli.console import OUT, print_json, print_table
 from nabla_fast.cli.options import AsJson
+from nabla_fast.config import VLLM_GPU_MEMORY_UTILIZATION
 
 
-def command(as_json: AsJson = False) -> None:
-    """Shows versions, devices, which back ends are built, and why one is missing."""
+def command(
+    as_json: AsJson = False,
+    vllm_gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Share of each GPU that vLLM in this process would take, above 0 and at most 1.")
+    ] = VLLM_GPU_MEMORY_UTILIZATION,
+) -> None:
+    """Shows versions, devices, which back ends are built, why one is missing, and what fits on a GPU beside vLLM."""
     from nabla_fast import environment
 
-    report = environment.report()
+    report = environment.report(vllm_gpu_memory_utilization)
     if as_json:
         print_json(report)
     else:
@@ -34,6 +41,18 @@ def _show(report: dict[str, Any]) -> None:
             if reason is not None and backends[name]["available"]:
                 OUT.print(f"{operator}, {name}: {reason}")
     _show_available("demo", report["demo"])
+    _show_vllm(report["vllm"])
+
+
+def _show_vllm(vllm: dict[str, Any]) -> None:
+    rows = [
+        (f"cuda:{index}", *(f"{gpu[part] / 2**30:.1f} GiB" for part in ("memory_bytes", "vllm_bytes", "left_bytes")))
+        for index, gpu in enumerate(vllm["gpus"])
+    ]
+    title = f"vLLM in this process, with {vllm['gpu_memory_utilization']:g} of a GPU"
+    print_table(title, ("GPU", "memory", "vLLM", "left"), rows or [("CUDA", "no GPU is visible to torch", "", "")])
+    for need in vllm["needs"]:
+        OUT.print(need)
 
 
 def _devices(devices: dict[str, Any]) -> list[tuple[str, str]]:

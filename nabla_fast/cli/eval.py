@@ -94,7 +94,7 @@ def command(
 
     columns = {"prompt_column": prompt_column, "answer_column": answer_column, "split": split}
     problems = partial(_problems, task, task_option or [], choice, max_problems=max_problems, **columns)
-    cluster = driver.choose_cluster(engine, ray_address, workers, cpus_per_worker, choice.device)
+    cluster = driver.choose_cluster(engine, ray_address, workers, cpus_per_worker, choice.device, choice.reward_device)
     driver.prepare_profile(profile, cluster)
     config = driver.with_key(configured(choice.config, settings))
     arms = _names(methods), _integers("--n", n), _integers("--seeds", seeds)

@@ -31,6 +31,7 @@ class ModelChoice:
     device: str
     dtype: str
     attn_implementation: str
+    reward_device: str | None = None
 
     @property
     def demo(self) -> DemoPair | None:
@@ -61,7 +62,7 @@ class ModelChoice:
         """Where the models come from and how they are run, as two runs must share it to share a directory.
 
         Raises:
-            ValueError: if the device, the dtype or the attention is unknown.
+            ValueError: if a device, the dtype or the attention is unknown.
         """
         from nabla_fast.models.loading import choose_attention, choose_device, choose_dtype
 
@@ -69,12 +70,16 @@ class ModelChoice:
         kind = choose_dtype(self.dtype, chosen)
         # Refused here if it is unknown; what "auto" comes to may differ from one machine of a cluster to another.
         choose_attention(self.attn_implementation, chosen, kind)
+        own = choose_device(self.device if self.reward_device is None else self.reward_device, "reward_device")
+        # Left out where it is the same, as runs had it before there were two.
+        reward = {} if own == chosen else {"reward_device": str(own)}
         return {
             "model": self.pair or self.model,
             "reward_model": self.pair or self.reward_model,
             "device": str(chosen),
             "dtype": str(kind).removeprefix("torch."),
             "attn_implementation": self.attn_implementation,
+            **reward,
         }
 
     def absolute(self) -> ModelChoice:
@@ -92,14 +97,15 @@ class ModelChoice:
         self.describe()
         quiet_transformers()
         if self.demo is not None:
-            return self.demo.load(**self._where)
+            return self.demo.load(**self._where, reward_device=self.reward_device)
         from nabla_fast.models.loading import load_language_model, load_reward_model
 
         assert self.model is not None
         assert self.reward_model is not None
+        reward = self._where if self.reward_device is None else {**self._where, "device": self.reward_device}
         return (
             *load_language_model(self.model, **self._where, argument="--model"),
-            *load_reward_model(self.reward_model, **self._where, argument="--reward-model"),
+            *load_reward_model(self.reward_model, **reward, argument="--reward-model"),
         )
 
     @property

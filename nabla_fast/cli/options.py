@@ -66,10 +66,14 @@ def _model_options() -> list[inspect.Parameter]:
         "arithmetic alone. Either brings settings, a question and tasks of its own."
     )
     how = {
-        "device": "auto, cpu, cuda or cuda:N.",
+        "device": "Of the models: auto, cpu, cuda or cuda:N.",
         "dtype": "auto, bfloat16, float16, float32 or float64.",
-        "attn_implementation": "auto, flash_attention_2, sdpa or eager.",
+        "attn_implementation": (
+            "Attention of both models: auto, flash_attention_2, sdpa, eager, another name that transformers knows, or "
+            "a kernel of the hub such as kernels-community/flash-attn3."
+        ),
     }
+    reward_device = "The reward model's, where it is another: cpu, cuda or cuda:N. Default: as --device."
     option = partial(_option, panel="Models")
     named = "Language model: GGUF file, safetensors directory or hub id."
     return [
@@ -78,6 +82,7 @@ def _model_options() -> list[inspect.Parameter]:
         option("pair", str | None, pair, metavar="|".join(PAIR_NAMES)),
         *(option(old, bool, f"Old name of --pair {new}.", False, hidden=True) for old, new in OLD_PAIR_OPTIONS.items()),
         *(option(name, str, text, "auto") for name, text in how.items()),
+        option("reward_device", str | None, reward_device, metavar="TEXT"),
     ]
 
 

@@ -10,6 +10,7 @@ from nabla_fast.config import NablaConfig
 from nabla_fast.demo import arithmetic, example, load_smollm2, load_smollm2_reward
 
 Chat = Sequence[Mapping[str, str]]
+Load = Callable[..., tuple[Any, Any, Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class DemoPair:
     """A language model and a reward model.
 
     Attributes:
-        load: both, each with its tokenizer; takes ``device``, ``dtype`` and ``attn_implementation``.
+        load: both, each with its tokenizer; takes ``device``, ``dtype`` and ``attn_implementation``, and
+            ``reward_device`` where the reward model is to be on another device.
         config: settings that belong to them.
         question: what they are asked where nothing is asked.
         task: the evaluation's task where none is named.
@@ -25,7 +27,7 @@ class DemoPair:
         refusal: says why a chat is none for them; None for one that is.
     """
 
-    load: Callable[..., tuple[Any, Any, Any, Any]]
+    load: Load
     config: NablaConfig
     question: str
     task: str | None = None
@@ -54,15 +56,23 @@ def _not_arithmetic(chat: Chat) -> str | None:
     )
 
 
+def _both(load_policy: Callable[..., tuple[Any, Any]], load_reward: Callable[..., tuple[Any, Any]]) -> Load:
+    def load(*, reward_device: str | None = None, **where: Any) -> tuple[Any, Any, Any, Any]:
+        reward = where if reward_device is None else {**where, "device": reward_device}
+        return *load_policy(**where), *load_reward(**reward)
+
+    return load
+
+
 PAIRS = {
     "smollm2": DemoPair(
-        lambda **where: (*load_smollm2(**where), *load_smollm2_reward(**where)),
+        _both(load_smollm2, load_smollm2_reward),
         example.CONFIG,
         example.QUESTION,
         task_options=example.TASKS,
     ),
     "arithmetic": DemoPair(
-        lambda **where: (*arithmetic.load_policy(**where), *arithmetic.load_reward(**where)),
+        _both(arithmetic.load_policy, arithmetic.load_reward),
         arithmetic.CONFIG,
         arithmetic.QUESTION,
         task="arithmetic",

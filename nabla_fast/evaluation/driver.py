@@ -21,7 +21,12 @@ from nabla_fast.models.loading import choose_device
 
 
 def choose_cluster(
-    engine: str, address: str | None, workers: int | None, cpus_per_worker: int | None, device: str
+    engine: str,
+    address: str | None,
+    workers: int | None,
+    cpus_per_worker: int | None,
+    device: str,
+    reward_device: str | None = None,
 ) -> Cluster | None:
     """Where ``engine`` ("local" or "ray") runs; None for this process.
 
@@ -37,6 +42,11 @@ def choose_cluster(
     if engine != "ray":
         raise ValueError(f"--engine is {engine!r}; use local or ray")
     chosen = choose_device(device)
+    if reward_device is not None and choose_device(reward_device, "--reward-device") != chosen:
+        raise ValueError(
+            f"--reward-device is {reward_device} and --device {device}, but Ray gives each worker one device; leave "
+            "out --reward-device, or use --engine local"
+        )
     if chosen.type == "cuda" and chosen.index:
         raise ValueError(f"--device is {device}, but Ray gives each worker a GPU of its own; use --device cuda")
     return Cluster(address, workers, cpus_per_worker, chosen.type == "cuda")

@@ -120,6 +120,7 @@ def describe(plan: Plan, task: Task, source: Mapping[str, Any]) -> dict[str, Any
         "rollout_backend",
         "vllm_model",
         "vllm_timeout",
+        "vllm_gpu_memory_utilization",
     ):
         del settings[name]
     if settings.pop("vllm_url") is not None or plan.config.rollout_backend == "vllm":

@@ -112,6 +112,12 @@ class Backbone:
         if found.reason is not None:
             checks.warn_once(model, f"{name} {_SLOWER[found.cache_kind, found.supports_prefix_cache]}: {found.reason}")
 
+    @property
+    def device(self) -> torch.device:
+        """Of the input embeddings, where passes begin; the layers of a model may be on several devices."""
+        device: torch.device = self.embedding.weight.device
+        return device
+
     def __call__(
         self, caches: Sequence[Cache | None], inputs: Sequence[Inputs | Tensor]
     ) -> tuple[list[Tensor], list[Cache | None]]:

@@ -45,11 +45,12 @@ def reading(argument: str, source: str) -> Iterator[None]:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             folder = Path(source) if os.path.isdir(source) else cached_snapshot(source)
-            reason = (folder and damage(folder)) or _in_short(error)
+            reason = (folder and damage(folder)) or in_short(error)
             raise ValueError(f"{argument} is {source}, which cannot be loaded: {reason}") from error
 
 
-def _in_short(error: BaseException) -> str:
+def in_short(error: BaseException) -> str:
+    """What a library's error says, in one line of at most 300 characters."""
     text = " ".join(str(error).split())
     if "ignore_mismatched_sizes" in text:
         # transformers has written the sizes to its log.

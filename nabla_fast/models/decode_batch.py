@@ -65,7 +65,7 @@ class DecodeBatch:
             self.mask[row, self.width : self.width + len(new)] = True
             # Padding repeats the last position, which every model has.
             positions[row] = length + torch.arange(size).clamp(max=len(new) - 1)
-        device = self.hidden[0][0].device
+        device = self.backbone.device
         hidden, _ = self.backbone.run(
             ids.to(device),
             None,
@@ -93,8 +93,7 @@ class DecodeBatch:
         columns = self.mask[row, : self.width].nonzero()[:, 0]
         begin = int(columns[0])
         whole = len(columns) == self.width - begin
-        chosen = slice(begin, self.width) if whole else columns.to(self.hidden[row][0].device)
-        keys, values = self._cache.row(row, chosen)
+        keys, values = self._cache.row(row, slice(begin, self.width) if whole else columns)
         return KVCache(keys, values, torch.cat(self.hidden[row]))
 
 
@@ -181,11 +180,13 @@ class _Buffers(DynamicCache):
             ]
             self.crop(self.layers[0].keys.shape[2])  # type: ignore[union-attr]
 
-    def row(self, row: int, columns: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def row(self, row: int, columns: slice | Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Keys and values of one row, per layer (1, heads, T, head width)."""
-        keys, values = zip(
-            *((k[row : row + 1, :, columns], v[row : row + 1, :, columns]) for k, v in self._buffers), strict=True
-        )
+        # A copy of the columns for each device, not for each layer.
+        places = {keys.device for keys, _ in self._buffers}
+        at = {place: columns if isinstance(columns, slice) else columns.to(place) for place in places}
+        parts = [(k[row : row + 1, :, at[k.device]], v[row : row + 1, :, at[v.device]]) for k, v in self._buffers]
+        keys, values = zip(*parts, strict=True)
         return keys, values
 
 

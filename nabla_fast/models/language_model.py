@@ -43,8 +43,14 @@ class EmbeddingTable:
     def __call__(self, ids: Tensor) -> Tensor:
         return torch.nn.functional.embedding(ids, self.weight) * self.scale
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs."""
+        return self.weight.device
+
     def inputs(self, ids: Tensor) -> Inputs:
-        """The model's inputs for tokens (n,)."""
+        """The model's inputs for tokens (n,) on any device; they are on `device`."""
+        ids = ids.to(self.device)
         return Inputs(ids if self.own_ids is None else self.own_ids[ids], self(ids))
 
 
@@ -95,6 +101,8 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
+        """Where the output head is, and DTO computes. A model on several devices takes its inputs at
+        ``embedding.device``; the hidden states that its backbone gives are here."""
         return self.head.weight.device
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -106,7 +114,9 @@ class LanguageModel:
         return linear_logits(hidden, self.head)
 
     def widened(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., width) padded to the width of `head`, whose bias is a column of its weight."""
+        """Hidden states (..., width) on the head's device, padded to the width of `head`, whose bias is a column of
+        its weight."""
+        hidden = hidden.to(self.device)
         more = self.head.weight.shape[1] - self.width
         if not more:
             return hidden
@@ -116,8 +126,7 @@ class LanguageModel:
 
     def new_cache(self, prompt_ids: Sequence[int]) -> SequenceCache:
         """An empty cache for a response to a prompt."""
-        prompt = torch.tensor(prompt_ids, dtype=torch.long, device=self.device)
-        return SequenceCache(self.embedding.inputs(prompt))
+        return SequenceCache(self.embedding.inputs(torch.tensor(prompt_ids, dtype=torch.long)))
 
     @torch.no_grad()
     def _check_head(self, own: Any, ids: Tensor) -> None:

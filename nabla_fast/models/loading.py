@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from hashlib import sha256
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nabla_fast.models.checkpoint import check_config, check_gguf, hub_source, reading
+from nabla_fast.models.checkpoint import check_config, check_gguf, hub_source, in_short, reading
 
 _DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -22,10 +23,12 @@ _DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
-_ATTENTIONS = ("auto", "flash_attention_2", "sdpa", "eager")
+_ATTENTIONS = ("auto", "flash_attention_2", "sdpa", "eager")  # known without loading transformers
 _ADAPTER_CONFIG = "adapter_config.json"
 _WRAPPED = "base_model.model."  # what peft puts before a weight's name
 _SHOWN = 3  # names of a long list
+# As transformers recognises one: owner/name, and perhaps a revision and a function.
+_HUB_KERNEL = re.compile(r"[^/:@\s]+/[^/:@\s]+(@[^/:\s]+)?(:[^/:\s]+)?")
 
 
 def load_language_model(
@@ -44,7 +47,10 @@ def load_language_model(
         device: "auto" (CUDA where there is one, else CPU) or anything ``torch.device`` takes.
         dtype: "auto" (bfloat16 on CUDA, float32 elsewhere), a torch dtype, or its name.
         attn_implementation: "auto" (flash_attention_2 where flash-attn is installed, the device is CUDA and the dtype
-            is half; else sdpa, or eager for families without sdpa), or one of those three.
+            is half; else sdpa, or eager for families without sdpa), or what transformers' ``from_pretrained`` takes:
+            one of those three, ``flash_attention_3``, ``flex_attention`` and its like, a name registered with
+            ``transformers.AttentionInterface``, or a kernel of the hub such as ``kernels-community/flash-attn3``, which
+            the package kernels fetches.
         argument: what messages call ``path``.
 
     Returns:
@@ -53,9 +59,11 @@ def load_language_model(
     Raises:
         FileNotFoundError: if ``path`` looks like a path and nothing is there, or is a hub id that neither the hub nor
             its local cache has.
-        ValueError: if ``device``, ``dtype`` or ``attn_implementation`` is none of the above, or a file of the model is
-            damaged or missing; pickles that would run code count as damaged.
-        ImportError: if a GGUF file is given and gguf or accelerate is not installed.
+        ValueError: if ``device``, ``dtype`` or ``attn_implementation`` is none of the above, the model does not run
+            with that attention, or a file of the model is damaged or missing; pickles that would run code count as
+            damaged.
+        ImportError: if a package is not installed that ``attn_implementation`` needs, or gguf or accelerate, which a
+            GGUF file needs.
     """
     place = _place(device, dtype, attn_implementation)
     source = _resolve(path, argument)
@@ -112,8 +120,8 @@ def load_reward_model(
     return model, tokenizer
 
 
-def choose_device(device: str | torch.device) -> torch.device:
-    """The device that ``device`` names, "auto" being CUDA where there is one.
+def choose_device(device: str | torch.device, argument: str = "device") -> torch.device:
+    """The device that ``device`` names, "auto" being CUDA where there is one; messages call it ``argument``.
 
     Raises:
         ValueError: if ``device`` is unknown, or CUDA is asked for and absent.
@@ -124,10 +132,10 @@ def choose_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device is {device!r}, which torch does not know; {accepted}") from error
+        raise ValueError(f"{argument} is {device!r}, which torch does not know; {accepted}") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device is {str(device)!r}, but torch sees {torch.cuda.device_count()} CUDA devices; {accepted}"
+            f"{argument} is {str(device)!r}, but torch sees {torch.cuda.device_count()} CUDA devices; {accepted}"
         )
     return chosen
 
@@ -153,7 +161,14 @@ def choose_attention(attn_implementation: str, device: torch.device, dtype: torc
         ValueError: if ``attn_implementation`` is unknown.
     """
     if attn_implementation not in _ATTENTIONS:
-        raise ValueError(f"attn_implementation is {attn_implementation!r}; use one of {', '.join(_ATTENTIONS)}")
+        from transformers import AttentionInterface
+
+        registered = sorted(set(AttentionInterface().valid_keys()) - set(_ATTENTIONS))
+        if attn_implementation not in registered and not _HUB_KERNEL.fullmatch(attn_implementation):
+            raise ValueError(
+                f"attn_implementation is {attn_implementation!r}; use one of {', '.join([*_ATTENTIONS, *registered])}, "
+                "or a kernel of the hub such as kernels-community/flash-attn3"
+            )
     if attn_implementation != "auto":
         return attn_implementation
     half = dtype in (torch.float16, torch.bfloat16)
@@ -264,12 +279,38 @@ def _load(auto_class: Any, source: str, place: _Place, **options: Any) -> tuple[
     with _quiet_transformers():
         try:
             model, info = auto_class.from_pretrained(source, attn_implementation=attention, **options)
-        except ValueError as error:
+        except Exception as error:
             # Some families have no sdpa. Eager is our choice only where the caller left the choice to us.
-            if place.attention != "auto" or "attention" not in str(error).lower():
+            if place.attention != "auto":
+                if not _builds(auto_class, source, attention) and _builds(auto_class, source, "eager"):
+                    raise _attention_error(attention, source, error) from error
+                raise
+            if not isinstance(error, ValueError) or "attention" not in str(error).lower():
                 raise
             model, info = auto_class.from_pretrained(source, attn_implementation="eager", **options)
     return model.to(place.device).eval().requires_grad_(False), set(info["missing_keys"])
+
+
+def _builds(auto_class: Any, source: str, attention: str) -> bool:
+    """Whether transformers makes the model of a configuration, without its weights, with this attention."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with torch.device("meta"):
+            auto_class.from_config(config, attn_implementation=attention, trust_remote_code=False)
+    except Exception:  # whatever transformers or a kernel raises
+        return False
+    return True
+
+
+def _attention_error(attention: str, source: str, error: Exception) -> Exception:
+    """An error that names the attention; an ImportError where a package is missing."""
+    kind = ImportError if isinstance(error, ImportError) else ValueError
+    return kind(
+        f"attn_implementation is {attention!r}, with which transformers does not load {source} ({in_short(error)}); "
+        "use auto, or install what it names"
+    )
 
 
 def _load_tokenizer(source: str) -> Any:

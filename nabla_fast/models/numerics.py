@@ -21,7 +21,7 @@ _SLOPE_ERROR = {64: 1e-2, 32: 0.05, 16: 0.5}
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
     """The largest |a - b| / |b| of the rows, the median in half precision, where a few rows may be routed otherwise."""
-    a, b = ours.detach().double(), theirs.detach().double()
+    a, b = ours.detach().double(), theirs.detach().to(ours.device).double()
     same = (a == b) | (a.isnan() & b.isnan())
     errors = torch.where(same, 0.0, a - b).norm(dim=-1) / b.nan_to_num(0).norm(dim=-1).clamp(min=1e-300)
     errors = errors.nan_to_num(torch.inf)

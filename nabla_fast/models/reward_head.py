@@ -195,7 +195,8 @@ def _read(model: Any, ids: Tensor) -> Inputs:
 
 def _apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
     # NaN is found when a reward is asked for, and named there.
-    return max(float((a.double() - b.double()).abs().nan_to_num(0).max()) for a, b in zip(ours, theirs, strict=True))
+    pairs = [(a.double().cpu(), b.double().cpu()) for a, b in zip(ours, theirs, strict=True)]
+    return max(float((a - b).abs().nan_to_num(0).max()) for a, b in pairs)
 
 
 def _tolerance(like: Tensor) -> float:

@@ -40,14 +40,16 @@ class RewardFrame:
 class RewardModel:
     """Wraps a sequence classifier with one label, or any function of embeddings.
 
-    A classifier that scores the last token's hidden state by its ``score`` module continues cached prefixes. The
-    forward pass of any other one runs as it is, on whole conversations. Which of the two it is is found out by trying.
+    It may be on another device than the language model, or on several. A classifier that scores the last token's hidden
+    state by its ``score`` module continues cached prefixes. The forward pass of any other one runs as it is, on whole
+    conversations. Which of the two it is is found out by trying.
 
     Args:
         model: an ``AutoModelForSequenceClassification`` with one label, or any model whose forward pass gives one
             number per sequence, in ``eval()``; or a callable that maps (inputs_embeds (B, T, d_r), attention_mask
             (B, T), right-padded) to rewards (B,), differentiable. A callable sees the embeddings of its own
-            ``get_input_embeddings()`` if it has that method, else the language model's.
+            ``get_input_embeddings()`` if it has that method, else the language model's, each on the device of its
+            table.
         tokenizer: the reward model's tokenizer; None takes the language model's.
         language_model: whose tokens are scored.
         language_tokenizer: its tokenizer.
@@ -101,15 +103,15 @@ class RewardModel:
                 "reward_model must be a sequence classifier with one label or a callable that maps (inputs_embeds, "
                 f"attention_mask) to rewards, got {type(model).__name__}"
             )
-        if own_table.weight.device != language_model.device:
-            raise ValueError(
-                f"{self.name} is on {own_table.weight.device} and {language_model.name} on {language_model.device}; "
-                "put both on the same device"
-            )
         self._own_table = own_table
         self._closing = self._template_closing()
         self.alignment = self._align(language_tokenizer, language_model.vocab_size, eos_token_ids)
         self.table = aligned_table(self.alignment, own_table, language_tokenizer, self.tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs."""
+        return self._own_table.device
 
     @property
     def backbone(self) -> Backbone | None:
@@ -130,7 +132,8 @@ class RewardModel:
         return self.backbone is not None and self.backbone.supports_prefix_cache
 
     def conversation(self, frame: RewardFrame, tokens: Tensor, start: int | None = None) -> Inputs:
-        """The inputs (T tokens) of a conversation whose response is ``tokens`` (n,) int64, ids of the language model.
+        """The inputs (T tokens) of a conversation whose response is ``tokens`` (n,) int64 on the CPU, ids of the
+        language model.
 
         A response that ends with the token that the template would write next keeps one of the two.
 
@@ -209,7 +212,7 @@ class RewardModel:
         return alignment
 
     def _ids(self, ids: Sequence[int]) -> Tensor:
-        return torch.tensor(ids, dtype=torch.long, device=self._own_table.weight.device)
+        return torch.tensor(ids, dtype=torch.long)
 
     def _read(self, ids: Sequence[int]) -> Inputs:
         return self._own_table.inputs(self._ids(ids))

@@ -24,23 +24,21 @@ class SequenceCache:
         prompt: the P >= 1 tokens before the response.
 
     Attributes:
-        tokens: (k,) int64 response tokens that ``cache`` covers.
+        tokens: (k,) int64 response tokens that ``cache`` covers, on the CPU.
         cache: of P + k tokens; None before the first pass.
     """
 
     def __init__(self, prompt: Inputs) -> None:
         self.prompt = prompt
-        self.tokens = torch.empty(0, dtype=torch.long, device=prompt.device)
+        self.tokens = torch.empty(0, dtype=torch.long)
         self.cache: Cache | None = None
 
     def keep(self, tokens: Tensor, cache: Cache | None) -> None:
-        """Keeps ``cache``, cropped to the prompt and ``tokens`` (k,) of the response, unless it cannot be cropped so.
-
-        The tokens may be on any device.
-        """
+        """Keeps ``cache``, cropped to the prompt and ``tokens`` (k,), on the CPU, of the response, unless it cannot be
+        cropped so."""
         kept = None if cache is None else cache.crop(len(self.prompt) + len(tokens))
         if kept is not None:
-            self.tokens, self.cache = tokens[: len(kept) - len(self.prompt)].to(self.tokens.device), kept
+            self.tokens, self.cache = tokens[: len(kept) - len(self.prompt)], kept
 
     def before(self, length: int) -> Cache | None:
         """The cache of the prompt and the first ``length`` response tokens; None where it does not reach so far or
@@ -57,7 +55,7 @@ def extended(backbone: Backbone, table: Any, caches: Sequence[SequenceCache], re
 
     Args:
         table: the input embeddings; ``table.inputs`` maps token ids (n,) to `Inputs`.
-        responses: (n_b,) int64 each.
+        responses: (n_b,) int64 each, on the CPU.
     """
     results: list[Cache | None] = []
     missing = []
@@ -89,7 +87,7 @@ def catch_up(
     """
     known = [response[:start] for response, start in zip(responses, starts, strict=True)]
     covered = common_lengths(caches, known)
-    most = TOKENS_PER_PASS.get(known[0].device.type, 0)
+    most = TOKENS_PER_PASS.get(backbone.device.type, 0)
     far = []
     for i, (cache, response) in enumerate(zip(caches, known, strict=True)):
         before = cache.before(covered[i])
@@ -106,7 +104,7 @@ def catch_up(
 
 
 def common_lengths(caches: Sequence[SequenceCache], responses: Sequence[Tensor]) -> list[int]:
-    """How many leading tokens each cache shares with its response; one read by the host."""
+    """How many leading tokens each cache shares with its response, on the CPU."""
     width = min(max(len(c.tokens) for c in caches), max(len(r) for r in responses))
     if width == 0:
         return [0] * len(caches)

@@ -301,6 +301,8 @@ def _examine(backbone: Backbone) -> str | None:
         return "it does not run in batches behind prefixes"
     if backbone.needs_ids:
         return "it reads token ids besides embeddings"
+    if len({weight.device for weight in backbone.model.parameters()}) > 1:
+        return "its weights are on several devices, or off-loaded"
     config = backbone.model.config.get_text_config()
     if backbone.windowed and not checks.window_is_known(config):
         return "its layers have windows of a kind that is not known"

@@ -145,7 +145,7 @@ class _Stream:
         sequences = [row.sequence for row in self.joining]
         known = [s.language_cache or model.new_cache(s.prompt_ids) for s in sequences]
         # The last token goes through the model with the batch's next step. Where it is the prompt's, once more.
-        responses = [torch.tensor(row.response[:-1], dtype=torch.long, device=model.device) for row in self.joining]
+        responses = [torch.tensor(row.response[:-1], dtype=torch.long) for row in self.joining]
         lengths = [len(row.sequence.prompt_ids) + len(row.response) - 1 for row in self.joining]
         caches = [
             cache.crop(length)
@@ -215,7 +215,7 @@ class _SequentialStream:
         if self.stop.ended(sequence, response):
             return _nothing(model)
         cache = sequence.language_cache or model.new_cache(sequence.prompt_ids)
-        prefix = torch.tensor(response, dtype=torch.long, device=model.device)
+        prefix = torch.tensor(response, dtype=torch.long)
         (common,) = common_lengths([cache], [prefix])
         inputs = joined([cache.prompt, model.embedding.inputs(prefix)])
         known = cache.before(common)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nabla_fast.config import NablaConfig, Sampling
+from nabla_fast.config import VLLM_GPU_MEMORY_UTILIZATION, NablaConfig, Sampling
 from nabla_fast.models.backbone import Cache, joined
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.sequence_cache import SequenceCache, extended
@@ -81,13 +80,29 @@ def chosen(language_model: LanguageModel, config: NablaConfig) -> VLLMRollout | 
             f"rollout_backend is 'vllm', but {language_model.name} was not loaded from a folder or hub that vLLM could "
             "load it from; give vllm_url, that of a server"
         )
-    return VLLMRollout(language_model, _engine(path, str(language_model.head.weight.dtype).removeprefix("torch.")))
+    dtype = str(language_model.head.weight.dtype).removeprefix("torch.")
+    return VLLMRollout(language_model, _engine(path, dtype, config.vllm_gpu_memory_utilization))
 
 
-@functools.cache
-def _engine(path: str, dtype: str) -> VLLMEngine:
-    """One engine per model and process: it takes minutes to start and a share of the GPU."""
-    return VLLMEngine(path, dtype=dtype)
+_ENGINES: dict[tuple[str, str], VLLMEngine] = {}
+
+
+def _engine(path: str, dtype: str, gpu_memory_utilization: float | None) -> VLLMEngine:
+    """One engine per model and process: it takes minutes to start and a share of the GPU. None takes any share.
+
+    Raises:
+        ValueError: if it was started with another share.
+    """
+    if (path, dtype) not in _ENGINES:
+        share = VLLM_GPU_MEMORY_UTILIZATION if gpu_memory_utilization is None else gpu_memory_utilization
+        _ENGINES[path, dtype] = VLLMEngine(path, dtype=dtype, gpu_memory_utilization=share)
+    engine = _ENGINES[path, dtype]
+    if gpu_memory_utilization not in (None, engine.gpu_memory_utilization):
+        raise ValueError(
+            f"vllm_gpu_memory_utilization is {gpu_memory_utilization}, but {engine.name} was started with "
+            f"{engine.gpu_memory_utilization} and keeps it; give that, or None, or start a new process"
+        )
+    return engine
 
 
 @torch.no_grad()
@@ -105,9 +120,10 @@ def require_same_model(engine: Engine, language_model: LanguageModel, tolerance:
     size = language_model.vocab_size
     # Steps of the golden ratio fall evenly whatever the size.
     ids = [int(size * (0.61803398875 * n % 1)) for n in range(_PROBE_TOKENS - 1)] + [size - 1]
-    tokens = torch.tensor(ids, device=language_model.device)
+    tokens = torch.tensor(ids)
     (hidden,), _ = language_model.backbone([None], [language_model.embedding.inputs(tokens)])
-    own = language_model.logits(hidden[:-1]).float().log_softmax(-1).gather(-1, tokens[1:, None])[:, 0].cpu()
+    log_pi = language_model.logits(hidden[:-1]).float().log_softmax(-1)
+    own = log_pi.cpu().gather(-1, tokens[1:, None])[:, 0]
     served = f"{engine.name} serves {engine.model!r}, which is not {language_model.name}"
     try:
         theirs = torch.tensor(engine.log_probabilities(ids))
@@ -232,13 +248,13 @@ class VLLMStream:
     @torch.no_grad()
     def _rollouts(self, ended: Seq[_Progress]) -> list[Rollout]:
         """The tokens, and latents from one prefill of all together."""
-        device, weight = self._model.device, self._model.head.weight
+        weight = self._model.head.weight
         tokens = [torch.tensor(progress.tokens, dtype=torch.long) for progress in ended]
         moved = [i for i, new in enumerate(tokens) if len(new)]
         sequences = [ended[i].sequence for i in moved]
         known = [s.language_cache or self._model.new_cache(s.prompt_ids) for s in sequences]
         # The last token predicts nothing that is asked for.
-        responses = [torch.tensor(ended[i].response[:-1], dtype=torch.long, device=device) for i in moved]
+        responses = [torch.tensor(ended[i].response[:-1], dtype=torch.long) for i in moved]
         hidden, caches = self._prefill(known, responses) if moved else ([], [])
         rollouts = [Rollout(new, weight.new_zeros(0, weight.shape[1])) for new in tokens]
         for i, rows, cache in zip(moved, hidden, caches, strict=True):

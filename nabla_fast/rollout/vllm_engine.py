@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+from nabla_fast.config import VLLM_GPU_MEMORY_UTILIZATION, require_share
 from nabla_fast.rollout.base import RolloutError
 from nabla_fast.rollout.engine import Completion, TokenRequest
 
@@ -18,18 +19,28 @@ class VLLMEngine:
 
     Args:
         model: folder or name of the language model, as vLLM loads it.
-        gpu_memory_utilization: share of the GPU's memory that vLLM takes for itself. The language model and the reward
-            model of this process live in the rest, with all that gradients need.
+        gpu_memory_utilization: share of the GPU's memory, above 0 and at most 1, that vLLM takes for itself: for the
+            language model's weights, which it loads a second time, and for its KV cache. The language model and the
+            reward model of this process live in the rest, with all that gradients need.
         options: of ``vllm.LLM``, such as ``dtype`` or ``max_model_len``.
 
     Attributes:
         name, model, context_length: see `nabla_fast.rollout.engine.Engine`.
+        gpu_memory_utilization: as given.
 
     Raises:
+        ValueError, TypeError: if ``gpu_memory_utilization`` is no such share.
         ImportError: if vLLM is not installed.
     """
 
-    def __init__(self, model: str | os.PathLike[str], *, gpu_memory_utilization: float = 0.4, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        gpu_memory_utilization: float = VLLM_GPU_MEMORY_UTILIZATION,
+        **options: Any,
+    ) -> None:
+        require_share("gpu_memory_utilization", gpu_memory_utilization)
         try:
             import vllm
         except ImportError as error:
@@ -37,6 +48,7 @@ class VLLMEngine:
                 "vLLM is not installed; run pip install vllm, or give the vllm_url of a running server instead"
             ) from error
         self.model = os.fspath(model)
+        self.gpu_memory_utilization = gpu_memory_utilization
         self.name = f"the vLLM of this process ({self.model})"
         self._params = vllm.SamplingParams
         self._llm: Any = vllm.LLM(self.model, gpu_memory_utilization=gpu_memory_utilization, **options)

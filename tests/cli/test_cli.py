@@ -17,6 +17,8 @@ import nabla_fast as nf
 import nabla_fast.baselines  # before a test takes the place of what it imports
 from nabla_fast import cli
 from nabla_fast.cli import console, generate, options
+from nabla_fast.cli.models import ModelChoice
+from nabla_fast.models import loading
 from nabla_fast.testing.models import save_pair, tiny_tokenizer
 
 FAST = ("--max-new-tokens", "6", "--max-rollouts", "2", "--max-iters", "2", "--gradient-threshold", "none")
@@ -221,6 +223,20 @@ def test_json_holds_what_the_library_returns(pair, tmp_path):
             ["eval", "--pair=arithmetic", "--out", "/no/out", "--attn-implementation", "foo"],
             "attn_implementation is 'foo'; use",
         ),
+        (
+            ["generate", "--pair=arithmetic", "--attn-implementation", "foo/bar/baz"],
+            "or a kernel of the hub such as kernels-community/flash-attn3",
+        ),
+        (["generate", "--pair=arithmetic", "--reward-device", "cuda:99"], "reward_device is 'cuda:99', but torch sees"),
+        (["generate", "--pair=arithmetic", "--reward-device", "abacus"], "reward_device is 'abacus', which torch does"),
+        (
+            ["eval", "--pair=arithmetic", "--out=/no/out", "--engine=ray", "--device=cpu", "--reward-device=meta"],
+            "--reward-device is meta and --device cpu, but Ray gives each worker one device",
+        ),
+        (
+            ["generate", "--pair=arithmetic", "--rollout-backend=vllm", "--vllm-gpu-memory-utilization", "1.5"],
+            "vllm_gpu_memory_utilization must be above 0 and at most 1, got 1.5",
+        ),
         (["generate", "--pair=arithmetic", "--prompt", "caf\udce9"], "is not text in this terminal's encoding"),
     ],
 )
@@ -235,6 +251,36 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, message, monkeypat
     assert message in err
     assert "Traceback" not in err
     assert out == ""
+
+
+@pytest.mark.parametrize("given", [[], ["--reward-device", "meta"]])
+@pytest.mark.parametrize("pair_name", [None, "arithmetic"])
+def test_each_model_is_loaded_on_its_device_with_the_attention_that_was_asked_for(given, pair_name, monkeypatch):
+    where = []
+
+    def load(path, *, device, dtype, attn_implementation, argument="path"):
+        where.append((device, attn_implementation))
+        if len(where) == 2:
+            raise ValueError("both are known")
+        return None, None
+
+    monkeypatch.setattr(loading, "load_language_model", load)
+    monkeypatch.setattr(loading, "load_reward_model", load)
+    models = ["--pair", pair_name] if pair_name else ["--model", "a/b", "--reward-model", "c/d", "--prompt", "x"]
+    kernel = "kernels-community/flash-attn3"
+    run = CliRunner().invoke(cli.app, ["generate", *models, "--device", "cpu", "--attn-implementation", kernel, *given])
+    assert str(run.exception) == "both are known"
+    assert where == [("cpu", kernel), (given[-1] if given else "cpu", kernel)]
+
+
+def test_a_run_says_where_its_reward_model_is_only_if_that_is_elsewhere():
+    choice = ModelChoice("a", "b", None, "cpu", "auto", "sdpa")
+    assert "reward_device" not in choice.describe()
+    assert choice.describe() == dataclasses.replace(choice, reward_device="cpu").describe()
+    assert dataclasses.replace(choice, reward_device="meta").describe() == {
+        **choice.describe(),
+        "reward_device": "meta",
+    }
 
 
 def test_a_bad_setting_names_the_field(pair):

@@ -6,15 +6,16 @@ import platform
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from nabla_fast import environment
+from nabla_fast import cli, environment
 from nabla_fast.ops import native
 
 
 def test_report_is_plain_data() -> None:
     report = environment.report()
     assert json.loads(json.dumps(report)) == report
-    assert set(report) == {"versions", "devices", "backends", "operators", "demo"}
+    assert set(report) == {"versions", "devices", "backends", "operators", "demo", "vllm"}
 
 
 def test_report_says_what_is_running() -> None:
@@ -60,3 +61,23 @@ def test_visible_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment.report()["devices"]["cuda"] == [
         {"name": "a GPU", "compute_capability": "9.0", "memory_bytes": 2**36}
     ]
+    beside = environment.report(0.25)["vllm"]
+    assert beside["gpus"] == [{"memory_bytes": 2**36, "vllm_bytes": 2**34, "left_bytes": 3 * 2**34}]
+    assert environment.report()["vllm"]["gpu_memory_utilization"] == 0.4
+    assert any("a second time" in need for need in beside["needs"])
+
+
+def test_doctor_shows_what_vllm_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = {"name": "a GPU", "compute_capability": "9.0", "memory_bytes": 80 * 2**30}
+    monkeypatch.setattr(environment, "_cuda_devices", lambda: [gpu, gpu])
+    shown = CliRunner().invoke(cli.app, ["doctor", "--vllm-gpu-memory-utilization", "0.3"]).stdout
+    assert "with 0.3 of a GPU" in shown
+    assert all(text in shown for text in ("cuda:0", "cuda:1", "80.0 GiB", "24.0 GiB", "56.0 GiB"))
+    assert "Weights are not shared" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("share", ["0", "1.01", "-1", "nan"])
+def test_a_share_of_a_gpu_that_is_none_is_named(share: str) -> None:
+    error = CliRunner().invoke(cli.app, ["doctor", "--vllm-gpu-memory-utilization", share]).exception
+    assert isinstance(error, ValueError)
+    assert "vllm_gpu_memory_utilization must be above 0 and at most 1" in str(error)

@@ -261,6 +261,7 @@ def test_what_changes_no_answer_may_change(tmp_path, made_up):
     run(tmp_path / "hf", task, plan_of(draft_tokens=8, rollout_backend="hf"))
     run(tmp_path / "vllm", task, plan_of(vllm_url="http://127.0.0.1:1"))
     run(tmp_path / "vllm", task, plan_of(vllm_url="http://127.0.0.1:2", rollout_backend="vllm"))
+    run(tmp_path / "vllm", task, plan_of(rollout_backend="vllm", vllm_gpu_memory_utilization=0.3))
     with pytest.raises(ValueError, match=r"settings.rollouts is new"):
         run(tmp_path / "hf", task, plan_of(vllm_url="http://127.0.0.1:1"))
 

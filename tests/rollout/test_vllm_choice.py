@@ -49,7 +49,8 @@ def test_the_configuration_chooses(model, server, monkeypatch):
     monkeypatch.setattr(vllm, "_engine", lambda *args: asked.append(args) or at_url.engine)
     monkeypatch.setattr(model.model.config, "name_or_path", "some/folder")
     vllm.chosen(model, NablaConfig(rollout_backend="vllm"))
-    assert asked == [("some/folder", "float64")]
+    vllm.chosen(model, NablaConfig(rollout_backend="vllm", vllm_gpu_memory_utilization=0.25))
+    assert asked == [("some/folder", "float64", None), ("some/folder", "float64", 0.25)]
 
 
 PAIR_CONFIG = NablaConfig(
@@ -243,6 +244,18 @@ def test_a_password_in_the_url_is_refused_unprinted(url):
         ({"vllm_timeout": float("inf")}, "vllm_timeout must be above 0"),
         ({"vllm_url": "http://a", "vllm_model": ""}, "vllm_model must be a name or None"),
         ({"vllm_url": "http://a b"}, "is not a URL"),
+        *(
+            (
+                {"rollout_backend": "vllm", "vllm_gpu_memory_utilization": share},
+                f"vllm_gpu_memory_utilization must be .*, got {share!r}",
+            )
+            for share in (0, -0.1, 1.1, float("nan"), True, "0.4")
+        ),
+        ({"vllm_gpu_memory_utilization": 0.5}, "is 0.5, but rollout_backend is 'auto'; .* rollout_backend 'vllm'"),
+        (
+            {"vllm_url": "http://a", "vllm_gpu_memory_utilization": 0.5},
+            "is 0.5, but vllm_url is given; .*: vllm serve --gpu-memory-utilization 0.5",
+        ),
         ({"vllm_url": "http://a:99999"}, "is not a URL"),
     ],
 )
@@ -377,6 +390,27 @@ def test_closing_an_engine_ends_its_processes_once(engine):
     for _ in range(2):
         engine.close()
         assert engine._llm.ended == 1
+
+
+def test_an_engine_is_started_once_and_keeps_its_share_of_the_gpu(model, fake_vllm, monkeypatch):
+    monkeypatch.setattr(vllm, "_ENGINES", {})
+    monkeypatch.setattr(model.model.config, "name_or_path", "folder")
+    config = NablaConfig(rollout_backend="vllm", vllm_gpu_memory_utilization=1)
+    engine = vllm.chosen(model, config).engine
+    assert engine._llm.options == {"gpu_memory_utilization": 1, "dtype": "float64"}
+    for same in (config, config.replace(vllm_gpu_memory_utilization=None)):
+        assert vllm.chosen(model, same).engine is engine
+    with pytest.raises(ValueError, match=r"utilization is 0\.3, but .* \(folder\) was started with 1 and keeps it"):
+        vllm.chosen(model, config.replace(vllm_gpu_memory_utilization=0.3))
+    monkeypatch.setattr(vllm, "_ENGINES", {})
+    other = vllm.chosen(model, config.replace(vllm_gpu_memory_utilization=None)).engine
+    assert other._llm.options["gpu_memory_utilization"] == 0.4
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_a_share_that_is_none_is_refused_before_vllm_starts(share, fake_vllm):
+    with pytest.raises(ValueError, match=f"gpu_memory_utilization must be above 0 and at most 1, got {share}"):
+        VLLMEngine("folder", gpu_memory_utilization=share)
 
 
 def test_without_vllm_the_engine_says_what_to_do(monkeypatch):
