@@ -89,7 +89,9 @@ class Row:
 
     @property
     def end(self) -> int:
-        return len(self.sequence.prompt_ids) + self.sequence.limit
+        """Length at which the response ends in any case; a rollout that has begun draws a token."""
+        least = len(self.sequence.prefix) + 1
+        return len(self.sequence.prompt_ids) + max(self.sequence.limit, least)
 
     @property
     def ahead(self) -> int:
@@ -220,10 +222,7 @@ class DeviceStream:
         self._slots.reserve(caches[0], count, self._columns([*self.rows, *rows]))
         free = [slot for slot in range(count) if slot not in {row.slot for row in self.rows}]
         for row, slot, cache in zip(rows, free, caches, strict=False):
-            if self.draft_tokens and row.sequence.drawn:
-                row.expect(row.sequence.drawn[0][len(row.response) :][: self._state.columns - row.length])
-            else:
-                row.expect(row.drafter.draft(row.sequence.limit - len(row.response) - 1))
+            row.expect(row.drafter.rest()[: self._state.columns - row.length])
             row.slot = slot
             prompt = row.sequence.prompt_ids
             self._state.put(
@@ -307,6 +306,7 @@ class DeviceStream:
             if self._asks and self.stop.ended(row.sequence, tuple(row.response)):
                 ended = True
                 break
+        assert kept or ended, "a step left a rollout where it was, and did not say why"
         row.accepted += max(0, kept - 1)
         if ended:
             self._leave(row)
@@ -331,9 +331,9 @@ class DeviceStream:
         """
         if row.ahead > _WIDTHS[-1]:
             return
-        draft = row.drafter.draft(row.sequence.limit - len(row.response) - 1)[: self._state.columns - row.length]
-        if len(draft) > max(1, row.ahead):
-            row.expect(draft)
+        rest = row.drafter.rest()[: self._state.columns - row.length]
+        if len(rest) > max(1, row.ahead):
+            row.expect(rest)
             self._state.expect(row.slot, row.length, row.line)
 
     def _go_on_elsewhere(self, error: Exception) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
@@ -38,7 +39,14 @@ def sequences(limit=24):
 
 
 def language_model(family="llama", **options):
+    """One that a test may change."""
     return LanguageModel(tiny_language_model(family, **options), tiny_tokenizer())
+
+
+@functools.cache
+def shared(family="llama", dtype=torch.float64):
+    """One with the graphs that earlier tests have captured."""
+    return language_model(family, dtype=dtype)
 
 
 def plain(model, given, sampling=SAMPLING, stop=NEVER, **options):
@@ -98,9 +106,9 @@ def room(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_tokens_hidden_states_and_caches_are_those_of_the_usual_path(family, dtype):
-    model = language_model(family, dtype=dtype)
-    meant = plain(model, with_caches(model, sequences()), stop=ENDS)
-    drawn = on_device(model, with_caches(model, sequences()), stop=ENDS)
+    model = shared(family, dtype)
+    meant = plain(model, with_caches(model, sequences(14)), stop=ENDS)
+    drawn = on_device(model, with_caches(model, sequences(14)), stop=ENDS)
     assert_same(drawn, meant, 1e-4 if dtype == torch.float32 else 1e-9)
     assert [(r.calls, r.drafted, r.accepted) for r in drawn] == [(len(r.tokens), 0, 0) for r in drawn]
     assert len({len(r.tokens) for r in drawn}) > 1, "all ended at once, so no row ever left the batch"
@@ -108,7 +116,7 @@ def test_the_tokens_hidden_states_and_caches_are_those_of_the_usual_path(family,
 
 
 def test_prefixes_go_on_from_caches_and_leave_them_alone():
-    model = language_model()
+    model = shared()
     prompt = (5, 6, 7, 8)
     (first,) = on_device(model, with_caches(model, [Sequence(prompt, (), 0, 9)]))
     cache = model.new_cache(prompt)
@@ -124,7 +132,7 @@ def test_prefixes_go_on_from_caches_and_leave_them_alone():
 
 
 def test_rollouts_end_where_the_context_does(room):
-    model = language_model("gpt2")  # a position behind its last one would raise
+    model = shared("gpt2")  # a position behind its last one would raise
     meant = plain(model, sequences_to_the_end())
     known = sequences_to_the_end()
     for sequence, drawn in zip(known, meant, strict=True):
@@ -191,19 +199,20 @@ def test_slots_grow_with_the_sequences(monkeypatch, room):
 
 def test_another_stream_uses_slots_and_graphs_again(room):
     model = language_model()
-    long = sequences(40)
-    for sequence in long:
-        sequence.drawn = [(9,) * 40]
-    on_device(model, long, draft_tokens=4)
+    prompts = [(5, 6, 7), (10, 11, 12)]
+
+    def two(limit, drawn=()):
+        return [Sequence(p, (), seed, limit, drawn=list(drawn)) for seed, p in enumerate(prompts)]
+
+    for _ in range(2):
+        on_device(model, two(20, [(9,) * 20]), draft_tokens=4)
     before, made = model.kept["slots"], captures(model)
-    known = sequences(12)
-    assert_same(on_device(model, known, draft_tokens=4), plain(model, sequences(12)))
-    on_device(model, sequences(12), draft_tokens=4)
+    assert_same(on_device(model, two(9), draft_tokens=4), plain(model, two(9)))
     assert model.kept["slots"] is before
     assert captures(model) == made, "captured again"
     with torch.no_grad():
         model.model.base_model.norm.weight.mul_(0.5)
-    assert_same(on_device(model, sequences(12)), plain(model, sequences(12)))
+    assert_same(on_device(model, two(9)), plain(model, two(9)))
     assert model.kept["slots"] is not before, "the model has changed"
 
 
@@ -231,13 +240,11 @@ def test_inference_mode_leaves_nothing_that_later_calls_cannot_use():
 
 def test_a_batch_has_one_capture_for_each_number_of_slots_and_tokens(room):
     model = language_model()
-    given = sequences(24)[:4]
-    for sequence in given:
-        sequence.drawn = [(9,) * 24]
-    on_device(model, given, draft_tokens=3)
+    on_device(model, [Sequence((5, 6, 7), (), seed, 24, drawn=[(9,) * 24]) for seed in range(3)], draft_tokens=3)
     found = model.kept["slots"].graphs
-    assert {key[:3] for key in found._graphs} == {(4, 5, 3), (4, 1, 0)}
-    assert found.captures <= 2
+    assert {(4, 5, 3), (4, 1, 0)} <= {key[:3] for key in found._graphs}
+    assert {graph.captures for graph in found._graphs.values()} <= {0, 1}
+    assert found.captures > 0
 
 
 # Sampling
@@ -256,7 +263,7 @@ def test_a_batch_has_one_capture_for_each_number_of_slots_and_tokens(room):
     ids=["greedy", "plain", "top_k", "top_k and top_p", "all", "nearly all"],
 )
 def test_every_kind_of_sampling_draws_the_usual_tokens(sampling):
-    model = language_model("qwen3", dtype=torch.float32)
+    model = shared("qwen3", torch.float32)
     assert_same(on_device(model, sequences(16), sampling), plain(model, sequences(16), sampling), 1e-4)
 
 
@@ -272,8 +279,8 @@ def test_the_host_draws_what_the_device_declines_to(draft_tokens, monkeypatch, r
 
     model = language_model()
     stop = StopRule(frozenset({3, 4}), ("user",), tiny_tokenizer())
-    meant = plain(model, sequences(), stop=stop)
-    known = sequences()
+    meant = plain(model, sequences(16), stop=stop)
+    known = sequences(16)
     for sequence, drawn in zip(known, meant, strict=True):
         sequence.drawn = [(*sequence.prefix, *drawn.tokens.tolist()[:7], 9, 9)]
     monkeypatch.setattr(Sampler, "__call__", call)
@@ -326,11 +333,13 @@ def earlier_responses(drawn):
     return [((8, 9, 8, 9, 8, 9), right[0]), (hole,), (), ((8, *right[3]),), ((9, *right[4]),)]
 
 
-@pytest.mark.parametrize("sampling", [SAMPLING, Sampling(temperature=0.0)], ids=["sampled", "greedy"])
-@pytest.mark.parametrize("draft_tokens", [2, 8])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("family", "sampling", "draft_tokens"),
+    [("llama", SAMPLING, 2), ("llama", Sampling(temperature=0.0), 8), ("gemma3", SAMPLING, 8)],
+    ids=["llama", "llama-greedy", "gemma3"],
+)
 def test_drafts_change_the_number_of_calls_and_nothing_else(family, draft_tokens, sampling, room):
-    model = language_model(family)
+    model = shared(family)
     stop = StopRule(frozenset({3, 4}))
     meant = plain(model, with_caches(model, sequences(30)), sampling, stop)
     known = with_caches(model, sequences(30))
@@ -347,7 +356,7 @@ def test_drafts_change_the_number_of_calls_and_nothing_else(family, draft_tokens
 
 
 def test_after_a_mismatch_the_longest_known_end_leads_on(room):
-    model = language_model()
+    model = shared()
     (meant,) = plain(model, [Sequence((5, 6), (), 0, 40)])
     right = meant.tokens.tolist()
     # The same text from another position on: what follows a mismatch has to be looked up.
@@ -358,13 +367,13 @@ def test_after_a_mismatch_the_longest_known_end_leads_on(room):
 
 
 def test_a_wrong_draft_is_given_up(room):
-    model = language_model()
+    model = shared()
     (drawn,) = on_device(model, [Sequence((5, 6), (), 0, 30, drawn=[(7,) * 30])], draft_tokens=4)
     assert 0 < drawn.drafted < 60
 
 
 def test_a_large_batch_leaves_no_room_for_drafts():
-    model = language_model()
+    model = shared()
     many = [Sequence((5, 6), (), seed, 6, drawn=[(7,) * 6]) for seed in range(2)]
     assert sum(r.drafted for r in on_device(model, many, draft_tokens=8)) == 0
     assert on_device(model, many[:1], draft_tokens=8)[0].drafted > 0
@@ -376,7 +385,7 @@ def test_a_large_batch_leaves_no_room_for_drafts():
 @pytest.mark.parametrize("draft_tokens", [0, 8])
 def test_a_stop_string_that_the_host_finds_late_ends_the_response(draft_tokens, room):
     tokenizer = tiny_tokenizer()
-    model = language_model()
+    model = shared()
     free = plain(model, sequences(20))
     stop = StopRule(frozenset({3}), tuple(tokenizer.decode(r.tokens[4:7]) for r in free), tokenizer)
     meant = plain(model, with_caches(model, sequences(20)), stop=stop)
@@ -411,7 +420,7 @@ def test_a_slot_that_a_late_stop_has_left_is_clean_for_the_next_row():
 
 
 def test_criteria_are_asked_once_for_each_token_in_order():
-    model = language_model()
+    model = shared()
     asked = []
     for draw in (plain, on_device):
         seen = []
@@ -422,8 +431,17 @@ def test_criteria_are_asked_once_for_each_token_in_order():
     assert asked[0] == asked[1]
 
 
+def test_a_limit_of_no_tokens_draws_one_as_the_usual_path_does():
+    model = shared()
+
+    def given():
+        return [Sequence(prompt, (), 0, 0) for prompt in ((5,), (5, 6, 7))]
+
+    assert_same(on_device(model, given()), plain(model, given()))
+
+
 def test_a_response_that_has_ended_is_left_as_it_is():
-    model = language_model()
+    model = shared()
     ended = [Sequence((5,), (3,), 0, 8), Sequence((5,), tuple(range(10, 18)), 0, 8)]
     for drawn in on_device(model, ended, stop=StopRule(frozenset({3}))):
         assert drawn.tokens.shape == (0,)
@@ -431,7 +449,7 @@ def test_a_response_that_has_ended_is_left_as_it_is():
 
 
 def test_a_closed_stream_leaves_empty_slots():
-    model = language_model()
+    model = shared()
     stream = OnDevice(model).open(SAMPLING, NEVER)
     stream.submit(Sequence((5, 6), (), 0, 2))
     stream.submit(Sequence((5, 6, 7), (), 1, 30))
@@ -449,7 +467,6 @@ def test_unreadable_logits_are_an_error_that_names_the_position(value):
     place = next(i for i in range(3, 20) if drawn.tokens[i] not in drawn.tokens[:i])
     with torch.no_grad():
         model.model.get_input_embeddings().weight[drawn.tokens[place]] = value
-    model = LanguageModel(model.model, tiny_tokenizer())
     for graphed in (False, True):
         stream = HFRollout(model, graphs=graphed).open(SAMPLING, NEVER)
         assert isinstance(stream, DeviceStream) == graphed
@@ -472,11 +489,8 @@ def test_what_another_replay_has_overwritten_is_not_read(monkeypatch):
     stream = OnDevice(model).open(SAMPLING, NEVER)
     for sequence in sequences(16):
         stream.submit(sequence)
-    ended = {}
-    with pytest.raises((AssertionError, IndexError, KeyError, FloatingPointError, RuntimeError)):  # noqa: PT012
-        for _ in range(20):
-            ended.update(stream.collect())
-        assert [r.tokens.tolist() for r in ended.values()] == tokens_of(meant)
+    with pytest.raises(AssertionError, match="a step left a rollout where it was"):
+        stream.collect()
 
 
 # What keeps the usual path
