@@ -8,8 +8,7 @@ behind a sequence's end hold whatever was there before; no query sees them befor
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +20,7 @@ from nabla_fast.models import checks
 from nabla_fast.models.backbone import Backbone, Inputs
 from nabla_fast.models.kv_cache import KVCache
 from nabla_fast.models.numerics import is_close, relative_error
-from nabla_fast.models.static import attention_masks
-
-# Shorter than the check's eight tokens, so that a window shows.
-_SMALL_WINDOW = 3
+from nabla_fast.models.static import attention_masks, from_stacked, small_window, stacked
 
 
 class SlotCache(DynamicCache):
@@ -72,15 +68,12 @@ def run(backbone: Backbone, kv: Tensor, columns: Tensor, positions: Tensor, ids:
 
 def write(kv: Tensor, slot: int, cache: KVCache) -> None:
     """Copies the T' keys and values of a cache into the first T' columns of a slot."""
-    size = len(cache)
-    for part, layers in enumerate((cache.keys, cache.values)):
-        kv[:, part, slot, :, :size].copy_(torch.cat(layers)[:, :, :size])
+    kv[:, :, slot, :, : len(cache)].copy_(stacked(cache)[:, :, 0])
 
 
 def read(kv: Tensor, slot: int, size: int, hidden: Tensor) -> KVCache:
     """A cache of the first ``size`` columns of a slot, copied, and of ``hidden`` (size, d), as it is."""
-    keys, values = (kv[:, part, slot : slot + 1, :, :size].clone().unbind() for part in (0, 1))
-    return KVCache(keys, values, hidden)
+    return from_stacked(kv[:, :, slot : slot + 1, :, :size].clone(), hidden)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,12 +95,11 @@ def _examine(backbone: Backbone) -> str | None:
     if "cache_position" in inspect.signature(backbone.module.forward).parameters:
         return "its forward pass takes one cache position for the whole batch"
     config = backbone.model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    if backbone.windowed and not window:
+    if backbone.windowed and not checks.window_is_known(config):
         return "its layers have windows of a kind that is not known"
     try:
         # With a window that eight tokens show.
-        with _small_window(config) if backbone.windowed else nullcontext():
+        with small_window(config) if backbone.windowed else nullcontext():
             return _difference(backbone)
     except torch.OutOfMemoryError:
         raise
@@ -150,13 +142,3 @@ def _difference(backbone: Backbone) -> str | None:
             if not is_close(mine, theirs):
                 return f"{what} of passes over slots are {relative_error(mine, theirs):.2g} apart, relatively"
     return None
-
-
-@contextmanager
-def _small_window(config: Any) -> Iterator[None]:
-    before = config.sliding_window
-    config.sliding_window = _SMALL_WINDOW
-    try:
-        yield
-    finally:
-        config.sliding_window = before

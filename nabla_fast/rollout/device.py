@@ -349,9 +349,7 @@ class DeviceStream:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         if isinstance(error, CaptureError):
             self.model.kept["no graphs"] = reason[0]
-        checks.warn_once(
-            self.model.model, f"{self.model.name} draws rollouts without graphs, which is slower: {reason[0]}"
-        )
+        checks.warn_once(self.model.model, f"{self.model.name} draws rollouts without graphs, slower: {reason[0]}")
         self._other = self._make_other(rows)
 
 
@@ -375,6 +373,6 @@ def stream(
         return None
     examined = slots.examined(model.backbone)
     if examined.reason is not None:
-        checks.warn_once(model.model, f"{model.name} draws rollouts without graphs, which is slower: {examined.reason}")
+        checks.warn_once(model.model, f"{model.name} draws rollouts without graphs, slower: {examined.reason}")
         return None
     return DeviceStream(model, sampler, draft_tokens, sampling, stop, examined, kernels, other)
