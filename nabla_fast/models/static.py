@@ -312,7 +312,7 @@ def _examine(backbone: Backbone) -> str | None:
     if len({x.shape for cache in caches[:1] for x in (*cache.keys, *cache.values)}) > 1:  # type: ignore[union-attr]
         return "its layers have keys and values of several sizes"
     # With a window that eight tokens show.
-    with _small_window(config) if backbone.windowed else nullcontext():
+    with small_window(config) if backbone.windowed else nullcontext():
         try:
             return _difference(backbone, inputs)
         except torch.OutOfMemoryError:
@@ -355,7 +355,8 @@ def _difference(backbone: Backbone, inputs: Inputs) -> str | None:
 
 
 @contextmanager
-def _small_window(config: Any) -> Any:
+def small_window(config: Any) -> Any:
+    """In this block, a model's sliding windows are so short that the tokens of a check show them."""
     before = config.sliding_window
     config.sliding_window = 3
     try:

@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from nabla_fast.config import Sampling
@@ -135,3 +136,15 @@ def rollout(backend: RolloutBackend, sequences: Seq[Sequence], sampling: Samplin
         while len(ended) < len(sequences):
             ended.update(stream.collect())
     return [ended[sequence] for sequence in sequences]
+
+
+def no_rollout(weight: Tensor) -> Rollout:
+    """The rollout of a response that had already ended; ``weight`` is that of the output head (V, d)."""
+    return Rollout(torch.empty(0, dtype=torch.long), weight.new_zeros(0, weight.shape[1]))
+
+
+def unreadable(name: str, position: int) -> FloatingPointError:
+    """The error of a model that gives NaN or infinite logits for the token at a position of the response."""
+    return FloatingPointError(
+        f"{name} returned NaN or infinite logits at response position {position}; nothing of this rollout was committed"
+    )

@@ -69,6 +69,15 @@ class Drafter:
         self._drafted = True
         return tuple(self._texts[text][place : place + min(self._length, room)])
 
+    def rest(self) -> tuple[int, ...]:
+        """All tokens that followed, for a caller that verifies them piece by piece; none as in `draft`."""
+        if self.most and self._at is None:
+            self._look_up()
+        if self._at is None:
+            return ()
+        text, place = self._at
+        return tuple(self._texts[text][place:])
+
     def _look_up(self) -> None:
         own = len(self._texts) - 1
         position = len(self._own) - self._prompt

@@ -18,7 +18,8 @@ from nabla_fast.models.kv_cache import KVCache, ModelCache
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.sequence_cache import TOKENS_PER_PASS, common_lengths, extended
 from nabla_fast.models.torch_kernels import fast_kernels
-from nabla_fast.rollout.base import Rollout, RolloutStream, StopRule
+from nabla_fast.rollout import device
+from nabla_fast.rollout.base import Rollout, RolloutStream, StopRule, no_rollout, unreadable
 from nabla_fast.rollout.drafts import Drafter
 from nabla_fast.sampling import Sampler
 from nabla_fast.sequence import Sequence
@@ -34,12 +35,21 @@ class HFRollout:
         language_model: draws the tokens.
         sampler: how.
         draft_tokens: most draft tokens that one forward pass verifies; 0 for none.
+        graphs: replays captured steps (`nabla_fast.rollout.device`) where model, sampler and stop rule allow it. The
+            tokens are the same. On a CPU it is slower, and for tests.
     """
 
-    def __init__(self, language_model: LanguageModel, sampler: Sampler | None = None, draft_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        sampler: Sampler | None = None,
+        draft_tokens: int = 0,
+        graphs: bool = False,
+    ) -> None:
         self.language_model = language_model
         self.sampler = sampler or Sampler()
         self.draft_tokens = draft_tokens
+        self.graphs = graphs
 
     def fast_kernels(self) -> AbstractContextManager[Any]:
         """See `nabla_fast.models.torch_kernels`."""
@@ -47,8 +57,19 @@ class HFRollout:
 
     def open(self, sampling: Sampling, stop: StopRule) -> RolloutStream:
         """See `RolloutBackend.open`."""
-        together = self.language_model.backbone.cache_kind == "prefix"
-        return _Stream(self, sampling, stop) if together else _SequentialStream(self, sampling, stop)
+        model = self.language_model
+        if model.backbone.cache_kind != "prefix":
+            return _SequentialStream(self, sampling, stop)
+
+        def going_on(rows: list[device.Row]) -> RolloutStream:
+            joining = [_Row(r.sequence, tuple(r.response), r.drafter, r.calls, r.drafted, r.accepted) for r in rows]
+            return _Stream(self, sampling, stop, joining)
+
+        fast = None
+        if self.graphs:
+            settings = (self.sampler, self.draft_tokens, sampling, stop)
+            fast = device.stream(model, *settings, self.fast_kernels, going_on)
+        return fast or _Stream(self, sampling, stop)
 
 
 @dataclass
@@ -121,7 +142,7 @@ class _Stream:
 
     def submit(self, sequence: Sequence) -> None:
         if self.stop.ended(sequence, sequence.prefix):
-            self.ended.append((sequence, _nothing(self.backend.language_model)))
+            self.ended.append((sequence, no_rollout(self.backend.language_model.head.weight)))
             return
         most = self.backend.draft_tokens
         drafter = Drafter(sequence.prompt_ids, sequence.prefix, tuple(sequence.drawn), most)
@@ -213,7 +234,7 @@ class _SequentialStream:
     def _roll_out(self, sequence: Sequence) -> Rollout:
         model, response = self.backend.language_model, sequence.prefix
         if self.stop.ended(sequence, response):
-            return _nothing(model)
+            return no_rollout(model.head.weight)
         cache = sequence.language_cache or model.new_cache(sequence.prompt_ids)
         prefix = torch.tensor(response, dtype=torch.long)
         (common,) = common_lengths([cache], [prefix])
@@ -234,17 +255,8 @@ class _SequentialStream:
         return Rollout(tokens, torch.cat(latents), row.start, calls=len(new))
 
 
-def _nothing(model: LanguageModel) -> Rollout:
-    """The rollout of a response that had already ended."""
-    weight = model.head.weight
-    return Rollout(torch.empty(0, dtype=torch.long), weight.new_zeros(0, weight.shape[1]))
-
-
 def _require_readable(model: LanguageModel, logits: Tensor, responses: Seq[tuple[int, ...]]) -> None:
     readable = logits.amax(-1).isfinite()  # amax carries NaN; a finite maximum leaves -inf entries, which are fine
     if not bool(readable.all()):
         position = len(responses[int((~readable).nonzero()[0])])
-        raise FloatingPointError(
-            f"{model.name} returned NaN or infinite logits at response position {position}; "
-            "nothing of this rollout was committed"
-        )
+        raise unreadable(model.name, position)

@@ -70,6 +70,18 @@ def test_without_room_nothing_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> N
     assert drafter.draft(0) == ()
 
 
+def test_the_rest_is_all_that_followed() -> None:
+    drafter = Drafter((50, 51), (1, 20), [OLD], most=2)
+    assert drafter.rest() == OLD[2:]
+    follow(drafter, (3, 99))
+    assert drafter.rest() == ()
+    follow(drafter, (6, 7))
+    assert drafter.rest() == (8, 9)
+    follow(drafter, (51,))
+    assert drafter.rest() == (1, 20, 3, 99, 6, 7, 51)
+    assert Drafter((50,), (), [OLD], most=0).rest() == ()
+
+
 def test_no_drafts_are_asked_for() -> None:
     drafter = Drafter((50, 51), (50,), [OLD], most=0)
     follow(drafter, (50,))

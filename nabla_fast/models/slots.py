@@ -1,0 +1,144 @@
+"""Decoding passes of constant shapes: each sequence has a slot of keys and values, which is written in place.
+
+Keys and values of a slot are left-aligned: column c holds position c. What differs from step to step (how long each
+sequence is, which tokens it feeds) is in tensors on the device, so that a pass can be captured in a graph. Columns
+behind a sequence's end hold whatever was there before; no query sees them before they are written.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from nabla_fast.models import checks
+from nabla_fast.models.backbone import Backbone, Inputs
+from nabla_fast.models.kv_cache import KVCache
+from nabla_fast.models.numerics import is_close, relative_error
+from nabla_fast.models.static import attention_masks, from_stacked, small_window, stacked
+
+
+class SlotCache(DynamicCache):
+    """Keys and values of B slots, which an update writes in place and returns whole.
+
+    Args:
+        kv: (L, 2, B, heads, T, head width).
+        columns: (B, K) int64, where the K new keys and values of each slot go.
+    """
+
+    def __init__(self, kv: Tensor, columns: Tensor) -> None:
+        super().__init__()
+        self.kv, self.columns = kv, columns
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        keys, values = self.kv[layer_idx, 0], self.kv[layer_idx, 1]
+        index = self.columns[:, None, :, None].expand_as(key_states)
+        keys.scatter_(2, index, key_states)
+        values.scatter_(2, index, value_states)
+        return keys, values
+
+
+def run(backbone: Backbone, kv: Tensor, columns: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
+    """The last hidden states (B, K, d) of K more tokens of each slot, whose keys and values are written to ``kv``.
+
+    Args:
+        kv: (L, 2, B, heads, T, head width); what lies before a slot's first new column is read.
+        columns: (B, K) int64, the columns of the new tokens, one behind the other.
+        positions: (B, K) int64, their positions: the columns, but for tokens that do not count and might have
+            positions that the model does not take.
+        ids: (B, K) int64 token ids.
+    """
+    first = torch.zeros_like(columns[:, 0])
+    hidden, _ = backbone.run(
+        ids,
+        None,
+        0,
+        attention_mask=attention_masks(backbone.model.config.get_text_config(), first, columns, kv.shape[-2], kv.dtype),
+        position_ids=positions,
+        use_cache=True,
+        **{backbone.cache_argument: SlotCache(kv, columns)},
+    )
+    return hidden
+
+
+def write(kv: Tensor, slot: int, cache: KVCache) -> None:
+    """Copies the T' keys and values of a cache into the first T' columns of a slot."""
+    kv[:, :, slot, :, : len(cache)].copy_(stacked(cache)[:, :, 0])
+
+
+def read(kv: Tensor, slot: int, size: int, hidden: Tensor) -> KVCache:
+    """A cache of the first ``size`` columns of a slot, copied, and of ``hidden`` (size, d), as it is."""
+    return from_stacked(kv[:, :, slot : slot + 1, :, :size].clone(), hidden)
+
+
+@dataclass(frozen=True, eq=False)
+class Examined:
+    """Why a model cannot be run in slots, in one clause; None if it can."""
+
+    reason: str | None
+
+
+def examined(backbone: Backbone) -> Examined:
+    """Tries a model once; the answer is the same object until the model changes."""
+    found: Examined = checks.remembered(backbone.model, backbone.name, "slots", lambda: Examined(_examine(backbone)))
+    return found
+
+
+def _examine(backbone: Backbone) -> str | None:
+    if backbone.cache_kind != "prefix":
+        return "it does not run in batches behind prefixes"
+    if "cache_position" in inspect.signature(backbone.module.forward).parameters:
+        return "its forward pass takes one cache position for the whole batch"
+    config = backbone.model.config.get_text_config()
+    if backbone.windowed and not checks.window_is_known(config):
+        return "its layers have windows of a kind that is not known"
+    try:
+        # With a window that eight tokens show.
+        with small_window(config) if backbone.windowed else nullcontext():
+            return _difference(backbone)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model does with slots and a mask of four dimensions
+        return f"a pass over slots raises {type(error).__name__}"
+
+
+@torch.no_grad()
+def _difference(backbone: Backbone) -> str | None:
+    """How passes over two slots differ from the usual ones; None if they do not.
+
+    The first pass feeds tokens that prove wrong, whose columns the second one writes again.
+    """
+    ids = checks.probe_ids(backbone.model)
+    inputs = Inputs(ids, backbone.embedding(ids.unsqueeze(0))[0])
+    _, caches = backbone.extend([None, None], [inputs[:4], inputs[:2]])
+    hidden, after = backbone.extend(caches, [inputs[4:7], inputs[2:5]])
+    first = caches[0]
+    assert isinstance(first, KVCache)
+    if len({x.shape for x in (*first.keys, *first.values)}) > 1:
+        return "its layers have keys and values of several sizes"
+    _, heads, _, width = first.keys[0].shape
+    kv = first.keys[0].new_zeros(len(first.keys), 2, 2, heads, 16, width)
+    for slot, cache in enumerate(caches):
+        assert isinstance(cache, KVCache)
+        write(kv, slot, cache)
+    begin = torch.tensor([[4], [2]], device=ids.device)
+    columns = begin + torch.arange(3, device=ids.device)
+    run(backbone, kv, columns, columns, torch.stack([ids[[4, 0, 1]], ids[[2, 7, 6]]]))
+    again = columns[:, :2] + 1
+    one = run(backbone, kv, columns[:, :1], columns[:, :1], ids[columns[:, :1]])
+    two = run(backbone, kv, again, again, ids[again])
+    ours = torch.cat([one, two], dim=1)
+    for row, (length, cache) in enumerate(zip((7, 5), after, strict=True)):
+        assert isinstance(cache, KVCache)
+        for what, mine, theirs in (
+            ("hidden states", ours[row], hidden[row]),
+            ("keys", kv[-1, 0, row, :, :length].flatten(0, -2), cache.keys[-1].flatten(0, -2)),
+        ):
+            if not is_close(mine, theirs):
+                return f"{what} of passes over slots are {relative_error(mine, theirs):.2g} apart, relatively"
+    return None
