@@ -15,6 +15,7 @@ from torch import Tensor
 from nabla_fast import ops
 from nabla_fast.config import NablaConfig
 from nabla_fast.decoder import Decoder, Observer
+from nabla_fast.graphs import usable
 from nabla_fast.models.chat import Chat, ChatTemplateError, as_chats, generation_prompt_ids
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardFrame, RewardModel
@@ -75,7 +76,8 @@ class Pair:
         """
         sampler = self.sampler if sampler is None else sampler
         if self.vllm is None:
-            return HFRollout(self.language_model, sampler, config.draft_tokens)
+            graphs = config.graphs and usable(self.language_model.device)
+            return HFRollout(self.language_model, sampler, config.draft_tokens, graphs)
         if sampler.repetition_penalty is None:
             raise ValueError(
                 "logits_processor cannot be used with rollouts from vLLM, which knows repetition_penalty alone, and "

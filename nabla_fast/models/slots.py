@@ -20,7 +20,7 @@ from nabla_fast.models import checks
 from nabla_fast.models.backbone import Backbone, Inputs
 from nabla_fast.models.kv_cache import KVCache
 from nabla_fast.models.numerics import is_close, relative_error
-from nabla_fast.models.static import attention_masks, from_stacked, small_window, stacked
+from nabla_fast.models.static import attention_masks, from_stacked, is_spread, small_window, stacked
 
 
 class SlotCache(DynamicCache):
@@ -94,6 +94,8 @@ def _examine(backbone: Backbone) -> str | None:
         return "it does not run in batches behind prefixes"
     if "cache_position" in inspect.signature(backbone.module.forward).parameters:
         return "its forward pass takes one cache position for the whole batch"
+    if is_spread(backbone):
+        return "its weights are on several devices, or off-loaded"
     config = backbone.model.config.get_text_config()
     if backbone.windowed and not checks.window_is_known(config):
         return "its layers have windows of a kind that is not known"

@@ -296,12 +296,17 @@ def why_not(backbone: Backbone) -> str | None:
     return found
 
 
+def is_spread(backbone: Backbone) -> bool:
+    """Whether a model has weights on more than one device; off-loaded ones are on none."""
+    return len({weight.device for weight in backbone.model.parameters()}) > 1
+
+
 def _examine(backbone: Backbone) -> str | None:
     if backbone.cache_kind != "prefix" or not backbone.supports_prefix_cache:
         return "it does not run in batches behind prefixes"
     if backbone.needs_ids:
         return "it reads token ids besides embeddings"
-    if len({weight.device for weight in backbone.model.parameters()}) > 1:
+    if is_spread(backbone):
         return "its weights are on several devices, or off-loaded"
     config = backbone.model.config.get_text_config()
     if backbone.windowed and not checks.window_is_known(config):

@@ -214,7 +214,7 @@ class DeviceStream:
         rows = self.waiting[: _SLOTS - len(self.rows)]
         known = [row.sequence.language_cache or model.new_cache(row.sequence.prompt_ids) for row in rows]
         # The last token goes through the model with the next step. Where it is the prompt's, once more.
-        responses = [torch.tensor(row.response[:-1], dtype=torch.long, device=model.device) for row in rows]
+        responses = [torch.tensor(row.response[:-1], dtype=torch.long) for row in rows]
         caches = extended(model.backbone, model.embedding, known, responses)
         if self._slots is None:
             self._slots = Slots.of(model, self._examined)

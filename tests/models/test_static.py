@@ -29,8 +29,8 @@ from nabla_fast.testing.models import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = nf.NablaConfig(
-    max_new_tokens=14,
-    max_rollouts=4,
+    max_new_tokens=10,
+    max_rollouts=3,
     max_iters=3,
     learning_rate=0.3,
     nll_coeff=0.1,
@@ -39,7 +39,7 @@ CONFIG = nf.NablaConfig(
     rollout=nf.Sampling(temperature=1.0, top_p=0.95),
     backend="reference",
 )
-PROMPTS = ["what is 3 times 4", "the user", "12 + 24 = is it on"]
+PROMPTS = ["what is 3 times 4 and 12 + 24", "the user", "12 + 24 = is it on"]
 
 
 @pytest.fixture(autouse=True)
@@ -68,12 +68,13 @@ def objectives(monkeypatch: pytest.MonkeyPatch) -> list[Objective]:
 
 
 @functools.cache
-def decode(family: str, dtype: torch.dtype, traces: bool, prompts: int = 3, **settings: Any) -> NablaOutput:
+def decode(family: str, dtype: torch.dtype, traces: bool, prompts: int = 2, **settings: Any) -> NablaOutput:
     tokenizer = tiny_tokenizer()
     reward_family = FAMILIES[(FAMILIES.index(family) + 2) % len(FAMILIES)]
     models = tiny_language_model(family, dtype=dtype), tiny_reward_model(reward_family, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "TRACE_ON_CPU", traces)
+        patch.setattr("nabla_fast.generate.usable", lambda device: False)  # rollouts are tested by themselves
         return nf.generate(models[0], tokenizer, models[1], tokenizer, PROMPTS[:prompts], CONFIG.replace(**settings))
 
 
@@ -86,7 +87,7 @@ def same(one: NablaOutput, other: NablaOutput, tolerance: float) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_decode_by_traces(family: str, objectives: list[Objective]) -> None:
-    """Batches of three, ragged: tokens and counters are those without graphs, and each graph is captured once."""
+    """Batches of two, ragged: tokens and counters are those without graphs, and each graph is captured once."""
     same(decode(family, torch.float64, True), decode(family, torch.float64, False), 1e-10)
     for part in (objectives[0].likelihood_graphs, objectives[0].reward_graphs):
         assert part.graphs is not None
@@ -99,8 +100,8 @@ def test_a_decode_by_traces_in_float32() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"parameterization": "logits", "update_postfix": True}, {"anchor": "argmax"}, {"gradient_cache": False}],
-    ids=["logits, postfix", "argmax", "no cache"],
+    [{"parameterization": "logits", "update_postfix": True}, {"anchor": "argmax", "gradient_cache": False}],
+    ids=["logits, postfix", "argmax, no cache"],
 )
 def test_a_decode_with_other_settings(settings: dict[str, Any]) -> None:
     same(decode("qwen2", torch.float64, True, **settings), decode("qwen2", torch.float64, False, **settings), 1e-10)
@@ -336,7 +337,7 @@ def test_compiled_layers(family: str) -> None:
     )
     ids = torch.randint(4, 40, (2, 60), generator=torch.Generator().manual_seed(0))
     before, made = compiled_graphs(), []
-    for length in (20, 30, 50, 60):
+    for length in (20, 30, 60):
         with torch.no_grad():
             _, caches = language.backbone.extend([None], [language.embedding.inputs(ids[0, :7])])
         suffix = [language.embedding.inputs(ids[0, 7:length])]
@@ -344,7 +345,7 @@ def test_compiled_layers(family: str) -> None:
         for a, b in ((one.states, other.states), (one.gradient, other.gradient), (one.new, other.new)):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         made.append(compiled_graphs() - before)
-    assert made == [1, 2, 2, 2]
+    assert made == [1, 2, 2]
     assert compiled.compile_seconds > 0
     assert not any("forward" in vars(module) for module in model.modules())
 
