@@ -118,8 +118,9 @@ class _Reading:
         if out.is_cuda:  # pragma: no cover - needs a GPU
             self._host = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
             self._host.copy_(out, non_blocking=True)
+            # Of the model's device, which need not be the current one.
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(out.device))
         else:
             # The next step overwrites it.
             self._host = out.clone()
