@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from typing import Any
 
@@ -74,7 +75,9 @@ def decode(family: str, dtype: torch.dtype, traces: bool, prompts: int = 2, **se
     models = tiny_language_model(family, dtype=dtype), tiny_reward_model(reward_family, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "TRACE_ON_CPU", traces)
-        patch.setattr("nabla_fast.generate.usable", lambda device: False)  # rollouts are tested by themselves
+        patch.setattr(
+            sys.modules[make_pair.__module__], "usable", lambda device: False
+        )  # rollouts are tested by themselves
         return nf.generate(models[0], tokenizer, models[1], tokenizer, PROMPTS[:prompts], CONFIG.replace(**settings))
 
 
