@@ -18,6 +18,7 @@ from torch import Tensor
 import nabla_fast as nf
 from nabla_fast import ops
 from nabla_fast.models import loading
+from nabla_fast.models.fused_layers import find
 from nabla_fast.models.numerics import is_close
 from nabla_fast.ops import backends
 from nabla_fast.testing import operators as operator_inputs
@@ -41,6 +42,56 @@ def models(dtype: torch.dtype = torch.float32, family: str = "llama", device: to
     tokenizer = tiny_tokenizer()
     language_model, reward_model = tiny_language_model(family, dtype=dtype), tiny_reward_model("qwen3", dtype=dtype)
     return language_model.to(device), tokenizer, reward_model.to(device), tokenizer
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_graphs_decode_what_is_decoded_without(dtype: torch.dtype, family: str) -> None:
+    """Gradients, rewards and rollouts as CUDA graphs: the same tokens and counters."""
+    config = test_decoder.BASE.replace(max_rollouts=6)
+    pair = models(dtype, family)
+    ours, plain = (nf.generate(*pair, PROMPTS, config.replace(graphs=on)) for on in (True, False))
+    assert ours.stats.graphs["captures"] > 0
+    assert plain.stats.graphs == {}
+    assert tokens(ours) == tokens(plain)
+    assert ours.rewards == pytest.approx(plain.rewards, abs=1e-8 if dtype == torch.float64 else 1e-3)
+    assert ours.stats.totals.counters() == plain.stats.totals.counters()
+
+
+def test_a_model_that_moves_is_captured_anew() -> None:
+    pair = models(torch.float64)
+    before = nf.generate(*pair, PROMPTS, test_decoder.BASE)
+    for model in (pair[0], pair[2]):
+        model.cpu()
+        model.to(DEVICE)
+    assert tokens(nf.generate(*pair, PROMPTS, test_decoder.BASE)) == tokens(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_fused_layers(family: str, dtype: torch.dtype) -> None:
+    """By PyTorch's and our own kernels: as exact as the model's own layers are."""
+    exact = tiny_language_model(family, dtype=torch.float64).to(DEVICE)
+    model = models(dtype, family)[0].requires_grad_(False)
+    exact.load_state_dict({name: x.double() for name, x in model.state_dict().items()})
+    fused = find(model)
+    assert fused.norms
+    assert fused.rotary
+    ids = torch.arange(4, 40, device=DEVICE).unsqueeze(0)
+    with torch.no_grad():
+        meant, plain = exact(ids).logits, model(ids).logits
+        with fused.active():
+            ours = model(ids).logits
+    errors = [(x.double() - meant).norm() for x in (ours, plain)]
+    assert errors[0] < 1.3 * errors[1] + 1e-9
+
+
+def test_layers_that_are_compiled() -> None:
+    pair, config = models(torch.float32, "qwen3"), test_decoder.BASE.replace(max_new_tokens=6, max_rollouts=2)
+    ours, plain = (nf.generate(*pair, PROMPTS[:1], config.replace(compile=on)) for on in (True, False))
+    assert ours.stats.graphs["compile_seconds"] > 0
+    assert ours.stats.graphs["captures"] > 0
+    assert tokens(ours) == tokens(plain)
 
 
 def tokens(output: nf.NablaOutput) -> list[list[int]]:

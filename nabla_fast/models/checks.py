@@ -216,7 +216,8 @@ def window_is_known(config: Any) -> bool:
 
 
 def _names_a_window(name: str) -> bool:
-    return any(word in name for word in _REACHES)
+    # Experts are "local" to a layer.
+    return any(word in name for word in _REACHES) and "expert" not in name
 
 
 class _Probe:

@@ -256,6 +256,7 @@ def test_windows_of_other_kinds() -> None:
             vars(self).update(values)
 
     assert checks.window_is_known(Config(sliding_window=8))
+    assert checks.window_is_known(Config(sliding_window=8, num_local_experts=4))
     assert checks.window_is_known(Config(sliding_window=8, layer_types=["sliding_attention"], window_pattern=6))
     assert not checks.window_is_known(Config(sliding_window=8, window_pattern=6))
     assert not checks.window_is_known(Config(sliding_window=None, attention_chunk_size=8))
