@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForSequenceClassification
 
-import nabla_fast as nf
-from nabla_fast.generate import make_pair
-from nabla_fast.models import fused_layers, torch_kernels
-from nabla_fast.models.fused_layers import FusedLayers, find
-from nabla_fast.objective import Objective, Request
+from nabla_fast.models import fused_layers
+from nabla_fast.models.fused_layers import find
 from nabla_fast.ops.rotary import reference
-from nabla_fast.rollout import HFRollout, StopRule
-from nabla_fast.sequence import Sequence
-from nabla_fast.testing.models import FAMILIES, prompt_ids, tiny_language_model, tiny_tokenizer
+from nabla_fast.testing import launches
+from nabla_fast.testing.models import FAMILIES, tiny_language_model
 
 # By family: how many norms, and whether its rotary embedding is known.
 _FOUND = {
@@ -191,127 +182,24 @@ def test_threads_share_the_exchange() -> None:
     assert page.apply_rotary_pos_emb is own
 
 
-# --- what a gradient and a step of a rollout launch -------------------------------------------------------------------
-
-# They launch nothing.
-_FREE = {
-    *("aten.empty", "aten.new_empty", "aten.empty_like", "aten._unsafe_view", "aten.lift_fresh", "aten.detach_"),
-    *("aten.empty_strided", "aten.new_empty_strided", "aten.is_same_size", "aten._local_scalar_dense", "aten.set_"),
-    *("aten.alias", "aten._reshape_alias", "prim.device", "aten.sym_size"),
-}
-
-
-class _Counts(TorchDispatchMode):
-    """Counts operators that are no views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by_name: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func).rsplit(".", 1)[0]
-        if not func.is_view and name not in _FREE:
-            self.by_name[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-@torch.library.custom_op("nabla_fast_tests::rms_norm", mutates_args=())
-def _one_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """An RMS norm as it is on a GPU: one operator forward, and one backward."""
-    return functional.rms_norm(x, x.shape[-1:], weight, eps)
-
-
-@torch.library.custom_op("nabla_fast_tests::rms_norm_backward", mutates_args=())
-def _one_rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x32, scaled = x.float(), grad.float() * weight.float()
-    r = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
-    return (r * scaled - x32 * r.pow(3) * (scaled * x32).mean(-1, keepdim=True)).to(x.dtype)
-
-
-def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.eps = inputs[2]
-
-
-_one_rms_norm.register_autograd(
-    lambda ctx, grad: (_one_rms_norm_backward(grad, *ctx.saved_tensors, ctx.eps), None, None), setup_context=_save
-)
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU takes the ways that a GPU takes, as far as they are a matter of which operators are called."""
-    monkeypatch.setattr(torch_kernels, "_mkl_is_slow", lambda: False)
-    monkeypatch.setattr("nabla_fast.models.sequence_cache.TOKENS_PER_PASS", {"cpu": 256})
-    monkeypatch.setattr("nabla_fast.models.backbone.fused_layers", lambda model, name: find(model))
-
-    @contextmanager
-    def fast(device: torch.device, *fused: FusedLayers) -> Iterator[None]:
-        with torch_kernels._on_gpu(fused):
-            yield
-
-    for page in ("nabla_fast.objective", "nabla_fast.rollout.hf"):
-        monkeypatch.setattr(f"{page}.fast_kernels", fast)
-    own = functional.rms_norm
-
-    def one(x: Tensor, shape: Any, weight: Any = None, eps: Any = None) -> Tensor:
-        return _one_rms_norm(x, weight, eps) if weight is not None else own(x, shape, weight, eps)
-
-    monkeypatch.setattr(fused_layers, "functional", type("functional", (), {"rms_norm": staticmethod(one)}))
-
-
-def _deep_pair() -> Any:
-    """A pair as deep as Qwen2.5-7B and Qwen3-4B, and narrow."""
-    tokenizer = tiny_tokenizer()
-    size = len(tokenizer)
-    common = {
-        "vocab_size": size, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "pad_token_id": 0, "max_position_embeddings": 1024,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    language = Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=28, **common)).to(torch.bfloat16).eval()
-    reward_config = Qwen3Config(num_hidden_layers=36, head_dim=8, num_labels=1, **common)
-    reward = Qwen3ForSequenceClassification(reward_config).to(torch.bfloat16).eval()
-    return make_pair(language, tokenizer, reward, tokenizer, nf.NablaConfig())
-
-
-@pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_gradient_at_real_depth_launches_few_operators() -> None:
-    pair = _deep_pair()
-    config = nf.NablaConfig(max_new_tokens=256, eos_token_ids=(), backend="reference")
-    chat = ({"role": "user", "content": "hello"},)
-    ids, frames = pair.prompts([chat], config)
-    (sequence,) = pair.sequences(ids, frames, config)
-    response = torch.randint(4, 40, (200,), generator=torch.Generator().manual_seed(0))
-    objective = Objective(pair.language_model, pair.reward_model, config)
-    with torch.no_grad():
-        objective.evaluate([Request(sequence, response, 0)])  # the prompts
-        response[20] = 5
-        response[30] = 7
-        with _Counts() as counts:
-            objective.evaluate([Request(sequence, response, 10)])
-    print(sum(counts.by_name.values()), counts.by_name.most_common(20))
-    # 8,682 with the layers as transformers has them.
-    assert counts.by_name["nabla_fast_tests.rms_norm"] == 57 + 36 * 4 + 1
-    assert sum(counts.by_name.values()) <= 4700
+    """8,693 once, and 3,145 now; the graphs of a GPU come on top."""
+    with launches.as_on_a_gpu(fused=True):
+        counts = launches.of_a_gradient()
+    assert counts["nabla_fast.rms_norm_of_a_gpu"] == 57 + 36 * 4 + 1
+    assert counts["nabla_fast.rms_norm_backward_of_a_gpu"] == counts["nabla_fast.rms_norm_of_a_gpu"]
+    assert counts["nabla_fast.rotary"] == 2 * (28 + 36)
+    assert counts.total() <= 4700
 
 
-@pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_step_of_a_rollout_at_real_depth_launches_few_operators() -> None:
-    pair = _deep_pair()
-    model = pair.language_model
-    sampling = nf.Sampling(temperature=0.6, top_p=0.95)
-    prompt = tuple(prompt_ids(pair.tokenizer))
+    """1,219 once, and 568 now."""
+    with launches.as_on_a_gpu(fused=True):
+        assert launches.of_a_rollout_step() <= 820
 
-    def rollout(limit: int) -> int:
-        stream = HFRollout(model).open(sampling, StopRule(frozenset(), (), pair.tokenizer))
-        stream.submit(Sequence(prompt, (), 17, limit, None))
-        with torch.no_grad(), _Counts() as counts:
-            stream.collect()
-        return sum(counts.by_name.values())
 
-    rollout(4)
-    # The first steps and the last hand over caches.
-    a_step = (rollout(24) - rollout(4)) / 20
-    print(a_step)
-    assert a_step <= 820  # 1,220 with the layers as transformers has them
+def test_without_the_exchange_there_are_twice_as_many() -> None:
+    with launches.as_on_a_gpu(fused=False):
+        counts = launches.of_a_gradient()
+    assert counts["nabla_fast.rotary"] == 0
+    assert counts.total() > 6300
