@@ -129,7 +129,8 @@ def deep_pair() -> Any:
     }
     torch.manual_seed(0)
     language: Any = Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=LAYERS[0], **common))
-    config = Qwen3Config(num_hidden_layers=LAYERS[1], head_dim=8, **common, num_labels=1)
+    config: Any = Qwen3Config(num_hidden_layers=LAYERS[1], head_dim=8, **common)
+    config.num_labels = 1
     reward: Any = Qwen3ForSequenceClassification(config)
     models = [model.to(torch.bfloat16).eval() for model in (language, reward)]
     return make_pair(models[0], tokenizer, models[1], tokenizer, nf.NablaConfig())
