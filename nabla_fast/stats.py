@@ -115,8 +115,8 @@ class Stats:
     Attributes:
         sequences: one record per prompt.
         cache: what `GradientCache.stats` said at the end, its evictions and bytes among it; empty without a cache.
-        graphs: ``captures`` of gradients and rewards as CUDA graphs, ``capture_seconds`` and ``compile_seconds``; empty where
-            neither was done.
+        graphs: ``captures`` of gradients and rewards as CUDA graphs, ``capture_seconds`` and ``compile_seconds``; empty
+            where neither was done.
     """
 
     sequences: list[SequenceStats]
