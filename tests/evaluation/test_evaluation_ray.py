@@ -28,7 +28,7 @@ TWO = Cluster(workers=2, cpus_per_worker=1)
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     # As Ray has it, its workers give way to whatever else runs, and other tests do: 12 seconds became 146.
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (it is Ray that spells it so)
     # The workers cannot import this file.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
