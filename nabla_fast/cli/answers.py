@@ -56,6 +56,8 @@ class Outcome:
             answers.append(entry if self.greedy is None else {**entry, "greedy": _answer(self.greedy, i)})
         told = self.refined.stats.to_dict()
         whole = {"config": self.config.to_dict(), "answers": answers, "totals": told["totals"], "cache": told["cache"]}
+        if told["graphs"]:
+            whole["graphs"] = told["graphs"]
         return whole | ({"unanswered": list(self.unanswered)} if self.unanswered else {})
 
     def show(self) -> None:

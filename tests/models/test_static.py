@@ -13,6 +13,7 @@ from torch import Tensor
 
 import nabla_fast as nf
 from nabla_fast import graphs
+from nabla_fast.demo import arithmetic
 from nabla_fast.generate import NablaOutput, make_pair
 from nabla_fast.models import checks, static, torch_kernels
 from nabla_fast.models.compiled_layers import CompiledLayers, compiled_graphs
@@ -99,6 +100,17 @@ def test_a_decode_by_traces(family: str, objectives: list[Objective]) -> None:
 
 def test_a_decode_by_traces_in_float32() -> None:
     same(decode("qwen3", torch.float32, True), decode("qwen3", torch.float32, False), 1e-4)
+
+
+def test_the_bundled_pair_by_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients, rewards and rollouts."""
+    models = (*arithmetic.load_policy(), *arithmetic.load_reward())
+    question = "Compute 64 * 4 + 505 - 34 * 7 - 15."
+    plain = nf.generate(*models, question, arithmetic.CONFIG)
+    monkeypatch.setattr(graphs, "TRACE_ON_CPU", True)
+    traced = nf.generate(*models, question, arithmetic.CONFIG)
+    assert traced.stats.graphs["captures"] > 0
+    same(traced, plain, 1e-4)
 
 
 @pytest.mark.parametrize(
