@@ -110,6 +110,8 @@ class _Offset:
         self.made: tuple[tuple[Any, ...], Tensor] | None = None
 
     def __call__(self, weight: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return 1 + weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         state = weight.data_ptr(), weight._version, weight.dtype, weight.device
         if self.made is None or self.made[0] != state:
             self.made = state, 1 + weight.detach().to(torch.promote_types(weight.dtype, torch.float32))

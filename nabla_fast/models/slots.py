@@ -7,7 +7,6 @@ behind a sequence's end hold whatever was there before; no query sees them befor
 
 from __future__ import annotations
 
-import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,14 @@ from nabla_fast.models import checks
 from nabla_fast.models.backbone import Backbone, Inputs
 from nabla_fast.models.kv_cache import KVCache
 from nabla_fast.models.numerics import is_close, relative_error
-from nabla_fast.models.static import attention_masks, from_stacked, is_spread, small_window, stacked
+from nabla_fast.models.static import (
+    attention_masks,
+    from_stacked,
+    is_spread,
+    small_window,
+    stacked,
+    takes_cache_position,
+)
 
 
 class SlotCache(DynamicCache):
@@ -92,7 +98,7 @@ def examined(backbone: Backbone) -> Examined:
 def _examine(backbone: Backbone) -> str | None:
     if backbone.cache_kind != "prefix":
         return "it does not run in batches behind prefixes"
-    if "cache_position" in inspect.signature(backbone.module.forward).parameters:
+    if takes_cache_position(backbone):
         return "its forward pass takes one cache position for the whole batch"
     if is_spread(backbone):
         return "its weights are on several devices, or off-loaded"

@@ -13,6 +13,7 @@ other.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
@@ -263,7 +264,7 @@ class StaticBackbone:
 
     @property
     def _width(self) -> int:
-        return self.backbone.tried.shape[1]
+        return _width(self.backbone)
 
 
 def stacked(cache: KVCache) -> Tensor:
@@ -296,6 +297,11 @@ def why_not(backbone: Backbone) -> str | None:
     return found
 
 
+def takes_cache_position(backbone: Backbone) -> bool:
+    """Whether a model reads positions from columns, which a buffer or slots of constant size do not give."""
+    return "cache_position" in inspect.signature(backbone.module.forward).parameters
+
+
 def is_spread(backbone: Backbone) -> bool:
     """Whether a model has weights on more than one device; off-loaded ones are on none."""
     return len({weight.device for weight in backbone.model.parameters()}) > 1
@@ -306,6 +312,8 @@ def _examine(backbone: Backbone) -> str | None:
         return "it does not run in batches behind prefixes"
     if backbone.needs_ids:
         return "it reads token ids besides embeddings"
+    if takes_cache_position(backbone):
+        return "its forward pass takes one cache position for the whole batch"
     if is_spread(backbone):
         return "its weights are on several devices, or off-loaded"
     config = backbone.model.config.get_text_config()
@@ -331,7 +339,7 @@ def _difference(backbone: Backbone, inputs: Inputs) -> str | None:
     static = StaticBackbone(backbone, Graphs(inputs.device))
     with torch.no_grad():
         _, caches = backbone.extend([None, None], [inputs[:4], inputs[:2]])
-    weights = torch.linspace(1, 2, backbone.tried.shape[1], device=inputs.device)
+    weights = torch.linspace(1, 2, _width(backbone), device=inputs.device)
 
     def value(states: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
         total = (states.float() * weights * inside.unsqueeze(-1)).pow(2).sum()
@@ -368,6 +376,11 @@ def small_window(config: Any) -> Any:
         yield
     finally:
         config.sliding_window = before
+
+
+def _width(backbone: Backbone) -> int:
+    """Of the hidden states that passes give, which are wider than the model's where its head has a bias."""
+    return backbone.output(backbone.tried[:1]).shape[1]
 
 
 def _probe(backbone: Backbone) -> Inputs:

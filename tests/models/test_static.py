@@ -17,6 +17,7 @@ from nabla_fast.demo import arithmetic
 from nabla_fast.generate import NablaOutput, make_pair
 from nabla_fast.models import checks, static, torch_kernels
 from nabla_fast.models.compiled_layers import CompiledLayers, compiled_graphs
+from nabla_fast.models.fused_layers import find
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.objective import Objective, Request
 from nabla_fast.testing.models import (
@@ -260,6 +261,43 @@ def test_other_models_are_left_alone(change: dict[str, Any], reason: str) -> Non
     found = static.why_not(backbone)
     assert found is not None
     assert reason in found
+
+
+def test_a_model_that_reads_positions_from_columns_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = LanguageModel(tiny_language_model("llama"), tiny_tokenizer()).backbone
+    own = backbone.module.forward
+
+    def forward(*args: Any, cache_position: Any = None, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(backbone.module, "forward", forward)
+    reason = static.why_not(backbone)
+    assert reason is not None
+    assert "cache position" in reason
+
+
+def test_a_head_with_a_bias() -> None:
+    """Its hidden states are wider than the model's."""
+    model = tiny_language_model("llama")
+    model.lm_head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features).double()
+    backbone = LanguageModel(model.eval().requires_grad_(False), tiny_tokenizer()).backbone
+    assert static.why_not(backbone) is None
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_compiled_layers_with_fused_ones_inside(family: str) -> None:
+    """As on a GPU."""
+    torch._dynamo.reset()
+    model = tiny_language_model(family, dtype=torch.float32).requires_grad_(False)
+    language = LanguageModel(model, tiny_tokenizer())
+    layers = CompiledLayers(model, "model", backend="aot_eager")
+    compiled = static.StaticBackbone(language.backbone, graphs.Graphs(torch.device("cpu"), capture=False), layers)
+    suffix = [language.embedding.inputs(torch.arange(5, 25))]
+    meant = compiled("value", [None], suffix, squares, [], gradient=True)
+    with find(model).active():
+        ours = compiled("value", [None], suffix, squares, [], gradient=True)
+    for a, b in ((ours.states, meant.states), (ours.gradient, meant.gradient)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().mean()))
 
 
 def test_windows_of_other_kinds() -> None:
