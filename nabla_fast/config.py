@@ -101,8 +101,8 @@ class NablaConfig:
         checkpoint_activations: for long answers: keep only each layer's input for the backward pass, compute the rest
             again.
         graphs: on a GPU, launch a gradient as one CUDA graph, and rollouts as one a token. It takes memory for each
-            size of a batch. Models that cannot be captured run as they are; activations are kept, so that it has no
-            effect with ``checkpoint_activations``. On a CPU it changes nothing.
+            size of a batch. Models that cannot be captured run as they are, and so do gradients with
+            ``checkpoint_activations``, since graphs keep activations. On a CPU it changes nothing.
         compile: compile a decoder layer of each model by ``torch.compile``, for gradients and rewards. It takes from
             seconds to minutes at first; not together with ``checkpoint_activations``.
         backend: which kernels the operators use.

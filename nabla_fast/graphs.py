@@ -48,6 +48,8 @@ class Pool:
         self.handle: Any = torch.cuda.graph_pool_handle() if on_gpu else None
         self.stream = torch.cuda.Stream(device) if on_gpu else None
         self.outputs: list[Tensor] = []
+        # Of all its graphs, those that are given up included.
+        self.captures, self.seconds = 0, 0.0
 
     def spoil(self) -> None:
         """Overwrites the outputs of the last replay, as the next one does on a GPU."""
@@ -66,19 +68,18 @@ class Graph:
             host, and nothing but its arguments and tensors that stay where they are (weights) changes between calls.
         pool: whose memory it uses.
         watched: tensors (weights) whose addresses the capture holds; where one has moved, it is captured anew.
-        in_place: how many of the first arguments the function writes to: they are captured as they are, not copied,
-            and have to be the same tensors in each call.
+        in_place: how many of the first arguments are captured as they are, not copied (those that it writes to, and
+            large ones); they have to be the same tensors in each call.
 
     Attributes:
         captures: how often it was captured.
-        seconds: how long that took.
     """
 
     def __init__(
         self, function: Callable[..., Any], pool: Pool, watched: tuple[Tensor, ...] = (), in_place: int = 0
     ) -> None:
         self.function, self.pool, self.watched, self.in_place = function, pool, watched, in_place
-        self.captures, self.seconds = 0, 0.0
+        self.captures = 0
         self._warm = False
         self._inputs: list[Tensor] = []
         self._outputs: list[Any] = []  # tensors, or None
@@ -91,7 +92,7 @@ class Graph:
 
         Raises:
             CaptureError: if the function cannot be captured.
-            ValueError: if an argument has another shape, dtype or, for one that is written to, address than before.
+            ValueError: if an argument has another shape or dtype than before, or was captured as it is and has moved.
         """
         with self.pool.lock:
             if self._replay is not None and self._addresses != self._where():
@@ -119,7 +120,7 @@ class Graph:
             if own.data_ptr() == given.data_ptr() and own.stride() == given.stride():
                 continue
             if i < self.in_place:
-                raise ValueError(f"argument {i} of a graph is written to, so it must be the tensor of the capture")
+                raise ValueError(f"argument {i} of a graph was captured as it is, so it must be the same tensor")
             own.copy_(given)
 
     def _capture(self, arguments: tuple[Tensor, ...]) -> None:
@@ -134,7 +135,8 @@ class Graph:
             reason = str(error).strip().splitlines()
             raise CaptureError(f"{type(error).__name__}: {reason[0] if reason else ''}") from error
         self.captures += 1
-        self.seconds += time.perf_counter() - start
+        self.pool.captures += 1
+        self.pool.seconds += time.perf_counter() - start
 
     def _recorded(self) -> Callable[[], None]:  # pragma: no cover - needs a GPU
         graph = torch.cuda.CUDAGraph()
@@ -201,13 +203,13 @@ class Graphs:
 
     @property
     def captures(self) -> int:
-        """How many captures the kept graphs have made."""
-        return sum(graph.captures for graph in self._graphs.values())
+        """How many captures there were, those of graphs that are given up included."""
+        return self.pool.captures
 
     @property
     def seconds(self) -> float:
         """How long those took."""
-        return sum(graph.seconds for graph in self._graphs.values())
+        return self.pool.seconds
 
 
 def bucket(size: int, least: int = 16) -> int:

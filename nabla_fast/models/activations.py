@@ -35,7 +35,7 @@ def checkpointed(*models: Any) -> Iterator[None]:
 
     Not transformers' own switch, which drops the prefix and needs training mode.
     """
-    layers = [layer for model in models for layer in _layers(model)]
+    layers = [layer for model in models for layer in decoder_layers(model)]
     with while_any("checkpointed", layers, _checkpoint):
         yield
 
@@ -54,11 +54,12 @@ def _run(forward: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 def require_layers(model: Any, name: str) -> None:
     """Raises ValueError where `checkpointed` would find nothing to do."""
-    if not _layers(model):
+    if not decoder_layers(model):
         raise ValueError(
             f"checkpoint_activations must be False for {name}: transformers knows no layers of it to recompute"
         )
 
 
-def _layers(model: Any) -> list[Any]:
+def decoder_layers(model: Any) -> list[Any]:
+    """The layers of a model that transformers can recompute."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from nabla_fast.models.activations import decoder_layers
 from nabla_fast.models.temporary import set_attribute, while_any
 
 
@@ -50,7 +50,8 @@ class CompiledLayers:
     """
 
     def __init__(self, model: Any, name: str, backend: str = "inductor") -> None:
-        self.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        # What has a forward of its own is another library's.
+        self.layers = [layer for layer in decoder_layers(model) if "forward" not in vars(layer)]
         if not self.layers:
             raise ValueError(f"compile must be False for {name}: transformers knows no decoder layers of it")
         # The second length of a suffix makes it one graph for all lengths.

@@ -164,7 +164,7 @@ def _kind_of_norm(module: Any, like: Tensor) -> _Kind | None:
         with _constant(weight):
             # The smallest shows the epsilon.
             if all(
-                _same(module.forward, partial(_norm, module, module.forward, kind, _Offset()), [size * x], like)
+                _same(module.forward, partial(_norm, module, module.forward, kind, _Offset()), [size * x])
                 for size in (1.0, 1e-3, 30.0)
                 for x in (_random((2, 3, width), like, 0),)
             ):
@@ -214,7 +214,7 @@ def _is_rotary(function: Callable[..., Any], like: Tensor) -> bool:
         return False
     cos, sin = (_random((2, 3, 8), like, seed) for seed in (2, 3))
     q, k = _random((2, 4, 3, 8), like, 0), _random((2, 2, 3, 8), like, 1)
-    return _same(lambda q, k: function(q, k, cos, sin), lambda q, k: _rotated(function, q, k, cos, sin), [q, k], like)
+    return _same(lambda q, k: function(q, k, cos, sin), lambda q, k: _rotated(function, q, k, cos, sin), [q, k])
 
 
 def _random(shape: tuple[int, ...], like: Tensor, seed: int) -> Tensor:
@@ -223,7 +223,7 @@ def _random(shape: tuple[int, ...], like: Tensor, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator).to(like.device, dtype)
 
 
-def _same(theirs: Callable[..., Any], ours: Callable[..., Any], inputs: list[Tensor], like: Tensor) -> bool:
+def _same(theirs: Callable[..., Any], ours: Callable[..., Any], inputs: list[Tensor]) -> bool:
     """Whether two functions of tensors give the same, and the same gradients, but for rounding."""
     results = []
     with torch.enable_grad():
