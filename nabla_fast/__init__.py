@@ -25,6 +25,7 @@ __all__ = [
     "Sampling",
     "SequenceStats",
     "Stats",
+    "clear_graphs",
     "custom_generate",
     "dto",
     "generate",
@@ -41,6 +42,7 @@ _MODULE_OF = {
     "Sampling": "config",
     "SequenceStats": "stats",
     "Stats": "stats",
+    "clear_graphs": "models.kept",
     "custom_generate": "drop_in",
     "generate": "generate",
 }

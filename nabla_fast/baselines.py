@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from collections.abc import Sequence as Seq
 from contextlib import closing
 from dataclasses import dataclass
@@ -175,24 +175,29 @@ def sample(
     rewards: dict[int, float] = {}
     groups: dict[int, Samples] = {}
     # A caller's inference mode would make tensors that the reward model's autograd cannot use.
-    with torch.inference_mode(False), torch.no_grad():
-        # Without its cache, so that a sample costs one reward call whatever the others say.
-        objective = Objective(pair.language_model, pair.reward_model, config.replace(gradient_cache=False))
-        for first in range(0, len(rows), batch_size or len(rows)):
-            part = rows[first : first + (batch_size or len(rows))]
-            for ended in _draw(pair, objective, part, config.rollout, stop_rule(pair, config)):
-                scores = objective.rewards([*ended], [*ended.values()]) if scored else []
-                rewards.update((sequence.index, reward) for sequence, reward in zip(ended, scores, strict=False))
-                drawn.update((sequence.index, tokens) for sequence, tokens in ended.items())
-                for sequence in ended:
-                    sequence.release()  # nobody asks for the caches of a scored answer again
-                for i in sorted({sequence.index // n for sequence in ended}):
-                    own = range(i * n, (i + 1) * n)
-                    if all(j in drawn for j in own):
-                        scored_own = [rewards[j] for j in own] if scored else None
-                        records = [rows[j].stats for j in own]
-                        groups[i] = _samples(pair, [drawn[j] for j in own], scored_own, records)
-                        on_group(i, groups[i])
+    # Without the objective's cache, so that a sample costs one reward call whatever the others say.
+    own = config.replace(gradient_cache=False)
+    size = batch_size or len(rows)
+    batches = [rows[first : first + size] for first in range(0, len(rows), size)]
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        Objective(pair.language_model, pair.reward_model, own) as objective,
+        closing(_draw(pair, objective, batches, config.rollout, stop_rule(pair, config))) as drawing,
+    ):
+        for ended in drawing:
+            scores = objective.rewards([*ended], [*ended.values()]) if scored else []
+            rewards.update((sequence.index, reward) for sequence, reward in zip(ended, scores, strict=False))
+            drawn.update((sequence.index, tokens) for sequence, tokens in ended.items())
+            for sequence in ended:
+                sequence.release()  # nobody asks for the caches of a scored answer again
+            for i in sorted({sequence.index // n for sequence in ended}):
+                group = range(i * n, (i + 1) * n)
+                if all(j in drawn for j in group):
+                    scored_group = [rewards[j] for j in group] if scored else None
+                    records = [rows[j].stats for j in group]
+                    groups[i] = _samples(pair, [drawn[j] for j in group], scored_group, records)
+                    on_group(i, groups[i])
     return [groups[i] for i in range(len(prompt_ids))]
 
 
@@ -202,23 +207,24 @@ def _sample_seeds(first: int, prompt_ids: tuple[int, ...], n: int) -> list[int]:
 
 
 def _draw(
-    pair: Pair, objective: Objective, rows: Seq[Sequence], sampling: Sampling, stop: StopRule
-) -> Iterator[dict[Sequence, Tensor]]:
-    """Sequence → its tokens, of those that ended together, until all have."""
-    running = set(rows)
-    with closing(pair.rollouts(objective.config).open(sampling, stop)) as stream:
-        for sequence in rows:
-            stream.submit(sequence)
-        while running:
-            with objective.clock.phase("rollout", [sequence.stats for sequence in running]):
-                ended = stream.collect()
-            for sequence, drawn in ended:
-                running.remove(sequence)
-                sequence.stats.finish_reason = stop.finish_reason(sequence, tuple(drawn.tokens.tolist()))
-                sequence.stats.rollouts += 1
-                sequence.stats.generated_tokens += len(drawn.tokens)
-                sequence.stats.rollout_calls += drawn.calls
-            yield {sequence: drawn.tokens for sequence, drawn in ended}
+    pair: Pair, objective: Objective, batches: Seq[Seq[Sequence]], sampling: Sampling, stop: StopRule
+) -> Generator[dict[Sequence, Tensor], None, None]:
+    """Sequence → its tokens, of those that ended together, until all have; one batch after the other."""
+    for rows in batches:
+        running = set(rows)
+        with closing(pair.rollouts(objective.config).open(sampling, stop)) as stream:
+            for sequence in rows:
+                stream.submit(sequence)
+            while running:
+                with objective.clock.phase("rollout", [sequence.stats for sequence in running]):
+                    ended = stream.collect()
+                for sequence, drawn in ended:
+                    running.remove(sequence)
+                    sequence.stats.finish_reason = stop.finish_reason(sequence, tuple(drawn.tokens.tolist()))
+                    sequence.stats.rollouts += 1
+                    sequence.stats.generated_tokens += len(drawn.tokens)
+                    sequence.stats.rollout_calls += drawn.calls
+                yield {sequence: drawn.tokens for sequence, drawn in ended}
 
 
 def _samples(pair: Pair, sequences: list[Tensor], rewards: list[float] | None, records: list[SequenceStats]) -> Samples:

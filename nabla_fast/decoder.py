@@ -6,7 +6,7 @@ The steps are numbered as in the design: 1 roll out, 2 select, 3 optimize, 4 res
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, closing
 from typing import Protocol
@@ -66,7 +66,7 @@ class Decoder:
             pass
 
     @torch.no_grad()
-    def finishing(self, sequences: Seq[Sequence]) -> Iterator[Sequence]:
+    def finishing(self, sequences: Seq[Sequence]) -> Generator[Sequence, None, None]:
         """Runs all sequences, and yields each one when its response is complete.
 
         A sequence goes on as soon as its own rollout has ended, and the next one begins when one has finished.

@@ -131,7 +131,8 @@ def optimize(
         tokens = torch.cat([prefix, ahead])
         uncertain = torch.ones(len(tokens), dtype=torch.bool)
         sequence.trajectory = Trajectory(tokens, rows, tokens, uncertain, reward=math.nan)
-        (result,) = optimize_batch([sequence], [rows], Objective(language_model, rewards, config))
+        with Objective(language_model, rewards, config) as objective:
+            (result,) = optimize_batch([sequence], [rows], objective)
     return replace(result, parameters=result.parameters[:, : language_model.width]) if latents else result
 
 

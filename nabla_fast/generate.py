@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import closing
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from nabla_fast.processors import model_sampler
 from nabla_fast.rollout import HFRollout, RolloutBackend, StopRule, VLLMRollout, vllm
 from nabla_fast.sampling import Sampler, sequence_seeds
 from nabla_fast.sequence import Sequence
-from nabla_fast.stats import Stats
+from nabla_fast.stats import Stats, summed
 
 
 @dataclass(frozen=True)
@@ -207,24 +209,31 @@ def run(
     sequences = pair.sequences(prompt_ids, frames, config, seeds)
     # A caller's inference mode would make tensors that autograd cannot use.
     with torch.inference_mode(False), torch.no_grad():
-        objective = Objective(pair.language_model, pair.reward_model, config)
-        for ended in Decoder(objective, pair.rollouts(config, sampler), sampler, stop, observer).finishing(sequences):
-            on_end(ended)
-    return _output(pair, sequences, objective)
+        rollouts = pair.rollouts(config, sampler)
+        with Objective(pair.language_model, pair.reward_model, config) as objective:
+            decoder = Decoder(objective, rollouts, sampler, stop, observer)
+            # Closed here, so that an error of on_end does not keep its rollouts, and their graphs, under way.
+            with closing(decoder.finishing(sequences)) as finishing:
+                for ended in finishing:
+                    on_end(ended)
+    drawn = rollouts.graph_stats() if isinstance(rollouts, HFRollout) else {}
+    cached = {} if objective.cache is None else objective.cache.stats()
+    return _output(pair, sequences, cached, summed([objective.graph_stats(), drawn]))
 
 
-def _output(pair: Pair, sequences: Seq[Sequence], objective: Objective | None = None) -> NablaOutput:
-    """The answers of finished sequences, and what their common objective counted."""
+def _output(
+    pair: Pair,
+    sequences: Seq[Sequence],
+    cache: Mapping[str, int] = MappingProxyType({}),
+    graphs: Mapping[str, float] = MappingProxyType({}),
+) -> NablaOutput:
+    """The answers of finished sequences, and what was counted for all of them."""
     tokens = [s.current.tokens for s in sequences]
     return NablaOutput(
         texts=[pair.tokenizer.decode(t, skip_special_tokens=True) for t in tokens],
         sequences=tokens,
         rewards=[s.current.reward for s in sequences],
-        stats=Stats(
-            [s.stats for s in sequences],
-            {} if objective is None or objective.cache is None else objective.cache.stats(),
-            {} if objective is None else objective.graph_stats(),
-        ),
+        stats=Stats([s.stats for s in sequences], dict(cache), dict(graphs)),
     )
 
 

@@ -12,7 +12,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 # Traces make nothing faster; tests switch them on.
 TRACE_ON_CPU = False
+# PyTorch takes one capture at a time in a process.
+_capturing = threading.Lock()
 
 
 def usable(device: torch.device) -> bool:
@@ -31,25 +35,36 @@ class CaptureError(RuntimeError):
     """A function cannot be captured; the message says why."""
 
 
+@dataclass
+class Counts:
+    """Captures, and how long they took."""
+
+    captures: int = 0
+    seconds: float = 0.0
+
+
 class Pool:
-    """Memory that several graphs share. Only one of them runs at a time, all from one stream.
+    """Memory that several graphs share. Only one of them runs at a time.
 
     An output of a graph holds until the next call of any graph of the pool.
 
     Args:
         device: of all tensors of the graphs.
         capture: whether functions are captured at all, or always run as they are.
+
+    Attributes:
+        watched: tensors (weights) whose addresses captures hold; where one has moved, a graph is captured anew.
+        counts: of all its graphs, those that are given up included.
     """
 
     def __init__(self, device: torch.device, capture: bool = True) -> None:
         self.device, self.capture = device, capture
+        self.watched: tuple[Tensor, ...] = ()
+        self.counts = Counts()
         self.lock = threading.RLock()
-        on_gpu = device.type == "cuda"
-        self.handle: Any = torch.cuda.graph_pool_handle() if on_gpu else None
-        self.stream = torch.cuda.Stream(device) if on_gpu else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.outputs: list[Tensor] = []
-        # Of all its graphs, those that are given up included.
-        self.captures, self.seconds = 0, 0.0
+        self._recorded: WeakSet[Any] = WeakSet()
 
     def spoil(self) -> None:
         """Overwrites the outputs of the last replay, as the next one does on a GPU."""
@@ -57,28 +72,39 @@ class Pool:
             x.fill_(torch.nan if x.is_floating_point() else True if x.dtype == torch.bool else -(2**31))
         self.outputs = []
 
+    def addresses(self) -> tuple[int, ...]:
+        """Where the watched tensors are."""
+        return tuple(x.data_ptr() for x in self.watched)
+
+    def record(self, function: Callable[[], Any]) -> tuple[Any, Any]:  # pragma: no cover - needs a GPU
+        """A CUDA graph of a function, and what the function gave."""
+        graph = torch.cuda.CUDAGraph()
+        # PyTorch has no use for the memory of graphs that are all gone, and refuses it.
+        memory = next((other.pool() for other in self._recorded), None)
+        # A wait of the host during the capture is an error; other threads may go on.
+        with torch.cuda.graph(graph, pool=memory, stream=self.stream, capture_error_mode="thread_local"):
+            out = function()
+        self._recorded.add(graph)
+        return graph, out
+
 
 class Graph:
-    """``function(*tensors)`` of constant shapes. The first call runs it as it is, the second captures it.
+    """A function of tensors of constant shapes. The first call runs it as it is, the second captures it.
 
-    The first call is what CUDA calls the warm-up: kernels are compiled and workspaces allocated.
+    The first call is what CUDA calls the warm-up: kernels are compiled and workspaces allocated. The function itself is
+    given with each call and not kept, so that a graph keeps nothing alive that the function belongs to.
 
     Args:
-        function: tensors in, tensors and None out, in any nesting of tuples and named tuples. It reads no tensor on the
-            host, and nothing but its arguments and tensors that stay where they are (weights) changes between calls.
         pool: whose memory it uses.
-        watched: tensors (weights) whose addresses the capture holds; where one has moved, it is captured anew.
-        in_place: how many of the first arguments are captured as they are, not copied (those that it writes to, and
-            large ones); they have to be the same tensors in each call.
+        in_place: how many of the first arguments are captured as they are, not copied (those that the function writes
+            to, and large ones); they have to be the same tensors in each call.
 
     Attributes:
-        captures: how often it was captured.
+        captures: how often the function was captured.
     """
 
-    def __init__(
-        self, function: Callable[..., Any], pool: Pool, watched: tuple[Tensor, ...] = (), in_place: int = 0
-    ) -> None:
-        self.function, self.pool, self.watched, self.in_place = function, pool, watched, in_place
+    def __init__(self, pool: Pool, in_place: int = 0) -> None:
+        self.pool, self.in_place = pool, in_place
         self.captures = 0
         self._warm = False
         self._inputs: list[Tensor] = []
@@ -87,28 +113,30 @@ class Graph:
         self._addresses: tuple[int, ...] = ()
         self._replay: Callable[[], None] | None = None
 
-    def __call__(self, *arguments: Tensor) -> Any:
+    def __call__(self, function: Callable[..., Any], *arguments: Tensor) -> Any:
         """What the function gives. The tensors hold until the pool's next call: clone what is to be kept.
+
+        Args:
+            function: the same in each call: tensors in, tensors and None out, in any nesting of tuples and named
+                tuples. It reads no tensor on the host, and nothing but its arguments and tensors that stay where they
+                are (weights) changes between calls.
 
         Raises:
             CaptureError: if the function cannot be captured.
             ValueError: if an argument has another shape or dtype than before, or was captured as it is and has moved.
         """
         with self.pool.lock:
-            if self._replay is not None and self._addresses != self._where():
-                self._warm, self._replay = False, None
+            if self._replay is not None and self._addresses != self.pool.addresses():
+                self._warm, self._replay, self._outputs = False, None, []
             if not self._warm or not self.pool.capture:
                 self._warm = True
-                return self.function(*arguments)
+                return function(*arguments)
             if self._replay is None:
-                self._capture(arguments)
+                self._capture(function, arguments)
             self._fill(arguments)
             assert self._replay is not None
             self._replay()
             return tree_unflatten(self._outputs, self._spec)
-
-    def _where(self) -> tuple[int, ...]:
-        return tuple(x.data_ptr() for x in self.watched)
 
     def _fill(self, arguments: tuple[Tensor, ...]) -> None:
         for i, (own, given) in enumerate(zip(self._inputs, arguments, strict=True)):
@@ -123,35 +151,33 @@ class Graph:
                 raise ValueError(f"argument {i} of a graph was captured as it is, so it must be the same tensor")
             own.copy_(given)
 
-    def _capture(self, arguments: tuple[Tensor, ...]) -> None:
+    def _capture(self, function: Callable[..., Any], arguments: tuple[Tensor, ...]) -> None:
         start = time.perf_counter()
-        self._addresses = self._where()
+        self._addresses = self.pool.addresses()
         self._inputs = [x if i < self.in_place else x.detach().clone() for i, x in enumerate(arguments)]
         try:
-            self._replay = self._recorded() if self.pool.stream is not None else self._traced()
+            with _capturing:
+                self._replay = self._recorded(function) if self.pool.stream is not None else self._traced(function)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             reason = str(error).strip().splitlines()
             raise CaptureError(f"{type(error).__name__}: {reason[0] if reason else ''}") from error
         self.captures += 1
-        self.pool.captures += 1
-        self.pool.seconds += time.perf_counter() - start
+        self.pool.counts.captures += 1
+        self.pool.counts.seconds += time.perf_counter() - start
 
-    def _recorded(self) -> Callable[[], None]:  # pragma: no cover - needs a GPU
-        graph = torch.cuda.CUDAGraph()
-        # A wait of the host during the capture is an error; other threads may go on.
-        with torch.cuda.graph(graph, pool=self.pool.handle, stream=self.pool.stream, capture_error_mode="thread_local"):
-            out = self.function(*self._inputs)
+    def _recorded(self, function: Callable[..., Any]) -> Callable[[], None]:  # pragma: no cover - needs a GPU
+        graph, out = self.pool.record(lambda: function(*self._inputs))
         self._outputs, self._spec = tree_flatten(out)
         replay: Callable[[], None] = graph.replay
         return replay
 
-    def _traced(self) -> Callable[[], None]:
+    def _traced(self, function: Callable[..., Any]) -> Callable[[], None]:
         from torch.fx.experimental.proxy_tensor import make_fx
 
         # Fake tensors hold no data, so that reading one raises, as it would in a CUDA graph.
-        traced = make_fx(self.function, tracing_mode="fake", _allow_non_fake_inputs=True)(*self._inputs)
+        traced = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*self._inputs)
         for node in traced.graph.nodes:
             shape = getattr(node.meta.get("val"), "shape", ())
             if not all(isinstance(size, int) for size in shape):
@@ -172,22 +198,43 @@ class Graph:
 class Graphs:
     """Graphs by key, the most recently used ones; on a GPU each holds memory.
 
+    They serve one user at a time, from `begin` to `end`. Between users they refer to nothing of the model.
+
     Args:
         device: of all their tensors.
         most: how many are kept.
         capture: see `Pool`.
+
+    Attributes:
+        memory: tensors that several of them read, by key.
     """
 
     def __init__(self, device: torch.device, most: int = 24, capture: bool = True) -> None:
         self.pool = Pool(device, capture)
         self.most = most
+        self.memory: dict[Hashable, Tensor] = {}
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+        self._left: Any = None
 
-    def get(self, key: Hashable, make: Callable[[], Graph]) -> Graph:
-        """The graph of a key, made where there is none; the least recently used goes where there are too many."""
+    def begin(self, watched: tuple[Tensor, ...], counts: Counts) -> None:
+        """A user begins, with weights that are watched, and counters of its own."""
+        self.pool.watched, self.pool.counts = watched, counts
+        if self._left is not None:  # pragma: no cover - needs a GPU
+            # Which may be another stream than that of the user before.
+            torch.cuda.current_stream(self.pool.device).wait_event(self._left)
+
+    def end(self) -> None:
+        """The user ends."""
+        self.pool.watched, self.pool.counts = (), Counts()
+        if self.pool.stream is not None:  # pragma: no cover - needs a GPU
+            self._left = torch.cuda.Event()
+            self._left.record(torch.cuda.current_stream(self.pool.device))
+
+    def get(self, key: Hashable, in_place: int = 0) -> Graph:
+        """The graph of a key, which stands for one function; the least recently used goes where there are too many."""
         with self.pool.lock:
             if key not in self._graphs:
-                self._graphs[key] = make()
+                self._graphs[key] = Graph(self.pool, in_place)
                 if len(self._graphs) > self.most:
                     self._graphs.popitem(last=False)
             self._graphs.move_to_end(key)
@@ -200,16 +247,6 @@ class Graphs:
 
     def __len__(self) -> int:
         return len(self._graphs)
-
-    @property
-    def captures(self) -> int:
-        """How many captures there were, those of graphs that are given up included."""
-        return self.pool.captures
-
-    @property
-    def seconds(self) -> float:
-        """How long those took."""
-        return self.pool.seconds
 
 
 def bucket(size: int, least: int = 16) -> int:

@@ -8,9 +8,8 @@ of their sequence (`nabla_fast.models.kv_cache`), and what was evaluated is in t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -22,13 +21,15 @@ from nabla_fast.gradient_cache import Evaluation, GradientCache
 from nabla_fast.models.activations import checkpointed, frozen, require_layers
 from nabla_fast.models.backbone import Cache, Inputs, joined
 from nabla_fast.models.graphed import graphed_likelihood, graphed_rewards, pooled_states
+from nabla_fast.models.kept import clear_graphs
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardFrame, RewardModel
 from nabla_fast.models.sequence_cache import SequenceCache, catch_up, common_lengths
+from nabla_fast.models.side_stream import SideStream
 from nabla_fast.models.static import StaticPass
 from nabla_fast.models.torch_kernels import fast_kernels
 from nabla_fast.sequence import Sequence
-from nabla_fast.stats import Clock
+from nabla_fast.stats import Clock, summed
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class _Part:
 
 class Objective:
     """Evaluates the objective of a pair of models.
+
+    As a context manager, it leaves its graphs at the end to the next objective of these models.
 
     Attributes:
         clock: where its time is charged.
@@ -87,7 +90,18 @@ class Objective:
         graphs = config.graphs and not config.checkpoint_activations
         self.likelihood_graphs = graphed_likelihood(language_model, config.backend, graphs, config.compile)
         self.reward_graphs = graphed_rewards(reward_model, graphs, config.compile)
-        self._reward_stream = torch.cuda.Stream(reward_model.device) if reward_model.device.type == "cuda" else None
+        self._side = SideStream(reward_model.device)
+
+    def __enter__(self) -> Objective:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leaves the graphs to the next objective of the same models; what ran out of memory gives all of them up."""
+        out_of_memory = kind is not None and issubclass(kind, torch.OutOfMemoryError)
+        for graphed in (self.likelihood_graphs, self.reward_graphs):
+            graphed.close(keep=not out_of_memory)
+        if out_of_memory:
+            clear_graphs()
 
     def rewards(self, sequences: Seq[Sequence], responses: Seq[Tensor]) -> list[float]:
         """Rewards of complete responses (n_b,) int64 on the CPU: from the cache, and one batched call for the rest.
@@ -131,9 +145,7 @@ class Objective:
 
     def graph_stats(self) -> dict[str, float]:
         """Captures of both models, and the seconds that they and compilation took; empty where there are none."""
-        parts = [graphed.stats() for graphed in (self.likelihood_graphs, self.reward_graphs)]
-        names = {name for part in parts for name in part}
-        return {name: sum(part.get(name, 0) for part in parts) for name in sorted(names)}
+        return summed([graphed.stats() for graphed in (self.likelihood_graphs, self.reward_graphs)])
 
     def language_cache(self, sequence: Sequence) -> SequenceCache:
         """The language model's cache of a sequence, made where there is none."""
@@ -165,11 +177,13 @@ class Objective:
             if self.config.checkpoint_activations:
                 stack.enter_context(checkpointed(*self._models))
             # The reward model first: on a GPU, the language model is launched while it runs, and on two both run.
-            with self._joined():
-                with self._reward_side():
+            with self._side.joined():
+                with self._side.active():
                     reward = self._reward_gradient(requests)
                 language = self._likelihood_gradient(requests)
-            reward = self._handed_over(reward)
+            # Copied to another device any sooner, the language model would wait for it, too.
+            self._side.hand_over((*reward.factors, reward.values))
+            reward = _Part([factor.to(self.device) for factor in reward.factors], reward.values.to(self.device))
         self._require_finite([*language.factors, language.values], self.language_model.name)
         self._require_finite([*reward.factors, reward.values], self.reward_model.name)
         log_pi = language.values.double().cpu().split([len(factors) for factors in language.factors])
@@ -304,7 +318,7 @@ class Objective:
     def _score(self, sequences: Seq[Sequence], responses: Seq[Tensor]) -> list[float]:
         model = self.reward_model
         fast = fast_kernels(model.device, *self._fused)
-        with self._joined(), self._reward_side(), frozen(self._parameters), fast:
+        with self._side.joined(), self._side.active(), frozen(self._parameters), fast:
             known = [self._reward_cache(s) for s in sequences]
             caches, inputs = [], []
             common = common_lengths(known, responses) if model.supports_prefix_cache else [0] * len(known)
@@ -339,43 +353,6 @@ class Objective:
             # A copy where the caller is in inference mode, whose tensors autograd cannot use.
             sequence.reward_cache = SequenceCache(Inputs(opening.ids.clone(), opening.embeds.clone()))
         return sequence.reward_cache
-
-    @contextmanager
-    def _reward_side(self) -> Iterator[None]:
-        """On a GPU, runs the block on a stream of the reward model's device, so that kernels of both models overlap.
-
-        Whatever the reward model computes there is allocated on that stream, so memory is not reused while it is read.
-        """
-        if self._reward_stream is None:
-            yield
-            return
-        self._reward_stream.wait_stream(torch.cuda.current_stream(self.reward_model.device))
-        with torch.cuda.stream(self._reward_stream):
-            yield
-
-    @contextmanager
-    def _joined(self) -> Iterator[None]:
-        """Afterwards, also after an error, the current stream of the reward model's device waits for what its stream
-        computes.
-
-        Otherwise what that reads could be freed and written to meanwhile.
-        """
-        try:
-            yield
-        finally:
-            if self._reward_stream is not None:
-                torch.cuda.current_stream(self.reward_model.device).wait_stream(self._reward_stream)
-
-    def _handed_over(self, part: _Part) -> _Part:
-        """The reward model's part on the device where DTO computes.
-
-        Memory that its stream allocated is kept until the current stream of its device has read it: the copy to another
-        device runs there, and waits for nothing else. Copied any sooner, the language model would wait for it, too.
-        """
-        if self._reward_stream is not None:
-            for tensor in (*part.factors, part.values):
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        return _Part([factor.to(self.device) for factor in part.factors], part.values.to(self.device))
 
     @staticmethod
     def _require_finite(tensors: Seq[Tensor], name: str) -> None:

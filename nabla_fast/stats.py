@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -115,8 +115,9 @@ class Stats:
     Attributes:
         sequences: one record per prompt.
         cache: what `GradientCache.stats` said at the end, its evictions and bytes among it; empty without a cache.
-        graphs: ``captures`` of gradients and rewards as CUDA graphs, ``capture_seconds`` and ``compile_seconds``; empty
-            where neither was done.
+        graphs: ``captures`` of gradients, rewards and rollouts as CUDA graphs in this call, ``capture_seconds`` and
+            ``compile_seconds``; empty where neither was to be done. A later call with the same models captures what is
+            new to it alone.
     """
 
     sequences: list[SequenceStats]
@@ -144,6 +145,15 @@ class Stats:
             "cache": dict(self.cache),
             "graphs": dict(self.graphs),
         }
+
+
+def summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Sums of numbers by name; one that a part does not have counts nothing."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, number in part.items():
+            total[name] = total.get(name, 0) + number
+    return total
 
 
 class Clock:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nabla_fast.graphs import CaptureError, Graph, Graphs, Pool, bucket
+from nabla_fast.graphs import CaptureError, Counts, Graph, Graphs, Pool, bucket
 
 CPU = torch.device("cpu")
 
@@ -25,10 +25,10 @@ def test_the_first_call_runs_the_second_captures_and_later_ones_replay() -> None
         calls.append(1)
         return Pair(2 * x, None)
 
-    graph = Graph(double, Pool(CPU))
+    graph = Graph(Pool(CPU))
     for n in range(4):
         x = torch.full((3,), float(n))
-        out = graph(x)
+        out = graph(double, x)
         assert isinstance(out, Pair)
         assert torch.equal(out.first, 2 * x)
         assert out.second is None
@@ -43,15 +43,22 @@ def test_gradients_inside() -> None:
             leaf = x.detach().requires_grad_()
             return torch.autograd.grad(((leaf @ weight) ** 3).sum(), leaf)[0]
 
-    graph = Graph(gradient, Pool(CPU))
+    graph = Graph(Pool(CPU))
     for seed in range(3):
         x = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        torch.testing.assert_close(graph(x), gradient(x))
+        torch.testing.assert_close(graph(gradient, x), gradient(x))
 
 
 def test_an_output_is_gone_with_the_next_replay_of_any_graph_of_the_pool() -> None:
     pool = Pool(CPU)
-    add, count = Graph(lambda x: x + 1, pool), Graph(lambda x: x.long(), pool)
+    graphs = Graph(pool), Graph(pool)
+
+    def add(x: Tensor) -> Any:
+        return graphs[0](lambda x: x + 1, x)
+
+    def count(x: Tensor) -> Any:
+        return graphs[1](lambda x: x.long(), x)
+
     for _ in range(2):
         kept, other = add(torch.zeros(2)), count(torch.ones(2))
     kept = add(torch.zeros(2))
@@ -64,10 +71,14 @@ def test_an_output_is_gone_with_the_next_replay_of_any_graph_of_the_pool() -> No
 
 def test_a_number_is_that_of_the_capture() -> None:
     factor = [2]
-    graph = Graph(lambda x: x * factor[0], Pool(CPU))
-    graph(torch.ones(1)), graph(torch.ones(1))
+    graph = Graph(Pool(CPU))
+
+    def scaled(x: Tensor) -> Tensor:
+        return x * factor[0]
+
+    graph(scaled, torch.ones(1)), graph(scaled, torch.ones(1))
     factor[0] = 3
-    assert graph(torch.ones(1)).item() == 2
+    assert graph(scaled, torch.ones(1)).item() == 2
 
 
 @pytest.mark.parametrize(
@@ -81,58 +92,72 @@ def test_a_number_is_that_of_the_capture() -> None:
     ids=["item", "nonzero", "bool", "tolist"],
 )
 def test_what_reads_a_tensor_on_the_host_cannot_be_captured(function: Any) -> None:
-    graph = Graph(function, Pool(CPU))
-    graph(torch.ones(2))
+    graph = Graph(Pool(CPU))
+    graph(function, torch.ones(2))
     with pytest.raises(CaptureError):
-        graph(torch.ones(2))
+        graph(function, torch.ones(2))
 
 
 def test_arguments_of_other_shapes_dtypes_and_places_are_refused() -> None:
-    graph = Graph(lambda state, x: state.add_(x), Pool(CPU), in_place=1)
+    graph = Graph(Pool(CPU), in_place=1)
+
+    def add(state: Tensor, x: Tensor) -> Any:
+        return graph(Tensor.add_, state, x)
+
     state = torch.zeros(2)
     for _ in range(3):
-        graph(state, torch.ones(2))
+        add(state, torch.ones(2))
     assert state.tolist() == [3, 3]
     with pytest.raises(ValueError, match=r"argument 1 .*\(2,\).*\(3,\)"):
-        graph(state, torch.ones(3))
+        add(state, torch.ones(3))
     with pytest.raises(ValueError, match=r"argument 1 .*float32.*float64"):
-        graph(state, torch.ones(2).double())
+        add(state, torch.ones(2).double())
     with pytest.raises(ValueError, match=r"argument 0 .*same tensor"):
-        graph(state.clone(), torch.ones(2))
-    graph(state, state)
+        add(state.clone(), torch.ones(2))
+    add(state, state)
     assert state.tolist() == [6, 6]
 
 
 def test_a_weight_that_moved_is_captured_anew() -> None:
     layer = torch.nn.Linear(2, 2, bias=False).requires_grad_(False)
-    graph = Graph(layer, Pool(CPU), (layer.weight,))
+    pool = Pool(CPU)
+    pool.watched = (layer.weight,)
+    graph = Graph(pool)
     x = torch.ones(1, 2)
     for _ in range(3):
-        graph(x)
+        graph(layer, x)
     layer.weight.mul_(2)  # in place: the graph reads what is there now
-    torch.testing.assert_close(graph(x), layer(x))
+    torch.testing.assert_close(graph(layer, x), layer(x))
     assert graph.captures == 1
     layer.weight.data = torch.eye(2)
 
     for _ in range(2):
-        torch.testing.assert_close(graph(x), x)
+        torch.testing.assert_close(graph(layer, x), x)
     assert graph.captures == 2
 
 
 def test_the_least_recently_used_graph_goes() -> None:
     graphs = Graphs(CPU, most=2)
-    made = []
-
-    def make(key: str) -> Graph:
-        made.append(key)
-        return Graph(lambda x: x, graphs.pool)
-
-    for key in ("a", "b", "a", "c", "a", "b"):
-        graphs.get(key, lambda key=key: make(key))  # type: ignore[misc]
-    assert made == ["a", "b", "c", "b"]
+    kept = {key: graphs.get(key) for key in ("a", "b")}
+    assert graphs.get("a") is kept["a"]
+    graphs.get("c")
+    assert graphs.get("a") is kept["a"]
+    assert graphs.get("b") is not kept["b"]
     assert len(graphs) == 2
     graphs.clear()
-    assert len(graphs) == graphs.captures == 0
+    assert len(graphs) == 0
+
+
+def test_each_user_counts_its_own_captures() -> None:
+    graphs = Graphs(CPU)
+    first, second = Counts(), Counts()
+    for counts, times in ((first, 2), (second, 3)):
+        graphs.begin((), counts)
+        for _ in range(times):
+            graphs.get("double")(lambda x: 2 * x, torch.ones(1))
+        graphs.end()
+    assert (first.captures, second.captures) == (1, 0)
+    assert first.seconds > 0
 
 
 def test_buckets() -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast.models.numerics import gradient_fault, is_close, relative_error, slope
+from nabla_fast.models.temporary import own_attribute
 
 if TYPE_CHECKING:
     from nabla_fast.models.backbone import Backbone, Inputs
@@ -65,7 +66,7 @@ def remembered(model: Any, name: str, what: str, find: Callable[[], T]) -> T:
     Raises:
         ValueError: if the model raises whatever it is when it is tried; the message begins with ``name``.
     """
-    state = _fingerprint(model)
+    state = fingerprint(model)
     found = _FOUND.setdefault(model, {})
     if what not in found or found[what][0] != state:
         try:
@@ -345,14 +346,14 @@ def _weights(like: Tensor) -> Tensor:
     return drawn.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
 
-def _fingerprint(model: Any) -> int:
+def fingerprint(model: Any) -> int:
     """What changes when the model's configuration, modules or weights do."""
     config = model.config
     parts: list[Any] = [config.to_json_string() if hasattr(config, "to_json_string") else repr(config)]
     parts += [(name, value) for name, value in vars(model).items() if isinstance(value, (str, int, float))]
     tensors = list(model.parameters())
     for name, module in model.named_modules():
-        parts.append((name, type(module), id(vars(module).get("forward")), len(module._forward_hooks)))
+        parts.append((name, type(module), id(own_attribute(module, "forward")), len(module._forward_hooks)))
         # Others, rotary frequencies among them, are made anew by forward passes.
         kept = module._buffers.keys() - module._non_persistent_buffers_set
         tensors += [buffer for key in sorted(kept) if (buffer := module._buffers[key]) is not None]

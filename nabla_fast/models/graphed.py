@@ -6,7 +6,7 @@ are one. `nabla_fast.objective` asks here first, and computes as before where th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -18,44 +18,55 @@ from nabla_fast.models import static
 from nabla_fast.models.backbone import Backbone, Cache, Inputs
 from nabla_fast.models.checks import warn_once
 from nabla_fast.models.compiled_layers import CompiledLayers
+from nabla_fast.models.kept import Place, clear_graphs
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardModel
 from nabla_fast.models.static import StaticBackbone, StaticPass
+from nabla_fast.ops.backends import setting
 
 
 class Graphed:
     """Passes of one model by captured graphs, for as long as they can be captured.
 
+    The graphs are those that an earlier one has left, if there are any, and `close` leaves them to the next.
+
     Args:
         backbone: of the model; None for a reward function, which is never captured.
         value: of the last hidden states and more tensors, see `StaticBackbone`.
+        settings: all that ``value`` depends on besides the model.
         wanted: whether graphs are asked for.
         compiled: whether its layers are to be compiled, on a CPU too, where nothing is captured then.
+        watched: tensors that ``value`` reads and the model does not have.
     """
 
     def __init__(
         self,
         backbone: Backbone | None,
         value: Callable[..., tuple[Tensor, Tensor]],
+        settings: Sequence[Hashable],
         wanted: bool,
         compiled: bool = False,
+        watched: tuple[Tensor, ...] = (),
     ) -> None:
-        self._value = value
         self._static: StaticBackbone | None = None
-        self._backbone = backbone
+        self._stats: dict[str, float] = {}
         if backbone is None:
             return
+        self._backbone = backbone
         device = backbone.embedding.weight.device
         wanted = wanted and usable(device)
         if not wanted and not compiled:
             return
         reason = static.why_not(backbone)
+        capture = wanted and not (compiled and device.type == "cpu")
+        self._place = Place(backbone.model, "gradients", *settings, compiled, capture)
+        reason = reason or self._place.refused
         if reason is not None:
             self._tell(reason)
             return
         layers = CompiledLayers(backbone.model, backbone.name) if compiled else None
-        capture = wanted and not (compiled and device.type == "cpu")
-        self._static = StaticBackbone(backbone, Graphs(device, capture=capture), layers)
+        graphs = self._place.take(lambda: Graphs(device, capture=capture))
+        self._static = StaticBackbone(backbone, value, graphs, layers, watched)
 
     @property
     def graphs(self) -> Graphs | None:
@@ -63,15 +74,23 @@ class Graphed:
         return None if self._static is None else self._static.graphs
 
     def stats(self) -> dict[str, float]:
-        """Captures and the seconds that they and compilation took."""
-        if self._static is None:
-            return {}
+        """Captures and the seconds that they and compilation took; empty where neither was to be done."""
         own = self._static
-        return {
-            "captures": own.graphs.captures,
-            "capture_seconds": own.graphs.seconds,
-            "compile_seconds": own.compile_seconds,
-        }
+        if own is not None:
+            self._stats = {
+                "captures": own.counts.captures,
+                "capture_seconds": own.counts.seconds,
+                "compile_seconds": own.compile_seconds,
+            }
+        return self._stats
+
+    def close(self, *, keep: bool = True) -> None:
+        """Leaves the graphs to the next user, or gives them up. From here on the model runs without."""
+        self.stats()
+        own, self._static = self._static, None
+        if own is not None and keep:
+            own.graphs.end()
+            self._place.leave(own.graphs)
 
     def run(
         self,
@@ -85,25 +104,28 @@ class Graphed:
         if self._static is None or not any(len(x) for x in inputs):
             return None
         try:
-            out = self._static("value", caches, inputs, self._value, arguments, gradient=gradient)  # type: ignore[arg-type]
+            out = self._static(caches, inputs, arguments, gradient=gradient)  # type: ignore[arg-type]
             self._require_compiled()
             return out
         except (CaptureError, torch.OutOfMemoryError) as error:
+            reason = str(error).partition("\n")[0]
             # Gives the memory back before the same is computed without graphs.
-            self._static = None
-            self._tell(str(error).partition("\n")[0])
+            self.close(keep=False)
+            if isinstance(error, CaptureError):
+                self._place.refuse(reason)
+            else:
+                clear_graphs()
+            self._tell(reason)
         return None
 
     def _require_compiled(self) -> None:
         """Warns, once, where layers ran as they are although they were to be compiled."""
         assert self._static is not None
-        assert self._backbone is not None
         if self._static.compiled is not None and not self._static.compiled.used:
             name = self._backbone.name
             warn_once(self._backbone.model, f"compile has no effect on {name}: its layers are called in another way")
 
     def _tell(self, reason: str) -> None:
-        assert self._backbone is not None
         warn_once(self._backbone.model, f"{self._backbone.name} runs without graphs, slower: {reason}")
 
 
@@ -118,7 +140,15 @@ def graphed_likelihood(model: LanguageModel, backend: str, wanted: bool, compile
         log_pi = flat.view(targets.shape)
         return torch.where(inside, log_pi, 0).sum(), log_pi
 
-    return Graphed(model.backbone, value, wanted, compiled)
+    settings = ("likelihood", setting(backend), *head_settings(model))
+    # A head with a bias is a copy.
+    return Graphed(model.backbone, value, settings, wanted, compiled, watched=(model.head.weight,))
+
+
+def head_settings(model: LanguageModel) -> tuple[Hashable, ...]:
+    """What captures hold of the output head besides its weights; the tokenizer says how many rows it has."""
+    weight, *others = model.head
+    return weight.shape, *others
 
 
 def graphed_rewards(model: RewardModel, wanted: bool, compiled: bool = False) -> Graphed:
@@ -130,7 +160,7 @@ def graphed_rewards(model: RewardModel, wanted: bool, compiled: bool = False) ->
         rewards = model.head.score(pooled).squeeze(-1)
         return rewards.sum(), rewards.to(torch.promote_types(rewards.dtype, torch.float32))
 
-    return Graphed(model.backbone, value, wanted, compiled)
+    return Graphed(model.backbone, value, ("rewards",), wanted, compiled)
 
 
 def pooled_states(model: RewardModel, conversations: Sequence[Inputs]) -> list[Any]:

@@ -71,7 +71,6 @@ class LanguageModel:
         eos_token_ids: the end tokens of the model's generation config, else the tokenizer's.
         context_length: most positions the model takes, None if it does not say.
         backbone: the model without its head, for gradients.
-        kept: what callers keep from one decode to the next, by name.
 
     Raises:
         TypeError: if ``model`` has no output head.
@@ -98,7 +97,6 @@ class LanguageModel:
         ids = checks.probe_ids(model, tokenizer)
         self.backbone = Backbone(model, self.name, ids)
         self.backbone.output = self.widened
-        self.kept: dict[str, Any] = {}
         checks.remembered(own, self.name, "head", lambda: self._check_head(own, ids))
 
     @property

@@ -7,8 +7,6 @@ behind a sequence's end hold whatever was there before; no query sees them befor
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,14 +17,7 @@ from nabla_fast.models import checks
 from nabla_fast.models.backbone import Backbone, Inputs
 from nabla_fast.models.kv_cache import KVCache
 from nabla_fast.models.numerics import is_close, relative_error
-from nabla_fast.models.static import (
-    attention_masks,
-    from_stacked,
-    is_spread,
-    small_window,
-    stacked,
-    takes_cache_position,
-)
+from nabla_fast.models.static import attention_masks, examined, from_stacked, sizes_differ, stacked
 
 
 class SlotCache(DynamicCache):
@@ -82,37 +73,12 @@ def read(kv: Tensor, slot: int, size: int, hidden: Tensor) -> KVCache:
     return from_stacked(kv[:, :, slot : slot + 1, :, :size].clone(), hidden)
 
 
-@dataclass(frozen=True, eq=False)
-class Examined:
-    """Why a model cannot be run in slots, in one clause; None if it can."""
-
-    reason: str | None
-
-
-def examined(backbone: Backbone) -> Examined:
-    """Tries a model once; the answer is the same object until the model changes."""
-    found: Examined = checks.remembered(backbone.model, backbone.name, "slots", lambda: Examined(_examine(backbone)))
+def why_not(backbone: Backbone) -> str | None:
+    """Why a model cannot be run in slots, in one clause; None if it can. Tried once per model."""
+    found: str | None = checks.remembered(
+        backbone.model, backbone.name, "slots", lambda: examined(backbone, "over slots", _difference)
+    )
     return found
-
-
-def _examine(backbone: Backbone) -> str | None:
-    if backbone.cache_kind != "prefix":
-        return "it does not run in batches behind prefixes"
-    if takes_cache_position(backbone):
-        return "its forward pass takes one cache position for the whole batch"
-    if is_spread(backbone):
-        return "its weights are on several devices, or off-loaded"
-    config = backbone.model.config.get_text_config()
-    if backbone.windowed and not checks.window_is_known(config):
-        return "its layers have windows of a kind that is not known"
-    try:
-        # With a window that eight tokens show.
-        with small_window(config) if backbone.windowed else nullcontext():
-            return _difference(backbone)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a model does with slots and a mask of four dimensions
-        return f"a pass over slots raises {type(error).__name__}"
 
 
 @torch.no_grad()
@@ -127,7 +93,7 @@ def _difference(backbone: Backbone) -> str | None:
     hidden, after = backbone.extend(caches, [inputs[4:7], inputs[2:5]])
     first = caches[0]
     assert isinstance(first, KVCache)
-    if len({x.shape for x in (*first.keys, *first.values)}) > 1:
+    if sizes_differ(first):
         return "its layers have keys and values of several sizes"
     _, heads, _, width = first.keys[0].shape
     kv = first.keys[0].new_zeros(len(first.keys), 2, 2, heads, 16, width)

@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from nabla_fast.graphs import Graph, Graphs, bucket
+from nabla_fast.graphs import Counts, Graphs, bucket
 from nabla_fast.models import checks
 from nabla_fast.models.backbone import Backbone, Inputs
 from nabla_fast.models.compiled_layers import CompiledLayers, compiled_graphs
@@ -136,27 +137,39 @@ class StaticBackbone:
 
     Args:
         backbone: one that `why_not` has nothing to say about.
-        graphs: where its graphs are kept.
+        value: maps (states, *arguments) to a number whose gradient is taken, and to values that are returned. It is
+            captured.
+        graphs: where its graphs are kept. They may be those of another `StaticBackbone` of the same model with the same
+            ``value`` that is not used any more.
         compiled: its layers, compiled; None runs them as they are.
+        watched: tensors that ``value`` reads and the model does not have.
 
     Attributes:
+        counts: captures since it was made.
         compile_seconds: how long passes took in which something was compiled.
     """
 
-    def __init__(self, backbone: Backbone, graphs: Graphs, compiled: CompiledLayers | None = None) -> None:
-        self.backbone, self.graphs, self.compiled = backbone, graphs, compiled
+    def __init__(
+        self,
+        backbone: Backbone,
+        value: Value,
+        graphs: Graphs,
+        compiled: CompiledLayers | None = None,
+        watched: tuple[Tensor, ...] = (),
+    ) -> None:
+        self.backbone, self.value, self.graphs, self.compiled = backbone, value, graphs, compiled
+        self.counts = Counts()
         self.compile_seconds = 0.0
         self._config = backbone.model.config.get_text_config()
         self._last_position = (getattr(self._config, "max_position_embeddings", None) or 2**40) - 1
-        self._weights = tuple(backbone.model.parameters())
-        self._buffers: dict[tuple[int, int], Tensor] = {}
+        graphs.begin((*backbone.model.parameters(), *backbone.model.buffers(), *watched), self.counts)
+        for buffer in graphs.memory.values():
+            buffer.zero_()  # a model that gave NaN may have left some, and zero times NaN is NaN
 
     def __call__(
         self,
-        name: str,
         caches: Sequence[KVCache | None],
         inputs: Sequence[Inputs],
-        value: Value,
         arguments: Sequence[tuple[Sequence[Tensor], int | None]],
         *,
         gradient: bool,
@@ -164,11 +177,8 @@ class StaticBackbone:
         """Runs B suffixes of different lengths, each behind its cached prefix.
 
         Args:
-            name: of ``value``: one name, one function.
             inputs: of each suffix, S_b tokens; the longest S_b is 1 or more.
-            value: maps (states, *arguments) to a number whose gradient is taken, and to values that are returned. It
-                is captured.
-            arguments: more tensors for it: one per row, padded with zeros to this length, None for S + 1.
+            arguments: more tensors for ``value``: one per row, padded with zeros to this length, None for S + 1.
             gradient: whether the gradient with respect to the inputs' embeddings is wanted.
 
         Returns:
@@ -187,9 +197,10 @@ class StaticBackbone:
         more = [_padded(tensors, rows, width or size + 1) for tensors, width in arguments]
         device = embeds.device
         first = torch.tensor([columns - n for n in past] + [columns] * (rows - len(past))).to(device, non_blocking=True)
-        key = (name, rows, size, columns, gradient, *((x.shape, x.dtype) for x in more))
-        graph = self.graphs.get(key, lambda: self._graph(value, gradient))
-        results = self._timed(lambda: graph(buffer, first, last, embeds, *more))
+        key = (rows, size, columns, gradient, *((x.shape, x.dtype) for x in more))
+        graph = self.graphs.get(key, in_place=1)
+        function = partial(self._pass, gradient)
+        results = self._timed(lambda: graph(function, buffer, first, last, embeds, *more))
         return StaticPass(*results, buffer, caches, sizes)  # type: ignore[call-arg]
 
     def _timed(self, call: Callable[[], Any]) -> Any:
@@ -202,17 +213,17 @@ class StaticBackbone:
             self.compile_seconds += time.perf_counter() - start
         return results
 
-    def _graph(self, value: Value, gradient: bool) -> Graph:
-        def run(buffer: Tensor, first: Tensor, last: Tensor, embeds: Tensor, *arguments: Tensor) -> tuple[Any, ...]:
-            with torch.enable_grad() if gradient else torch.no_grad():
-                x = embeds.detach().requires_grad_(gradient)
-                hidden, new = self.run(buffer, first, x)
-                states = torch.cat([last.unsqueeze(1), hidden], dim=1)
-                total, values = value(states, *arguments)
-                found = torch.autograd.grad(total, x)[0] if gradient else None
-            return states.detach(), found, values.detach(), new
-
-        return Graph(run, self.graphs.pool, self._weights, in_place=1)
+    def _pass(
+        self, gradient: bool, buffer: Tensor, first: Tensor, last: Tensor, embeds: Tensor, *arguments: Tensor
+    ) -> tuple[Any, ...]:
+        """What is captured."""
+        with torch.enable_grad() if gradient else torch.no_grad():
+            x = embeds.detach().requires_grad_(gradient)
+            hidden, new = self.run(buffer, first, x)
+            states = torch.cat([last.unsqueeze(1), hidden], dim=1)
+            total, values = self.value(states, *arguments)
+            found = torch.autograd.grad(total, x)[0] if gradient else None
+        return states.detach(), found, values.detach(), new
 
     def run(self, buffer: Tensor, first: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states (B, S, d) of suffixes, and their keys and values (L, 2, B, H, S, D)."""
@@ -236,12 +247,13 @@ class StaticBackbone:
         """The buffer with the prefixes in it, and their last hidden states (rows, d)."""
         weight = self.backbone.embedding.weight
         found = next((cache for cache in caches if cache is not None), None)
-        if (rows, columns) not in self._buffers:
+        memory = self.graphs.memory
+        if (rows, columns) not in memory:
             layers, heads, width, dtype = self._sizes(found)
-            self._buffers[rows, columns] = torch.zeros(
+            memory[rows, columns] = torch.zeros(
                 layers, 2, rows, heads, columns, width, dtype=dtype, device=weight.device
             )
-        buffer = self._buffers[rows, columns]
+        buffer = memory[rows, columns]
         last = None
         for row, cache in enumerate(caches):
             if cache is None:
@@ -297,48 +309,52 @@ def why_not(backbone: Backbone) -> str | None:
     return found
 
 
-def takes_cache_position(backbone: Backbone) -> bool:
-    """Whether a model reads positions from columns, which a buffer or slots of constant size do not give."""
-    return "cache_position" in inspect.signature(backbone.module.forward).parameters
+def examined(backbone: Backbone, what: str, difference: Callable[[Backbone], str | None]) -> str | None:
+    """Why a model cannot be run with masks and positions of our own, in one clause; None if it can.
 
-
-def is_spread(backbone: Backbone) -> bool:
-    """Whether a model has weights on more than one device; off-loaded ones are on none."""
-    return len({weight.device for weight in backbone.model.parameters()}) > 1
-
-
-def _examine(backbone: Backbone) -> str | None:
-    if backbone.cache_kind != "prefix" or not backbone.supports_prefix_cache:
+    Args:
+        what: how it is to be run, a word or two.
+        difference: tries it, on tokens that show a window of three, and says how it differs from a usual pass.
+    """
+    if backbone.cache_kind != "prefix":
         return "it does not run in batches behind prefixes"
-    if backbone.needs_ids:
-        return "it reads token ids besides embeddings"
-    if takes_cache_position(backbone):
+    if "cache_position" in inspect.signature(backbone.module.forward).parameters:
+        # It reads positions from columns, which a buffer or slots of constant size do not give.
         return "its forward pass takes one cache position for the whole batch"
-    if is_spread(backbone):
+    if len({weight.device for weight in backbone.model.parameters()}) > 1:
         return "its weights are on several devices, or off-loaded"
     config = backbone.model.config.get_text_config()
     if backbone.windowed and not checks.window_is_known(config):
         return "its layers have windows of a kind that is not known"
-    inputs = _probe(backbone)
-    with torch.no_grad():
-        _, caches = backbone.extend([None, None], [inputs[:4], inputs[:2]])
-    if len({x.shape for cache in caches[:1] for x in (*cache.keys, *cache.values)}) > 1:  # type: ignore[union-attr]
-        return "its layers have keys and values of several sizes"
-    # With a window that eight tokens show.
-    with small_window(config) if backbone.windowed else nullcontext():
+    with _small_window(config) if backbone.windowed else nullcontext():
         try:
-            return _difference(backbone, inputs)
+            return difference(backbone)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model does with a mask of four dimensions
-            return f"a pass with a mask of four dimensions raises {type(error).__name__}"
+            return f"a pass {what} raises {type(error).__name__}"
 
 
-def _difference(backbone: Backbone, inputs: Inputs) -> str | None:
+def sizes_differ(cache: KVCache) -> bool:
+    """Whether layers have keys and values of several sizes, which one tensor has no room for."""
+    return len({x.shape for x in (*cache.keys, *cache.values)}) > 1
+
+
+def _examine(backbone: Backbone) -> str | None:
+    if not backbone.supports_prefix_cache:
+        return "it does not run in batches behind prefixes"
+    if backbone.needs_ids:
+        return "it reads token ids besides embeddings"
+    return examined(backbone, "with a mask of four dimensions", _difference)
+
+
+def _difference(backbone: Backbone) -> str | None:
     """How a pass of constant shapes differs from the usual one, on a batch of two; None if it does not."""
-    static = StaticBackbone(backbone, Graphs(inputs.device))
+    inputs = _probe(backbone)
     with torch.no_grad():
         _, caches = backbone.extend([None, None], [inputs[:4], inputs[:2]])
+    if sizes_differ(caches[0]):  # type: ignore[arg-type]
+        return "its layers have keys and values of several sizes"
     weights = torch.linspace(1, 2, _width(backbone), device=inputs.device)
 
     def value(states: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
@@ -347,7 +363,8 @@ def _difference(backbone: Backbone, inputs: Inputs) -> str | None:
 
     suffixes = [inputs[4:], inputs[2:]]
     ones = [torch.ones(1 + len(x), device=inputs.device) for x in suffixes]
-    out = static("check", caches, suffixes, value, [(ones, None)], gradient=True)  # type: ignore[arg-type]
+    static = StaticBackbone(backbone, value, Graphs(inputs.device))
+    out = static(caches, suffixes, [(ones, None)], gradient=True)  # type: ignore[arg-type]
     assert out.gradient is not None
     with torch.enable_grad():
         leaves = [x.differentiable() for x in suffixes]
@@ -368,7 +385,7 @@ def _difference(backbone: Backbone, inputs: Inputs) -> str | None:
 
 
 @contextmanager
-def small_window(config: Any) -> Any:
+def _small_window(config: Any) -> Any:
     """In this block, a model's sliding windows are so short that the tokens of a check show them."""
     before = config.sliding_window
     config.sliding_window = 3

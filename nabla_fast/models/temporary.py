@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 _lock = threading.Lock()
@@ -41,9 +40,23 @@ def while_any(kind: str, items: Iterable[Any], change: Callable[[Any], Callable[
                     back()
 
 
+# Attributes that some block has set, by owner and name: what they were.
+_own: dict[tuple[int, str], Any] = {}
+
+
 def set_attribute(owner: Any, name: str, value: Any) -> Callable[[], Any]:
     """Sets an attribute of an instance or module, and returns what puts back the one before, also if there was none."""
     own = vars(owner).get(name)
-    back = partial(delattr, owner, name) if own is None else partial(setattr, owner, name, own)
+    _own.setdefault((id(owner), name), own)
+
+    def back() -> None:
+        delattr(owner, name) if own is None else setattr(owner, name, own)
+        _own.pop((id(owner), name), None)
+
     setattr(owner, name, value)
     return back
+
+
+def own_attribute(owner: Any, name: str) -> Any:
+    """An attribute of an instance as it is outside of all blocks, in whatever thread; None if it has none."""
+    return _own.get((id(owner), name), vars(owner).get(name))

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from nabla_fast.config import Sampling
-from nabla_fast.graphs import CaptureError, bucket
+from nabla_fast.graphs import CaptureError, Counts, bucket
 from nabla_fast.models import checks, slots
+from nabla_fast.models.graphed import head_settings
+from nabla_fast.models.kept import Place, clear_graphs
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.sequence_cache import TOKENS_PER_PASS, extended
 from nabla_fast.processors import GenerationSampler
@@ -40,7 +42,7 @@ _COLUMNS = 1024
 def why_not(model: LanguageModel, sampler: Sampler, sampling: Sampling, stop: StopRule) -> str | None:
     """Why the device cannot draw rollouts alone with these settings, in one clause; None if it can.
 
-    Whether the model can be run so is for `nabla_fast.models.slots.examined` to say.
+    Whether the model can be run so is for `nabla_fast.models.slots.why_not` to say.
     """
     # A subclass may do anything.
     known = type(sampler).__call__ is Sampler.__call__ and type(sampler).processors in (
@@ -143,7 +145,8 @@ class DeviceStream:
         sampler: draws those that the device cannot.
         draft_tokens: most draft tokens that one forward pass verifies.
         sampling, stop: see `RolloutBackend.open`.
-        examined: of the model, see `nabla_fast.models.slots.examined`.
+        place: where the model's slots are between streams.
+        counts: of captures, to add its own to.
         kernels: the context that forward passes run in.
         other: makes the stream that goes on with some rows.
     """
@@ -155,7 +158,8 @@ class DeviceStream:
         draft_tokens: int,
         sampling: Sampling,
         stop: StopRule,
-        examined: Any,
+        place: Place,
+        counts: Counts,
         kernels: Callable[[], AbstractContextManager[Any]],
         other: Callable[[list[Row]], RolloutStream],
     ) -> None:
@@ -164,13 +168,12 @@ class DeviceStream:
         self.waiting: list[Row] = []
         self.rows: list[Row] = []
         self.ended: list[tuple[Sequence, Rollout]] = []
-        self._examined, self._kernels, self._make_other = examined, kernels, other
+        self._place, self._counts, self._kernels, self._make_other = place, counts, kernels, other
         self._eos = tuple(sorted(stop.eos_token_ids))
         self._asks = bool(stop.stop_strings or stop.criteria)
         self._slots: Slots | None = None
         self._under_way: _Reading | None = None
         self._other: RolloutStream | None = None
-        self._sound = True  # what is not, is not for another stream
 
     def submit(self, sequence: Sequence) -> None:
         if self._other is not None:
@@ -195,9 +198,9 @@ class DeviceStream:
     def close(self) -> None:
         if self._other is not None:
             self._other.close()
-        if self._slots is not None and self._slots.state is not None and self._sound:
-            self._slots.state.ended.fill_(True)
-            self.model.kept["slots"] = self._slots
+        if self._slots is not None:
+            self._slots.graphs.end()
+            self._place.leave(self._slots)
         self.waiting, self.rows, self._slots, self._under_way = [], [], None, None
 
     def _advance(self) -> None:
@@ -218,7 +221,8 @@ class DeviceStream:
         responses = [torch.tensor(row.response[:-1], dtype=torch.long) for row in rows]
         caches = extended(model.backbone, model.embedding, known, responses)
         if self._slots is None:
-            self._slots = Slots.of(model, self._examined)
+            self._slots = self._place.take(lambda: Slots(model.device))
+            self._slots.begin(model, self._counts)
         count = 1 << (len(self.rows) + len(rows) - 1).bit_length()
         self._slots.reserve(caches[0], count, self._columns([*self.rows, *rows]))
         free = [slot for slot in range(count) if slot not in {row.slot for row in self.rows}]
@@ -280,13 +284,12 @@ class DeviceStream:
         widths = [width for width in _WIDTHS if width <= room] or [1]
         wanted = 1 + max(min(self.draft_tokens, row.ahead) for row in self.rows)
         width = next((width for width in widths if width >= wanted), widths[-1])
-        out = self._slots.step(least, width, min(self.draft_tokens, width - 1), self.sampling, self._eos)
+        out = self._slots.step(self.model, least, width, min(self.draft_tokens, width - 1), self.sampling, self._eos)
         return _Reading(out, self.rows)
 
     def _read(self, reading: _Reading) -> None:
         for row, report in reading.wait():
             if report.flags & UNREADABLE:
-                self._sound = False
                 raise unreadable(self.model.name, len(row.response))
             if report.flags & DECLINED:
                 self._draw(row)
@@ -349,7 +352,9 @@ class DeviceStream:
         rows, self.rows, self.waiting, self._slots = [*self.rows, *self.waiting], [], [], None
         reason = str(error).strip().splitlines() or [type(error).__name__]
         if isinstance(error, CaptureError):
-            self.model.kept["no graphs"] = reason[0]
+            self._place.refuse(reason[0])
+        else:
+            clear_graphs()
         checks.warn_once(self.model.model, f"{self.model.name} draws rollouts without graphs, slower: {reason[0]}")
         self._other = self._make_other(rows)
 
@@ -360,6 +365,7 @@ def stream(
     draft_tokens: int,
     sampling: Sampling,
     stop: StopRule,
+    counts: Counts,
     kernels: Callable[[], AbstractContextManager[Any]],
     other: Callable[[list[Row]], RolloutStream],
 ) -> DeviceStream | None:
@@ -370,10 +376,9 @@ def stream(
     """
     if model.backbone.cache_kind != "prefix" or why_not(model, sampler, sampling, stop) is not None:
         return None
-    if "no graphs" in model.kept:
+    place = Place(model.model, "rollouts", *head_settings(model))
+    reason = slots.why_not(model.backbone) or place.refused
+    if reason is not None:
+        checks.warn_once(model.model, f"{model.name} draws rollouts without graphs, slower: {reason}")
         return None
-    examined = slots.examined(model.backbone)
-    if examined.reason is not None:
-        checks.warn_once(model.model, f"{model.name} draws rollouts without graphs, slower: {examined.reason}")
-        return None
-    return DeviceStream(model, sampler, draft_tokens, sampling, stop, examined, kernels, other)
+    return DeviceStream(model, sampler, draft_tokens, sampling, stop, place, counts, kernels, other)

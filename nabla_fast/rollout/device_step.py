@@ -7,13 +7,13 @@ captured in a graph. Of each slot it takes as many tokens as the draft has fores
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nabla_fast.config import Sampling
-from nabla_fast.graphs import Graph, Graphs
+from nabla_fast.graphs import Counts, Graphs
 from nabla_fast.models import slots
 from nabla_fast.models.kv_cache import KVCache
 from nabla_fast.models.language_model import LanguageModel
@@ -94,6 +94,14 @@ class SlotState(NamedTuple):
         self.kv[:, :, :count, :, :columns].copy_(other.kv)
         for own, theirs in zip(self[1:], other[1:], strict=True):
             own[:count, :columns].copy_(theirs) if own.ndim > 1 else own[:count].copy_(theirs)
+
+    def clear(self) -> None:
+        """Empties all slots, of what a model that gave NaN may have left in them, too: zero times NaN is NaN."""
+        self.kv.zero_()
+        self.hidden.zero_()
+        self.length.fill_(1)
+        self.following.fill_(False)
+        self.ended.fill_(True)
 
     def move(self, source: int, target: int) -> None:
         """Copies a slot to another, and empties it."""
@@ -211,24 +219,23 @@ def step(model: LanguageModel, sampling: Sampling, eos: Tensor, width: int, draf
 
 
 class Slots:
-    """The slots of one model with the graphs of steps over them. They outlast a stream, and serve one at a time.
+    """Slots with the graphs of steps over them. They outlast a stream, and serve one at a time.
 
     Args:
-        model: draws the tokens.
-        examined: see `nabla_fast.models.slots.examined`; another one means that the model has changed since.
+        device: of the model.
     """
 
-    def __init__(self, model: LanguageModel, examined: Any) -> None:
-        self.model, self.examined = model, examined
-        self.graphs = Graphs(model.device)
+    def __init__(self, device: torch.device) -> None:
+        self.graphs = Graphs(device)
         self.state: SlotState | None = None
-        self._watched = (*model.model.parameters(), model.head.weight)
+        self._ends: dict[tuple[int, ...], Tensor] = {}
 
-    @classmethod
-    def of(cls, model: LanguageModel, examined: Any) -> Slots:
-        """Those that the last stream has left, or new ones."""
-        kept: Slots | None = model.kept.pop("slots", None)
-        return kept if kept is not None and kept.examined is examined else cls(model, examined)
+    def begin(self, model: LanguageModel, counts: Counts) -> None:
+        """A stream begins, with empty slots; see `Graphs.begin`."""
+        own = model.model
+        self.graphs.begin((*own.parameters(), *own.buffers(), model.head.weight), counts)
+        if self.state is not None:
+            self.state.clear()
 
     def reserve(self, like: KVCache, count: int, columns: int) -> None:
         """Makes room for ``count`` slots of ``columns`` columns, with what is in them now; ``like`` is any cache.
@@ -248,17 +255,18 @@ class Slots:
             larger.take_over(before)
         self.state = larger
 
-    def step(self, count: int, width: int, drafts: int, sampling: Sampling, eos: tuple[int, ...]) -> Tensor:
+    def step(
+        self, model: LanguageModel, count: int, width: int, drafts: int, sampling: Sampling, eos: tuple[int, ...]
+    ) -> Tensor:
         """`step` over the first ``count`` slots, by its graph."""
         assert self.state is not None
+        if eos not in self._ends:
+            self._ends[eos] = torch.tensor(eos, dtype=torch.long, device=model.device)
 
-        def make() -> Graph:
-            end_tokens = torch.tensor(eos, dtype=torch.long, device=self.model.device)
+        def run(end_tokens: Tensor, *state: Tensor) -> Tensor:
+            return step(model, sampling, end_tokens, width, drafts, SlotState(*state))
 
-            def run(*state: Tensor) -> Tensor:
-                return step(self.model, sampling, end_tokens, width, drafts, SlotState(*state))
-
-            return Graph(run, self.graphs.pool, self._watched, in_place=len(SlotState._fields))
-
-        out: Tensor = self.graphs.get((count, width, drafts, sampling, eos), make)(*self.state.first(count))
+        arguments = (self._ends[eos], *self.state.first(count))
+        graph = self.graphs.get((count, width, drafts, sampling, eos), in_place=len(arguments))
+        out: Tensor = graph(run, *arguments)
         return out

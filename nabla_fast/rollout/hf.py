@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast.config import Sampling
+from nabla_fast.graphs import Counts
 from nabla_fast.models.backbone import joined
 from nabla_fast.models.decode_batch import DecodeBatch, DecodeSingle
 from nabla_fast.models.kv_cache import KVCache, ModelCache
@@ -37,6 +38,9 @@ class HFRollout:
         draft_tokens: most draft tokens that one forward pass verifies; 0 for none.
         graphs: replays captured steps (`nabla_fast.rollout.device`) where model, sampler and stop rule allow it. The
             tokens are the same. On a CPU it is slower, and for tests.
+
+    Attributes:
+        counts: captures in all its streams.
     """
 
     def __init__(
@@ -50,6 +54,11 @@ class HFRollout:
         self.sampler = sampler or Sampler()
         self.draft_tokens = draft_tokens
         self.graphs = graphs
+        self.counts = Counts()
+
+    def graph_stats(self) -> dict[str, float]:
+        """Captures in all streams so far and how long they took; empty without ``graphs``."""
+        return {"captures": self.counts.captures, "capture_seconds": self.counts.seconds} if self.graphs else {}
 
     def fast_kernels(self) -> AbstractContextManager[Any]:
         """See `nabla_fast.models.torch_kernels`."""
@@ -68,7 +77,7 @@ class HFRollout:
         fast = None
         if self.graphs:
             settings = (self.sampler, self.draft_tokens, sampling, stop)
-            fast = device.stream(model, *settings, self.fast_kernels, going_on)
+            fast = device.stream(model, *settings, self.counts, self.fast_kernels, going_on)
         return fast or _Stream(self, sampling, stop)
 
 

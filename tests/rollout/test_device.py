@@ -14,7 +14,7 @@ from nabla_fast import sampling as drawing
 from nabla_fast.config import Sampling
 from nabla_fast.decoder import Decoder
 from nabla_fast.generate import make_pair
-from nabla_fast.models import slots
+from nabla_fast.models import kept, slots
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.objective import Objective
 from nabla_fast.processors import model_sampler
@@ -78,8 +78,15 @@ def tokens_of(drawn):
     return [r.tokens.tolist() for r in drawn]
 
 
+def left(model):
+    """The slots that streams have left for the next one, the last first."""
+    shelf = kept._SHELVES.get(model.model)
+    return [] if shelf is None else [slots for key, slots in reversed(shelf.idle) if key[0] == "rollouts"]
+
+
 def captures(model):
-    return model.kept["slots"].graphs.captures
+    """Of the graphs that are left."""
+    return sum(graph.captures for slots in left(model) for graph in slots.graphs._graphs.values())
 
 
 def assert_same(ours, theirs, tolerance=1e-9):
@@ -169,14 +176,14 @@ def test_rows_join_and_leave_at_different_times():
     assert stream.collect() == []
     stream.close()
     assert len(together) > 2
-    assert len({key[0] for key in model.kept["slots"].graphs._graphs}) > 2, "the number of slots never changed"
+    assert len({key[0] for key in left(model)[0].graphs._graphs}) > 2, "the number of slots never changed"
 
 
 def test_sequences_beyond_the_slots_wait(monkeypatch):
     monkeypatch.setattr(device, "_SLOTS", 2)
     model = language_model()
     assert_same(on_device(model, sequences(9)), plain(model, sequences(9)))
-    assert model.kept["slots"].state.size == 2
+    assert left(model)[0].state.size == 2
 
 
 def test_slots_grow_with_the_sequences(monkeypatch, room):
@@ -210,14 +217,14 @@ def test_another_stream_uses_slots_and_graphs_again(room):
 
     for _ in range(2):
         on_device(model, two(20, [(9,) * 20]), draft_tokens=4)
-    before, made = model.kept["slots"], captures(model)
+    before, made = left(model)[0], captures(model)
     assert_same(on_device(model, two(9), draft_tokens=4), plain(model, two(9)))
-    assert model.kept["slots"] is before
+    assert left(model) == [before]
     assert captures(model) == made, "captured again"
     with torch.no_grad():
         model.model.base_model.norm.weight.mul_(0.5)
     assert_same(on_device(model, two(9)), plain(model, two(9)))
-    assert model.kept["slots"] is not before, "the model has changed"
+    assert before not in left(model), "the model has changed"
 
 
 def test_two_streams_at_once_have_slots_of_their_own():
@@ -246,10 +253,10 @@ def test_inference_mode_leaves_nothing_that_later_calls_cannot_use():
 def test_a_batch_has_one_capture_for_each_number_of_slots_and_tokens(room):
     model = language_model()
     on_device(model, [Sequence((5, 6, 7), (), seed, 24, drawn=[(9,) * 24]) for seed in range(3)], draft_tokens=3)
-    found = model.kept["slots"].graphs
+    found = left(model)[0].graphs
     assert {(4, 5, 3), (4, 1, 0)} <= {key[:3] for key in found._graphs}
     assert {graph.captures for graph in found._graphs.values()} <= {0, 1}
-    assert found.captures > 0
+    assert captures(model) > 0
 
 
 # Sampling
@@ -448,7 +455,7 @@ def test_a_slot_that_a_late_stop_has_left_is_clean_for_the_next_row():
         stream.submit(sequence)
         ended.update(stream.collect())
     assert_same([ended[s] for s in given], plain(model, again, stop=stop))
-    assert model.kept == {}
+    assert left(model) == []
     assert stream._state.size == 1
 
 
@@ -481,7 +488,7 @@ def test_a_response_that_has_ended_is_left_as_it_is():
         assert drawn.latents.shape == (0, 24)
 
 
-def test_a_closed_stream_leaves_empty_slots():
+def test_a_stream_begins_with_empty_slots():
     model = shared()
     stream = OnDevice(model).open(SAMPLING, NEVER)
     stream.submit(Sequence((5, 6), (), 0, 2))
@@ -489,7 +496,11 @@ def test_a_closed_stream_leaves_empty_slots():
     stream.collect()
     stream.close()
     stream.close()
-    assert bool(model.kept["slots"].state.ended.all())
+    slots = left(model)[0]
+    assert not bool(slots.state.ended.all())
+    slots.begin(model, graphs.Counts())
+    assert bool(slots.state.ended.all())
+    assert not bool(slots.state.kv.any())
     assert_same(on_device(model, sequences(9)), plain(model, sequences(9)))
 
 
@@ -507,7 +518,11 @@ def test_unreadable_logits_are_an_error_that_names_the_position(value):
         with pytest.raises(FloatingPointError, match=f"logits at response position {place + 1};"):
             stream.collect()
         stream.close()
-    assert "slots" not in model.kept, "slots with NaN in them are not for another stream"
+    # What is left of NaN in the slots is not for another stream.
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight.data[drawn.tokens[place]] = 0.0
+    assert len(left(model)) == 1
+    assert_same(on_device(model, sequences(16)), plain(model, sequences(16)))
 
 
 # Graphs
@@ -546,7 +561,7 @@ def test_a_whole_decode_comes_to_the_same_answers(room):
         objective = Objective(pair.language_model, pair.reward_model, config)
         Decoder(objective, backend, Sampler(), StopRule(frozenset({3}))).decode(given)
         decoded.append(given)
-    assert pair.language_model.kept["slots"].graphs.captures > 0
+    assert captures(pair.language_model) > 0
     for usual, ours in zip(*decoded, strict=True):
         assert ours.current.tokens.tolist() == usual.current.tokens.tolist()
         assert ours.current.reward == pytest.approx(usual.current.reward)
