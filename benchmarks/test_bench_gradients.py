@@ -81,8 +81,8 @@ def measure_gradients(setting: Setting, ahead: int, batch: int) -> Record:
             settings[COMPILED] = config.replace(compile=True)
     sides: dict[str, Any] = {name: Ours(loaded, own, batch, tokens) for name, own in settings.items()}
     sides["published"] = functools.partial(published, loaded, config, batch, tokens, latents)
-    first = {name: side() for name, side in sides.items()}  # prompts, captures, and the choice of kernels
-    del first
+    for side in sides.values():  # prompts, captures, and the choice of kernels
+        side()
     figures = compare(sides, setting.device, repeats=1 if setting.quick else 3, again=not setting.quick)
     for name, figure in figures.items():
         figure["median_ms"] /= GRADIENTS[setting.device.type]

@@ -115,6 +115,14 @@ def require_same(one: nf.NablaOutput, other: nf.NablaOutput) -> None:
     assert all(getattr(one.stats.totals, name) == getattr(other.stats.totals, name) for name in names)
 
 
+def decoded_apart(models: Any, devices: PretendedDevices, config: nf.NablaConfig = CONFIG) -> nf.NablaOutput:
+    """A decode with each model on a device of its own."""
+    devices.put_module(models[0], LANGUAGE)
+    devices.put_module(models[2], REWARD)
+    with devices:
+        return nf.generate(*models, PROMPTS, config)
+
+
 VARIANTS = [
     {"parameterization": "logits", "anchor": "argmax", "checkpoint_activations": True},
     {"update_postfix": True, "max_iters": 2},
@@ -129,10 +137,7 @@ def test_two_models_on_two_devices_decode_what_they_decode_on_one(
     models = pair()
     config = CONFIG.replace(**variant)
     expected = nf.generate(*models, PROMPTS, config)
-    devices.put_module(models[0], LANGUAGE)
-    devices.put_module(models[2], REWARD)
-    with devices:
-        output = nf.generate(*models, PROMPTS, config)
+    output = decoded_apart(models, devices, config)
     require_same(output, expected)
     assert all(x.device == torch.device("cpu") for x in output.sequences)
     assert devices.operations[LANGUAGE] > 0
@@ -143,10 +148,7 @@ def test_of_the_reward_model_its_table_once_and_gradients_move_and_of_the_langua
     devices: PretendedDevices,
 ) -> None:
     models = pair()
-    devices.put_module(models[0], LANGUAGE)
-    devices.put_module(models[2], REWARD)
-    with devices:
-        output = nf.generate(*models, PROMPTS, CONFIG)
+    output = decoded_apart(models, devices)
     evaluations = output.stats.totals.gradient_evaluations
     moved = devices.copies[REWARD, LANGUAGE] - len(models[1]) * WIDTH
     # Per evaluation a reward, and of each token ahead one row.
@@ -165,10 +167,7 @@ def test_families_and_vocabularies_on_two_devices(
 ) -> None:
     models = pair(family, reward_family, shuffle=shuffle)
     expected = nf.generate(*models, PROMPTS, CONFIG)
-    devices.put_module(models[0], LANGUAGE)
-    devices.put_module(models[2], REWARD)
-    with devices:
-        output = nf.generate(*models, PROMPTS, CONFIG)
+    output = decoded_apart(models, devices)
     require_same(output, expected)
 
 
@@ -244,10 +243,7 @@ def test_a_reward_model_that_is_run_as_it_is_on_another_device(devices: Pretende
     models[2].forward = negated
     with pytest.warns(UserWarning, match="run as it is"):
         expected = nf.generate(*models, PROMPTS, CONFIG)
-    devices.put_module(models[0], LANGUAGE)
-    devices.put_module(models[2], REWARD)
-    with devices:
-        output = nf.generate(*models, PROMPTS, CONFIG)
+    output = decoded_apart(models, devices)
     assert [x.tolist() for x in output.sequences] == [x.tolist() for x in expected.sequences]
 
 
