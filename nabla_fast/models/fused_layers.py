@@ -70,6 +70,10 @@ def fused_layers(model: Any, name: str) -> FusedLayers:
 
 def find(model: Any) -> FusedLayers:
     """Tries the layers of a model: one of each class, size and setting stands for the others."""
+    # What is quantised or off-loaded says nothing of the numbers that layers compute with.
+    like_model = next((x for x in model.parameters() if _is_plain(x)), None)
+    if like_model is None:
+        return FusedLayers()
     tried: dict[Any, _Kind | None] = {}
     norms = []
     for module in model.modules():
@@ -80,13 +84,12 @@ def find(model: Any) -> FusedLayers:
         like = None if weight is None else (tuple(weight.shape), weight.dtype, weight.device)
         key = (type(module), like, repr(settings))
         if key not in tried:
-            tried[key] = _kind_of_norm(module, next(model.parameters()))
+            tried[key] = _kind_of_norm(module, like_model)
         kind = tried[key]
         if kind is not None:
             norms.append((module, partial(_norm, module, module.forward, kind, _Offset())))
     classes = {type(module).__module__ for module in model.modules() if "Attention" in type(module).__name__}
     pages = [sys.modules[page] for page in sorted(classes) if callable(getattr(sys.modules.get(page), _ROTARY, None))]
-    like_model = next(model.parameters())
     functions = [
         (page, partial(_rotated, getattr(page, _ROTARY)))
         for page in pages
@@ -151,12 +154,17 @@ def _epsilon(module: Any) -> float | None:
     return next((float(value) for value in values if isinstance(value, (int, float))), None)
 
 
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight is neither quantised nor off-loaded."""
+    return weight.is_floating_point() and torch.finfo(weight.dtype).bits >= 16 and not weight.is_meta
+
+
 def _kind_of_norm(module: Any, like: Tensor) -> _Kind | None:
     epsilon = _epsilon(module)
     assert epsilon is not None
     weight = module.weight if hasattr(module, "weight") else None
     like = like if weight is None else weight
-    if not like.is_floating_point() or torch.finfo(like.dtype).bits < 16 or like.is_meta:
+    if not _is_plain(like):
         return None
     width = 64 if weight is None else len(weight)
     for offset in (False,) if weight is None else (False, True):
@@ -210,7 +218,7 @@ def _is_rotary(function: Callable[..., Any], like: Tensor) -> bool:
         names = list(inspect.signature(function).parameters)
     except (ValueError, TypeError):
         return False
-    if names[:4] != ["q", "k", "cos", "sin"] or like.dtype == torch.float64 or like.is_meta:
+    if names[:4] != ["q", "k", "cos", "sin"] or like.dtype == torch.float64:
         return False
     cos, sin = (_random((2, 3, 8), like, seed) for seed in (2, 3))
     q, k = _random((2, 4, 3, 8), like, 0), _random((2, 2, 3, 8), like, 1)

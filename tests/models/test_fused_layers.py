@@ -100,6 +100,28 @@ class _MeanFreeNorm(_Norm):
         return super().forward(x - x.mean(-1, keepdim=True))
 
 
+class _NormWithoutWeight(torch.nn.Module):
+    eps = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [torch.ones(4, dtype=torch.int8), torch.ones(4, device="meta"), torch.ones(4).to(torch.float8_e4m3fn)],
+    ids=["int8", "off-loaded", "float8"],
+)
+def test_the_numbers_to_try_with_are_like_a_weight_that_is_there(first: Tensor) -> None:
+    norm = _NormWithoutWeight()
+    model = _Model(torch.nn.Identity(), norm, torch.nn.Linear(4, 4))
+    model.norms[0].weight = torch.nn.Parameter(first, requires_grad=False)
+    assert next(model.parameters()) is model.norms[0].weight
+    assert [module for module, _ in find(model).norms] == [norm]
+    del model.norms[2]
+    assert find(model).norms == ()
+
+
 def test_other_layers_stay() -> None:
     usual, offset = _Norm(), _Norm(lambda weight: 1 + weight)
     doubled = _Norm(lambda weight: 2 * weight)
