@@ -102,7 +102,8 @@ class NablaConfig:
             again.
         graphs: on a GPU, launch a gradient as one CUDA graph, and rollouts as one a token. It takes memory for each
             size of a batch. Models that cannot be captured run as they are, and so do gradients with
-            ``checkpoint_activations``, since graphs keep activations. On a CPU it changes nothing.
+            ``checkpoint_activations``, since graphs keep activations. Later calls with the same models use them again
+            (`nabla_fast.clear_graphs`). On a CPU it changes nothing.
         compile: compile a decoder layer of each model by ``torch.compile``, for gradients and rewards. It takes from
             seconds to minutes at first; not together with ``checkpoint_activations``.
         backend: which kernels the operators use.
