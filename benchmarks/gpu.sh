@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
 # Builds, tests, sanitizes and measures nabla_fast on a bare machine with one GPU, within ten minutes.
 #
-#     benchmarks/gpu.sh DIR [--only build|test|sanitize|ops|gradients|dto|rollouts|generate]
+#     benchmarks/gpu.sh DIR [--only build|test|sanitize|ops|gradients|dto|rollouts|generate|vllm]
 #
 # It needs torch, triton, transformers, rich, typer, pytest, hypothesis, cmake, nvcc and a C++ compiler, and no network;
-# nothing is installed; with pytest-xdist the tests share the cores. DIR gets few files: status.tsv (part, result,
-# seconds), report.log (all output) and one JSON per suite. Parts that DIR says are done are not run again, so that a
-# run that was cut, or ran out of time, goes on; --only runs a part whatever DIR says. PYTHON names the interpreter,
-# BUDGET the seconds of one run.
+# nothing is installed; with pytest-xdist the tests share the cores, and with vllm rollouts are compared with its. DIR
+# gets few files: status.tsv (part, result, seconds), report.log (all output) and one JSON per suite. Parts that DIR says
+# are done are not run again, so that a run that was cut, or ran out of time, goes on; --only runs a part whatever DIR
+# says. PYTHON names the interpreter, BUDGET the seconds of one run.
 set -uo pipefail
 
 usage() {
-    sed -n '2,11s/^# \{0,1\}//p' "$0"
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
     exit 2
 }
 
-parts=(build test gradients rollouts generate ops dto sanitize)
+parts=(build test gradients rollouts generate vllm ops dto sanitize)
 out="" only=""
 while (($#)); do
     case "$1" in
@@ -40,6 +40,7 @@ cd "$(dirname "$0")/.." || exit 2
 python="${PYTHON:-python3}"
 budget="${BUDGET:-570}"
 status="$out/status.tsv" log="$out/report.log"
+missing=77  # exit status of a part for which something is not installed
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 touch "$status"
 
@@ -77,18 +78,25 @@ sanitize() {
     return "$failed"
 }
 
-measure() {  # goes on where it was cut
-    "$python" benchmarks/run.py --device cuda --suite "$1" --output "$out/$1.json"
+measure() {  # a suite, and names of its cases; goes on where it was cut
+    "$python" benchmarks/run.py --device cuda --suite "$1" --only "$2" --output "$out/${3:-$1}.json"
 }
 
 suite_of() { echo "${1/#ops/operators}"; }
+
+compare_with_vllm() {
+    "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("vllm") is None)' || return "$missing"
+    measure rollouts vllm- vllm
+}
 
 run_part() {
     case "$1" in
         build) build ;;
         test) gpu_tests ;;
         sanitize) sanitize ;;
-        *) measure "$(suite_of "$1")" ;;
+        vllm) compare_with_vllm ;;
+        rollouts) measure rollouts rollouts- ;;
+        *) measure "$(suite_of "$1")" "" ;;
     esac
 }
 
@@ -110,6 +118,7 @@ note() {
 
 # No part may use up the time of those after it; alone it may have all.
 declare -A longest=([build]=200 [test]=200 [sanitize]=150 [ops]=150 [gradients]=250 [dto]=150 [rollouts]=150 [generate]=300)
+longest[vllm]=300
 
 failed=0
 for part in "${parts[@]}"; do
@@ -129,10 +138,11 @@ for part in "${parts[@]}"; do
     code=${PIPESTATUS[0]}
     case "$code" in
         0) note "$part" ok $((SECONDS - begun)) ;;
+        "$missing") note "$part" "not run: $part is not installed" $((SECONDS - begun)) ;;
         124 | 137) note "$part" "cut after $left s" $((SECONDS - begun)) ;;
         *) note "$part" "failed, exit status $code" $((SECONDS - begun)) ;;
     esac
-    ((code)) && failed=1
+    ((code && code != missing)) && failed=1
 done
 "$python" benchmarks/tables.py "$out"
 exit "$failed"

@@ -30,6 +30,7 @@ from measure import steady_allocator
 from rich.console import Console
 from tables import FORMAT, summary
 
+from nabla_fast.models.kept import clear_graphs
 from nabla_fast.whole_files import part_of, require_own_files
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,7 +52,7 @@ SUITES = {
     "gradients": ("gradients",),
     "dto": ("dto",),
     "generate": ("generate",),
-    "rollouts": ("rollouts",),
+    "rollouts": ("rollouts", "vllm"),
 }
 
 
@@ -189,6 +190,7 @@ def run_case(case: Case) -> Record:
 
 def free_memory() -> None:
     """Forgets what a case has left, compiled graphs too: torch keeps eight of a function and then runs it eagerly."""
+    clear_graphs()
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     gc.collect()

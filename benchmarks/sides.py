@@ -6,6 +6,7 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,8 +56,16 @@ def compare(sides: Mapping[str, Side], device: torch.device, *, repeats: int, ag
     }
 
 
-def side_record(suite: str, name: str, model: str, dtype: torch.dtype, shape: dict[str, Any], figures: Any) -> Record:
-    """The record of a comparison; nothing bounds it but the models."""
+def side_record(
+    suite: str,
+    name: str,
+    model: str,
+    dtype: torch.dtype,
+    shape: dict[str, Any],
+    figures: Any,
+    skipped: Mapping[str, str] = MappingProxyType({}),
+) -> Record:
+    """The record of a comparison; nothing bounds it but the models. ``skipped``: side → why it was not run."""
     return {
         "suite": suite,
         "name": name,
@@ -65,7 +74,7 @@ def side_record(suite: str, name: str, model: str, dtype: torch.dtype, shape: di
         "shape": shape,
         "floor": None,
         "contenders": figures,
-        "skipped": {},
+        "skipped": dict(skipped),
     }
 
 

@@ -20,6 +20,7 @@ OURS = "nabla_fast"
 NO_CACHE, CHECKPOINTED = f"{OURS}, no cache", f"{OURS}, checkpointed"
 ALONE, NO_DRAFTS = "one after the other", "without drafts"
 NO_GRAPHS, COMPILED = f"{OURS}, without graphs", f"{OURS}, compiled"
+VLLM = "vLLM"
 """What the package as a whole goes by where it is a contender, and variants of its settings."""
 OPERATOR_COLUMNS = ("case", "ours", "time", "time/floor", "× eager", "× compiled", "× library", "memory")
 BRIEF_COLUMNS = ("what", "model", "machine", "nabla_fast", "published schedule", "times faster", "peak memory")
@@ -121,19 +122,26 @@ def side_cells(record: Record) -> list[str]:
 def rollout_cells(record: Record) -> list[str]:
     """One cell for each of `ROLLOUT_COLUMNS`."""
     contenders = record["contenders"]
-    (other,) = (name for name in contenders if name != OURS)
     ours = contenders[OURS]
     calls = ours.get("calls")
+    others = [name for name in contenders if name != OURS]
+    if others:
+        (other,) = others
+        time, error = milliseconds(contenders[other]["median_ms"]), share(contenders[other]["error"])
+        faster = factor(times_faster(record, other)) + ("" if clean(record) else " *")
+    else:
+        (other,) = record["skipped"].values()
+        time = faster = error = "-"
     return [
         label(record),
         milliseconds(ours["median_ms"]),
         other,
-        milliseconds(contenders[other]["median_ms"]),
-        factor(times_faster(record, other)) + ("" if clean(record) else " *"),
+        time,
+        faster,
         str(ours["tokens"]),
         factor(calls and calls / ours["tokens"]),
         factor(calls and ours["accepted"] / calls),
-        share(contenders[other]["error"]),
+        error,
     ]
 
 
@@ -269,7 +277,15 @@ def _overview_cells(record: Record) -> list[str]:
     name, ours = best_of_ours(record)
     over = f"{ours['over_floor']:.2f}" if "over_floor" in ours else "-"
     memory = share(memory_share(record, "eager") or memory_share(record, "published"))
-    return [record["case"], name, milliseconds(ours["median_ms"]), over, factor(times_faster(record, "")), memory]
+    without = "".join(f", {reason}" for other, reason in record.get("skipped", {}).items() if other == VLLM)
+    return [
+        record["case"] + without,
+        name,
+        milliseconds(ours["median_ms"]),
+        over,
+        factor(times_faster(record, "")),
+        memory,
+    ]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from cases import Case, Record, Setting
 from pairs import Loaded, RandomRollouts, Replay, numbered_chat
 from published_schedule import PublishedSchedule
 from sides import Outcome, compare, side_record
-from tables import NO_CACHE, OURS
+from tables import CHECKPOINTED, NO_CACHE, OURS
 from test_bench_dto import load
 
 import nabla_fast as nf
@@ -36,6 +36,9 @@ QUESTIONS = (
 )
 ANCHORS = ("argmax", "rollout")
 BATCHES = (1, 4, 16)
+# Tokens of an answer of each. Graphs keep the activations of both models, by computation 10 MB a token, and the first
+# call of another size takes nearly as much again: 16 answers of 1,024 tokens would not fit into 140 GB.
+LONGEST = (1024, 1024, 256)
 _COUNTED = ("gradient_evaluations", "dto_iterations", "optimised_positions", "rollouts", "rejections", "reward_calls")
 
 
@@ -48,7 +51,8 @@ def ours(loaded: Loaded, chats: list[Any], config: nf.NablaConfig, rollouts: Any
     with torch.no_grad():
         objective = Objective(pair.language_model, pair.reward_model, config)
         decoder.Decoder(objective, rollouts, Sampler(), stop_rule(pair, config)).decode(sequences)
-    return _outcome([s.stats for s in sequences], [s.current.tokens for s in sequences])
+    outcome = _outcome([s.stats for s in sequences], [s.current.tokens for s in sequences])
+    return outcome | objective.graph_stats()
 
 
 def published(loaded: Loaded, chats: list[Any], config: nf.NablaConfig, rollouts: Any) -> Outcome:
@@ -77,6 +81,8 @@ def measure_generate(setting: Setting, chats: list[Any], config: nf.NablaConfig,
     settings = {OURS: config, NO_CACHE: config.replace(gradient_cache=False), "published": config}
     if not on_cpu:  # a GPU is lent for minutes
         del settings[NO_CACHE]
+        if len(chats) == BATCHES[-1]:
+            settings[CHECKPOINTED] = config.replace(checkpoint_activations=True)
     sides = {
         name: functools.partial(published if name == "published" else ours, loaded, chats, own, rollouts)
         for name, own in settings.items()
@@ -106,12 +112,10 @@ def cases(setting: Setting) -> list[Case]:
             for anchor in ANCHORS
         ]
         return both[:1] if setting.quick else both
-    tokens = 128 if setting.quick else 1024
     # The gradient criterion is taken and always passes, so that the work does not depend on what the weights say.
     config = nf.NablaConfig.published(
         "math500",
         parameterization="latents",
-        max_new_tokens=tokens,
         confidence_threshold=None,
         gradient_threshold=0.0,
         eos_token_ids=(),
@@ -120,11 +124,10 @@ def cases(setting: Setting) -> list[Case]:
         case(
             f"batch-{batch}",
             [numbered_chat(i) for i in range(batch)],
-            # With more sequences than one, activations of all do not fit beside the models.
-            config.replace(checkpoint_activations=batch > 1),
+            config.replace(max_new_tokens=128 if setting.quick else tokens),
             {"prompts": batch},
         )
-        for batch in BATCHES
+        for batch, tokens in zip(BATCHES, LONGEST, strict=True)
     ]
 
 

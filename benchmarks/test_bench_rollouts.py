@@ -8,6 +8,8 @@ and against transformers' own ``generate``, which draws other tokens.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -131,16 +133,22 @@ def decode(loaded: Loaded, chats: list[Any], config: nf.NablaConfig) -> Outcome:
 
 
 def measure_rollouts(
-    setting: Setting, name: str, chats: list[Any], sides: dict[str, Any], shape: Any, repeats: int
+    setting: Setting,
+    name: str,
+    chats: list[Any],
+    sides: dict[str, Any],
+    shape: Any,
+    repeats: int,
+    skipped: Mapping[str, str] = MappingProxyType({}),
 ) -> Record:
-    """``sides`` are functions of a pair and chats."""
+    """``sides`` are functions of a pair and chats; ``skipped``: side → why it is not run."""
     loaded, _ = load(setting.device)
     for side in sides.values():  # first calls choose kernels
         side(loaded, chats[:1])
     made = {who: functools.partial(side, loaded, chats) for who, side in sides.items()}
     figures = compare(made, setting.device, repeats=1 if setting.quick else repeats, again=False)
     dtype = loaded.models.language_model.dtype
-    return side_record("rollouts", name, loaded.name, dtype, {"prompts": len(chats), **shape}, figures)
+    return side_record("rollouts", name, loaded.name, dtype, {"prompts": len(chats), **shape}, figures, skipped)
 
 
 def cases(setting: Setting) -> list[Case]:
@@ -149,10 +157,10 @@ def cases(setting: Setting) -> list[Case]:
 
     on_cpu = setting.device.type == "cpu"
     tokens = 8 if setting.quick else 64
-    ends = {} if on_cpu else {"eos_token_ids": ()}
-    config = nf.NablaConfig(max_new_tokens=tokens, **ends)
+    config = nf.NablaConfig(max_new_tokens=tokens)
     asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
     if not on_cpu:
+        config = gpu_config(setting)
         return [
             case(f"batch-{batch}-{other.split()[-1]}", "first rollouts", *_on_a_gpu(config, batch, other))
             for batch in ((2,) if setting.quick else BATCHES)
@@ -185,6 +193,19 @@ def cases(setting: Setting) -> list[Case]:
         shape = {"at once": at_once, "tokens": tokens, "rollouts": rollouts}
         both.append(case(f"drafts-{at_once}", "a decode's rollouts", some, sides, shape, 1))
     return both
+
+
+def gpu_config(setting: Setting) -> nf.NablaConfig:
+    """Settings for models of random weights.
+
+    Their logits are so close that at the usual temperature a nucleus is half of the vocabulary; at this one it is a few
+    tokens, as with trained models.
+    """
+    return nf.NablaConfig(
+        max_new_tokens=8 if setting.quick else 64,
+        eos_token_ids=(),
+        rollout=nf.Sampling(temperature=0.1, top_p=0.95),
+    )
 
 
 def _on_a_gpu(config: nf.NablaConfig, batch: int, other: str) -> tuple[Any, ...]:

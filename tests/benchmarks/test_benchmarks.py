@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import io
 import json
 import os
 import subprocess
@@ -22,8 +23,11 @@ import tables
 import test_bench_dto
 import test_bench_generate
 import test_bench_relaxed_stats
+import test_bench_rollouts
 import test_bench_sampling
+import test_bench_vllm
 import torch
+from rich.console import Console
 from shapes import Shape
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
@@ -32,6 +36,7 @@ import nabla_fast as nf
 from nabla_fast import cli
 from nabla_fast.cli import bench
 from nabla_fast.generate import make_pair
+from nabla_fast.rollout.engine import Completion
 from nabla_fast.testing.models import tiny_language_model, tiny_reward_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -265,6 +270,74 @@ def test_models_of_random_weights_decode_random_rollouts():
     assert outcome["optimised_positions"] >= 4
 
 
+@pytest.mark.parametrize(("prompts", "checkpointed"), [(4, False), (16, True)])
+def test_decodes_on_a_gpu_have_graphs_and_the_largest_batch_is_checkpointed_besides(prompts, checkpointed, monkeypatch):
+    loaded, chat = tiny_pair()
+    compared = {}
+    monkeypatch.setattr(test_bench_generate, "load", lambda device: (loaded, chat))
+    monkeypatch.setattr(test_bench_generate, "compare", lambda sides, *_, **__: compared.update(sides) or {})
+    on_a_gpu = cases.Setting(torch.device("cuda"))
+    (case,) = (case for case in test_bench_generate.cases(on_a_gpu) if case.name == f"generate-batch-{prompts}")
+    _, chats, config, which = case.run.args
+    assert (len(chats), which) == (prompts, {"prompts": prompts})
+    test_bench_generate.measure_generate(on_a_gpu, [chat] * prompts, config, which)
+    settings = {name: side.args[2] for name, side in compared.items()}
+    assert set(settings) == {tables.OURS, "published"} | ({tables.CHECKPOINTED} if checkpointed else set())
+    assert settings[tables.OURS].graphs
+    assert not settings[tables.OURS].checkpoint_activations
+    if checkpointed:
+        assert settings[tables.CHECKPOINTED].checkpoint_activations
+
+
+class Echo:
+    """Stands for vLLM, and for its running requests: each token is that of the prompt's end."""
+
+    def open(self):
+        self.sent = {}
+        return self
+
+    def send(self, key, request):
+        self.sent[key] = Completion(request.prompt_ids[-1:] * request.max_tokens, "length")
+
+    def wait(self):
+        return [self.sent.popitem()]
+
+    def close(self):
+        assert not self.sent
+
+
+@pytest.fixture
+def vllm_case(monkeypatch):
+    loaded, chat = tiny_pair()
+    monkeypatch.setattr(test_bench_rollouts, "load", lambda device: (loaded, chat))
+    monkeypatch.setattr(test_bench_vllm, "started", lambda device: (Echo(), None))
+    other = [{"role": "user", "content": "12 + 24 ="}]
+    config = nf.NablaConfig(max_new_tokens=4, eos_token_ids=())
+    return functools.partial(test_bench_vllm.measure_vllm, chats=[chat, other], config=config)
+
+
+def test_rollouts_are_compared_with_vllm(setting, vllm_case, monkeypatch):
+    monkeypatch.setattr(test_bench_vllm, "why_not_installed", lambda *_: None)
+    record = vllm_case(setting)
+    assert {who: figures["tokens"] for who, figures in record["contenders"].items()} == {tables.OURS: 8, "vLLM": 8}
+    assert record["shape"] == {"prompts": 2, "tokens": 4}
+    row = dict(zip(tables.ROLLOUT_COLUMNS, tables.rollout_cells(record), strict=True))
+    assert row["other"] == "vLLM"
+    assert float(row["times faster"].rstrip(" *")) > 0
+
+
+def test_a_missing_vllm_is_told_of(setting, vllm_case, tmp_path):
+    record = vllm_case(dataclasses.replace(setting, device=torch.device("cpu")))
+    (reason,) = record["skipped"].values()
+    assert list(record["contenders"]) == [tables.OURS]
+    row = dict(zip(tables.ROLLOUT_COLUMNS, tables.rollout_cells(record), strict=True))
+    assert (row["other"], row["time"], row["times faster"]) == (reason, "-", "-")
+    (tmp_path / "vllm.json").write_text(json.dumps({"records": [{"case": "vllm-batch-2", **record}]}))
+    console = Console(width=300, record=True, file=io.StringIO())
+    console.print(tables.overview(tmp_path))
+    assert reason in console.export_text()
+
+
 class Calls(TorchDispatchMode):
     """Counts PyTorch's operators, without those that only look at a tensor in another way."""
 
@@ -479,13 +552,13 @@ def test_gpu_script_needs_a_gpu(tmp_path):
 
 
 def test_gpu_script_goes_on_with_what_was_not_done(tmp_path):
-    """With a stand-in for Python that measures at once, and never the decodes."""
-    stand_in, log, out = tmp_path / "python", tmp_path / "log", tmp_path / "out"
+    """With a stand-in for Python that measures at once, and never the decodes; at first it has no vLLM."""
+    stand_in, log, out, vllm = (tmp_path / name for name in ("python", "log", "out", "vllm"))
     stand_in.write_text(
         f"""#!/usr/bin/env bash
 echo "$*" >> {log}
 [[ "$*" == *run.py* ]] && echo "{{}}" > "${{@: -1}}"
-[[ "$*" != *"--suite generate"* ]]
+[[ "$*" != *"--suite generate"* ]] && [[ "$*" != *find_spec* || -e {vllm} ]]
 """
     )
     stand_in.chmod(0o755)
@@ -494,17 +567,22 @@ echo "$*" >> {log}
         log.write_text("")
         environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(stand_in)}
         done = subprocess.run([BENCHMARKS / "gpu.sh", out, *only], env=environment, capture_output=True, text=True)
-        suites = [line.split("--suite ")[1].split()[0] for line in log.read_text().splitlines() if "--suite" in line]
-        return done.returncode, suites
+        measured = [Path(line.split()[-1]).stem for line in log.read_text().splitlines() if "--suite" in line]
+        return done.returncode, measured
 
     assert run_parts() == (1, ["gradients", "rollouts", "generate", "operators", "dto"])
     lines = [line.split("\t")[:2] for line in (out / "status.tsv").read_text().splitlines()]
     failed = "failed, exit status 1"
-    assert dict(lines) == dict.fromkeys(["build", "test", "ops", "gradients", "dto", "rollouts"], "ok") | dict.fromkeys(
-        ["sanitize", "generate"], failed
-    )
+    assert dict(lines) == {
+        **dict.fromkeys(["build", "test", "ops", "gradients", "dto", "rollouts"], "ok"),
+        **dict.fromkeys(["sanitize", "generate"], failed),
+        "vllm": "not run: vllm is not installed",
+    }
+    assert run_parts("--only", "vllm") == (0, [])
+    vllm.touch()
     measured = out / "operators.json"
     measured.write_text("kept")
+    assert run_parts() == (1, ["generate", "vllm"])
     assert run_parts() == (1, ["generate"])
     assert measured.read_text() == "kept"
     assert run_parts("--only", "ops") == (0, ["operators"])
