@@ -430,7 +430,7 @@ def test_the_reward_models_stream_is_waited_for_also_after_an_error(
 
     waits: list[tuple[str, str]] = []
     case, current = setting(), Stream("current")
-    monkeypatch.setattr(case.objective, "_reward_stream", Stream("reward"))
+    monkeypatch.setattr(case.objective._side, "_stream", Stream("reward"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: waits.append(("kept", stream.name)))
