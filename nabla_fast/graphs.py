@@ -31,6 +31,25 @@ def usable(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and TRACE_ON_CPU)
 
 
+_streams: WeakSet[Any] = WeakSet()
+_drawing = threading.Lock()
+
+
+def separate_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream of a GPU that is none of those given out here before and still held.
+
+    PyTorch gives out 32 in turn, again and again. Matrix products of one stream share scratch memory, whose address a
+    graph holds; so what runs beside a graph must be on, or captured on, another stream.
+    """
+    with _drawing:
+        for _ in range(32):
+            stream = torch.cuda.Stream(device)
+            if stream not in _streams:
+                break
+        _streams.add(stream)
+        return stream
+
+
 class CaptureError(RuntimeError):
     """A function cannot be captured; the message says why."""
 
@@ -62,7 +81,7 @@ class Pool:
         self.watched: tuple[Tensor, ...] = ()
         self.counts = Counts()
         self.lock = threading.RLock()
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = separate_stream(device) if device.type == "cuda" else None
         self.outputs: list[Tensor] = []
         self._recorded: WeakSet[Any] = WeakSet()
 

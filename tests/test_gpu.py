@@ -58,6 +58,28 @@ def test_graphs_decode_what_is_decoded_without(dtype: torch.dtype, family: str) 
     assert ours.stats.totals.counters() == plain.stats.totals.counters()
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_later_calls_use_graphs_again(family: str) -> None:
+    """Also after weights have changed in place, of which Gemma's norms keep something."""
+    pair = models(torch.float32, family)
+    config = test_decoder.BASE
+    for _ in range(2):
+        nf.generate(*pair, PROMPTS, config)
+    third = nf.generate(*pair, PROMPTS, config)
+    assert third.stats.graphs["captures"] == 0
+    assert tokens(third) == tokens(nf.generate(*pair, PROMPTS, config.replace(graphs=False)))
+    with torch.no_grad():
+        for model in (pair[0], pair[2]):
+            for weight in model.parameters():
+                weight.mul_(1.5)
+    again = nf.generate(*pair, PROMPTS, config)
+    assert tokens(again) == tokens(nf.generate(*pair, PROMPTS, config.replace(graphs=False)))
+    before = torch.cuda.memory_reserved()
+    del third, again
+    nf.clear_graphs()
+    assert torch.cuda.memory_reserved() < before
+
+
 def test_a_model_that_moves_is_captured_anew() -> None:
     pair = models(torch.float64)
     before = nf.generate(*pair, PROMPTS, test_decoder.BASE)

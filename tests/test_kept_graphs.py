@@ -14,9 +14,11 @@ import torch
 
 import nabla_fast as nf
 from nabla_fast import baselines, graphs
+from nabla_fast.generate import make_pair
 from nabla_fast.models import kept, torch_kernels
-from nabla_fast.models.graphed import Graphed
-from nabla_fast.testing.models import tiny_language_model, tiny_reward_model, tiny_tokenizer
+from nabla_fast.models.fused_layers import FusedLayers, find
+from nabla_fast.models.graphed import Graphed, head_settings
+from nabla_fast.testing.models import FAMILIES, tiny_language_model, tiny_reward_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -377,10 +379,62 @@ def test_few_sets_are_kept_for_a_model() -> None:
     assert [place.take(lambda: nothing) for _ in sets] == [*reversed(sets[2:]), nothing, nothing]
 
 
+def test_graphs_with_other_fused_layers_are_not_taken() -> None:
+    """These have tensors of their own, made of the weights, whose addresses captures hold."""
+    models = pair()
+    warm(models)
+    backbone = make_pair(*models, CONFIG).language_model.backbone
+    before = left(models[0])
+    for fused in (backbone.fused, find(models[0]), find(models[0])):
+        backbone.fused = fused
+        graphed = Graphed(backbone, lambda *_: _, gradient_settings(models), True)
+        assert (graphed.graphs in before) == (fused == FusedLayers())
+        graphed.close()
+
+
+def gradient_settings(models: Any) -> tuple[Any, ...]:
+    """Of the likelihood, as `nabla_fast.models.graphed` has them."""
+    return "likelihood", CONFIG.backend, *head_settings(make_pair(*models, CONFIG).language_model)
+
+
+def test_streams_differ_while_they_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch gives out 32 in turn."""
+
+    class Stream:
+        made = 0
+
+        def __init__(self, _: torch.device) -> None:
+            self.number = Stream.made % 32
+            Stream.made += 1
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Stream) and self.number == other.number
+
+        def __hash__(self) -> int:
+            return hash(self.number)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    device = torch.device("cuda")
+    held = [graphs.separate_stream(device) for _ in range(3)]
+    for _ in range(100):
+        assert graphs.separate_stream(device) not in held
+    del held[1]
+    assert 1 in {graphs.separate_stream(device).number for _ in range(32)}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decode_changes_nothing_of_a_models_state(family: str) -> None:
+    """Or its graphs would never be used again."""
+    tokenizer = tiny_tokenizer()
+    models = tiny_language_model(family), tokenizer, tiny_reward_model(family), tokenizer
+    plain(models, prompts="is it on")
+    before = [kept._state(model) for model in (models[0], models[2])]
+    plain(models)
+    assert [kept._state(model) for model in (models[0], models[2])] == before
+
+
 def test_the_state_of_a_model_is_that_outside_of_blocks() -> None:
     """Another thread may decode, and exchange layers for that time."""
-    from nabla_fast.models.fused_layers import find
-
     model = tiny_language_model("qwen3", dtype=torch.float32)
     before = kept._state(model)
     fused = find(model)

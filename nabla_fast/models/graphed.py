@@ -59,7 +59,8 @@ class Graphed:
             return
         reason = static.why_not(backbone)
         capture = wanted and not (compiled and device.type == "cpu")
-        self._place = Place(backbone.model, "gradients", *settings, compiled, capture)
+        # With the fused layers, whose tensors captures hold, too.
+        self._place = Place(backbone.model, "gradients", *settings, backbone.fused, compiled, capture)
         reason = reason or self._place.refused
         if reason is not None:
             self._tell(reason)

@@ -1,6 +1,6 @@
 """Captured graphs that outlast a decode: they are kept for the next one with the same model and the same settings.
 
-They hold nothing of the model, and are kept by a weak reference to it, so that they are gone when it is. A set of
+They hold no reference to the model, and are kept by a weak one, so that they are gone when it is. A set of
 graphs serves one decode at a time, which takes it and leaves it again; whoever finds none makes new ones.
 """
 
@@ -40,7 +40,7 @@ class Place:
 
     Args:
         model: a transformers model. Where it has changed since graphs were captured, those are given up.
-        settings: all that captures depend on besides the model.
+        settings: all that captures depend on besides the model. They are kept as well.
     """
 
     def __init__(self, model: Any, *settings: Hashable) -> None:
@@ -97,10 +97,11 @@ def _state(model: Any) -> int:
     plain = [
         (name, repr(value))
         for owner in (*modules, *configs.values())
-        for name, value in vars(owner).items()
+        for name, value in [*getattr(owner, "__dict__", {}).items()]  # another thread may exchange a forward meanwhile
         if _is_plain(value)
     ]
-    return hash((fingerprint(model), tuple(plain), tuple(id(type(module).forward) for module in modules)))
+    forwards = [id(getattr(type(module), "forward", None)) for module in modules]
+    return hash((fingerprint(model), *plain, *forwards))
 
 
 def _is_plain(value: Any) -> bool:

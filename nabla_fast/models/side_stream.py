@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from nabla_fast.graphs import separate_stream
+
 
 class SideStream:
     """A stream beside the current one of a device; on a CPU, none.
@@ -17,7 +19,7 @@ class SideStream:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = separate_stream(device) if device.type == "cuda" else None
 
     @contextmanager
     def active(self) -> Iterator[None]:

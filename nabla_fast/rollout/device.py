@@ -376,7 +376,7 @@ def stream(
     """
     if model.backbone.cache_kind != "prefix" or why_not(model, sampler, sampling, stop) is not None:
         return None
-    place = Place(model.model, "rollouts", *head_settings(model))
+    place = Place(model.model, "rollouts", *head_settings(model), model.backbone.fused)
     reason = slots.why_not(model.backbone) or place.refused
     if reason is not None:
         checks.warn_once(model.model, f"{model.name} draws rollouts without graphs, slower: {reason}")
