@@ -17,7 +17,8 @@ from nabla_fast.models import checks
 from nabla_fast.models.backbone import Backbone, Inputs
 from nabla_fast.models.kv_cache import KVCache
 from nabla_fast.models.numerics import is_close, relative_error
-from nabla_fast.models.static import attention_masks, examined, from_stacked, sizes_differ, stacked
+from nabla_fast.models.refusals import examined, sizes_differ
+from nabla_fast.models.static import attention_masks, from_stacked, stacked
 
 
 class SlotCache(DynamicCache):

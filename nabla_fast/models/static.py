@@ -13,10 +13,8 @@ other.
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +29,7 @@ from nabla_fast.models.backbone import Backbone, Inputs
 from nabla_fast.models.compiled_layers import CompiledLayers, compiled_graphs
 from nabla_fast.models.kv_cache import KVCache
 from nabla_fast.models.numerics import is_close, relative_error
+from nabla_fast.models.refusals import examined, sizes_differ
 
 # Columns of a prefix buffer, at the least; a prefix that outgrows them needs a graph of its own.
 _COLUMNS = 1024
@@ -309,37 +308,6 @@ def why_not(backbone: Backbone) -> str | None:
     return found
 
 
-def examined(backbone: Backbone, what: str, difference: Callable[[Backbone], str | None]) -> str | None:
-    """Why a model cannot be run with masks and positions of our own, in one clause; None if it can.
-
-    Args:
-        what: how it is to be run, a word or two.
-        difference: tries it, on tokens that show a window of three, and says how it differs from a usual pass.
-    """
-    if backbone.cache_kind != "prefix":
-        return "it does not run in batches behind prefixes"
-    if "cache_position" in inspect.signature(backbone.module.forward).parameters:
-        # It reads positions from columns, which a buffer or slots of constant size do not give.
-        return "its forward pass takes one cache position for the whole batch"
-    if len({weight.device for weight in backbone.model.parameters()}) > 1:
-        return "its weights are on several devices, or off-loaded"
-    config = backbone.model.config.get_text_config()
-    if backbone.windowed and not checks.window_is_known(config):
-        return "its layers have windows of a kind that is not known"
-    with _small_window(config) if backbone.windowed else nullcontext():
-        try:
-            return difference(backbone)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a model does with a mask of four dimensions
-            return f"a pass {what} raises {type(error).__name__}"
-
-
-def sizes_differ(cache: KVCache) -> bool:
-    """Whether layers have keys and values of several sizes, which one tensor has no room for."""
-    return len({x.shape for x in (*cache.keys, *cache.values)}) > 1
-
-
 def _examine(backbone: Backbone) -> str | None:
     if not backbone.supports_prefix_cache:
         return "it does not run in batches behind prefixes"
@@ -382,17 +350,6 @@ def _difference(backbone: Backbone) -> str | None:
             if not is_close(ours, theirs):
                 return f"{what} of passes of constant shapes are {relative_error(ours, theirs):.2g} apart, relatively"
     return None
-
-
-@contextmanager
-def _small_window(config: Any) -> Any:
-    """In this block, a model's sliding windows are so short that the tokens of a check show them."""
-    before = config.sliding_window
-    config.sliding_window = 3
-    try:
-        yield
-    finally:
-        config.sliding_window = before
 
 
 def _width(backbone: Backbone) -> int:
