@@ -174,12 +174,12 @@ def sample(
     drawn: dict[int, Tensor] = {}
     rewards: dict[int, float] = {}
     groups: dict[int, Samples] = {}
-    # A caller's inference mode would make tensors that the reward model's autograd cannot use.
-    # Without the objective's cache, so that a sample costs one reward call whatever the others say.
-    own = config.replace(gradient_cache=False)
     size = batch_size or len(rows)
     batches = [rows[first : first + size] for first in range(0, len(rows), size)]
+    # Without the gradient cache, so that a sample costs one reward call whatever the others say.
+    own = config.replace(gradient_cache=False)
     with (
+        # A caller's inference mode would make tensors that the reward model's autograd cannot use.
         torch.inference_mode(False),
         torch.no_grad(),
         Objective(pair.language_model, pair.reward_model, own) as objective,
