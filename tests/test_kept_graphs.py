@@ -202,6 +202,21 @@ def test_a_model_that_computes_something_else(change: Callable[[Any], Any]) -> N
     assert tokens(before) != tokens(meant), "the change shows nowhere"
 
 
+def test_an_adapter_that_is_weighed_anew() -> None:
+    peft = pytest.importorskip("peft")
+    models = list(pair())
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["down_proj"], init_lora_weights=False)
+    models[0] = peft.get_peft_model(models[0], settings).double().eval().requires_grad_(False)
+    before = [decode(models) for _ in range(2)][-1]
+    for module in models[0].modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] *= 8
+    meant = plain(models)
+    for _ in range(2):
+        require_same(decode(models), meant)
+    assert tokens(before) != tokens(meant)
+
+
 def test_sampling_settings_have_steps_of_their_own() -> None:
     models = pair()
     others = [
