@@ -14,21 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nabla_fast import ops
 from nabla_fast.config import Sampling
+from nabla_fast.ops import noise
+from nabla_fast.ops.noise import NoiseKey
+from nabla_fast.ops.warp import warp as warped_logits
 from nabla_fast.sequence import Sequence
-
-NoiseKey = tuple[int, int]
-"""(sequence seed, position in the response)."""
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 """Maps (input_ids (B, T), scores (B, V)) to scores, as transformers' logits processors do."""
 
-_MASK = 0xFFFFFFFF
 _LIFT = 1e-4
-# Tokens among which a nucleus is looked for before all are sorted, which takes thirty times as long.
-_LIKELIEST = 256
-# Above it, what float32 makes of the sum over the likeliest tokens no longer tells which of the others belong to them.
-_NEARLY_ALL = 1 - 1e-4
 
 
 @dataclass(frozen=True)
@@ -80,16 +76,16 @@ class Sampler:
         self, logits: Tensor, sampling: Sampling, sequences: Seq[Sequence], responses: Seq[tuple[int, ...]]
     ) -> Tensor:
         """One token (B,) per row of logits (B, V): the one that follows each response of its sequence."""
+        rows = list(zip(sequences, responses, strict=True))
         processors = [self.processors(sequence) for sequence in sequences]
-        texts = [(*s.prompt_ids, *response) for s, response in zip(sequences, responses, strict=True)]
-        scores = _process([p.before for p in processors], logits, texts, self.width)
-        if sampling.temperature == 0:
-            # The argmax last: what is left of a row with one token cannot be changed any more.
-            scores = warp(_process([p.after for p in processors], scores, texts, self.width), sampling)
-        else:
-            both = [(*p.warpers, *p.after) for p in processors]
-            scores = _process(both, warp(scores, sampling), texts, self.width)
-        return sample(scores, [(s.seed, len(response)) for s, response in zip(sequences, responses, strict=True)])
+        scores = _process([p.before for p in processors], logits, rows, self.width)
+        last = [(*(p.warpers if sampling.temperature else ()), *p.after) for p in processors]
+        if any(last):
+            # At temperature 0 the argmax comes last: a row with one token left cannot be changed any more.
+            if sampling.temperature:
+                scores, sampling = warp(scores, sampling), Sampling()
+            scores = _process(last, scores, rows, self.width)
+        return draw(scores, sampling, [(sequence.seed, len(response)) for sequence, response in rows])
 
 
 def sequence_seeds(seed: int, prompts: Seq[Seq[int]]) -> list[int]:
@@ -102,9 +98,9 @@ def sequence_seeds(seed: int, prompts: Seq[Seq[int]]) -> list[int]:
     seeds = []
     for prompt in prompts:
         key = tuple(prompt)
-        word = _mix64(seed)
+        word = noise.mix64(seed)
         for token in (*key, seen[key]):
-            word = _mix64(word ^ token)
+            word = noise.mix64(word ^ token)
         seen[key] += 1
         seeds.append(word)
     return seeds
@@ -117,8 +113,8 @@ def gumbel(keys: Seq[NoiseKey], vocab_size: int, device: torch.device) -> Tensor
         keys: N pairs (sequence seed, position).
         vocab_size: V. A smaller V gives a prefix of the same noise.
     """
-    low, high = _words(keys, device)
-    return _gumbel(low.unsqueeze(1), high.unsqueeze(1), torch.arange(vocab_size, device=device).unsqueeze(0))
+    low, high = noise.key_words(keys, device)
+    return noise.gumbel(low.unsqueeze(1), high.unsqueeze(1), torch.arange(vocab_size, device=device).unsqueeze(0))
 
 
 def warp(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -130,18 +126,29 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
         only = torch.full_like(logits, -torch.inf)
         best = logits.argmax(-1, keepdim=True)
         return only.scatter(-1, best, logits.gather(-1, best))
-    x = logits / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < x.shape[-1]:
-        kth = x.topk(sampling.top_k, dim=-1).values[:, -1:]
-        x = x.masked_fill(x < kth, -torch.inf)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        x = _nucleus(x, sampling.top_p)
-    return x
+    return warped_logits(ops.upcast(logits), sampling.temperature, sampling.top_k, sampling.top_p)
 
 
 def sample(warped: Tensor, keys: Seq[NoiseKey]) -> Tensor:
-    """One token (N,) per row of warped logits (N, V), by Gumbel-max with the noise of ``keys``."""
-    return _with_noise(warped, warped, keys, 1.0).argmax(-1)
+    """One token (N,) per row of warped logits (N, V), by Gumbel-max with the noise of ``keys``. Raises as `draw`."""
+    return draw(warped, Sampling(), keys)
+
+
+def draw(logits: Tensor, sampling: Sampling, keys: Seq[NoiseKey]) -> Tensor:
+    """``sample(warp(logits, sampling), keys)`` in one operator.
+
+    Raises:
+        FloatingPointError: if a row of logits (N, V) holds NaN or +inf, or no token is left in it.
+    """
+    words = noise.key_words(keys, logits.device)
+    tokens = ops.draw_token(logits, *words, sampling.temperature, sampling.top_k, sampling.top_p)
+    if bool((tokens < 0).any()):
+        row = int((tokens < 0).nonzero()[0])
+        raise FloatingPointError(
+            f"no token can be drawn from row {row} of the logits: it holds NaN or infinity, or every token was "
+            "forbidden, by a logits processor perhaps"
+        )
+    return tokens
 
 
 def anchor_noise(logits: Tensor, sampling: Sampling, keys: Seq[NoiseKey], tokens: Tensor | None = None) -> Tensor:
@@ -155,102 +162,39 @@ def anchor_noise(logits: Tensor, sampling: Sampling, keys: Seq[NoiseKey], tokens
             made another choice than the recomputed logits do, and these tokens win.
     """
     warped = warp(logits, sampling)
-    noise = _with_noise(torch.zeros_like(warped), warped, keys, sampling.temperature).to(logits.dtype)
+    words = noise.key_words(keys, logits.device)
+    anchor = noise.with_noise(torch.zeros_like(warped), warped, *words, sampling.temperature).to(logits.dtype)
     if tokens is None:
-        return noise
+        return anchor
     drawn = tokens.unsqueeze(-1)
-    perturbed = logits + noise
+    perturbed = logits + anchor
     best, winner = perturbed.max(-1, keepdim=True)
     own = logits.gather(-1, drawn)
     # The margin is well above what float32 kernels that sum in another order make of the same logits.
     lifted = best - own + _LIFT * (1 + best.abs() + own.abs())
-    return torch.where(winner == drawn, noise, noise.scatter(-1, drawn, lifted))
+    return torch.where(winner == drawn, anchor, anchor.scatter(-1, drawn, lifted))
 
 
-def _nucleus(x: Tensor, top_p: float) -> Tensor:
-    """Removes what lies outside the smallest set of tokens whose probability reaches ``top_p``."""
-    if top_p > _NEARLY_ALL:
-        return _without_tail(x, top_p)
-    probabilities = x.softmax(-1)
-    likeliest = probabilities.topk(min(_LIKELIEST, x.shape[-1]), dim=-1)
-    inside = likeliest.values.cumsum(-1) - likeliest.values < top_p
-    kept = torch.full_like(x, -torch.inf)
-    kept = kept.scatter(-1, likeliest.indices, x.gather(-1, likeliest.indices).masked_fill(~inside, -torch.inf))
-    # A row's own matter, so that no other row of the batch changes it.
-    wide = inside[:, -1].nonzero()[:, 0]
-    if len(wide) and likeliest.indices.shape[-1] < x.shape[-1]:
-        kept[wide] = _without_tail(x[wide], top_p)
-    return kept
-
-
-def _without_tail(x: Tensor, top_p: float) -> Tensor:
-    """`_nucleus` by a sum from the least likely token up, which is exact however little the tail makes."""
-    ordered, index = x.softmax(-1).sort(dim=-1)
-    outside = ordered.cumsum(-1) <= 1 - top_p
-    outside[:, -1] = False
-    return x.masked_fill(outside.scatter(-1, index, outside), -torch.inf)
-
-
-def _with_noise(values: Tensor, warped: Tensor, keys: Seq[NoiseKey], scale: float) -> Tensor:
-    """``values`` (N, V) plus ``scale`` times Gumbel noise; -inf on the tokens that ``warped`` (N, V) has removed."""
-    rows, tokens = (warped != -torch.inf).nonzero(as_tuple=True)
-    low, high = _words(keys, warped.device)
-    # Warped rows mostly keep a handful of tokens; noise for the others would cost more than the model's own step.
-    noise = scale * _gumbel(low[rows], high[rows], tokens)
-    result = torch.full_like(values, -torch.inf, dtype=torch.promote_types(values.dtype, torch.float32))
-    result[rows, tokens] = values[rows, tokens] + noise
-    return result
-
-
-def _words(keys: Seq[NoiseKey], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The low and high 32 bits (N,), as int64, of a hash of each key."""
-    words = [_mix64(_mix64(seed) + position) for seed, position in keys]
-    halves = [[word & _MASK for word in words], [word >> 32 for word in words]]
-    low, high = torch.tensor(halves, dtype=torch.long, device=device)
-    return low, high
-
-
-def _gumbel(low: Tensor, high: Tensor, token: Tensor) -> Tensor:
-    """The noise, float32, of broadcastable key words and token indices."""
-    bits = _hash32(_hash32(token ^ low) ^ high)
-    # Exponential noise keeps its relative precision where it matters, near 0, because u is small there.
-    uniform = (bits.to(torch.float32) + 0.5) * 2.0**-32
-    return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2**-24)))
-
-
-def _process(processors: Seq[Seq[LogitsProcessor]], scores: Tensor, texts: Seq[tuple[int, ...]], width: int) -> Tensor:
+def _process(
+    processors: Seq[Seq[LogitsProcessor]], scores: Tensor, rows: Seq[tuple[Sequence, tuple[int, ...]]], width: int
+) -> Tensor:
     """Applies each row's own processors to scores (B, V), widened by -inf to ``width`` columns meanwhile.
 
     Args:
-        texts: the token ids, prompt and response, that each row's token follows.
+        rows: the sequence and the response that each row's token follows.
     """
     if not any(processors):
         return scores
     size = scores.shape[-1]
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     wide = torch.nn.functional.pad(wide, (0, max(0, width - size)), value=-torch.inf)
-    rows = []
+    processed = []
     # Row by row, without padding: a processor that counts tokens must not see pad tokens.
-    for row, (own, text) in enumerate(zip(processors, texts, strict=True)):
-        ids = torch.tensor([text], device=scores.device)
+    for row, (own, (sequence, response)) in enumerate(zip(processors, rows, strict=True)):
+        ids = torch.tensor([(*sequence.prompt_ids, *response)], device=scores.device)
         # A copy, because many processors write into what they are given.
         row_scores = wide[row : row + 1].clone()
         for processor in own:
             row_scores = processor(ids, row_scores)
-        rows.append(row_scores[:, :size])
-    return torch.cat(rows)
-
-
-def _hash32(x: Tensor) -> Tensor:
-    """A 32-bit integer hash (two multiply-xorshift rounds) of int64 values below 2^32."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
-
-
-def _mix64(x: int) -> int:
-    """SplitMix64's output function, so that neighbouring seeds and positions give unrelated noise."""
-    x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-    return x ^ (x >> 31)
+        processed.append(row_scores[:, :size])
+    return torch.cat(processed)

@@ -35,6 +35,9 @@ using HardEmbeddings = std::tuple<std::vector<Tensor>, Tensor>;
 // X(name, type of the result, arguments)
 #define NABLA_FAST_CPU_OPERATORS(X)                                                                              \
   X(token_diff, TwoTensors, (const Tensor& old_tokens, const Tensor& new_tokens))                                \
+  X(draw_token, Tensor,                                                                                          \
+    (const Tensor& z, const Tensor& low, const Tensor& high, double temperature, std::optional<int64_t> top_k,   \
+     std::optional<double> top_p))                                                                               \
   X(relaxed_stats, FiveTensors,                                                                                  \
     (const Tensor& z, double tau, std::optional<double> entropy_threshold,                                       \
      std::optional<double> confidence_threshold))                                                                \

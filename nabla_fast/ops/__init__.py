@@ -1,6 +1,7 @@
 """The operators of DTO: `nabla_fast.ops.reference` defines them, `nabla_fast.ops.backends` chooses what runs them."""
 
 from nabla_fast.ops.backends import OPERATORS, availability, resolve
+from nabla_fast.ops.draw_token import draw_token
 from nabla_fast.ops.dto_step import dto_step
 from nabla_fast.ops.embedding import (
     linear_relaxed_backward,
@@ -43,6 +44,7 @@ __all__ = [
     "TokenDiff",
     "TokenGradient",
     "availability",
+    "draw_token",
     "dto_step",
     "gradient_norm",
     "linear_log_likelihood",

@@ -59,6 +59,24 @@ def temperature(name: str, tau: float) -> None:
         raise ValueError(f"{name} must be a finite number above 0 (from {_TAUS[0]:.1e} to {_TAUS[1]:.1e}), got {tau}")
 
 
+def sampling_temperature(name: str, value: float) -> None:
+    """Raises ValueError unless a temperature is 0 or as `temperature` asks for."""
+    if value != 0:
+        temperature(name, value)
+
+
+def rank(name: str, value: int | None) -> None:
+    """Raises ValueError for a number of tokens below 1."""
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be at least 1 or None, got {value}")
+
+
+def share(name: str, value: float | None) -> None:
+    """Raises ValueError for a share that is not above 0 and at most 1."""
+    if value is not None and not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, or None, got {value}")
+
+
 def threshold(name: str, value: float | None) -> None:
     """Raises ValueError for a threshold that is NaN: nothing would pass it."""
     if value is not None and math.isnan(value):

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nabla_fast.ops.noise import MASK, with_noise
 from nabla_fast.ops.table_matmul import times_table
 from nabla_fast.ops.types import (
     DTOInputs,
@@ -30,6 +31,7 @@ from nabla_fast.ops.types import (
     TokenDiff,
     TokenGradient,
 )
+from nabla_fast.ops.warp import warp
 
 # Rows of a (rows, V) temporary that one chunk may hold, in elements (256 MiB of float32).
 _CHUNK_ELEMENTS = 2**26
@@ -308,6 +310,24 @@ def token_diff(old: Tensor, new: Tensor) -> TokenDiff:
         return TokenDiff(torch.zeros_like(count), count)
     first = torch.where(count > 0, changed.int().argmax(-1), old.shape[-1])
     return TokenDiff(first, count)
+
+
+def draw_token(
+    z: Tensor, low: Tensor, high: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """One token (N,) int64 per row of logits z (N, V), by Gumbel-max over what temperature, top-k and top-p keep.
+
+    Of equal scores the lowest token; -1 for a row without meaning. Temperature 0 takes `hard_token`.
+
+    Args:
+        low, high: (N,) int64, key words of the noise (`nabla_fast.ops.noise`).
+    """
+    z = upcast(z)
+    if temperature == 0:
+        return hard_token(z)
+    kept = warp(z, temperature, top_k, top_p)
+    score, token = with_noise(kept, kept, low & MASK, high & MASK, 1.0).max(-1)
+    return torch.where(score.isfinite(), token, -1)
 
 
 def row_chunks(rows: int, vocabulary: int) -> list[slice]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nabla_fast import sampling as drawing
 from nabla_fast.config import Sampling
+from nabla_fast.ops import noise, warp
 
 # SplitMix64's constants, as int64.
 _ADD, _FIRST, _SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -19,19 +19,19 @@ _ADD, _FIRST, _SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1
 def why_not(sampling: Sampling, vocab_size: int) -> str | None:
     """Why tokens cannot be drawn so, in one clause; None if they can."""
     kept = sampling.top_k
-    if sampling.temperature > 0 and kept is not None and drawing._LIKELIEST < kept < vocab_size:
-        return f"top_k ({kept}) is more than the {drawing._LIKELIEST} tokens that are looked at"
+    if sampling.temperature > 0 and kept is not None and warp.LIKELIEST < kept < vocab_size:
+        return f"top_k ({kept}) is more than the {warp.LIKELIEST} tokens that are looked at"
     return None
 
 
 def mixed(seed: int) -> int:
     """The first hash of a sequence's seed, as a number of an int64 tensor."""
-    word = drawing._mix64(seed)
+    word = noise.mix64(seed)
     return word - (1 << 64) if word >= 1 << 63 else word
 
 
 def words(seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """The low and high 32 bits of the noise's hash, as `sampling._words` has them; int64.
+    """The low and high 32 bits of the noise's hash, as `nabla_fast.ops.noise.key_words` has them; int64.
 
     Args:
         seeds: int64, of `mixed` seeds.
@@ -41,7 +41,7 @@ def words(seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     x = (x ^ _shifted(x, 30)) * _FIRST
     x = (x ^ _shifted(x, 27)) * _SECOND
     x = x ^ _shifted(x, 31)
-    return x & drawing._MASK, _shifted(x, 32)
+    return x & noise.MASK, _shifted(x, 32)
 
 
 def draw(logits: Tensor, sampling: Sampling, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,7 @@ def draw(logits: Tensor, sampling: Sampling, low: Tensor, high: Tensor) -> tuple
         tokens = logits.argmax(-1)
         return tokens, torch.zeros_like(tokens, dtype=torch.bool)
     scores, tokens, wide = _candidates(logits / sampling.temperature, sampling)
-    scores = scores + drawing._gumbel(low.unsqueeze(-1), high.unsqueeze(-1), tokens)
+    scores = scores + noise.gumbel(low.unsqueeze(-1), high.unsqueeze(-1), tokens)
     best = scores.amax(-1, keepdim=True)
     # Of equal scores the lowest token, as argmax over the vocabulary has it. A row of NaN has none.
     others = scores != best
@@ -65,7 +65,7 @@ def _candidates(x: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
     """Scores (N, C) of the tokens (N or 1, C) that top-k and top-p may leave, -inf on those that they do not; and
     whether others might belong to them (N,)."""
     size = x.shape[-1]
-    count = min(drawing._LIKELIEST, size)
+    count = min(warp.LIKELIEST, size)
     by_rank = sampling.top_k is not None and sampling.top_k < size
     by_share = sampling.top_p is not None and sampling.top_p < 1
     if by_rank and not by_share:
@@ -82,12 +82,10 @@ def _candidates(x: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
     if not by_share:
         return x, everything, nothing
     assert sampling.top_p is not None
-    if sampling.top_p > drawing._NEARLY_ALL:
-        return drawing._without_tail(x, sampling.top_p), everything, nothing
-    likeliest = x.softmax(-1).topk(count, dim=-1)
-    inside = likeliest.values.cumsum(-1) - likeliest.values < sampling.top_p
-    scores = x.gather(-1, likeliest.indices).masked_fill(~inside, -torch.inf)
-    return scores, likeliest.indices, inside[..., -1] & (count < size)
+    if sampling.top_p > warp.NEARLY_ALL:
+        return warp.without_tail(x, sampling.top_p), everything, nothing
+    values, tokens, inside, cut = warp.likeliest(x, sampling.top_p)
+    return values.masked_fill(~inside, -torch.inf), tokens, cut
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:

@@ -17,6 +17,8 @@ from nabla_fast.generate import make_pair
 from nabla_fast.models import kept, slots
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.objective import Objective
+from nabla_fast.ops import noise as noise_hash
+from nabla_fast.ops import warp
 from nabla_fast.processors import model_sampler
 from nabla_fast.rollout import HFRollout, StopRule, device, draws, hf, rollout
 from nabla_fast.rollout.device import DeviceStream
@@ -282,7 +284,7 @@ def test_every_kind_of_sampling_draws_the_usual_tokens(sampling):
 
 @pytest.mark.parametrize("draft_tokens", [0, 4])
 def test_the_host_draws_what_the_device_declines_to(draft_tokens, monkeypatch, room):
-    monkeypatch.setattr(drawing, "_LIKELIEST", 3)
+    monkeypatch.setattr(warp, "LIKELIEST", 3)
     asked = []
     own = Sampler.__call__
 
@@ -308,7 +310,7 @@ def test_the_noise_is_that_of_the_host():
     seeds, positions = (0, 1, 11, 2**63 - 1, 2**63, 2**64 - 1, 0x123456789ABCDEF0), (0, 1, 77, 10**6)
     keys = [(seed, position) for seed in seeds for position in positions]
     ours = draws.words(torch.tensor([draws.mixed(s) for s, _ in keys]), torch.tensor([p for _, p in keys]))
-    theirs = drawing._words(keys, torch.device("cpu"))
+    theirs = noise_hash.key_words(keys, torch.device("cpu"))
     assert torch.equal(ours[0], theirs[0])
     assert torch.equal(ours[1], theirs[1])
 
@@ -318,10 +320,10 @@ def test_the_noise_is_that_of_the_host():
 def test_draws_are_those_of_the_sampler_or_declined(kind, noise, monkeypatch):
     if not noise:  # so that scores tie, too
         monkeypatch.setattr(
-            drawing, "_gumbel", lambda low, high, token: torch.zeros(torch.broadcast_shapes(low.shape, token.shape))
+            noise_hash, "gumbel", lambda low, high, token: torch.zeros(torch.broadcast_shapes(low.shape, token.shape))
         )
     keys = [(seed, seed * 7) for seed in range(12)]
-    low, high = drawing._words(keys, torch.device("cpu"))
+    low, high = noise_hash.key_words(keys, torch.device("cpu"))
     settings = [(None, None), (None, 0.9), (None, 0.3), (40, None), (40, 0.9), (None, 1 - 1e-5), (None, 1e-3)]
     drawn = 0
     for dtype in (torch.float32, torch.float64):
@@ -331,7 +333,7 @@ def test_draws_are_those_of_the_sampler_or_declined(kind, noise, monkeypatch):
             warped = drawing.warp(z, sampling)
             assert torch.equal(tokens[~wide], drawing.sample(warped, keys)[~wide]), sampling
             likely = (warped != -torch.inf).sum(-1)
-            assert bool((likely[wide] >= drawing._LIKELIEST).all()), sampling
+            assert bool((likely[wide] >= warp.LIKELIEST).all()), sampling
             drawn += int((~wide).sum())
     assert drawn > 24
 
@@ -602,7 +604,7 @@ def test_settings_that_need_the_host_keep_the_usual_path():
 
 
 def test_a_top_k_beyond_the_tokens_looked_at_keeps_the_usual_path(monkeypatch):
-    monkeypatch.setattr(drawing, "_LIKELIEST", 16)
+    monkeypatch.setattr(warp, "LIKELIEST", 16)
     model = language_model()
     assert usual(model, Sampling(top_k=17))
     assert not usual(model, Sampling(top_k=16))
