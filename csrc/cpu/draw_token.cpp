@@ -356,7 +356,9 @@ Tensor draw_token(const Tensor& z, const Tensor& low, const Tensor& high, double
   check.logits(z);
   check.integers(low, "low", {z.size(0)});
   check.integers(high, "high", {z.size(0)});
-  if (temperature != 0) check.inverse_of(temperature);
+  TORCH_CHECK_VALUE(temperature == 0 || (temperature >= 0x1p-126 && temperature <= 0x1p126),
+                    "draw_token: temperature must be 0, or positive with an inverse in float32's range, got ",
+                    temperature);
   TORCH_CHECK_VALUE(top_k.value_or(1) >= 1, "draw_token: top_k must be at least 1 or None, got ", *top_k);
   TORCH_CHECK_VALUE(top_p.value_or(1) > 0 && top_p.value_or(1) <= 1,
                     "draw_token: top_p must be above 0 and at most 1, or None, got ", *top_p);

@@ -37,7 +37,7 @@ PREFIXES = ("tables_head_", "head_", "tables_", "factors_", "state_", "inputs_",
 SHAPES = {
     "z": "NV", "h": "Nd", "weight": "Vd", "table": "Vr", "hidden": "Nd", "embedding": "Ve",
     "reward_embedding": "Vr", "gradient": "NV",
-    "soft_noise": "NV", "hard_noise": "NV", "learning_rates": "S", "old": "Nm", "new": "Nm", "tokens": "N",
+    "soft_noise": "NV", "hard_noise": "NV", "learning_rates": "S", "old": "Nm", "new": "Nm", "tokens": "N", "low": "N", "high": "N",
     "step": "N", "group": "N", "parameters": "NP", "exp_avg": "NP", "exp_avg_sq": "NP", "first": "Ve", "second": "Vr",
     "first_grad": "Ne", "second_grad": "Nr", "embedding_grad": "Ne", "reward_grad": "Nr",
     "gradient_1": "Ne", "gradient_2": "Nr",
@@ -51,7 +51,7 @@ SIZES = {
     "S": (1, 4),
     "m": (1, 5, 9),
 }
-INTEGERS = ("old", "new", "tokens", "step", "group")
+INTEGERS = ("old", "new", "tokens", "step", "group", "low", "high")
 STATE = ("parameters", "exp_avg", "exp_avg_sq")
 WRITTEN = (*STATE, "step")
 SOURCES = ("z", "h", "parameters", "soft_noise", "hard_noise")  # of which a row may be without meaning
@@ -112,6 +112,9 @@ class Case:
             "max_steps": self.rng.choice((0, 1, 3)),
             "entropy_threshold": self.rng.choice((None, 0.5)),
             "confidence_threshold": self.rng.choice((None, 0.3)),
+            "temperature": self.rng.choice((0.0, 0.6, 1.0)),
+            "top_k": self.rng.choice((None, 1, 20)),
+            "top_p": self.rng.choice((None, 0.9, 1 - 1e-5)),
             "backend": self.backend,
         }
         if name in scalars:
@@ -271,6 +274,7 @@ def spoil(case: Case) -> str:
     name, index, tensor = rng.choice(list(case.tensors()))
     everywhere = "".join(case.letters.values())
     kinds = ["dtype", "dimension", "layout"] + ["tau"] * ("tau" in a) + ["backend"] * ("backend" in a)
+    kinds += ["settings"] * ("top_p" in a)
     kinds += (
         ["token"] * ("tokens" in a)
         + ["step"] * case.steps
@@ -286,6 +290,10 @@ def spoil(case: Case) -> str:
     if kind == "tau":
         a["tau"] = rng.choice((0.0, -1.0, float("nan"), float("inf"), 1e-300))
         return f"tau {a['tau']}"
+    if kind == "settings":
+        place = rng.choice(("temperature", "top_k", "top_p"))
+        a[place] = rng.choice((0, -1) if place == "top_k" else (-1.0, math.nan, math.inf))
+        return f"{place} {a[place]}"
     if kind == "scale":
         place = rng.choice(("scale", "softcap"))
         a[place] = rng.choice((math.nan, math.inf)) if place == "scale" else rng.choice((math.nan, -1.0))

@@ -61,6 +61,8 @@ def calls(rows, dtype, backend):
         "dto_step": steps[0],
         "dto_step (factors)": steps[1],
         "token_diff": (old, new),
+        "draw_token": (z, torch.arange(rows), torch.arange(rows) + 7, 0.7, 20, 0.9),
+        "draw_token (from all)": (z, torch.arange(rows), torch.arange(rows) + 7, 1.0, None, None),
     }
     names = {name: name.split(" ")[0] for name in values}
     return {
@@ -125,6 +127,8 @@ OPERANDS = {
     "dto_step": [((0, 1, 2), MASTERS), ((5,), MASTERS), ((6,), FLOATS), ((12,), FLOATS)],
     "dto_step (factors)": [((0, 1, 2), MASTERS), ((6, 7, 8), FLOATS), ((12,), FLOATS), ((15, 16), FLOATS)],
     "token_diff": [],
+    "draw_token": [((0,), FLOATS)],
+    "draw_token (from all)": [((0,), FLOATS)],
 }
 
 
@@ -316,7 +320,8 @@ def test_every_operator_compiles_in_one_graph_for_any_number_of_rows(backend):
         soft = ops.soft_embedding(z, table, backend=backend) + ops.linear_soft_embedding(h, own, table, backend=backend)
         likelihood = ops.linear_log_likelihood(h, own, tokens, backend=backend)
         norm = ops.gradient_norm(TokenGradient(h, h, h[:, :DR]), where, backend=backend)
-        first, count = ops.token_diff(tokens.unsqueeze(0), token.unsqueeze(0), backend=backend)
+        drawn = ops.draw_token(z, tokens, token, 0.7, 20, 0.9, backend=backend)
+        first, count = ops.token_diff(drawn.unsqueeze(0), token.unsqueeze(0), backend=backend)
         loss = (hard + linear_hard + soft).sum() + likelihood.sum()
         return loss, stats.entropy, linear.mask, norm, first, count
 
