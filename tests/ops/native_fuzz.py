@@ -37,8 +37,9 @@ PREFIXES = ("tables_head_", "head_", "tables_", "factors_", "state_", "inputs_",
 SHAPES = {
     "z": "NV", "h": "Nd", "weight": "Vd", "table": "Vr", "hidden": "Nd", "embedding": "Ve",
     "reward_embedding": "Vr", "gradient": "NV",
-    "soft_noise": "NV", "hard_noise": "NV", "learning_rates": "S", "old": "Nm", "new": "Nm", "tokens": "N", "low": "N", "high": "N",
-    "step": "N", "group": "N", "parameters": "NP", "exp_avg": "NP", "exp_avg_sq": "NP", "first": "Ve", "second": "Vr",
+    "soft_noise": "NV", "hard_noise": "NV", "learning_rates": "S", "old": "Nm", "new": "Nm", "tokens": "N",
+    "low": "N", "high": "N", "step": "N", "group": "N", "parameters": "NP",
+    "exp_avg": "NP", "exp_avg_sq": "NP", "first": "Ve", "second": "Vr",
     "first_grad": "Ne", "second_grad": "Nr", "embedding_grad": "Ne", "reward_grad": "Nr",
     "gradient_1": "Ne", "gradient_2": "Nr",
 }  # fmt: skip

@@ -318,7 +318,8 @@ def test_the_noise_is_that_of_the_host():
 @pytest.mark.parametrize("noise", [True, False], ids=["noise", "no noise"])
 @pytest.mark.parametrize("kind", ["random", "ties", "minus infinity", "dominant", "huge", "all equal"])
 def test_draws_are_those_of_the_sampler_or_declined(kind, noise, monkeypatch):
-    if not noise:  # so that scores tie, too
+    if not noise:  # so that scores tie, too; a kernel would have its own
+        monkeypatch.setenv("NABLA_FAST_BACKEND", "reference")
         monkeypatch.setattr(
             noise_hash, "gumbel", lambda low, high, token: torch.zeros(torch.broadcast_shapes(low.shape, token.shape))
         )
@@ -333,7 +334,10 @@ def test_draws_are_those_of_the_sampler_or_declined(kind, noise, monkeypatch):
             warped = drawing.warp(z, sampling)
             assert torch.equal(tokens[~wide], drawing.sample(warped, keys)[~wide]), sampling
             likely = (warped != -torch.inf).sum(-1)
-            assert bool((likely[wide] >= warp.LIKELIEST).all()), sampling
+            # Declined: more than the likeliest are kept, or it is a matter of index which of equals are.
+            least = warped.masked_fill(warped == -torch.inf, torch.inf).amin(-1)
+            tied = least == warped.new_tensor([sorted(row)[-warp.LIKELIEST] for row in (z / 0.8).tolist()])
+            assert bool(((likely >= warp.LIKELIEST) | tied)[wide].all()), sampling
             drawn += int((~wide).sum())
     assert drawn > 24
 

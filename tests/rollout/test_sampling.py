@@ -149,3 +149,28 @@ def test_processors_run_before_and_after_the_warpers_on_unpadded_ids():
     assert Sampler(before=(forbid_zero,))(logits, greedy, sequences, responses).tolist() == [1, 2]
     assert seen == [[[5, 6]], [[7, 1, 2]]]
     assert Sampler(after=(only_two,))(logits, greedy, sequences, responses).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_nothing_can_be_drawn_from_are_an_error(bad):
+    logits = torch.randn(3, 40)
+    logits[1] = bad
+    sequences = [Sequence((1,), (), seed, 9) for seed in range(3)]
+    for sampling in (Sampling(), Sampling(0.6, 0.9), Sampling(1.0, None, 5), Sampling(0.0)):
+        with pytest.raises(FloatingPointError, match="row 1 of the logits"):
+            Sampler()(logits, sampling, sequences, [()] * 3)
+
+
+def test_a_processor_behind_the_warpers_sees_what_they_leave():
+    seen = []
+
+    def look(_, scores):
+        seen.append(scores.clone())
+        return scores
+
+    logits = 3 * torch.randn(4, 400, generator=torch.Generator().manual_seed(6))
+    sequences, responses = [Sequence((1,), (), seed, 9) for seed in range(4)], [(), (3,), (), (4, 5)]
+    sampling = Sampling(0.7, 0.9, 30)
+    drawn = Sampler(after=(look,))(logits, sampling, sequences, responses)
+    assert torch.equal(torch.cat(seen), warp(logits, sampling))
+    assert torch.equal(drawn, Sampler()(logits, sampling, sequences, responses))
