@@ -47,6 +47,7 @@ SUITES = {
         "gradient_norm",
         "dto_step",
         "token_diff",
+        "draw_token",
         "sampling",
     ),
     "gradients": ("gradients",),
