@@ -69,6 +69,7 @@ def run(command: list[str]) -> str:
 
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-def test_gradient_cache(sanitizers: str) -> None:
-    output = run([str(build(sanitizers) / "gradient_cache_test")])
+@pytest.mark.parametrize("name", ["gradient_cache", "draw_token"])
+def test_under_sanitizers(name: str, sanitizers: str) -> None:
+    output = run([str(build(sanitizers) / f"{name}_test")])
     assert output == "passed\n"
