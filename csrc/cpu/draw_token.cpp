@@ -69,8 +69,6 @@ class Row {
     return buffer.data();
   }
 
-  int64_t blocks() const { return (size_ + kBlock - 1) / kBlock; }
-
  private:
   const scalar_t* data_;
   int64_t stride_;
