@@ -49,6 +49,7 @@ SUITES = {
         "token_diff",
         "draw_token",
         "sampling",
+        "linear",
     ),
     "gradients": ("gradients",),
     "dto": ("dto",),

@@ -15,6 +15,7 @@ from nabla_fast.models.backbone import Backbone, Inputs
 from nabla_fast.models.numerics import is_close, relative_error
 from nabla_fast.models.sequence_cache import SequenceCache
 from nabla_fast.ops import Head, linear_logits, scaled_and_capped
+from nabla_fast.ops import linear as few_rows
 
 # Names under which families keep a cap or a constant factor on the logits; the first one found is used.
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
@@ -108,6 +109,8 @@ class LanguageModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (N, V), float32 or float64, of hidden states (N, d)."""
         weight = self.head.weight
+        if few_rows.fits(hidden, weight) and not (torch.is_grad_enabled() and hidden.requires_grad):
+            return scaled_and_capped(few_rows.linear(hidden, weight, dtype=torch.float32), self.head)
         if not hidden.is_cuda and hidden.dtype == weight.dtype == torch.float32:
             # The same product in the form that `fast_kernels` knows.
             return scaled_and_capped(linear(hidden, weight), self.head)

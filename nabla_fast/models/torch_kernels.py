@@ -1,8 +1,8 @@
-"""Faster PyTorch kernels for a model's layers where PyTorch's default choice is slow.
+"""Faster kernels for a model's layers where PyTorch's default choice is slow.
 
-* Linear layers of float32 models on AMD processors. PyTorch multiplies float32 matrices by MKL, which there reaches
-  less than half of what oneDNN does, and oneDNN comes with PyTorch too. Most of a gradient's time is these products,
-  and of a rollout's.
+* Linear layers on a CPU. A product of few rows, of which a decoded token is made, is a native kernel's
+  (`nabla_fast.ops.linear`). Larger ones of float32 models are oneDNN's on AMD processors: PyTorch multiplies float32
+  matrices by MKL, which there reaches less than half of what oneDNN does, and oneDNN comes with PyTorch too.
 * Attention on a GPU. PyTorch prefers cuDNN's, for which the host makes a plan for every new length of a sequence; here
   nearly every call has lengths of its own.
 * Norms and rotary embeddings on a GPU, see `nabla_fast.models.fused_layers`.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from nabla_fast.models.fused_layers import FusedLayers
+from nabla_fast.ops import linear as few_rows
 
 
 def fast_kernels(device: torch.device, *fused: FusedLayers) -> AbstractContextManager[Any]:
@@ -37,7 +38,7 @@ def fast_kernels(device: torch.device, *fused: FusedLayers) -> AbstractContextMa
     """
     if device.type == "cuda":
         return _on_gpu(fused)
-    return _OneDNN() if device.type == "cpu" and _mkl_is_slow() else nullcontext()
+    return _LinearLayers() if device.type == "cpu" else nullcontext()
 
 
 @contextmanager
@@ -83,24 +84,26 @@ def _mkl_is_slow() -> bool:
     return amd and has_operator and torch.backends.mkl.is_available()
 
 
-class _OneDNN(TorchFunctionMode):
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class _LinearLayers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is linear and _fits(*args, **(kwargs or {})):
+        if func is linear:
             return _linear(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-def _fits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:  # as in torch.nn.functional
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # as in torch.nn.functional
+    product = _product(input, weight)
+    recorded = torch.is_grad_enabled()
+    frozen = not recorded or not (weight.requires_grad or (bias is not None and bias.requires_grad))
     plain = type(weight) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-    usual = input.dtype == weight.dtype == torch.float32 and input.device.type == weight.device.type == "cpu"
-    frozen = not torch.is_grad_enabled() or not (weight.requires_grad or (bias is not None and bias.requires_grad))
-    return plain and usual and frozen and input.numel() > 0 and bool(torch.backends.mkldnn.enabled)
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not torch.is_grad_enabled():
-        return _product(input, weight, bias)
-    out: Tensor = _Linear.apply(input, weight, bias)
+    if product is None or not frozen or not plain:
+        return linear(input, weight, bias)
+    if not recorded or not input.requires_grad:
+        return _shaped(product, input, weight, bias)
+    out: Tensor = _Linear.apply(product, input, weight, bias)
     return out
 
 
@@ -108,19 +111,32 @@ class _Linear(torch.autograd.Function):
     """input @ weight^T + bias, differentiable in the input alone."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, product: Product, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _product(input, weight, bias)
+        return _shaped(product, input, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return _product(grad, weight.t(), None), None, None
+        transposed = weight.t()
+        return None, _shaped(_product(grad, transposed) or linear, grad, transposed, None), None, None
 
 
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    flat = rows.reshape(-1, rows.shape[-1])
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(flat, weight, bias, "none", [], "")
+def _shaped(product: Product, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = product(rows.reshape(-1, rows.shape[-1]), weight, bias)
     # Not a view, as far as autograd knows: a model may go on in place.
     shaped: Tensor = torch.ops.aten._unsafe_view(out, [*rows.shape[:-1], weight.shape[0]])
     return shaped
+
+
+def _product(input: Tensor, weight: Tensor) -> Product | None:
+    """What multiplies rows (M, K) with a weight (N, K) faster than PyTorch would."""
+    if few_rows.fits(input, weight):
+        return few_rows.linear
+    usual = input.dtype == weight.dtype == torch.float32 and input.device.type == weight.device.type == "cpu"
+    return _onednn if usual and input.numel() > 0 and _mkl_is_slow() and torch.backends.mkldnn.enabled else None
+
+
+def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from test_kv_cache import PROMPTS, TOKENIZER, response, sequence
@@ -12,57 +14,94 @@ from nabla_fast.models import torch_kernels
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardModel
 from nabla_fast.objective import Objective, Request
+from nabla_fast.ops import native
 from nabla_fast.testing.models import tiny_language_model, tiny_reward_model
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch has no oneDNN; its own products are used"
-)
+# Rows that the native kernel does not take, and ones that it does; the other way is oneDNN's.
+WIDTHS = {"oneDNN": 7, "native": 64}
 
 
-@pytest.mark.parametrize("shape", [(7,), (1, 7), (3, 7), (2, 3, 7), (200, 7)])
+@pytest.fixture(params=WIDTHS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What multiplies, whatever the processor."""
+    if request.param == "native" and not native.available():
+        pytest.skip("the native library is missing; PyTorch's products are used")
+    if request.param == "oneDNN" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no oneDNN; its own products are used")
+    monkeypatch.setattr(torch_kernels, "_mkl_is_slow", lambda: request.param == "oneDNN")
+    return str(request.param)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What has multiplied, as often as it did."""
+    made: list[str] = []
+
+    def counted(name: str, product: Any) -> Any:
+        return lambda *arguments: made.append(name) or product(*arguments)
+
+    monkeypatch.setattr(torch_kernels, "_onednn", counted("oneDNN", torch_kernels._onednn))
+    monkeypatch.setattr(torch_kernels.few_rows, "linear", counted("native", torch_kernels.few_rows.linear))
+    return made
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3), (200,)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_and_gradients_equal_float64(shape: tuple[int, ...], bias: bool) -> None:
+def test_products_and_gradients_equal_float64(shape: tuple[int, ...], bias: bool, way: str, asked: list[str]) -> None:
+    width = WIDTHS[way]
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator).requires_grad_()
-    weight, b = torch.randn(5, 7, generator=generator), torch.randn(5, generator=generator) if bias else None
-    with torch_kernels._OneDNN():
+    x = torch.randn(*shape, width, generator=generator).requires_grad_()
+    weight, b = torch.randn(32, width, generator=generator), torch.randn(32, generator=generator) if bias else None
+    few = x.numel() <= 16 * width
+    with torch_kernels.fast_kernels(torch.device("cpu")):
         out = F.linear(x, weight, b)
         (grad,) = torch.autograd.grad(out.square().sum(), x)
-    assert type(out.grad_fn).__name__ == "_LinearBackward"
+    taken = way == "oneDNN" or few
+    assert (type(out.grad_fn).__name__ == "_LinearBackward") is taken
+    # The weight of the backward pass is read down its columns.
+    assert asked == (["oneDNN"] * 2 if way == "oneDNN" else ["native"] if few else [])
     exact = x.detach().double().requires_grad_()
     expected = F.linear(exact, weight.double(), None if b is None else b.double())
     (expected_grad,) = torch.autograd.grad(expected.square().sum(), exact)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-5, atol=1e-3)
 
 
-def test_other_products_are_left_to_pytorch() -> None:
-    x, weight = torch.randn(3, 7), torch.randn(5, 7)
+def test_other_products_are_left_to_pytorch(way: str, asked: list[str]) -> None:
+    width = WIDTHS[way]
+    x, weight = torch.randn(3, width), torch.randn(5, width)
     cases = [
         (x.double(), weight.double()),
-        (x.bfloat16(), weight.bfloat16()),
         (x, weight.clone().requires_grad_()),
         (x[:0], weight),
+        *([(x.bfloat16(), weight.bfloat16())] if way == "oneDNN" else [(torch.randn(17, width), weight)]),
     ]
-    with torch_kernels._OneDNN():
+    with torch_kernels.fast_kernels(torch.device("cpu")):
         for a, b in cases:
             a = a.clone().requires_grad_()
             out = F.linear(a, b)
             assert "_Linear" not in type(out.grad_fn).__name__
             assert out.shape == (len(a), 5)
-    assert F.linear(x.requires_grad_(), weight).grad_fn is not None
-    assert "_Linear" not in type(F.linear(x, weight).grad_fn).__name__, "the mode ends with its block"
+    assert not asked
+    assert "_Linear" not in type(F.linear(x.requires_grad_(), weight).grad_fn).__name__, "the mode ends with its block"
 
 
-def test_without_gradients_trainable_weights_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = torch.randn(3, 7), torch.randn(5, 7).requires_grad_()
-    asked = []
-    monkeypatch.setattr(
-        torch_kernels, "_product", lambda *args, _real=torch_kernels._product: asked.append(args) or _real(*args)
-    )
-    with torch_kernels._OneDNN(), torch.no_grad():
-        torch.testing.assert_close(F.linear(x, weight), x @ weight.T, rtol=1e-5, atol=1e-5)
-    assert len(asked) == 1
+def test_without_gradients_trainable_weights_do_not_matter(way: str, asked: list[str]) -> None:
+    x, weight = torch.randn(3, WIDTHS[way]), torch.randn(5, WIDTHS[way]).requires_grad_()
+    with torch_kernels.fast_kernels(torch.device("cpu")), torch.no_grad():
+        torch.testing.assert_close(F.linear(x, weight), x @ weight.T, rtol=1e-5, atol=1e-4)
+    assert asked == [way]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_few_rows_in_half_precision(dtype: torch.dtype, way: str, asked: list[str]) -> None:
+    width = WIDTHS[way]
+    x, weight, b = (torch.randn(*shape).to(dtype) for shape in ((4, width), (9, width), (9,)))
+    with torch_kernels.fast_kernels(torch.device("cpu")), torch.no_grad():
+        out = torch.nn.functional.linear(x, weight, b)
+    assert out.dtype == dtype
+    assert asked == (["native"] if way == "native" else [])
+    torch.testing.assert_close(out.double(), F.linear(x.double(), weight.double(), b.double()), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])

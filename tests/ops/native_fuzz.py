@@ -64,7 +64,7 @@ def operators() -> list[str]:
     """All of them, as the dispatcher knows them; public ones with the back end that runs them."""
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("nabla_fast::")]
     names = sorted(name.removeprefix("nabla_fast::") for name in names)
-    alone = [name for name in names if name.startswith("native_")]
+    alone = [f"native_{name}" for name in sorted(ops.OPERATORS) if f"native_{name}" in names]
     return alone + [f"{name} {back}" for name in ops.OPERATORS for back in ("native", "reference")]
 
 

@@ -1,0 +1,202 @@
+#include "../checks.h"
+#include "operators.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+// Products of few rows. Their time is that of reading the weight, so it is read once, as it lies, by all threads; every
+// row of x takes what it needs of a part of it while that is in registers.
+namespace nabla_fast::cpu::CPU_CAPABILITY {
+namespace {
+
+using Vec = at::vec::Vectorized<float>;
+using Bits = at::vec::Vectorized<int32_t>;
+
+// Rows of x that take part in one reading of the weight's registers. Further ones read the cache.
+constexpr int kGroup = 8;
+// Sums in registers, of 32 or 16.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kSums = 24;
+#else
+constexpr int kSums = 10;
+#endif
+// A weight comes from memory: so far ahead, the hardware's own prefetching, which stops at a page, is too late.
+constexpr int64_t kPrefetchBytes = 4096;
+// What stays in the first-level cache while several groups of rows read it.
+constexpr int64_t kTileBytes = 8192;
+// Entries of a weight below which waking up a second thread takes longer than it helps.
+constexpr int64_t kGrain = 32768;
+// Of a row, so that no instruction set has a rest: the entries that 64 bytes hold in the narrower dtypes.
+constexpr int64_t kUnit = 32;
+
+template <int... index, typename Work>
+void unrolled(std::integer_sequence<int, index...>, const Work& work) {
+  (work(std::integral_constant<int, index>{}), ...);
+}
+
+// work(0), ..., work(count - 1) with constants, so that arrays they index are registers.
+template <int count, typename Work>
+void unrolled(const Work& work) {
+  unrolled(std::make_integer_sequence<int, count>{}, work);
+}
+
+// How entries become float32. Their order is the same in x and in the weight, and does not matter.
+template <typename scalar_t>
+struct Entries {
+  static constexpr int kVectors = sizeof(float) / sizeof(scalar_t);
+  static constexpr int64_t kCount = kVectors * Vec::size();
+
+  static void load(const scalar_t* from, Vec* to) {
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      to[0] = Vec::loadu(from);
+    } else if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+      // Even entries, then odd ones: two instructions, where the order in memory would take five.
+      const Bits pairs = Bits::loadu(from);
+      to[0] = at::vec::cast<float>(pairs << Bits(16));
+      to[1] = at::vec::cast<float>(pairs & Bits(static_cast<int32_t>(0xFFFF0000)));
+    } else {
+      at::vec::load_to_float<scalar_t>(from, to[0], to[1]);
+    }
+  }
+};
+
+// Rows (M, K) in float32, in the order of `Entries`.
+template <typename scalar_t>
+Tensor converted(const Tensor& x) {
+  if (std::is_same_v<scalar_t, float>) return x.contiguous();
+  using E = Entries<scalar_t>;
+  const Tensor source = x.contiguous();
+  Tensor out = at::empty(x.sizes(), x.options().dtype(at::kFloat));
+  const scalar_t* from = source.const_data_ptr<scalar_t>();
+  float* to = out.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < x.numel(); i += E::kCount) {
+    Vec entries[E::kVectors];
+    E::load(from + i, entries);
+    for (int v = 0; v < E::kVectors; ++v) entries[v].store(to + i + v * Vec::size());
+  }
+  return out;
+}
+
+template <typename scalar_t, typename out_t>
+struct Product {
+  const float* x;  // (M, K)
+  const scalar_t* weight;
+  int64_t weight_stride;
+  int64_t size;       // K
+  const float* bias;  // (N,), or null
+  out_t* out;         // (M, N)
+  int64_t columns;    // N
+
+  // Rows [row, row + count) of x, at most kGroup, times entries [begin, end) of the weight.
+  void range(int64_t row, int64_t count, int64_t begin, int64_t end) const {
+    unrolled<kGroup>([&](auto before) {
+      if (count == before + 1) range<before + 1>(row, begin, end);
+    });
+  }
+
+ private:
+  using E = Entries<scalar_t>;
+
+  template <int rows>
+  void range(int64_t row, int64_t begin, int64_t end) const {
+    constexpr int kAtOnce = std::min(4, kSums / rows);
+    int64_t n = begin;
+    for (; n + kAtOnce <= end; n += kAtOnce) block<rows, kAtOnce>(row, n);
+    for (; n < end; ++n) block<rows, 1>(row, n);
+  }
+
+  template <int rows, int entries>
+  void block(int64_t row, int64_t n) const {
+    const float* a = x + row * size;
+    const scalar_t* w = weight + n * weight_stride;
+    Vec sums[rows * entries];
+    unrolled<rows * entries>([&](auto i) { sums[i] = Vec(0.0F); });
+    for (int64_t k = 0; k < size; k += E::kCount) {
+      Vec values[entries * E::kVectors];
+      unrolled<entries>([&](auto i) {
+        const scalar_t* from = w + i * weight_stride + k;
+        __builtin_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes);
+        E::load(from, values + i * E::kVectors);
+      });
+      unrolled<E::kVectors>([&](auto v) {
+        unrolled<rows>([&](auto r) {
+          const Vec factor = Vec::loadu(a + r * size + k + v * Vec::size());
+          unrolled<entries>([&](auto i) {
+            sums[r * entries + i] = at::vec::fmadd(factor, values[i * E::kVectors + v], sums[r * entries + i]);
+          });
+        });
+      });
+    }
+    // Nothing below may be a call: it would send all sums to memory and back.
+    unrolled<rows * entries>([&](auto i) {
+      const float sum =
+          at::vec::vec_reduce_all<float>([](const Vec& one, const Vec& other) { return one + other; }, sums[i]);
+      const int64_t column = n + i % entries;
+      out[(row + i / entries) * columns + column] =
+          static_cast<out_t>(bias == nullptr ? sum : sum + bias[column]);
+    });
+  }
+};
+
+template <typename scalar_t, typename out_t>
+void multiply(const Tensor& x, const Tensor& weight, const Tensor& bias, Tensor& out) {
+  const Tensor rows = converted<scalar_t>(x);
+  const Product<scalar_t, out_t> product{rows.const_data_ptr<float>(),
+                                         weight.const_data_ptr<scalar_t>(),
+                                         weight.stride(0),
+                                         x.size(1),
+                                         bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+                                         out.mutable_data_ptr<out_t>(),
+                                         out.size(1)};
+  const int64_t count = x.size(0);
+  const int64_t groups = (count + kGroup - 1) / kGroup;
+  const int64_t tile =
+      groups == 1 ? weight.size(0) : std::max<int64_t>(4, kTileBytes / int64_t(sizeof(scalar_t)) / x.size(1));
+  at::parallel_for(0, weight.size(0), std::max<int64_t>(1, kGrain / x.size(1)), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n += tile) {
+      for (int64_t group = 0; group < groups; ++group) {
+        const int64_t row = count * group / groups;
+        product.range(row, count * (group + 1) / groups - row, n, std::min(end, n + tile));
+      }
+    }
+  });
+}
+
+}  // namespace
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, at::ScalarType dtype) {
+  const Check check("linear");
+  check.floats(x, "x", {"M", "K"});
+  check.floats(weight, "weight", {"N", x.size(1)});
+  if (bias.has_value()) check.floats(*bias, "bias", {weight.size(0)});
+  const at::ScalarType own = weight.scalar_type();
+  TORCH_CHECK_TYPE(own != at::kDouble && x.scalar_type() == own && (dtype == own || dtype == at::kFloat),
+                   "linear: x and weight must be float32, bfloat16 or float16, both the same, and dtype must be theirs "
+                   "or float32, got ", dtype_name(x), ", ", dtype_name(weight), " and ", at::toString(dtype));
+  TORCH_CHECK_VALUE(x.size(1) > 0 && x.size(1) % kUnit == 0 && weight.stride(1) == 1,
+                    "linear: a row of weight must be a multiple of ", kUnit, " entries without gaps, got ", x.size(1),
+                    " with a stride of ", weight.stride(1));
+  const Tensor more = bias.has_value() ? bias->to(at::kFloat).contiguous() : Tensor();
+  Tensor out = at::empty({x.size(0), weight.size(0)}, x.options().dtype(dtype));
+  const auto run = [&](auto entry) {
+    using scalar_t = decltype(entry);
+    if (dtype == at::kFloat) return multiply<scalar_t, float>(x, weight, more, out);
+    return multiply<scalar_t, scalar_t>(x, weight, more, out);
+  };
+  if (own == at::kBFloat16) {
+    run(at::BFloat16());
+  } else if (own == at::kHalf) {
+    run(at::Half());
+  } else {
+    run(float());
+  }
+  return out;
+}
+
+}  // namespace nabla_fast::cpu::CPU_CAPABILITY

@@ -1,0 +1,54 @@
+"""Products of few rows on a CPU: not one of the method's operators, but what a decoded token's time is made of.
+
+PyTorch's libraries reach the memory's bandwidth for one row of float32 at best. The native kernel reads a weight once
+whatever the number of rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nabla_fast.ops import native
+
+# Above it, PyTorch's products are as fast.
+MOST_ROWS = 16
+_UNIT = 32  # the entries of a row must be a multiple of it
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_native = native.define("native_linear(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor")
+
+
+@torch.library.register_fake("nabla_fast::native_linear")
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(len(x), len(weight), dtype=dtype)
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` multiplies x (..., K) with a weight (N, K): few rows of one dtype, in the CPU's memory."""
+    width = weight.shape[-1]
+    return (
+        0 < x.numel() <= MOST_ROWS * width
+        and width % _UNIT == 0
+        and x.dtype == weight.dtype
+        and x.dtype in _DTYPES
+        and x.device.type == weight.device.type == "cpu"
+        and weight.stride() == (width, 1)
+        and native.has("linear")
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """x @ weight^T + bias, summed in float32; without a derivative. `fits` says for what.
+
+    Args:
+        x: (M, K) float32, bfloat16 or float16.
+        weight: (N, K) of the same dtype.
+        bias: (N,) of any float dtype.
+        dtype: of the result: that of ``x``, which is the default, or float32.
+
+    Returns:
+        (M, N).
+    """
+    product: Tensor = _native(x, weight, bias, dtype or x.dtype)
+    return product
