@@ -1,4 +1,4 @@
-"""Layers of a model as one kernel each, where transformers writes them as several operators.
+"""Layers of a model as one kernel each, where transformers writes them as several operators; on a CPU, linear layers.
 
 Two kinds are most of what a GPU's host launches for a gradient: RMS norms (8 operators forward and 14 backward, now one
 each by PyTorch's own kernels) and rotary embeddings (10 and about as many, now one each by a kernel of ours). The model
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nabla_fast.models import checks
+from nabla_fast.models import checks, linear_layers
 from nabla_fast.models.numerics import relative_error
 from nabla_fast.models.temporary import set_attribute, while_any
 from nabla_fast.ops.rotary import rotary
@@ -40,10 +40,12 @@ class FusedLayers:
         norms: modules, and the forward passes that take the place of theirs.
         rotary: Python modules whose attention layers call ``apply_rotary_pos_emb`` by that name, and what takes its
             place.
+        linear: layers whose forward passes `nabla_fast.models.linear_layers` has.
     """
 
     norms: tuple[tuple[torch.nn.Module, Callable[..., Any]], ...] = ()
     rotary: tuple[tuple[ModuleType, Callable[..., Any]], ...] = ()
+    linear: tuple[torch.nn.Linear, ...] = ()
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -56,14 +58,19 @@ class FusedLayers:
         def exchange_function(module: Any) -> Callable[[], Any]:
             return set_attribute(module, _ROTARY, functions[module])
 
-        with while_any("norm", norms, exchange_norm), while_any("rotary", functions, exchange_function):
+        with (
+            while_any("norm", norms, exchange_norm),
+            while_any("rotary", functions, exchange_function),
+            while_any("linear", self.linear, linear_layers.exchange),
+        ):
             yield
 
 
 def fused_layers(model: Any, name: str) -> FusedLayers:
-    """What can be exchanged in ``model``, found by trying, once per model; nothing on a CPU."""
-    if model.get_input_embeddings().weight.device.type != "cuda":
-        return FusedLayers()
+    """What can be exchanged in ``model``; on a GPU, found by trying, once per model."""
+    device = model.get_input_embeddings().weight.device.type
+    if device != "cuda":
+        return FusedLayers(linear=linear_layers.find(model) if device == "cpu" else ())
     found: FusedLayers = checks.remembered(model, name, "fused layers", lambda: find(model))
     return found
 

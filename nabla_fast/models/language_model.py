@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from nabla_fast.models import checks
 from nabla_fast.models.backbone import Backbone, Inputs
+from nabla_fast.models.linear_layers import linear
 from nabla_fast.models.numerics import is_close, relative_error
 from nabla_fast.models.sequence_cache import SequenceCache
 from nabla_fast.ops import Head, linear_logits, scaled_and_capped
@@ -112,7 +112,6 @@ class LanguageModel:
         if few_rows.fits(hidden, weight) and not (torch.is_grad_enabled() and hidden.requires_grad):
             return scaled_and_capped(few_rows.linear(hidden, weight, dtype=torch.float32), self.head)
         if not hidden.is_cuda and hidden.dtype == weight.dtype == torch.float32:
-            # The same product in the form that `fast_kernels` knows.
             return scaled_and_capped(linear(hidden, weight), self.head)
         return linear_logits(hidden, self.head)
 

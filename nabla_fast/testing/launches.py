@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nabla_fast as nf
 from nabla_fast.generate import make_pair
-from nabla_fast.models import fused_layers, sequence_cache, torch_kernels
+from nabla_fast.models import fused_layers, linear_layers, sequence_cache, torch_kernels
 from nabla_fast.models.fused_layers import FusedLayers
 from nabla_fast.objective import Objective, Request
 from nabla_fast.rollout import HFRollout, StopRule
@@ -89,7 +89,7 @@ def as_on_a_gpu(*, fused: bool) -> Iterator[None]:
     """In this block, operators are those of a GPU without graphs; ``fused`` exchanges norms and rotary embeddings."""
 
     def fast(device: torch.device, *layers: FusedLayers) -> Any:
-        return torch_kernels._on_gpu(layers)
+        return torch_kernels.fast_kernels(torch.device("cuda"), *layers)
 
     def found(model: Any, name: str) -> FusedLayers:
         return fused_layers.find(model) if fused else FusedLayers()
@@ -98,7 +98,7 @@ def as_on_a_gpu(*, fused: bool) -> Iterator[None]:
         return patch.object(sys.modules[f"nabla_fast.{page}"], name, value)
 
     with (
-        patch.object(torch_kernels, "_mkl_is_slow", lambda: False),
+        patch.object(linear_layers, "_mkl_is_slow", lambda: False),
         patch.dict(sequence_cache.TOKENS_PER_PASS, {"cpu": sequence_cache.TOKENS_PER_PASS["cuda"]}),
         at("models.backbone", "fused_layers", found),
         at("models.fused_layers", "functional", _Functional),

@@ -15,7 +15,7 @@ import nabla_fast as nf
 from nabla_fast import graphs
 from nabla_fast.demo import arithmetic
 from nabla_fast.generate import NablaOutput, make_pair
-from nabla_fast.models import checks, kept, static, torch_kernels
+from nabla_fast.models import checks, kept, linear_layers, static
 from nabla_fast.models.compiled_layers import CompiledLayers, compiled_graphs
 from nabla_fast.models.fused_layers import find
 from nabla_fast.models.language_model import LanguageModel
@@ -48,7 +48,7 @@ PROMPTS = ["what is 3 times 4 and 12 + 24", "the user", "12 + 24 = is it on"]
 @pytest.fixture(autouse=True)
 def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN's linear layer, which a CPU may take, cannot be traced; a GPU has none."""
-    monkeypatch.setattr(torch_kernels, "_mkl_is_slow", lambda: False)
+    monkeypatch.setattr(linear_layers, "_mkl_is_slow", lambda: False)
 
 
 @pytest.fixture

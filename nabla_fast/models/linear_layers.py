@@ -1,0 +1,100 @@
+"""Linear layers of models on a CPU, by what multiplies fastest.
+
+A product of few rows, of which a decoded token is made, is a native kernel's (`nabla_fast.ops.linear`). Larger ones of
+float32 models are oneDNN's on AMD processors: PyTorch multiplies float32 matrices by MKL, which there reaches less than
+half of what oneDNN does, and oneDNN comes with PyTorch too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nabla_fast.ops import linear as few_rows
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def find(model: torch.nn.Module) -> tuple[torch.nn.Linear, ...]:
+    """The layers whose forward is PyTorch's own: another library may have set one, or made a class of its own."""
+    return tuple(m for m in model.modules() if type(m) is torch.nn.Linear and "forward" not in vars(m))
+
+
+def exchange(layer: torch.nn.Linear) -> Callable[[], Any]:
+    """Makes `linear` the forward pass of a layer; returns what puts its own back.
+
+    A mode of torch_function would reach layers of all kinds, but takes a microsecond of every operator of a model.
+    """
+    own = vars(layer)
+    own["forward"] = partial(_forward, layer)
+    return partial(own.pop, "forward", None)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, but for rounding; differentiable in the same tensors."""
+    product = _product(input, weight)
+    recorded = torch.is_grad_enabled()
+    frozen = not recorded or not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    if product is None or not frozen or not plain:
+        return functional.linear(input, weight, bias)
+    if not recorded or not input.requires_grad:
+        return _shaped(product, input, weight, bias)
+    out: Tensor = _Linear.apply(product, input, weight, bias)
+    return out
+
+
+def _forward(layer: torch.nn.Linear, input: Tensor) -> Tensor:
+    return linear(input, layer.weight, layer.bias)
+
+
+class _Linear(torch.autograd.Function):
+    """input @ weight^T + bias, differentiable in the input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, product: Product, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _shaped(product, input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        transposed = weight.t()
+        product = _product(grad, transposed) or functional.linear
+        return None, _shaped(product, grad, transposed, None), None, None
+
+
+def _shaped(product: Product, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = product(rows.reshape(-1, rows.shape[-1]), weight, bias)
+    # Not a view, as far as autograd knows: a model may go on in place.
+    shaped: Tensor = torch.ops.aten._unsafe_view(out, [*rows.shape[:-1], weight.shape[0]])
+    return shaped
+
+
+def _product(input: Tensor, weight: Tensor) -> Product | None:
+    """What multiplies rows (M, K) with a weight (N, K) faster than PyTorch would."""
+    if few_rows.fits(input, weight):
+        return few_rows.linear
+    usual = input.dtype == weight.dtype == torch.float32 and input.device.type == weight.device.type == "cpu"
+    return _onednn if usual and input.numel() > 0 and _mkl_is_slow() and torch.backends.mkldnn.enabled else None
+
+
+def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return out
+
+
+@functools.cache
+def _mkl_is_slow() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+    # The operator is inductor's, and no part of PyTorch's documented interface.
+    has_operator = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return amd and has_operator and torch.backends.mkl.is_available()

@@ -1,0 +1,165 @@
+"""Layers on other implementations than PyTorch's first choice: the same numbers, and only where they are meant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_kv_cache import PROMPTS, TOKENIZER, response, sequence
+from torch.nn import functional as F
+
+import nabla_fast as nf
+from nabla_fast.models import linear_layers
+from nabla_fast.models.fused_layers import FusedLayers, fused_layers
+from nabla_fast.models.language_model import LanguageModel
+from nabla_fast.models.reward_model import RewardModel
+from nabla_fast.models.torch_kernels import fast_kernels
+from nabla_fast.objective import Objective, Request
+from nabla_fast.ops import native
+from nabla_fast.testing.models import tiny_language_model, tiny_reward_model
+
+# Rows that the native kernel does not take, and ones that it does; the other way is oneDNN's.
+WIDTHS = {"oneDNN": 7, "native": 64}
+
+
+@pytest.fixture(params=WIDTHS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What multiplies, whatever the processor."""
+    if request.param == "native" and not native.available():
+        pytest.skip("the native library is missing; PyTorch's products are used")
+    if request.param == "oneDNN" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no oneDNN; its own products are used")
+    monkeypatch.setattr(linear_layers, "_mkl_is_slow", lambda: request.param == "oneDNN")
+    return str(request.param)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What has multiplied, as often as it did."""
+    made: list[str] = []
+
+    def counted(name: str, product: Any) -> Any:
+        return lambda *arguments: made.append(name) or product(*arguments)
+
+    monkeypatch.setattr(linear_layers, "_onednn", counted("oneDNN", linear_layers._onednn))
+    monkeypatch.setattr(linear_layers.few_rows, "linear", counted("native", linear_layers.few_rows.linear))
+    return made
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3), (200,)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_and_gradients_equal_float64(shape: tuple[int, ...], bias: bool, way: str, asked: list[str]) -> None:
+    width = WIDTHS[way]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape, width, generator=generator).requires_grad_()
+    weight, b = torch.randn(32, width, generator=generator), torch.randn(32, generator=generator) if bias else None
+    few = x.numel() <= 16 * width
+    out = linear_layers.linear(x, weight, b)
+    (grad,) = torch.autograd.grad(out.square().sum(), x)
+    taken = way == "oneDNN" or few
+    assert (type(out.grad_fn).__name__ == "_LinearBackward") is taken
+    # The weight of the backward pass is read down its columns.
+    assert asked == (["oneDNN"] * 2 if way == "oneDNN" else ["native"] if few else [])
+    exact = x.detach().double().requires_grad_()
+    expected = F.linear(exact, weight.double(), None if b is None else b.double())
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), exact)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-5, atol=1e-3)
+
+
+def test_other_products_are_left_to_pytorch(way: str, asked: list[str]) -> None:
+    width = WIDTHS[way]
+    x, weight = torch.randn(3, width), torch.randn(5, width)
+    cases = [
+        (x.double(), weight.double()),
+        (x, weight.clone().requires_grad_()),
+        (x[:0], weight),
+        *([(x.bfloat16(), weight.bfloat16())] if way == "oneDNN" else [(torch.randn(17, width), weight)]),
+    ]
+    for a, b in cases:
+        a = a.clone().requires_grad_()
+        out = linear_layers.linear(a, b)
+        assert "_Linear" not in type(out.grad_fn).__name__
+        assert out.shape == (len(a), 5)
+    assert not asked
+
+
+def test_without_gradients_trainable_weights_do_not_matter(way: str, asked: list[str]) -> None:
+    x, weight = torch.randn(3, WIDTHS[way]), torch.randn(5, WIDTHS[way]).requires_grad_()
+    with torch.no_grad():
+        torch.testing.assert_close(linear_layers.linear(x, weight), x @ weight.T, rtol=1e-5, atol=1e-4)
+    assert asked == [way]
+
+
+def test_layers_are_exchanged_in_blocks(asked: list[str]) -> None:
+    """PyTorch's own alone, and each is put back by the last block."""
+
+    class Other(torch.nn.Linear):
+        pass
+
+    model = torch.nn.Sequential(
+        torch.nn.Linear(64, 32), Other(64, 32), torch.nn.Linear(64, 32), torch.nn.Linear(64, 32)
+    )
+    model.requires_grad_(False)
+    own = model[2].forward
+    model[2].forward = lambda x: own(x)
+    layers = linear_layers.find(model)
+    assert layers == (model[0], model[3])
+    x = torch.randn(2, 64)
+    expected = [layer(x) for layer in model]
+    before = [dict(vars(layer)) for layer in model]
+    fused = FusedLayers(linear=layers)
+    first, second = (fast_kernels(torch.device("cpu"), fused) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    for layer, meant in zip(model, expected, strict=True):
+        torch.testing.assert_close(layer(x), meant, rtol=1e-5, atol=1e-5)
+    assert len(asked) == 2 * linear_layers.few_rows.fits(x, model[0].weight)
+    second.__exit__(None, None, None)
+    assert [dict(vars(layer)) for layer in model] == before
+
+
+def test_a_models_layers_are_found_on_a_cpu_alone() -> None:
+    model = tiny_language_model("qwen2", dtype=torch.float32)
+    found = fused_layers(model, "it").linear
+    assert len(found) == len([m for m in model.modules() if isinstance(m, torch.nn.Linear)]) > 7
+    assert fused_layers(model.to("meta"), "it") == FusedLayers()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_few_rows_in_half_precision(dtype: torch.dtype, way: str, asked: list[str]) -> None:
+    width = WIDTHS[way]
+    x, weight, b = (torch.randn(*shape).to(dtype) for shape in ((4, width), (9, width), (9,)))
+    with torch.no_grad():
+        out = linear_layers.linear(x, weight, b)
+    assert out.dtype == dtype
+    assert asked == (["native"] if way == "native" else [])
+    torch.testing.assert_close(out.double(), F.linear(x.double(), weight.double(), b.double()), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_factors_are_the_same_either_way(checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    language = LanguageModel(tiny_language_model("qwen2", dtype=torch.float32), TOKENIZER)
+    reward = RewardModel(tiny_reward_model("llama", dtype=torch.float32), None, language, TOKENIZER)
+    results = []
+    for slow in (True, False):
+        monkeypatch.setattr(linear_layers, "_mkl_is_slow", lambda slow=slow: slow)
+        config = nf.NablaConfig(nll_coeff=0.4, gradient_cache=False, checkpoint_activations=checkpoint)
+        ours = Objective(language, reward, config)
+        sequences = [sequence(ours, p) for p in PROMPTS]
+        requests = [Request(s, response(9, seed=5), 2) for s in sequences]
+        results.append((ours.evaluate(requests), ours.rewards(sequences, [r.response[:-1] for r in requests])))
+    for mine, theirs in zip(results[0][0], results[1][0], strict=True):
+        for one, other in zip(mine.factors, theirs.factors, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * max(1.0, float(other.abs().max())))
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize(("text", "slow"), [("vendor_id : AuthenticAMD", True), ("vendor_id : GenuineIntel", False)])
+def test_the_processor_decides(text: str, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_layers.Path, "read_text", lambda self: text)
+    monkeypatch.setattr(linear_layers.Path, "exists", lambda self: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert linear_layers._mkl_is_slow.__wrapped__() is slow
