@@ -15,7 +15,7 @@ import torch
 import nabla_fast as nf
 from nabla_fast import baselines, graphs
 from nabla_fast.generate import make_pair
-from nabla_fast.models import kept, torch_kernels
+from nabla_fast.models import kept, linear_layers
 from nabla_fast.models.fused_layers import FusedLayers, find
 from nabla_fast.models.graphed import Graphed, head_settings
 from nabla_fast.testing.models import FAMILIES, tiny_language_model, tiny_reward_model, tiny_tokenizer
@@ -39,7 +39,7 @@ PROMPTS = ["what is 3 times 4 and 12 + 24", "the user"]
 @pytest.fixture(autouse=True)
 def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # oneDNN's linear layer, which a CPU may take, cannot be traced; a GPU has none.
-    monkeypatch.setattr(torch_kernels, "_mkl_is_slow", lambda: False)
+    monkeypatch.setattr(linear_layers, "_mkl_is_slow", lambda: False)
     monkeypatch.setattr(graphs, "TRACE_ON_CPU", True)
     yield
     nf.clear_graphs()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nabla_fast.models.temporary import own_attribute, set_attribute
 from nabla_fast.ops import linear as few_rows
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -24,7 +25,7 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 def find(model: torch.nn.Module) -> tuple[torch.nn.Linear, ...]:
     """The layers whose forward is PyTorch's own: another library may have set one, or made a class of its own."""
-    return tuple(m for m in model.modules() if type(m) is torch.nn.Linear and "forward" not in vars(m))
+    return tuple(m for m in model.modules() if type(m) is torch.nn.Linear and own_attribute(m, "forward") is None)
 
 
 def exchange(layer: torch.nn.Linear) -> Callable[[], Any]:
@@ -32,9 +33,7 @@ def exchange(layer: torch.nn.Linear) -> Callable[[], Any]:
 
     A mode of torch_function would reach layers of all kinds, but takes a microsecond of every operator of a model.
     """
-    own = vars(layer)
-    own["forward"] = partial(_forward, layer)
-    return partial(own.pop, "forward", None)
+    return set_attribute(layer, "forward", partial(_forward, layer))
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
