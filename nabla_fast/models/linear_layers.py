@@ -38,11 +38,12 @@ def exchange(layer: torch.nn.Linear) -> Callable[[], Any]:
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, but for rounding; differentiable in the same tensors."""
+    if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
+        return functional.linear(input, weight, bias)
     product = _product(input, weight)
     recorded = torch.is_grad_enabled()
     frozen = not recorded or not (weight.requires_grad or (bias is not None and bias.requires_grad))
-    plain = type(weight) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-    if product is None or not frozen or not plain:
+    if product is None or not frozen:
         return functional.linear(input, weight, bias)
     if not recorded or not input.requires_grad:
         return _shaped(product, input, weight, bias)
