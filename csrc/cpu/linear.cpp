@@ -138,8 +138,7 @@ struct Product {
       const float sum =
           at::vec::vec_reduce_all<float>([](const Vec& one, const Vec& other) { return one + other; }, sums[i]);
       const int64_t column = n + i % entries;
-      out[(row + i / entries) * columns + column] =
-          static_cast<out_t>(bias == nullptr ? sum : sum + bias[column]);
+      out[(row + i / entries) * columns + column] = static_cast<out_t>(bias == nullptr ? sum : sum + bias[column]);
     });
   }
 };
@@ -178,7 +177,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   const at::ScalarType own = weight.scalar_type();
   TORCH_CHECK_TYPE(own != at::kDouble && x.scalar_type() == own && (dtype == own || dtype == at::kFloat),
                    "linear: x and weight must be float32, bfloat16 or float16, both the same, and dtype must be theirs "
-                   "or float32, got ", dtype_name(x), ", ", dtype_name(weight), " and ", at::toString(dtype));
+                   "or float32, got ",
+                   dtype_name(x), ", ", dtype_name(weight), " and ", at::toString(dtype));
   TORCH_CHECK_VALUE(x.size(1) > 0 && x.size(1) % kUnit == 0 && weight.stride(1) == 1,
                     "linear: a row of weight must be a multiple of ", kUnit, " entries without gaps, got ", x.size(1),
                     " with a stride of ", weight.stride(1));
