@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 // Products of few rows. Their time is that of reading the weight, so it is read once, as it lies, by all threads; every
 // row of x takes what it needs of a part of it while that is in registers.
@@ -152,7 +153,7 @@ void multiply(const Tensor& x, const Tensor& weight, const Tensor& bias, Tensor&
                                          x.size(1),
                                          bias.defined() ? bias.const_data_ptr<float>() : nullptr,
                                          out.mutable_data_ptr<out_t>(),
-                                         out.size(1)};
+                                         weight.size(0)};
   const int64_t count = x.size(0);
   const int64_t groups = (count + kGroup - 1) / kGroup;
   const int64_t tile =
@@ -169,8 +170,13 @@ void multiply(const Tensor& x, const Tensor& weight, const Tensor& bias, Tensor&
 
 }  // namespace
 
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, at::ScalarType dtype) {
+Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, at::ScalarType dtype) {
   const Check check("linear");
+  check.memory(input, "x");
+  TORCH_CHECK_VALUE(input.dim() >= 1, "linear: x must have the shape (..., K), got a number");
+  // Here and not in Python, where shapes of a small product take longer than the product.
+  const Tensor x =
+      input.dim() == 2 ? input : input.reshape({input.numel() / std::max<int64_t>(1, input.size(-1)), input.size(-1)});
   check.floats(x, "x", {"M", "K"});
   check.floats(weight, "weight", {"N", x.size(1)});
   if (bias.has_value()) check.floats(*bias, "bias", {weight.size(0)});
@@ -183,7 +189,9 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
                     "linear: a row of weight must be a multiple of ", kUnit, " entries without gaps, got ", x.size(1),
                     " with a stride of ", weight.stride(1));
   const Tensor more = bias.has_value() ? bias->to(at::kFloat).contiguous() : Tensor();
-  Tensor out = at::empty({x.size(0), weight.size(0)}, x.options().dtype(dtype));
+  std::vector<int64_t> shape = input.sizes().vec();
+  shape.back() = weight.size(0);
+  Tensor out = at::empty(shape, x.options().dtype(dtype));
   const auto run = [&](auto entry) {
     using scalar_t = decltype(entry);
     if (dtype == at::kFloat) return multiply<scalar_t, float>(x, weight, more, out);

@@ -21,6 +21,7 @@ from nabla_fast.models.temporary import own_attribute, set_attribute
 from nabla_fast.ops import linear as few_rows
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def find(model: torch.nn.Module) -> tuple[torch.nn.Linear, ...]:
@@ -38,15 +39,17 @@ def exchange(layer: torch.nn.Linear) -> Callable[[], Any]:
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, but for rounding; differentiable in the same tensors."""
-    if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or type(weight) not in _PLAIN:
         return functional.linear(input, weight, bias)
     product = _product(input, weight)
-    recorded = torch.is_grad_enabled()
-    frozen = not recorded or not (weight.requires_grad or (bias is not None and bias.requires_grad))
-    if product is None or not frozen:
+    if product is None:
         return functional.linear(input, weight, bias)
-    if not recorded or not input.requires_grad:
-        return _shaped(product, input, weight, bias)
+    if not torch.is_grad_enabled():
+        return product(input, weight, bias)
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return functional.linear(input, weight, bias)
+    if not input.requires_grad:
+        return product(input, weight, bias)
     out: Tensor = _Linear.apply(product, input, weight, bias)
     return out
 
@@ -61,34 +64,30 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, product: Product, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _shaped(product, input, weight, bias)
+        return product(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         transposed = weight.t()
         product = _product(grad, transposed) or functional.linear
-        return None, _shaped(product, grad, transposed, None), None, None
-
-
-def _shaped(product: Product, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out = product(rows.reshape(-1, rows.shape[-1]), weight, bias)
-    # Not a view, as far as autograd knows: a model may go on in place.
-    shaped: Tensor = torch.ops.aten._unsafe_view(out, [*rows.shape[:-1], weight.shape[0]])
-    return shaped
+        return None, product(grad, transposed, None), None, None
 
 
 def _product(input: Tensor, weight: Tensor) -> Product | None:
-    """What multiplies rows (M, K) with a weight (N, K) faster than PyTorch would."""
+    """What multiplies rows (..., K) with a weight (N, K) faster than PyTorch would."""
     if few_rows.fits(input, weight):
         return few_rows.linear
-    usual = input.dtype == weight.dtype == torch.float32 and input.device.type == weight.device.type == "cpu"
+    usual = input.dtype == weight.dtype == torch.float32 and input.is_cpu and weight.is_cpu
     return _onednn if usual and input.numel() > 0 and _mkl_is_slow() and torch.backends.mkldnn.enabled else None
 
 
-def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return out
+def _onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = input.reshape(-1, input.shape[-1])
+    out = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    # Not a view, as far as autograd knows: a model may go on in place.
+    shaped: Tensor = torch.ops.aten._unsafe_view(out, [*input.shape[:-1], weight.shape[0]])
+    return shaped
 
 
 @functools.cache

@@ -6,6 +6,8 @@ whatever the number of rows.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ _native = native.define("native_linear(Tensor x, Tensor weight, Tensor? bias, Sc
 
 @torch.library.register_fake("nabla_fast::native_linear")
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(len(x), len(weight), dtype=dtype)
+    return x.new_empty((*x.shape[:-1], len(weight)), dtype=dtype)
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
@@ -30,11 +32,12 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     return (
         0 < x.numel() <= MOST_ROWS * width
         and width % _UNIT == 0
-        and x.dtype == weight.dtype
+        and x.dtype is weight.dtype
         and x.dtype in _DTYPES
-        and x.device.type == weight.device.type == "cpu"
-        and weight.stride() == (width, 1)
-        and native.has("linear")
+        and x.is_cpu
+        and weight.is_cpu
+        and weight.is_contiguous()
+        and _available()
     )
 
 
@@ -42,13 +45,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.d
     """x @ weight^T + bias, summed in float32; without a derivative. `fits` says for what.
 
     Args:
-        x: (M, K) float32, bfloat16 or float16.
+        x: (..., K) float32, bfloat16 or float16.
         weight: (N, K) of the same dtype.
         bias: (N,) of any float dtype.
         dtype: of the result: that of ``x``, which is the default, or float32.
 
     Returns:
-        (M, N).
+        (..., N).
     """
     product: Tensor = _native(x, weight, bias, dtype or x.dtype)
     return product
+
+
+# It is asked for every layer of every token.
+@functools.cache
+def _available() -> bool:
+    return native.has("linear")

@@ -71,6 +71,9 @@ def test_views_of_rows_and_weights() -> None:
     wide = torch.cat([weight, weight], 1)
     assert torch.equal(few_rows.linear(x, wide[:, 64:], bias), expected)
     assert torch.equal(few_rows.linear(x, weight[1::3], bias[1::3]), expected[:, 1::3])
+    assert torch.equal(few_rows.linear(x.view(2, 3, 64), weight, bias), expected.view(2, 3, 10))
+    assert torch.equal(few_rows.linear(x.view(2, 3, 64).transpose(0, 1), weight, bias)[2, 1], expected[5])
+    assert torch.equal(few_rows.linear(x[2], weight, bias), expected[2])
     assert few_rows.linear(x[:0], weight).shape == (0, 10)
     assert few_rows.linear(x, weight[:0]).shape == (6, 0)
 
@@ -107,7 +110,7 @@ def test_what_the_kernel_refuses() -> None:
     x, weight, bias = operands(2, 64, 10, torch.float32)
     kernel = torch.ops.nabla_fast.native_linear
     for wrong, said in [
-        ((x[0], weight, None, torch.float32), r"\(M, K\)"),
+        ((x[0, 0], weight, None, torch.float32), r"\(\.\.\., K\)"),
         ((x, weight[:, :32], None, torch.float32), r"\(N, 64\)"),
         ((x, weight, bias[:9], torch.float32), r"\(10"),
         ((x[:, :48], weight[:, :48], None, torch.float32), "multiple of 32"),
