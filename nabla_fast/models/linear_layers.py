@@ -21,12 +21,15 @@ from nabla_fast.models.temporary import own_attribute, set_attribute
 from nabla_fast.ops import linear as few_rows
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# Entries of a weight below which the choice takes longer than any product of few rows.
+_LEAST = 2**16
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def find(model: torch.nn.Module) -> tuple[torch.nn.Linear, ...]:
-    """The layers whose forward is PyTorch's own: another library may have set one, or made a class of its own."""
-    return tuple(m for m in model.modules() if type(m) is torch.nn.Linear and own_attribute(m, "forward") is None)
+    """The layers that are worth it and whose forward is PyTorch's own: another library may have set one."""
+    layers = (module for module in model.modules() if type(module) is torch.nn.Linear)
+    return tuple(x for x in layers if x.weight.numel() >= _LEAST and own_attribute(x, "forward") is None)
 
 
 def exchange(layer: torch.nn.Linear) -> Callable[[], Any]:

@@ -92,7 +92,7 @@ def test_without_gradients_trainable_weights_do_not_matter(way: str, asked: list
     assert asked == [way]
 
 
-def test_layers_are_exchanged_in_blocks(asked: list[str]) -> None:
+def test_layers_are_exchanged_in_blocks(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's own alone, and each is put back by the last block."""
 
     class Other(torch.nn.Linear):
@@ -102,6 +102,7 @@ def test_layers_are_exchanged_in_blocks(asked: list[str]) -> None:
         torch.nn.Linear(64, 32), Other(64, 32), torch.nn.Linear(64, 32), torch.nn.Linear(64, 32)
     )
     model.requires_grad_(False)
+    monkeypatch.setattr(linear_layers, "_LEAST", 0)
     own = model[2].forward
     model[2].forward = lambda x: own(x)
     layers = linear_layers.find(model)
@@ -121,8 +122,10 @@ def test_layers_are_exchanged_in_blocks(asked: list[str]) -> None:
     assert [dict(vars(layer)) for layer in model] == before
 
 
-def test_a_models_layers_are_found_on_a_cpu_alone() -> None:
+def test_a_models_layers_are_found_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_language_model("qwen2", dtype=torch.float32)
+    assert fused_layers(model, "it").linear == (), "small ones are left alone"
+    monkeypatch.setattr(linear_layers, "_LEAST", 0)
     found = fused_layers(model, "it").linear
     assert len(found) == len([m for m in model.modules() if isinstance(m, torch.nn.Linear)]) > 7
     assert fused_layers(model.to("meta"), "it") == FusedLayers()
@@ -146,6 +149,7 @@ def test_factors_are_the_same_either_way(checkpoint: bool, monkeypatch: pytest.M
     results = []
     for slow in (True, False):
         monkeypatch.setattr(linear_layers, "_mkl_is_slow", lambda slow=slow: slow)
+        monkeypatch.setattr(linear_layers, "_LEAST", 0)
         config = nf.NablaConfig(nll_coeff=0.4, gradient_cache=False, checkpoint_activations=checkpoint)
         ours = Objective(language, reward, config)
         sequences = [sequence(ours, p) for p in PROMPTS]
