@@ -24,7 +24,7 @@ import pictures
 import quality_report
 import torch
 from cases import Setting
-from run import chosen_cases
+from run import SUITES, cases_of
 from tables import BRIEF, BRIEF_COLUMNS, FORMAT, Record, brief_cells, columns_and_rows, improvement_rows
 
 HERE = Path(__file__).parent
@@ -35,7 +35,6 @@ DOCUMENTS = (ROOT / "README.md", DOCS / "speed.md", DOCS / "quality.md")
 PICTURES = DOCS / "assets" / "speed"
 """A folder for each machine; the documents with pictures are in docs/."""
 KINDS = ("cpu", "gpu")
-SUITES = ("operators", "gradients", "dto", "generate", "rollouts")
 IMPROVEMENTS = "improvements"
 SPEED_IN_BRIEF, QUALITY_IN_BRIEF, QUALITY = "speed in brief", "quality in brief", "quality "
 NOT_MEASURED = "not measured"
@@ -76,7 +75,7 @@ def section(kind: str, suite: str) -> str:
             continue
         parts.append(f"{described(name, some, suite)}\n\n{markdown(*columns_and_rows(records, suite))}")
         if missing := lacking(kind, suite, records):
-            parts.append(f"Not measured there: {', '.join(f'`{case}`' for case in missing)}.")
+            parts.append(f"Not measured there: {', '.join(missing)}.")
         titles = {"operators": pictures.PICTURES, "generate": (pictures.DECODE_PICTURE,)}.get(suite, ())
         parts += [f"![{title} on {name}]({PICTURES.relative_to(DOCS)}/{name}/{title}.png)" for title in titles]
     return "\n\n".join(parts) or NOT_MEASURED
@@ -94,16 +93,20 @@ def speed_in_brief() -> str:
 
 
 def lacking(kind: str, suite: str, records: Iterable[Record]) -> list[str]:
-    """Cases of a suite of which there is no record."""
+    """What of a suite has no record: single cases, or a group of them where none has one."""
     measured = {record["case"] for record in records}
-    return [name for name in case_names(kind, suite) if name not in measured]
+    missing = []
+    for group, names in case_names(kind, suite).items():
+        absent = [name for name in names if name not in measured]
+        missing += [f"`{name}`" for name in absent] if len(absent) < len(names) else [f"all of `{group}`"] * bool(names)
+    return missing
 
 
 @functools.cache
-def case_names(kind: str, suite: str) -> list[str]:
-    """The cases that `run.py` has for a kind of machine, whether it is this one or not."""
+def case_names(kind: str, suite: str) -> dict[str, list[str]]:
+    """The cases that `run.py` has for a kind of machine, by group, whether it is this machine or not."""
     setting = Setting(torch.device("cuda" if kind == "gpu" else "cpu"))
-    return [case.name for case in chosen_cases(setting, [suite], None)]
+    return {group: [case.name for case in cases_of(group, setting)] for group in SUITES[suite]}
 
 
 def improvements() -> str:
@@ -161,8 +164,8 @@ def table(which: str) -> str:
     if which.startswith(QUALITY) and (RESULTS / "quality" / f"{suite}.json").exists():
         return quality_report.of_task(RESULTS / "quality" / f"{suite}.json")
     raise ValueError(
-        f"the marker {which!r} must name one of {KINDS} and one of {SUITES}, or be one of {*whole, QUALITY_IN_BRIEF}, "
-        f"or {QUALITY!r} and a task in {RESULTS / 'quality'}"
+        f"the marker {which!r} must name one of {KINDS} and one of {tuple(SUITES)}, or be one of "
+        f"{*whole, QUALITY_IN_BRIEF}, or {QUALITY!r} and a task in {RESULTS / 'quality'}"
     )
 
 

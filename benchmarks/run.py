@@ -105,9 +105,13 @@ def chosen_cases(setting: Setting, suites: Sequence[str], only: str | None) -> I
     """The cases of some suites; nothing is allocated before one is run."""
     for suite in suites:
         for name in SUITES[suite]:
-            for case in importlib.import_module(f"test_bench_{name}").cases(setting):
-                if only is None or only in case.name:
-                    yield case
+            yield from (case for case in cases_of(name, setting) if only is None or only in case.name)
+
+
+def cases_of(group: str, setting: Setting) -> list[Case]:
+    """The cases of ``test_bench_<group>.py``."""
+    cases: list[Case] = importlib.import_module(f"test_bench_{group}").cases(setting)
+    return cases
 
 
 def begin(setting: Setting, threads: int, output: Path) -> dict[str, Any]:

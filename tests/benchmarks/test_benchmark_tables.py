@@ -8,7 +8,6 @@ from pathlib import Path
 import pictures
 import plots
 import pytest
-import run
 import tables
 from rich.console import Console
 
@@ -53,7 +52,7 @@ def result(started: str, *records, quick: bool = False, **gpu):
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "RESULTS", tmp_path)
-    monkeypatch.setattr(plots, "case_names", lambda kind, suite: [])
+    monkeypatch.setattr(plots, "case_names", lambda kind, suite: {})
     (tmp_path / "p").mkdir()
     for name, one in {
         "2026-01-02.json": result("2026-01-02", operator(0.002)),
@@ -105,14 +104,16 @@ def test_a_table_of_whole_runs_has_the_variants_that_were_measured(results):
 
 
 def test_cases_that_were_not_measured_are_named(results, monkeypatch):
-    monkeypatch.setattr(plots, "case_names", lambda kind, suite: [f"{kind} {suite}", "a", "b"])
-    missing = "Not measured there: `cpu operators`, `b`."  # b failed
+    monkeypatch.setattr(
+        plots, "case_names", lambda kind, suite: {"x": [f"{kind} {suite}", "a", "b"], "y": ["c", "d"], "z": []}
+    )
+    missing = "Not measured there: `cpu operators`, `b`, all of `y`."  # b failed
     assert plots.section("cpu", "operators").split("\n\n")[2] == missing
     assert plots.section("gpu", "operators") == plots.NOT_MEASURED
 
 
 def test_the_cases_of_a_gpu_are_known_without_one():
-    assert plots.case_names("gpu", "generate") == ["generate-batch-1", "generate-batch-4", "generate-batch-16"]
+    assert plots.case_names("gpu", "generate") == {"generate": [f"generate-batch-{n}" for n in (1, 4, 16)]}
 
 
 def test_a_gpu_has_tables_of_its_own(results):
@@ -167,7 +168,6 @@ def test_every_table_stands_once():
     others = [plots.IMPROVEMENTS, plots.SPEED_IN_BRIEF, plots.QUALITY_IN_BRIEF, "quality arithmetic"]
     for which in (*suites, *others):
         assert text.count(f"<!-- results: {which} -->") == 1, which
-    assert set(plots.SUITES) == set(run.SUITES)
 
 
 def test_a_disturbed_case_has_a_star():
