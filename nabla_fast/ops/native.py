@@ -99,6 +99,11 @@ def _load_and_call(name: str) -> Callable[..., Any]:
         reason = why_missing()
         if reason is not None:
             raise RuntimeError(f"{name} of the native back end cannot run: {reason}")
+        if not _has_kernel(f"nabla_fast::{name}"):  # or it would come here again
+            raise RuntimeError(
+                f"{name} of the native back end cannot run: the native library is of an earlier version of nabla_fast; "
+                "install it again with `pip install --no-build-isolation`"
+            )
         return getattr(torch.ops.nabla_fast, name).default.redispatch(_CPU, *arguments)
 
     return kernel

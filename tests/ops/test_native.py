@@ -206,6 +206,13 @@ native.available()
     assert reason in required
 
 
+def test_a_library_without_a_kernel_is_of_an_earlier_version() -> None:
+    operator = native.define("native_of_a_later_version(Tensor x) -> Tensor")
+    assert not native.has("of_a_later_version")
+    with pytest.raises(RuntimeError, match=r"native_of_a_later_version .* earlier version of nabla_fast; install it"):
+        operator(torch.zeros(1))
+
+
 def test_build_info_names_the_running_torch() -> None:
     info = native.build_info()
     assert info["torch"] == torch.__version__.split("+")[0]
