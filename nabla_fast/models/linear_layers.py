@@ -42,9 +42,9 @@ def exchange(layer: torch.nn.Linear) -> Callable[[], Any]:
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, but for rounding; differentiable in the same tensors."""
-    if torch.compiler.is_compiling() or type(weight) not in _PLAIN:
-        return functional.linear(input, weight, bias)
-    product = _product(input, weight)
+    # Autocast chooses dtypes of its own.
+    other = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or type(weight) not in _PLAIN
+    product = None if other else _product(input, weight)
     if product is None:
         return functional.linear(input, weight, bias)
     if not torch.is_grad_enabled():

@@ -92,6 +92,15 @@ def test_without_gradients_trainable_weights_do_not_matter(way: str, asked: list
     assert asked == [way]
 
 
+def test_autocast_chooses_the_dtype(way: str, asked: list[str]) -> None:
+    x, weight = torch.randn(3, WIDTHS[way]), torch.randn(5, WIDTHS[way])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = linear_layers.linear(x, weight)
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, F.linear(x, weight))
+    assert not asked
+
+
 def test_layers_are_exchanged_in_blocks(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's own alone, and each is put back by the last block."""
 

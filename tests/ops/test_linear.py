@@ -99,6 +99,7 @@ def test_what_fits() -> None:
         (x[:0], weight),
         (x.double(), weight.double()),
         (x, weight.bfloat16()),
+        (x, weight[0]),
         (x[:, :48], weight[:, :48].contiguous()),
         (x, weight.t().contiguous().t()),
         (x.to("meta"), weight.to("meta")),
