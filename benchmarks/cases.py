@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from measure import Budget, ceilings, floor, in_turn, input_sets, peak_bytes
+from measure import Budget, apart, ceilings, floor, in_turn, input_sets, peak_bytes
 from shapes import GEMMA2_2B, LLAMA31_8B, QWEN25_05B, QWEN25_7B, SMOLLM2_135M, Shape
 from torch import Tensor
 
@@ -104,8 +104,10 @@ class Contest:
         inputs: draws arguments from a seed.
         meaning: what every contender must return, computed in float64.
         ours, baselines: contender → function of the arguments; each returns one or more tensors with a row per row.
+        libraries: baselines of others, which are left out with their error where they do not work here.
         skipped: contender → why it is not measured.
         traffic, flops: the least that any implementation needs.
+        barriers: how often it must wait for all of what it has done so far; see `measure.floor`.
         checked: takes the place of `check`, for what has more than one right result.
     """
 
@@ -120,6 +122,8 @@ class Contest:
     traffic: int
     flops: int
     skipped: dict[str, str] = field(default_factory=dict)
+    barriers: int = 0
+    libraries: dict[str, Callable[..., Any]] = field(default_factory=dict)
     checked: Callable[[Contest, str, Inputs, Sequence[Tensor]], dict[str, float]] | None = None
 
     def case(self, setting: Setting) -> Case:
@@ -136,16 +140,26 @@ def measure_contest(contest: Contest, setting: Setting) -> Record:
         AssertionError: if a contender computes something else; nothing wrong is timed.
     """
     first = contest.inputs(0)
-    contenders = {**contest.ours, **contest.baselines}
+    contenders = {**contest.ours, **contest.baselines, **contest.libraries}
     meant = meaning_of(contest, first)
-    errors = {name: (contest.checked or check)(contest, name, first, meant) for name in contenders}
+    errors: dict[str, dict[str, float]] = {}
+    skipped = dict(contest.skipped)
+    for name in contenders:
+        try:
+            errors[name] = (contest.checked or check)(contest, name, first, meant)
+        except Exception as error:
+            if name not in contest.libraries:
+                raise
+            skipped[name] = f"{type(error).__name__}: {error}"
+    contenders = {name: contenders[name] for name in errors}
     del meant
     count = input_sets(sum(x.nbytes for x in _tensors(first)), setting.device)
     sets = [first, *(contest.inputs(seed) for seed in range(1, count))]
     calls = {name: [functools.partial(f, *one.rows, *one.shared) for one in sets] for name, f in contenders.items()}
     timings = in_turn(calls, setting.device, setting.budget)
+    divided = apart(calls, setting.device, setting.budget) if setting.device.type == "cuda" else {}
     rated = contest.dtype if contest.dtype.is_floating_point else torch.float32
-    least = floor(contest.traffic, contest.flops, setting.ceilings(rated))
+    least = floor(contest.traffic, contest.flops, setting.ceilings(rated), contest.barriers)
     return {
         "suite": "operators",
         "name": contest.operator,
@@ -158,13 +172,14 @@ def measure_contest(contest: Contest, setting: Setting) -> Record:
             name: {
                 "ours": name in contest.ours,
                 **timing,
+                **divided.get(name, {}),
                 "over_floor": timing["median_ms"] / least["ms"],
                 "peak_bytes": peak_bytes(calls[name][0], setting.device),
                 **errors[name],
             }
             for name, timing in timings.items()
         },
-        "skipped": contest.skipped,
+        "skipped": skipped,
     }
 
 
@@ -183,7 +198,7 @@ def check(contest: Contest, name: str, inputs: Inputs, meant: Sequence[Tensor]) 
     Raises:
         AssertionError: if it is more than `OUR_TOLERANCE` or `BASELINE_TOLERANCE` allow, or NaN.
     """
-    function = contest.ours.get(name) or contest.baselines[name]
+    function = {**contest.ours, **contest.baselines, **contest.libraries}[name]
     got = _flat(function(*(x.clone() for x in inputs.rows), *inputs.shared))
     if len(got) != len(meant):
         raise AssertionError(f"{contest.operator}: {name} is wrong: {len(got)} results, not {len(meant)}")
@@ -236,6 +251,15 @@ def why_not_installed(package: str, name: str, device: torch.device) -> str | No
     if device.type != "cuda":
         return "its kernels need a GPU"
     return None if importlib.util.find_spec(package) else f"{name} is not installed"
+
+
+def libraries_of(
+    known: dict[str, tuple[str, Callable[..., Any]]], device: torch.device
+) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
+    """Of name → (package, function) the libraries that are here, and why the others are not."""
+    reasons = {name: why_not_installed(package, name, device) for name, (package, _) in known.items()}
+    usable = {name: function for name, (_, function) in known.items() if reasons[name] is None}
+    return usable, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def head_of(shape: Shape, dtype: torch.dtype, seed: int, device: torch.device) -> Head:

@@ -18,7 +18,15 @@ from nabla_fast.ops import native
 from nabla_fast.whole_files import write_file
 
 _PACKAGE = Path(nabla_fast.__file__).parent
-_PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "flashinfer-python",
+)
 
 
 def machine() -> dict[str, Any]:

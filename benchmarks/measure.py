@@ -3,7 +3,7 @@
 CPU: a repeat counts as clean if it had its cores: all threads of the process together waited for one no longer than 3 %
 of its time, as the kernel counts it. That is the most by which others can have made it longer. Medians are over clean
 repeats. GPU: events around a call, behind a kernel that empties the L2 cache and gives the host time to launch what
-follows.
+follows; and, by `apart`, the device's time without the host's, and both together.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ _MOST_PER_TURN = 8
 _FLUSHED = 2**28  # bytes, more than any L2 cache holds
 _COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes
 _MULTIPLIED = {"cpu": 2048, "cuda": 8192}  # rows and columns
+_DEPENDENT = 200  # launches, one behind the other
+_GRAIN = 2**15  # entries, the most that PyTorch leaves to one thread of a CPU
 _FROM_SYSTEM = 2**16  # bytes
 _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's mallopt
 
@@ -186,6 +188,58 @@ def _sample_gpu(call: Call, device: torch.device) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
+def apart(calls: Mapping[str, Sequence[Call]], device: torch.device, budget: Budget) -> dict[str, dict[str, Any]]:
+    """A GPU's time of contenders without the host's, and the time that a caller waits for both.
+
+    Returns:
+        contender → ``device_ms``, of a CUDA graph of the call that is replayed behind an emptied L2 cache (None, with
+        ``not_captured``, where the call cannot be captured); and ``wall_ms``, from the call until the device has
+        finished, which was idle before. Where ``wall_ms`` is much the larger, launches take longer than kernels.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, sets in calls.items():
+        wall = _repeated(functools.partial(_sample_wall, sets[0], device), budget)
+        try:
+            graph = _captured(sets[0], device)
+        except Exception as error:  # whatever a contender does that a graph cannot hold, it is measured without
+            torch.cuda.synchronize(device)
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            found[name] = {"device_ms": None, "not_captured": reason, "wall_ms": wall}
+            continue
+        replayed = _repeated(functools.partial(_sample_gpu, graph.replay, device), budget)
+        found[name] = {"device_ms": replayed, "wall_ms": wall}
+        del graph
+    return found
+
+
+def _repeated(sample: Callable[[], float], budget: Budget) -> float:
+    """Median milliseconds."""
+    sample()
+    return statistics.median(sample() for _ in range(min(budget.most, 20))) * 1e3
+
+
+def _sample_wall(call: Call, device: torch.device) -> float:
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _captured(call: Call, device: torch.device) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of ``call``, which was called before; its results stay in the graph's own memory."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            call()
+    return graph
+
+
 @functools.cache
 def _flush_buffer(device: torch.device) -> torch.Tensor:
     return torch.empty(_FLUSHED, dtype=torch.uint8, device=device)
@@ -207,7 +261,11 @@ def last_cache(device: torch.device) -> int:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """The best that the device does: bytes read and written by a copy, and FLOPs of a matrix product, per second."""
+    """The best that the device does: bytes read and written by a copy, and FLOPs of a matrix product, per second.
+
+    ``barrier_seconds`` is what one step takes at least that needs the whole of the step before: on a GPU, the time from
+    one kernel to the next in a CUDA graph; on a CPU, to hand work to all threads and wait for them.
+    """
     copied, n = _COPIED[device.type], _MULTIPLIED[device.type]
     source = torch.randn(copied // 4, device=device)
     target = torch.empty_like(source)
@@ -218,17 +276,36 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     return {
         "bytes_per_second": 2 * copied / (times["copy"]["fastest_ms"] / 1e3),
         "flops_per_second": 2 * n**3 / (times["matmul"]["fastest_ms"] / 1e3),
+        "barrier_seconds": _barrier_seconds(device),
     }
 
 
-def floor(traffic: int, flops: int, ceiling: Mapping[str, float]) -> dict[str, Any]:
-    """The least time for so many bytes and FLOPs, and which of the two sets it."""
-    memory, arithmetic = traffic / ceiling["bytes_per_second"], flops / ceiling["flops_per_second"]
+def _barrier_seconds(device: torch.device) -> float:
+    if device.type == "cuda":
+        one = torch.zeros(1, device=device)
+        graph = _captured(lambda: [one.add_(1) for _ in range(_DEPENDENT)], device)
+        return min(_sample_gpu(graph.replay, device) for _ in range(10)) / _DEPENDENT
+    shares = (torch.zeros(_GRAIN), torch.zeros(_GRAIN * torch.get_num_threads()))
+    calls: dict[str, Sequence[Call]] = {str(i): [functools.partial(share.add_, 1)] for i, share in enumerate(shares)}
+    times = in_turn(calls, device, Budget(0.2, 20, 200))
+    return max(0.0, times["1"]["fastest_ms"] - times["0"]["fastest_ms"]) / 1e3
+
+
+def floor(traffic: int, flops: int, ceiling: Mapping[str, float], barriers: int = 0) -> dict[str, Any]:
+    """The least time for so many bytes and FLOPs in ``barriers`` + 1 steps of which each needs all of the one before,
+    and what sets it.
+    """
+    shares = {
+        "memory": traffic / ceiling["bytes_per_second"],
+        "arithmetic": flops / ceiling["flops_per_second"],
+        "barriers": barriers * ceiling["barrier_seconds"],
+    }
     return {
-        "ms": max(memory, arithmetic) * 1e3,
-        "bound": "memory" if memory >= arithmetic else "arithmetic",
+        "ms": (max(shares["memory"], shares["arithmetic"]) + shares["barriers"]) * 1e3,
+        "bound": max(shares, key=lambda name: shares[name]),
         "bytes": traffic,
         "flops": flops,
+        "barriers": barriers,
     }
 
 

@@ -13,7 +13,7 @@ from nabla_fast.evaluation.plots import SPEED_COLOURS as COLOURS
 PICTURES = ("speedup", "roofline", "memory")
 DECODE_PICTURE = "phases"
 NAMES = {"Liger": "Liger-Kernel", "cut-": "cut-cross-entropy", "published": "published schedule"}
-BOUND = {"memory": "#56A0A3", "arithmetic": "#B9A06A"}
+BOUND = {"memory": "#56A0A3", "arithmetic": "#B9A06A", "barriers": "#8A8A8A"}
 # No method's colours. The two large phases get the most distinct ones.
 PHASE_COLOURS = {
     "gradient": "#1F5F66",

@@ -22,7 +22,12 @@ ALONE, NO_DRAFTS = "one after the other", "without drafts"
 NO_GRAPHS, COMPILED = f"{OURS}, without graphs", f"{OURS}, compiled"
 VLLM = "vLLM"
 """What the package as a whole goes by where it is a contender, and variants of its settings."""
-OPERATOR_COLUMNS = ("case", "ours", "time", "time/floor", "× eager", "× compiled", "× library", "memory")
+OPERATOR_COLUMNS = (
+    *("case", "ours", "time", "time/floor", "device", "device/floor", "wall"),
+    *("× eager", "× compiled", "× library", "memory"),
+)
+LIBRARIES = ("Liger", "cut-", "quack", "flashinfer")
+"""How the names of other libraries' kernels begin."""
 BRIEF_COLUMNS = ("what", "model", "machine", "nabla_fast", "published schedule", "times faster", "peak memory")
 BRIEF = {
     "cpu": ("generate-question-1-rollout", "generate-question-2-rollout", "dto-one-256", "dto-all-256"),
@@ -89,10 +94,21 @@ def operator_cells(record: Record) -> list[str]:
         name,
         milliseconds(ours["median_ms"]),
         f"{ours['over_floor']:.2f}" + (" *" if not clean(record) else ""),
+        *_device_cells(ours),
         factor(times_faster(record, "eager")),
         factor(times_faster(record, "torch.compile")),
-        factor(times_faster(record, "Liger", "cut-")),
+        factor(times_faster(record, *LIBRARIES)),
         share(memory_share(record, "eager")),
+    ]
+
+
+def _device_cells(ours: dict[str, Any]) -> list[str]:
+    """What `measure.apart` found, on a GPU."""
+    device, wall = ours.get("device_ms"), ours.get("wall_ms")
+    return [
+        "-" if device is None else milliseconds(device),
+        "-" if device is None else f"{device / ours['median_ms'] * ours['over_floor']:.2f}",
+        "-" if wall is None else milliseconds(wall),
     ]
 
 

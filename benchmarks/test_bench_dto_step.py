@@ -125,6 +125,7 @@ def contest(setting: Setting, shape: Shape, rows: int, dtype: torch.dtype, varia
         baselines={name: functools.partial(loop, f, latents) for name, f in eager.items()},
         traffic=traffic,
         flops=flops,
+        barriers=steps,
         skipped=skipped | not_compiled,
     )
 

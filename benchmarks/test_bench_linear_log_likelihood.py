@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from cases import Case, Contest, Inputs, Setting, backends_of, capped, head_of, why_not_installed, with_compiled
+from cases import Case, Contest, Inputs, Setting, backends_of, capped, head_of, libraries_of, with_compiled
 from shapes import Shape
 from torch import Tensor
 
@@ -44,15 +44,20 @@ def cut_cross_entropy(h: Tensor, head: Head, tokens: Tensor) -> Tensor:
     return -linear_cross_entropy(h, head.weight, tokens, softcap=head.softcap or None, reduction="none")
 
 
-def libraries(setting: Setting) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
-    """Other libraries' kernels for the same operation, and why one is missing."""
-    known = {
-        "Liger-Kernel": ("liger_kernel", liger),
-        "cut-cross-entropy": ("cut_cross_entropy", cut_cross_entropy),
-    }
-    reasons = {name: why_not_installed(package, name, setting.device) for name, (package, _) in known.items()}
-    usable = {name: function for name, (_, function) in known.items() if reasons[name] is None}
-    return usable, {name: reason for name, reason in reasons.items() if reason is not None}
+def quack(h: Tensor, head: Head, tokens: Tensor) -> Tensor:
+    """The sum over rows, all that it gives a gradient for; it has no softcap."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    if head.softcap:
+        raise ValueError("quack has no softcap")
+    return -chunked_linear_cross_entropy(h, head.weight, tokens, reduction="sum")
+
+
+LIBRARIES = {
+    "Liger-Kernel": ("liger_kernel", liger),
+    "cut-cross-entropy": ("cut_cross_entropy", cut_cross_entropy),
+    "quack": ("quack", quack),
+}
 
 
 def inputs(seed: int, setting: Setting, shape: Shape, rows: int, dtype: torch.dtype) -> Inputs:
@@ -65,7 +70,7 @@ def inputs(seed: int, setting: Setting, shape: Shape, rows: int, dtype: torch.dt
 def contest(setting: Setting, shape: Shape, rows: int, dtype: torch.dtype) -> Contest:
     fused, skipped = backends_of("log_likelihood_gradient", setting.device, ops.linear_log_likelihood)
     baselines, not_compiled = with_compiled(dense, setting, shape.name)
-    others, not_installed = libraries(setting)
+    libraries, not_installed = libraries_of(LIBRARIES, setting.device)
     return Contest(
         operator="linear_log_likelihood",
         model=shape.name,
@@ -74,7 +79,8 @@ def contest(setting: Setting, shape: Shape, rows: int, dtype: torch.dtype) -> Co
         inputs=functools.partial(inputs, setting=setting, shape=shape, rows=rows, dtype=dtype),
         meaning=lambda h, tokens, head: reference.log_likelihood_gradient(h, head, tokens, True),
         ours={name: functools.partial(differentiated, f) for name, f in fused.items()},
-        baselines={name: functools.partial(differentiated, f) for name, f in (baselines | others).items()},
+        baselines={name: functools.partial(differentiated, f) for name, f in baselines.items()},
+        libraries={name: functools.partial(differentiated, f) for name, f in libraries.items()},
         traffic=(shape.vocabulary + 2 * rows) * shape.width * dtype.itemsize,
         flops=4 * rows * shape.vocabulary * shape.width,
         skipped=skipped | not_compiled | not_installed,

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Sequence as Seq
 
 import torch
-from cases import Case, Contest, Inputs, Setting, with_compiled
+from cases import Case, Contest, Inputs, Setting, libraries_of, with_compiled
 from shapes import Shape
 from tables import OURS
 from torch import Tensor
@@ -43,6 +43,13 @@ def eager(logits: Tensor, _: Seq[Sequence]) -> Tensor:
     return torch.multinomial(logits.softmax(-1), 1)[:, 0]
 
 
+def flashinfer(logits: Tensor, _: Seq[Sequence]) -> Tensor:
+    """Its kernels for probabilities and for top-p, which rejects instead of sorting."""
+    from flashinfer import sampling
+
+    return sampling.top_p_sampling_from_probs(sampling.softmax(logits, PUBLISHED.temperature), PUBLISHED.top_p)
+
+
 def nucleus(logits: Tensor, _: Seq[Sequence]) -> Tensor:
     """Whether each token (N, V) is one of the fewest whose probability reaches top-p."""
     ordered, index = (logits / PUBLISHED.temperature).softmax(-1).sort(dim=-1, descending=True)
@@ -52,9 +59,9 @@ def nucleus(logits: Tensor, _: Seq[Sequence]) -> Tensor:
 
 def check_drawn(contest: Contest, name: str, inputs: Inputs, meant: Seq[Tensor]) -> dict[str, float]:
     """AssertionError if a contender's first tokens are not in the nucleus."""
-    function = contest.ours.get(name) or contest.baselines[name]
+    function = {**contest.ours, **contest.baselines, **contest.libraries}[name]
     (inside,) = meant
-    drawn = function(*inputs.rows, *inputs.shared)[: len(inside)]
+    drawn = function(*inputs.rows, *inputs.shared)[: len(inside)].long()
     outside = int((~inside.gather(1, drawn[:, None])).sum())
     if outside:
         raise AssertionError(f"sampling {contest.model}: {name} is wrong: {outside} tokens are not in the nucleus")
@@ -69,6 +76,7 @@ def inputs(seed: int, setting: Setting, shape: Shape, rows: int) -> Inputs:
 
 def contest(setting: Setting, shape: Shape, rows: int) -> Contest:
     baselines, not_compiled = with_compiled(eager, setting, shape.name)
+    libraries, not_installed = libraries_of({"flashinfer": ("flashinfer", flashinfer)}, setting.device)
     return Contest(
         operator="sampling",
         model=shape.name,
@@ -80,7 +88,8 @@ def contest(setting: Setting, shape: Shape, rows: int) -> Contest:
         baselines=baselines,
         traffic=4 * rows * shape.vocabulary,
         flops=0,
-        skipped=not_compiled,
+        skipped=not_compiled | not_installed,
+        libraries=libraries,
         checked=check_drawn,
     )
 

@@ -27,6 +27,8 @@ SPEED_COLOURS = {
     "torch.compile": "#DDA63A",
     "Liger": "#7FB08A",
     "cut-": "#A48CC8",
+    "quack": "#C98B7B",
+    "flashinfer": "#5F9EA0",
     "published": "#8A8A8A",
 }
 """Contender of a speed benchmark, by the beginning of its name → its colour in every plot."""

@@ -56,7 +56,7 @@ def setting(monkeypatch):
     monkeypatch.setattr(cases.Setting, "budget", measure.Budget(0.0, 2, 2))
     monkeypatch.setattr(cases, "peak_bytes", lambda call, device: 2**20)
     monkeypatch.setattr(cases, "input_sets", lambda size, device: 2)
-    ceiling = {"bytes_per_second": 1e9, "flops_per_second": 1e10}
+    ceiling = {"bytes_per_second": 1e9, "flops_per_second": 1e10, "barrier_seconds": 0.0}
     monkeypatch.setattr(cases.Setting, "ceilings", lambda self, dtype: ceiling)
     return cases.Setting(CPU, quick=True)
 
@@ -177,11 +177,68 @@ def test_contenders_take_turns_and_rotate_their_inputs():
     assert all(t["repeats"] >= 4 for t in timings.values())
 
 
-def test_a_floor_is_the_longer_of_memory_and_arithmetic():
-    ceiling = {"bytes_per_second": 1e9, "flops_per_second": 1e12}
-    assert measure.floor(10**6, 10**6, ceiling) == {"ms": 1.0, "bound": "memory", "bytes": 10**6, "flops": 10**6}
+def test_a_floor_is_the_longer_of_memory_and_arithmetic_and_its_barriers():
+    ceiling = {"bytes_per_second": 1e9, "flops_per_second": 1e12, "barrier_seconds": 1e-5}
+    sizes = {"bytes": 10**6, "flops": 10**6, "barriers": 0}
+    assert measure.floor(10**6, 10**6, ceiling) == {"ms": 1.0, "bound": "memory", **sizes}
     assert measure.floor(0, 10**10, ceiling)["bound"] == "arithmetic"
     assert measure.floor(0, 10**10, ceiling)["ms"] == pytest.approx(10)
+    assert measure.floor(10**6, 10**6, ceiling, 20)["ms"] == pytest.approx(1.2)
+    assert measure.floor(10**4, 0, ceiling, 20)["bound"] == "barriers"
+
+
+def test_the_ceilings_of_a_processor_have_a_barrier():
+    found = measure.ceilings(CPU, torch.float32)
+    assert 0 <= found["barrier_seconds"] < 1e-2
+    assert found["bytes_per_second"] > 1e8
+    assert found["flops_per_second"] > 1e8
+
+
+def test_device_and_host_are_told_apart_and_what_cannot_be_captured_says_why(monkeypatch):
+    class Graph:
+        def replay(self):
+            pass
+
+    def captured(call, device):
+        call()
+        return Graph()
+
+    def waits():
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(measure, "_captured", captured)
+    monkeypatch.setattr(measure, "_sample_gpu", lambda call, device: 0.002)
+    monkeypatch.setattr(measure, "_sample_wall", lambda call, device: 0.003)
+    found = measure.apart({"kernel": [lambda: None], "waits": [waits]}, CPU, measure.Budget(0.0, 2, 2))
+    assert found["kernel"] == {"device_ms": 2.0, "wall_ms": 3.0}
+    reason = "RuntimeError: operation not permitted when stream is capturing"
+    assert found["waits"] == {"device_ms": None, "not_captured": reason, "wall_ms": 3.0}
+
+
+def test_a_table_shows_device_and_host_where_they_are_known(setting):
+    record = contest(setting).case(setting).run()
+    columns, _ = tables.columns_and_rows([record], "operators")
+    assert not {"device", "device/floor", "wall"} & set(columns)
+    ours = tables.best_of_ours(record)[1]
+    ours |= {"device_ms": 2 * record["floor"]["ms"], "wall_ms": 5.0}
+    columns, (row,) = tables.columns_and_rows([record], "operators")
+    shown = dict(zip(columns, row, strict=True))
+    assert shown["device/floor"] == "2.00"
+    assert shown["wall"] == "5 ms"
+
+
+def test_a_library_that_fails_is_left_out_with_its_error_and_the_case_is_measured(setting):
+    def broken(z):
+        raise ImportError("no kernel image")
+
+    tried = contest(setting)
+    tried.libraries.update({"quack": broken, "Liger-Kernel": lambda z: [x * 2 for x in tried.baselines["eager"](z)]})
+    record = tried.case(setting).run()
+    assert record["skipped"]["quack"] == "ImportError: no kernel image"
+    assert "wrong" in record["skipped"]["Liger-Kernel"]
+    assert not {"quack", "Liger-Kernel"} & set(record["contenders"])
+    assert "eager" in record["contenders"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
@@ -423,7 +480,7 @@ def test_a_run_goes_on_with_what_its_file_lacks(setting, monkeypatch, tmp_path, 
     arguments = ["--device", "cpu", "--threads", "1", "--output", str(output)]
     assert run.main([*arguments, "--quick"]) == 1
     before, broken = json.loads(output.read_text()), False
-    slower = {"bytes_per_second": 1e8, "flops_per_second": 1e9}
+    slower = {"bytes_per_second": 1e8, "flops_per_second": 1e9, "barrier_seconds": 0.0}
     monkeypatch.setattr(cases.Setting, "ceilings", lambda self, dtype: self.known_ceilings.get(dtype, slower))
     assert run.main([*arguments, "--quick"]) == 0
     after = json.loads(output.read_text())
