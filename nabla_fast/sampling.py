@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nabla_fast import ops
 from nabla_fast.config import Sampling
-from nabla_fast.ops import backends, noise
+from nabla_fast.ops import noise
 from nabla_fast.ops.noise import NoiseKey
 from nabla_fast.ops.warp import warp as warped_logits
 from nabla_fast.sequence import Sequence
@@ -141,10 +141,7 @@ def draw(logits: Tensor, sampling: Sampling, keys: Seq[NoiseKey]) -> Tensor:
         FloatingPointError: if a row of logits (N, V) holds NaN or +inf, or no token is left in it.
     """
     words = noise.key_words(keys, logits.device)
-    # Past the dispatcher and its checks, which take longer than the kernel where there is one row.
-    operator = ops.OPERATORS["draw_token"]
-    run = backends.implementation(operator, backends.resolve(operator.name, "auto", logits.device))
-    tokens: Tensor = run(logits.detach(), *words, sampling.temperature, sampling.top_k, sampling.top_p)
+    tokens = ops.draw_token(logits.detach(), *words, sampling.temperature, sampling.top_k, sampling.top_p)
     if len(keys) and int(tokens.amin()) < 0:
         row = int((tokens < 0).nonzero()[0])
         raise FloatingPointError(

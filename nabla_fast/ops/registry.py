@@ -55,6 +55,9 @@ def operator(
 class Operator:
     """A declared operator; a call chooses a back end and goes through PyTorch's dispatcher.
 
+    A call that nothing but the native kernel has to see goes to it at once, behind the same checks: the dispatcher with
+    kernels in Python takes longer than most calls of one row.
+
     Attributes:
         name: of the operator, and of its function in every back end.
         body: the meaning, which takes the arguments without a back end.
@@ -88,8 +91,34 @@ class Operator:
         elif not self._written and torch.is_grad_enabled():
             flat = [x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in flat]
         # Every operator's first argument is a tensor, or begins with one.
-        chosen = backends.resolve(self.name, backend, flat[0].device, self._sum_dtype(flat))
+        dtype = self._sum_dtype(flat)
+        chosen = backends.resolve(self.name, backend, flat[0].device, dtype)
+        if chosen == "native" and (self._written or dtype == torch.float32) and self._only_kernel(flat):
+            return self._at_once(values, flat)
         return self._results(self._overload(*flat, chosen))
+
+    def _only_kernel(self, flat: Sequence[Any]) -> bool:
+        """Whether no derivative, trace, mode or subclass of tensors takes part in a call."""
+        if _observed():
+            return False
+        differentiable = torch.is_grad_enabled() and (self._derivative is not None or bool(self._written))
+        for x in flat:
+            if isinstance(x, Tensor) and (
+                type(x) not in _PLAIN or (differentiable and x.requires_grad) or (self._written and x.is_inference())
+            ):
+                return False
+        return True
+
+    def _at_once(self, values: Sequence[Any], flat: Sequence[Any]) -> Any:
+        """The call by the native kernel, without the dispatcher."""
+        leaves = self._leaves(values)
+        sizes = arguments.check(leaves)
+        if self._check is not None:
+            self._check(*values)
+        arguments.check_values(leaves, sizes)
+        if self._written:
+            torch.autograd.graph.increment_version([flat[i] for i in self._written])
+        return self.native(*values)
 
     def native(self, *given: Any, **named: Any) -> Any:
         """The operator by the native library."""
@@ -224,6 +253,21 @@ class Operator:
         if torch.is_grad_enabled():  # create_graph=True
             gradient = _Once.apply(self._called, gradient, flat[0], *grads)
         return gradient, *[None] * (len(flat) - 1)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _observed() -> bool:
+    """Whether a compiler, tracer, mode or transform of PyTorch sees calls of operators, and must see this one."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def _doubled(value: Any) -> Any:

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nabla_fast import ops
 from nabla_fast.ops.types import Head, TokenGradient
@@ -348,3 +349,71 @@ def test_a_compiled_step_updates_in_place(backend):
     assert not torch.equal(eager[0].parameters, before[0].parameters), "nothing moved"
     for one, other in zip((*got, *own[0]), (*expected, *eager[0]), strict=True):
         torch.testing.assert_close(one, other)
+
+
+# calls that go to the native kernel at once
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """Names of the operators whose calls go through the dispatcher, as they come."""
+    seen = []
+
+    class Watched:
+        def __init__(self, name, overload):
+            self.name, self.overload = name, overload
+
+        def __call__(self, *flat):
+            seen.append(self.name)
+            return self.overload(*flat)
+
+        def __getattr__(self, name):
+            return getattr(self.overload, name)
+
+    for operator in ops.OPERATORS.values():
+        monkeypatch.setattr(operator, "_overload", Watched(operator.name, operator._overload))
+    return seen
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, (tuple, list)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a is b is None
+
+
+@pytest.mark.parametrize("name", calls(1, torch.float32, "native"))
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_call_that_only_the_kernel_sees_is_as_through_the_dispatcher(name, rows, dispatched):
+    given = calls(rows, torch.float32, "native")
+    operator, (*flat, _) = ops.OPERATORS[name.split(" ")[0]], given[name][1]
+    values = operator._whole(flat)
+    through = operator._results(operator._overload(*(copy.deepcopy(x) for x in flat), "native"))
+    dispatched.clear()
+    assert same(operator(*values, "native"), through)
+    assert not dispatched
+
+
+def test_a_call_that_others_must_see_goes_through_the_dispatcher(dispatched):
+    class Other(torch.Tensor):
+        pass
+
+    z, table = randn(2, V), randn(V, D, seed=2)
+    with FlopCounterMode(display=False):
+        ops.relaxed_stats(z)
+    ops.relaxed_stats(z.as_subclass(Other))
+    ops.soft_embedding(z.requires_grad_(), table).sum().backward()
+    assert dispatched == ["relaxed_stats", "relaxed_stats", "soft_embedding"]  # its backward has no derivative
+    with torch.no_grad():
+        ops.soft_embedding(z, table)
+    ops.relaxed_stats(z)  # it has no derivative
+    assert len(dispatched) == 3
+
+
+def test_a_step_past_the_dispatcher_tells_autograd_what_it_writes(dispatched):
+    state, inputs, where, options = step_arguments(3, max_steps=2)
+    versions = [written._version for written in state[:4]]
+    ops.dto_step(state, inputs, where, options)
+    assert not dispatched
+    assert all(written._version > before for written, before in zip(state[:4], versions, strict=True))
