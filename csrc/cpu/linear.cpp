@@ -47,10 +47,23 @@ void unrolled(const Work& work) {
   unrolled(std::make_integer_sequence<int, count>{}, work);
 }
 
+// 8-bit integers, a vector of them.
+inline Vec from_int8(const int8_t* from) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  float entries[Vec::size()];
+  for (int i = 0; i < Vec::size(); ++i) entries[i] = from[i];
+  return Vec::loadu(entries);
+#endif
+}
+
 // How entries become float32. Their order is the same in x and in the weight, and does not matter.
 template <typename scalar_t>
 struct Entries {
-  static constexpr int kVectors = sizeof(float) / sizeof(scalar_t);
+  static constexpr int kVectors = std::is_same_v<scalar_t, float> ? 1 : 2;
   static constexpr int64_t kCount = kVectors * Vec::size();
 
   static void load(const scalar_t* from, Vec* to) {
@@ -61,16 +74,18 @@ struct Entries {
       const Bits pairs = Bits::loadu(from);
       to[0] = at::vec::cast<float>(pairs << Bits(16));
       to[1] = at::vec::cast<float>(pairs & Bits(static_cast<int32_t>(0xFFFF0000)));
+    } else if constexpr (std::is_same_v<scalar_t, int8_t>) {
+      to[0] = from_int8(from);
+      to[1] = from_int8(from + Vec::size());
     } else {
       at::vec::load_to_float<scalar_t>(from, to[0], to[1]);
     }
   }
 };
 
-// Rows (M, K) in float32, in the order of `Entries`.
+// Rows of a half-precision dtype.
 template <typename scalar_t>
-Tensor converted(const Tensor& x) {
-  if (std::is_same_v<scalar_t, float>) return x.contiguous();
+Tensor reordered(const Tensor& x) {
   using E = Entries<scalar_t>;
   const Tensor source = x.contiguous();
   Tensor out = at::empty(x.sizes(), x.options().dtype(at::kFloat));
@@ -84,15 +99,26 @@ Tensor converted(const Tensor& x) {
   return out;
 }
 
+// Rows (M, K) in float32, in the order in which `Entries` has those of a weight.
+template <typename scalar_t>
+Tensor converted(const Tensor& x) {
+  if constexpr (std::is_same_v<scalar_t, float> || std::is_same_v<scalar_t, int8_t>) {
+    return x.to(at::kFloat).contiguous();
+  } else {
+    return reordered<scalar_t>(x);
+  }
+}
+
 template <typename scalar_t, typename out_t>
 struct Product {
   const float* x;  // (M, K)
   const scalar_t* weight;
   int64_t weight_stride;
-  int64_t size;       // K
-  const float* bias;  // (N,), or null
-  out_t* out;         // (M, N)
-  int64_t columns;    // N
+  int64_t size;        // K
+  const float* scale;  // (N,), or null
+  const float* bias;   // (N,), or null
+  out_t* out;          // (M, N)
+  int64_t columns;     // N
 
   // Rows [row, row + count) of x, at most kGroup, times entries [begin, end) of the weight.
   void range(int64_t row, int64_t count, int64_t begin, int64_t end) const {
@@ -136,21 +162,22 @@ struct Product {
     }
     // Nothing below may be a call: it would send all sums to memory and back.
     unrolled<rows * entries>([&](auto i) {
-      const float sum =
-          at::vec::vec_reduce_all<float>([](const Vec& one, const Vec& other) { return one + other; }, sums[i]);
+      float sum = at::vec::vec_reduce_all<float>([](const Vec& one, const Vec& other) { return one + other; }, sums[i]);
       const int64_t column = n + i % entries;
+      if constexpr (std::is_same_v<scalar_t, int8_t>) sum *= scale[column];
       out[(row + i / entries) * columns + column] = static_cast<out_t>(bias == nullptr ? sum : sum + bias[column]);
     });
   }
 };
 
 template <typename scalar_t, typename out_t>
-void multiply(const Tensor& x, const Tensor& weight, const Tensor& bias, Tensor& out) {
+void multiply(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias, Tensor& out) {
   const Tensor rows = converted<scalar_t>(x);
   const Product<scalar_t, out_t> product{rows.const_data_ptr<float>(),
                                          weight.const_data_ptr<scalar_t>(),
                                          weight.stride(0),
                                          x.size(1),
+                                         scale.defined() ? scale.const_data_ptr<float>() : nullptr,
                                          bias.defined() ? bias.const_data_ptr<float>() : nullptr,
                                          out.mutable_data_ptr<out_t>(),
                                          weight.size(0)};
@@ -170,7 +197,8 @@ void multiply(const Tensor& x, const Tensor& weight, const Tensor& bias, Tensor&
 
 }  // namespace
 
-Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, at::ScalarType dtype) {
+Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias,
+              at::ScalarType dtype) {
   const Check check("linear");
   check.memory(input, "x");
   TORCH_CHECK_VALUE(input.dim() >= 1, "linear: x must have the shape (..., K), got a number");
@@ -178,31 +206,50 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   const Tensor x =
       input.dim() == 2 ? input : input.reshape({input.numel() / std::max<int64_t>(1, input.size(-1)), input.size(-1)});
   check.floats(x, "x", {"M", "K"});
-  check.floats(weight, "weight", {"N", x.size(1)});
-  if (bias.has_value()) check.floats(*bias, "bias", {weight.size(0)});
   const at::ScalarType own = weight.scalar_type();
-  TORCH_CHECK_TYPE(own != at::kDouble && x.scalar_type() == own && (dtype == own || dtype == at::kFloat),
-                   "linear: x and weight must be float32, bfloat16 or float16, both the same, and dtype must be theirs "
-                   "or float32, got ",
+  const at::ScalarType kind = x.scalar_type();
+  const bool int8 = own == at::kChar;
+  if (int8) {
+    check.memory(weight, "weight");
+    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == x.size(1), "linear: weight must have the shape (N, ",
+                      x.size(1), "), got (", weight.sizes(), ")");
+  } else {
+    check.floats(weight, "weight", {"N", x.size(1)});
+  }
+  TORCH_CHECK_VALUE(int8 == scale.has_value(), "linear: scale must be given with a weight of int8, and with no other");
+  if (scale.has_value()) check.floats(*scale, "scale", {weight.size(0)});
+  if (bias.has_value()) check.floats(*bias, "bias", {weight.size(0)});
+  TORCH_CHECK_TYPE(kind != at::kDouble && (int8 || kind == own) && (dtype == kind || dtype == at::kFloat),
+                   "linear: x must be float32, bfloat16 or float16, weight the same or int8, and dtype that of x or "
+                   "float32, got ",
                    dtype_name(x), ", ", dtype_name(weight), " and ", at::toString(dtype));
   TORCH_CHECK_VALUE(x.size(1) > 0 && x.size(1) % kUnit == 0 && weight.stride(1) == 1,
                     "linear: a row of weight must be a multiple of ", kUnit, " entries without gaps, got ", x.size(1),
                     " with a stride of ", weight.stride(1));
-  const Tensor more = bias.has_value() ? bias->to(at::kFloat).contiguous() : Tensor();
+  const auto in_float = [](const std::optional<Tensor>& numbers) {
+    return numbers.has_value() ? numbers->to(at::kFloat).contiguous() : Tensor();
+  };
+  const Tensor factors = in_float(scale);
+  const Tensor more = in_float(bias);
   std::vector<int64_t> shape = input.sizes().vec();
   shape.back() = weight.size(0);
   Tensor out = at::empty(shape, x.options().dtype(dtype));
-  const auto run = [&](auto entry) {
-    using scalar_t = decltype(entry);
-    if (dtype == at::kFloat) return multiply<scalar_t, float>(x, weight, more, out);
-    return multiply<scalar_t, scalar_t>(x, weight, more, out);
+  const auto into = [&](auto entry, auto result) {
+    multiply<decltype(entry), decltype(result)>(x, weight, factors, more, out);
   };
-  if (own == at::kBFloat16) {
-    run(at::BFloat16());
-  } else if (own == at::kHalf) {
-    run(at::Half());
-  } else {
-    run(float());
+  const auto from = [&](auto entry) {
+    if (dtype == at::kFloat) return into(entry, float());
+    if constexpr (std::is_same_v<decltype(entry), int8_t>) {
+      return dtype == at::kBFloat16 ? into(entry, at::BFloat16()) : into(entry, at::Half());
+    } else {
+      return into(entry, entry);
+    }
+  };
+  switch (own) {
+    case at::kChar: from(int8_t()); break;
+    case at::kBFloat16: from(at::BFloat16()); break;
+    case at::kHalf: from(at::Half()); break;
+    default: from(float());
   }
   return out;
 }

@@ -19,6 +19,7 @@
 namespace nabla_fast::cpu {
 
 using Tensor = at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 using TwoTensors = std::tuple<Tensor, Tensor>;
 using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using HardEmbeddings = std::tuple<std::vector<Tensor>, Tensor>;
@@ -60,7 +61,9 @@ using HardEmbeddings = std::tuple<std::vector<Tensor>, Tensor>;
     (const Tensor& h, const Tensor& weight, double scale, double softcap, at::TensorList vectors,                \
      at::TensorList tables, double tau))                                                                         \
   X(dto_step, TwoTensors, NABLA_FAST_DTO_STEP_ARGUMENTS)                                                         \
-  X(linear, Tensor, (const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, at::ScalarType dtype))
+  X(linear, Tensor,                                                                                              \
+    (const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias,             \
+     at::ScalarType dtype))
 
 #define NABLA_FAST_DECLARE(name, result, arguments) result name arguments;
 

@@ -1,4 +1,6 @@
 // linear in the portable instruction set, for every number of rows that a group may have, against a plain loop.
+#include <ATen/ops/rand.h>
+#include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
 
 #include <cstdint>
@@ -24,10 +26,17 @@ void every_dtype(int64_t rows, int64_t entries, int64_t width) {
     const at::Tensor weight = at::randn({entries, width}).to(dtype);
     const at::Tensor bias = at::randn({entries}).to(dtype);
     const at::Tensor meant = x.to(at::kDouble).matmul(weight.to(at::kDouble).t()).add(bias.to(at::kDouble));
-    const at::Tensor product = linear(x, weight, bias, at::kFloat);
+    const at::Tensor product = linear(x, weight, std::nullopt, bias, at::kFloat);
     require(product.to(at::kDouble).allclose(meant, 1e-5, 1e-3), "product");
-    require(linear(x, weight, std::nullopt, dtype).scalar_type() == dtype, "dtype");
-    require(linear(x.t().contiguous().t(), weight, bias, at::kFloat).equal(product), "rows with gaps");
+    require(linear(x, weight, std::nullopt, std::nullopt, dtype).scalar_type() == dtype, "dtype");
+    require(linear(x.t().contiguous().t(), weight, std::nullopt, bias, at::kFloat).equal(product), "rows with gaps");
+
+    const at::Tensor integers = at::randint(-128, 128, {entries, width}).to(at::kChar);
+    const at::Tensor scale = at::rand({entries});
+    const at::Tensor whole = integers.to(at::kDouble).mul(scale.to(at::kDouble).unsqueeze(1));
+    const at::Tensor scaled = linear(x, integers, scale, bias, at::kFloat);
+    const at::Tensor sum = x.to(at::kDouble).matmul(whole.t()).add(bias.to(at::kDouble));
+    require(scaled.to(at::kDouble).allclose(sum, 1e-5, 1e-1), "product with integers");
   }
 }
 

@@ -3,6 +3,9 @@
 A product of few rows, of which a decoded token is made, is a native kernel's (`nabla_fast.ops.linear`). Larger ones of
 float32 models are oneDNN's on AMD processors: PyTorch multiplies float32 matrices by MKL, which there reaches less than
 half of what oneDNN does, and oneDNN comes with PyTorch too.
+
+Weights that torchao has quantised to 8-bit integers, with a scale for each row (``Int8WeightOnlyConfig``), are read as
+integers where the native kernel multiplies few rows; other products of theirs are torchao's.
 """
 
 from __future__ import annotations
@@ -37,14 +40,29 @@ def exchange(layer: torch.nn.Linear) -> Callable[[], Any]:
 
     A mode of torch_function would reach layers of all kinds, but takes a microsecond of every operator of a model.
     """
-    return set_attribute(layer, "forward", partial(_forward, layer))
+    quantised = _int8_rows(layer.weight)
+    forward = partial(_forward, layer) if quantised is None else partial(_int8_forward, layer, *quantised)
+    return set_attribute(layer, "forward", forward)
+
+
+def _int8_rows(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Integers (N, K) and scales (N,) of a weight that torchao has quantised, if that is all it consists of."""
+    if type(weight).__name__ != "Int8Tensor" or not type(weight).__module__.startswith("torchao."):
+        return None
+    rows: Any = weight
+    more = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale")
+    if any(getattr(rows, name, None) is not None for name in more):
+        return None
+    values, scale, zero = rows.qdata, rows.scale, rows.zero_point
+    plain = values.dtype == torch.int8 and values.ndim == 2 and values.is_contiguous()
+    if not plain or scale.numel() != len(values) or (zero is not None and bool(zero.any())):
+        return None
+    return values, scale.reshape(-1)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, but for rounding; differentiable in the same tensors."""
-    # Autocast chooses dtypes of its own.
-    other = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or type(weight) not in _PLAIN
-    product = None if other else _product(input, weight)
+    product = None if type(weight) not in _PLAIN or _is_chosen_elsewhere() else _product(input, weight)
     if product is None:
         return functional.linear(input, weight, bias)
     if not torch.is_grad_enabled():
@@ -57,8 +75,20 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
+def _is_chosen_elsewhere() -> bool:
+    """Whether a compiler, or autocast, which has dtypes of its own, chooses products."""
+    return torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+
+
 def _forward(layer: torch.nn.Linear, input: Tensor) -> Tensor:
     return linear(input, layer.weight, layer.bias)
+
+
+def _int8_forward(layer: torch.nn.Linear, values: Tensor, scale: Tensor, input: Tensor) -> Tensor:
+    differentiated = torch.is_grad_enabled() and input.requires_grad
+    if differentiated or _is_chosen_elsewhere() or not few_rows.fits(input, values):
+        return functional.linear(input, layer.weight, layer.bias)
+    return few_rows.linear(input, values, layer.bias, scale=scale)
 
 
 class _Linear(torch.autograd.Function):

@@ -176,3 +176,80 @@ def test_the_processor_decides(text: str, slow: bool, monkeypatch: pytest.Monkey
     monkeypatch.setattr(linear_layers.Path, "exists", lambda self: True)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert linear_layers._mkl_is_slow.__wrapped__() is slow
+
+
+# weights of torchao
+
+
+def quantised(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, **options: Any) -> torch.nn.Module:
+    """Its linear layers with 8-bit integers as weights, a scale for each row; all of them are large enough."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    monkeypatch.setattr(linear_layers, "_LEAST", 0)
+    quantize_(model, Int8WeightOnlyConfig(**options))
+    return model
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library is missing; torchao's products are used")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_rows_of_integers_are_the_native_kernels(
+    dtype: torch.dtype, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quantised(torch.nn.Sequential(torch.nn.Linear(64, 32)).to(dtype).requires_grad_(False), monkeypatch)
+    layer = model[0]
+    values, scale = linear_layers._int8_rows(layer.weight)
+    x = torch.randn(3, 64, dtype=dtype)
+    theirs, wide = layer(x), torch.randn(17, 64, dtype=dtype)
+    exact = F.linear(x.double(), scale.double()[:, None] * values.double(), layer.bias.double())
+    put_back = linear_layers.exchange(layer)
+    assert asked == []
+    out = layer(x)
+    assert asked == ["native"]
+    assert out.dtype == theirs.dtype == dtype
+    rounding = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(out.double(), exact, rtol=rounding, atol=rounding)
+    torch.testing.assert_close(theirs.double(), exact, rtol=4 * rounding, atol=4 * rounding)
+    # Many rows, and what is differentiated, are torchao's.
+    assert torch.equal(layer(wide), F.linear(wide, layer.weight, layer.bias))
+    layer(x.requires_grad_()).float().sum().backward()
+    assert x.grad is not None
+    assert asked == ["native"]
+    put_back()
+    assert torch.equal(layer(x), theirs)
+
+
+def test_other_weights_of_torchao_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, PerGroup, quantize_
+
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(64, 32), torch.nn.Linear(64, 32))
+    quantised(layers[:1], monkeypatch)
+    assert linear_layers._int8_rows(layers[0].weight) is not None
+    quantised(layers[1:2], monkeypatch, granularity=PerGroup(32))
+    quantize_(layers[2:], Int8DynamicActivationInt8WeightConfig())
+    assert [linear_layers._int8_rows(layer.weight) for layer in layers[1:]] == [None, None]
+    moved = layers[0].weight
+    moved.zero_point.fill_(1)
+    assert linear_layers._int8_rows(moved) is None
+    assert linear_layers._int8_rows(torch.nn.Parameter(torch.ones(2, 2))) is None
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library is missing; torchao's products are used")
+def test_a_decode_of_quantised_layers_is_that_of_their_numbers(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the same model with the numbers that the integers stand for."""
+    model = tiny_language_model("qwen2", dtype=torch.float32)
+    layers = quantised(model.model.layers, monkeypatch)
+    reward = tiny_reward_model("llama", dtype=torch.float32)
+    config = nf.NablaConfig(max_new_tokens=8, max_rollouts=2, max_iters=3, seed=3)
+    answers = []
+    for plain in (False, True):
+        if plain:
+            for layer in layers.modules():
+                if isinstance(layer, torch.nn.Linear):
+                    layer.weight = torch.nn.Parameter(layer.weight.dequantize(), requires_grad=False)
+        before = len(asked)
+        out = nf.generate(model, TOKENIZER, reward, TOKENIZER, "is it on", config)
+        answers.append(out.sequences[0].tolist())
+        assert len(asked) > before
+    assert answers[0] == answers[1]

@@ -42,14 +42,41 @@ def test_products_equal_float64(dtype: torch.dtype, rows: int, width: int, entri
     torch.testing.assert_close(plain.double(), expected - bias.double(), rtol=ROUNDING[dtype], atol=SUM * width**0.5)
 
 
+def integers(width: int, entries: int) -> tuple[Tensor, Tensor]:
+    """A weight of 8-bit integers, all of which occur, and scales that make its rows as large as unit normals."""
+    generator = torch.Generator().manual_seed(width + entries)
+    weight = torch.randint(-128, 128, (entries, width), generator=generator, dtype=torch.int8)
+    return weight, (0.5 + torch.rand(entries, generator=generator)) / 74
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 16])
+@pytest.mark.parametrize(("width", "entries"), [(32, 1), (96, 7), (576, 13), (4096, 35)])
+def test_products_with_integers_equal_float64(dtype: torch.dtype, rows: int, width: int, entries: int) -> None:
+    x, _, bias = operands(rows, width, entries, dtype)
+    weight, scale = integers(width, entries)
+    expected = F.linear(x.double(), scale.double()[:, None] * weight.double(), bias.double())
+    given = [guarded(one, at_start=bool(rows % 2)) for one in (x, weight, bias, scale)]
+    for wanted in {dtype, torch.float32}:
+        out = few_rows.linear(*given[:3], dtype=wanted, scale=given[3])
+        assert out.dtype == wanted
+        torch.testing.assert_close(out.double(), expected, rtol=ROUNDING[wanted], atol=SUM * width**0.5)
+    half = few_rows.linear(x, weight, dtype=torch.float32, scale=scale.bfloat16())
+    meant = x.double() @ (scale.bfloat16().double()[:, None] * weight.double()).T
+    torch.testing.assert_close(half.double(), meant, rtol=1e-6, atol=SUM * width**0.5)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
 def test_a_row_is_the_same_in_any_company(dtype: torch.dtype) -> None:
     """Bit for bit, so that drafts and batches do not change a sequence."""
-    x, weight, _ = operands(16, 160, 37, dtype)
-    whole = few_rows.linear(x, weight)
+    x, weight, _ = operands(16, 160, 37, torch.float32 if dtype == torch.int8 else dtype)
+    scale = None
+    if dtype == torch.int8:
+        weight, scale = integers(160, 37)
+    whole = few_rows.linear(x, weight, scale=scale)
     for count in range(1, 16):
-        assert torch.equal(few_rows.linear(x[:count], weight), whole[:count])
-        assert torch.equal(few_rows.linear(x[count:], weight), whole[count:])
+        assert torch.equal(few_rows.linear(x[:count], weight, scale=scale), whole[:count])
+        assert torch.equal(few_rows.linear(x[count:], weight, scale=scale), whole[count:])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -93,6 +120,7 @@ def test_what_fits() -> None:
     assert few_rows.fits(x, weight)
     assert few_rows.fits(x.view(2, 8, 64), weight)
     assert few_rows.fits(x.bfloat16(), weight.bfloat16())
+    assert few_rows.fits(x.bfloat16(), weight.to(torch.int8))
     more = torch.randn(17, 64)
     for a, b in [
         (more, weight),
@@ -103,6 +131,8 @@ def test_what_fits() -> None:
         (x[:, :48], weight[:, :48].contiguous()),
         (x, weight.t().contiguous().t()),
         (x.to("meta"), weight.to("meta")),
+        (x.double(), weight.to(torch.int8)),
+        (x, weight.to(torch.uint8)),
     ]:
         assert not few_rows.fits(a, b)
 
@@ -110,18 +140,27 @@ def test_what_fits() -> None:
 def test_what_the_kernel_refuses() -> None:
     x, weight, bias = operands(2, 64, 10, torch.float32)
     kernel = torch.ops.nabla_fast.native_linear
+    small, scale = weight.to(torch.int8), torch.ones(10)
     for wrong, said in [
-        ((x[0, 0], weight, None, torch.float32), r"\(\.\.\., K\)"),
-        ((x, weight[:, :32], None, torch.float32), r"\(N, 64\)"),
-        ((x, weight, bias[:9], torch.float32), r"\(10"),
-        ((x[:, :48], weight[:, :48], None, torch.float32), "multiple of 32"),
-        ((x[:, :0], weight[:, :0], None, torch.float32), "multiple of 32"),
-        ((x, weight.t().contiguous().t(), None, torch.float32), "without gaps"),
-        ((x, weight.bfloat16(), None, torch.float32), "both the same"),
-        ((x.double(), weight.double(), None, torch.float64), "float32, bfloat16 or float16"),
-        ((x, weight, None, torch.bfloat16), "theirs"),
-        ((x, weight.long(), None, torch.float32), "weight"),
-        ((x.to_sparse(), weight, None, torch.float32), "x"),
+        ((x[0, 0], weight, None, None, torch.float32), r"\(\.\.\., K\)"),
+        ((x, weight[:, :32], None, None, torch.float32), r"\(N, 64\)"),
+        ((x, weight, None, bias[:9], torch.float32), r"\(10"),
+        ((x[:, :48], weight[:, :48], None, None, torch.float32), "multiple of 32"),
+        ((x[:, :0], weight[:, :0], None, None, torch.float32), "multiple of 32"),
+        ((x, weight.t().contiguous().t(), None, None, torch.float32), "without gaps"),
+        ((x, weight.bfloat16(), None, None, torch.float32), "the same or int8"),
+        ((x.double(), weight.double(), None, None, torch.float64), "float32, bfloat16 or float16"),
+        ((x, weight, None, None, torch.bfloat16), "that of x or float32"),
+        ((x, weight.long(), None, None, torch.float32), "weight"),
+        ((x.to_sparse(), weight, None, None, torch.float32), "x"),
+        ((x, weight, scale, None, torch.float32), "scale must be given with a weight of int8, and with no other"),
+        ((x, small, None, None, torch.float32), "scale must be given with a weight of int8"),
+        ((x, small[:, :32], scale, None, torch.float32), r"\(N, 64\)"),
+        ((x, small[0], scale, None, torch.float32), r"\(N, 64\)"),
+        ((x, small, scale[:9], None, torch.float32), r"\(10"),
+        ((x, small, scale.long(), None, torch.float32), "scale"),
+        ((x, small.t().contiguous().t(), scale, None, torch.float32), "without gaps"),
+        ((x.double(), small, scale, None, torch.float64), "float32, bfloat16 or float16"),
     ]:
         with pytest.raises((RuntimeError, TypeError, ValueError), match=said):
             kernel(*wrong)
@@ -129,7 +168,7 @@ def test_what_the_kernel_refuses() -> None:
 
 def test_the_fake_kernel_has_the_real_ones_shape() -> None:
     x, weight, _ = operands(3, 64, 10, torch.bfloat16)
-    torch.library.opcheck(torch.ops.nabla_fast.native_linear, (x, weight, None, torch.float32))
+    torch.library.opcheck(torch.ops.nabla_fast.native_linear, (x, weight, None, None, torch.float32))
     with FakeTensorMode() as mode:
         out = few_rows.linear(mode.from_tensor(x), mode.from_tensor(weight), dtype=torch.float32)
     assert (out.shape, out.dtype) == ((3, 10), torch.float32)
