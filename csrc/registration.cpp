@@ -3,6 +3,7 @@
 #include <ATen/Version.h>
 #include <torch/library.h>
 
+#include <exception>
 #include <string>
 
 #include "cpu/operators.h"
@@ -43,13 +44,28 @@ void register_gradient_cache(torch::Library& m) {
       .def("stats", &GradientCache::stats);
 }
 
+// What PyTorch has against the kernels' arguments: they are of another version than the schemas in Python. An exception
+// that left the initialization of a library would end the process.
+std::string& misfit() {
+  static std::string text;
+  return text;
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(nabla_fast, CPU, m) { register_cpu(m); }
+TORCH_LIBRARY_IMPL(nabla_fast, CPU, m) {
+  try {
+    register_cpu(m);
+  } catch (const std::exception& error) {
+    misfit() = error.what();
+  }
+}
 
 TORCH_LIBRARY_FRAGMENT(nabla_fast, m) { register_gradient_cache(m); }
 
-// Read through ctypes by the environment report: plain C, because it must answer before any operator is called.
+// Read through ctypes: plain C, because they must answer before any operator is called.
+extern "C" __attribute__((visibility("default"))) const char* nabla_fast_misfit() { return misfit().c_str(); }
+
 extern "C" __attribute__((visibility("default"))) const char* nabla_fast_build_info() {
   return "{\"torch\": \"" NABLA_FAST_TORCH_VERSION "\", \"compiler\": \"" NABLA_FAST_COMPILER
          "\", \"cuda_architectures\": \"" NABLA_FAST_CUDA_ARCHITECTURES "\"}";

@@ -139,7 +139,21 @@ def _load(directory: Path) -> str | None:
         return (
             f"the native library, built for torch {_torch_version()}, running {torch.__version__}, cannot load: {error}"
         )
+    if not _fits(path):
+        return (
+            "the native library is of another version of nabla_fast; install it again with "
+            "`pip install --no-build-isolation`"
+        )
     return None
+
+
+def _fits(path: Path) -> bool:
+    """Whether the kernels of a loaded library take the arguments that are declared in Python."""
+    function = getattr(ctypes.CDLL(str(path)), "nabla_fast_misfit", None)
+    if function is None:
+        return False
+    function.restype = ctypes.c_char_p
+    return function() == b""
 
 
 @functools.cache

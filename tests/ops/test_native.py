@@ -206,6 +206,27 @@ native.available()
     assert reason in required
 
 
+def test_a_library_of_other_arguments_is_told_and_ends_no_process() -> None:
+    code = """
+import torch
+own = torch.library.Library.define
+def define(self, schema, *rest, **more):
+    return own(self, schema.replace("native_token_diff(", "native_token_diff(Tensor more, "), *rest, **more)
+torch.library.Library.define = define
+from nabla_fast import ops
+from nabla_fast.ops import native
+print(native.why_missing())
+tokens = torch.zeros(1, 2, dtype=torch.int64)
+print(ops.token_diff(tokens, tokens).count.tolist())
+"""
+    environment = {**os.environ, "NABLA_FAST_REQUIRE_NATIVE": "0"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    said, count = result.stdout.splitlines()
+    assert said.startswith("the native library is of another version of nabla_fast; install it again")
+    assert count == "[0]"
+
+
 def test_a_library_without_a_kernel_is_of_an_earlier_version() -> None:
     operator = native.define("native_of_a_later_version(Tensor x) -> Tensor")
     assert not native.has("of_a_later_version")
