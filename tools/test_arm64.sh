@@ -11,8 +11,8 @@ compiler=aarch64-linux-gnu-g++
 # The last one whose build for arm64 on PyPI comes without CUDA.
 torch=2.10.0
 
-if ! { command -v $compiler && command -v debootstrap && command -v qemu-aarch64-static && command -v update-binfmts; } \
-    >/dev/null; then
+tools=($compiler debootstrap qemu-aarch64-static update-binfmts)
+if (($(command -v "${tools[@]}" | wc -l) < ${#tools[@]})); then
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
         g++-aarch64-linux-gnu debootstrap qemu-user-static binfmt-support
@@ -49,12 +49,13 @@ fi
 
 cross_build() {
     "$cmake" -S . -B "$folder/$1" -DCMAKE_BUILD_TYPE=Release -DCMAKE_SYSTEM_NAME=Linux \
-        -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$compiler -DNABLA_FAST_TORCH_DIR="$root/$torch_folder" "${@:2}"
+        -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$compiler \
+        -DNABLA_FAST_TORCH_DIR="$root/$torch_folder" "${@:2}"
     "$cmake" --build "$folder/$1" --parallel "$(nproc)"
 }
 library=_native_torch_${torch//./_}
 cross_build library -DNABLA_FAST_TORCH_VERSION=$torch -DNABLA_FAST_LIBRARY_NAME="$library"
-# The emulator bears no other sanitizer.
+# Undefined behaviour alone: the other sanitizers want memory where the emulator keeps its own.
 cross_build tests -DNABLA_FAST_SANITIZE=undefined
 
 rm -rf "$root/source"
