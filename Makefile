@@ -12,7 +12,7 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt tools/install_torch.sh $(
 VLLM_STAMP := .venv-vllm/nabla_fast.stamp
 DOCS_STAMP := .venv-docs/nabla_fast.stamp
 
-.PHONY: demo test test-fuzz test-vllm test-torch test-families lint docs bench bench-quick clean help
+.PHONY: demo test test-fuzz test-vllm test-torch test-arm64 test-families lint docs bench bench-quick clean help
 
 help:
 	@echo "make demo    set up .venv and answer a question with the demo models"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-families  check every family of models in transformers, about 20 minutes"
 	@echo "make test-vllm  test against a real vLLM server, in an environment of its own (.venv-vllm)"
 	@echo "make test-torch  build against the oldest and the newest torch, and test what was built (some GB in .venv-torch)"
+	@echo "make test-arm64  cross-build the native library for arm64 and test it in an emulator; as root, on Debian (some GB in build/arm64)"
 	@echo "make lint    check style, format and types"
 	@echo "make docs    build the documentation into site/, in an environment of its own (.venv-docs)"
 	@echo "make bench   measure everything, about an hour on two cores; make bench-quick takes three minutes"
@@ -48,6 +49,9 @@ OTHER_TORCH := 2.10.0 2.14.1
 
 test-torch:
 	for version in $(OTHER_TORCH); do tools/test_torch.sh .venv-torch/$$version $$version $(PYTHON) || exit 1; done
+
+test-arm64: $(STAMP)
+	tools/test_arm64.sh build/arm64 $(BIN)/cmake
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <memory>
@@ -17,9 +18,9 @@ namespace {
 
 using Vec = at::vec::Vectorized<float>;
 
-constexpr int64_t kTile = 8;  // rows of the head
+// Rows of the head whose logits fit into a vector; with more, the sums of each would not fit into the registers.
+constexpr int64_t kTile = std::min<int64_t>(8, Vec::size());
 constexpr int64_t kBlock = 32 * kTile;
-static_assert(kTile <= Vec::size());
 // A tile is left out of the sums if none of its weights e and e |G| is larger than this part of all that were added so
 // far, divided by the vocabulary: what is left out together is less than the rounding of float32 sums. Relative to the
 // weights of the gradient, because Adam also follows gradients that are small throughout.

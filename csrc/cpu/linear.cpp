@@ -22,7 +22,7 @@ using Bits = at::vec::Vectorized<int32_t>;
 // Rows of x that take part in one reading of the weight's registers. Further ones read the cache.
 constexpr int kGroup = 8;
 // Sums in registers, of 32 or 16.
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
 constexpr int kSums = 24;
 #else
 constexpr int kSums = 10;

@@ -48,7 +48,8 @@ class Reducer {
   void add_block(const scalar_t* z, int64_t offset) {
     std::array<Vec, kVectors> x;
     for (int64_t line = 0; line < kBlock<acc_t> * int64_t(sizeof(scalar_t)); line += kLineBytes) {
-      __builtin_prefetch(reinterpret_cast<const char*>(z) + kPrefetchBytes + line);
+      // As a number: a pointer so far behind a buffer has no meaning.
+      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(z) + kPrefetchBytes + line));
     }
     load_block(z, x);
     // clamp_min is the bare instruction. It may drop a NaN, which the sum below will show.
