@@ -148,7 +148,8 @@ struct Product {
       Vec values[entries * E::kVectors];
       unrolled<entries>([&](auto i) {
         const scalar_t* from = w + i * weight_stride + k;
-        __builtin_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes);
+        // As a number: a pointer so far behind a buffer has no meaning.
+        __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + kPrefetchBytes));
         E::load(from, values + i * E::kVectors);
       });
       unrolled<E::kVectors>([&](auto v) {
