@@ -40,7 +40,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
 
     def counted(name: str, product: Any) -> Any:
-        return lambda *arguments: made.append(name) or product(*arguments)
+        return lambda *arguments, **named: made.append(name) or product(*arguments, **named)
 
     monkeypatch.setattr(linear_layers, "_onednn", counted("oneDNN", linear_layers._onednn))
     monkeypatch.setattr(linear_layers.few_rows, "linear", counted("native", linear_layers.few_rows.linear))
