@@ -34,8 +34,7 @@ struct DtoHead {
 // How a launch divides the device. It depends on the device and the sizes alone, so callers keep it. Team 0: this
 // device cannot run it.
 struct DtoPlan {
-  int64_t team;           // thread blocks per row
-  int64_t cluster;        // 1: the team is a cluster and the row's state stays on chip (logits only)
-  int64_t chip_gradient;  // 1: so does the gradient
+  int64_t team;  // thread blocks per row
+  int64_t kept;  // most entries that a thread keeps in registers from step to step, 0: none (logits only)
   int64_t scratch_bytes;
 };

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, 1) dto_latents_kernel(DtoRows rows, 
     const State mine = worker.finish(need_gradient, scratch.vectors + 2 * rank * head.hidden);
     if (thread_index() == 0) scratch.parts[rank] = mine;
     counter_barrier(scratch.counter, (2 * done + 1) * team);
-    const State all = team_merge(scratch.parts, team, shared->pass.inverse_tau);
+    const State all = team_merge(scratch.parts, team, Merge{shared->pass.inverse_tau});
     const int token = token_of(all);
     if (shared->progress.stops(token, done)) {
       if (rank == 0 && thread_index() == 0) report(rows, row, shared->progress, token, done);

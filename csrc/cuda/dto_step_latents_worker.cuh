@@ -51,6 +51,16 @@ __device__ __forceinline__ float transpose_sum(float (&values)[kCount]) {
   return values[0];
 }
 
+// The whole block's part, in every thread. `slots` has room for kWarps parts and is free again on return.
+__device__ __forceinline__ State block_merge(const State& part, State* slots, float inverse_tau) {
+  const State mine = warp_merge(part, Merge{inverse_tau});
+  if (lane_index() == 0) slots[warp_index()] = mine;
+  block_sync();
+  const State all = warp_merge(lane_index() < kWarps ? slots[lane_index()] : State{}, Merge{inverse_tau});
+  block_sync();
+  return all;
+}
+
 template <Weight kType, int kChunks>
 struct Worker {
   using S = Shape<kType, kChunks>;
