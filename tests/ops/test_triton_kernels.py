@@ -148,8 +148,8 @@ def test_triton_scratch_follows_the_memory_of_the_gpu():
     gib = 2**30
     least, most = _dto_scratch.LEAST, _dto_scratch.MOST
     for memory, free, entries in (
-        (141 * gib, 120 * gib, most), (80 * gib, 70 * gib, most), (40 * gib, 30 * gib, most // 2), (24 * gib, 20 * gib, least),
-        (8 * gib, gib, least), (141 * gib, 8 * gib, most // 2), (141 * gib, gib, least),
+        (141 * gib, 120 * gib, most), (80 * gib, 70 * gib, most), (40 * gib, 30 * gib, most // 2),
+        (24 * gib, 20 * gib, least), (8 * gib, gib, least), (141 * gib, 8 * gib, most // 2), (141 * gib, gib, least),
     ):  # fmt: skip
         assert _dto_scratch.entries_within(memory, free) == entries
 

@@ -147,7 +147,7 @@ def _latents_blocks(problem: _Problem) -> tuple[Step, Step]:
 def _logits_rows(problem: _Problem) -> tuple[Step, Step]:
     rows, inv_tau = problem.rows, problem.inv_tau
     z = rows.parameters
-    scratch = BlockScratch(*z.shape, z.device)
+    scratch = BlockScratch(len(z), z.shape[1], z.device)
     dense = _dense(problem, scratch)
     origin = _origin(problem)
     # Launches that find all rows held cost next to nothing, unless G is made for them.
