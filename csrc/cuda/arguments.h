@@ -34,7 +34,9 @@ struct DtoHead {
 // How a launch divides the device. It depends on the device and the sizes alone, so callers keep it. Team 0: this
 // device cannot run it.
 struct DtoPlan {
-  int64_t team;  // thread blocks per row
-  int64_t kept;  // most entries that a thread keeps in registers from step to step, 0: none (logits only)
+  int64_t team;     // thread blocks per row
+  int64_t kept;     // logits: most entries that a thread keeps in registers from step to step, 0: none
+  int64_t threads;  // latents: threads per block
+  int64_t stages;   // latents: tiles of the head in a block's shared memory
   int64_t scratch_bytes;
 };

@@ -23,7 +23,8 @@ int nabla_fast_cuda_plan_logits(int64_t rows, int64_t vocabulary, int device, Dt
   // One block per processor: a second one would share its arithmetic, and wait for the others as well.
   const int64_t processors = attribute(cudaDevAttrMultiProcessorCount, device);
   for (const int64_t kept : {4, 12, 0}) {
-    const int64_t blocks = std::min(resident_blocks(kernel_for(kept), sizeof(LogitsShared), device), processors);
+    const int64_t blocks =
+        std::min(resident_blocks(kernel_for(kept), kThreads, sizeof(LogitsShared), device), processors);
     plan->team = team_size(blocks, rows, (vocabulary + kSliceWanted - 1) / kSliceWanted);
     plan->kept = kept;
     if (plan->team > 0 && slice_size(vocabulary, plan->team) <= kept * kThreads) break;
@@ -38,5 +39,5 @@ int nabla_fast_cuda_dto_logits(const DtoRows* rows, const DtoPlan* plan, int dev
   DtoRows rows_copy = *rows;
   DtoPlan plan_copy = *plan;
   void* arguments[] = {&rows_copy, &plan_copy};
-  return launch_cooperative(kernel_for(plan->kept), arguments, *rows, *plan, sizeof(LogitsShared), stream);
+  return launch_cooperative(kernel_for(plan->kept), arguments, *rows, *plan, kThreads, sizeof(LogitsShared), stream);
 }

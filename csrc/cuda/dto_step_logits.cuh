@@ -14,6 +14,8 @@
 
 namespace nabla_fast::cuda {
 
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
 constexpr float kLog2E = 1.44269504f;
 // How far the maximum may be from the base, in powers of two: far from where sums overflow, or what counts is lost.
 constexpr float kRange = 32;

@@ -7,8 +7,7 @@
 
 namespace nabla_fast::cuda {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
+constexpr int kMostTeam = 1024;  // blocks per row
 
 // A scratch buffer begins with one arrival counter per row, zero at launch.
 __host__ __device__ constexpr int64_t counter_bytes(int64_t rows) { return (rows * 4 + 15) / 16 * 16; }
