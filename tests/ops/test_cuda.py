@@ -81,18 +81,48 @@ def test_logits_far_from_where_their_exponentials_began(place: Place, blocks: in
 @pytest.mark.parametrize(
     ("dtype", "hidden"),
     [
-        (torch.bfloat16, 16),
+        (torch.bfloat16, 16),  # a warp a row, eight rows side by side
         (torch.bfloat16, 576),
+        (torch.bfloat16, 2304),
         (torch.bfloat16, 3584),
         (torch.float16, 896),
         (torch.float16, 8192),
         (torch.float32, 64),
+        (torch.float32, 1500),
         (torch.float32, 2052),
         (torch.float32, 5000),
     ],
 )
 def test_latents(place: Place, dtype: torch.dtype, hidden: int) -> None:
     make_case(place, True, 101, hidden=hidden, dtype=dtype, max_steps=2, seed=hidden).run(place)
+
+
+@pytest.mark.parametrize(("blocks", "kept"), [(3, False), (3, True), (4, False)])
+@pytest.mark.parametrize(("dtype", "hidden"), [(torch.bfloat16, 72), (torch.float32, 1100), (torch.float16, 4104)])
+def test_latents_beside_rings_of_two_three_and_four_tiles(
+    place: Place, dtype: torch.dtype, hidden: int, blocks: int, kept: bool
+) -> None:
+    """More tiles than the ring has, and fewer."""
+    place.team(blocks, kept)
+    if place.emulated:
+        with cuda._device(place.device) as (index, _):
+            assert cuda._plan_latents(1, 200, cuda._WEIGHT_TYPES[dtype], hidden, place.device).stages == 2 + index % 3
+    for vocabulary in (5, 200 if hidden > 100 else 700):
+        make_case(place, True, vocabulary, hidden=hidden, dtype=dtype, max_steps=2, seed=hidden).run(place)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hidden", "threads"),
+    [
+        (torch.bfloat16, 3584, 224), (torch.bfloat16, 2304, 160), (torch.bfloat16, 4096, 256),
+        (torch.bfloat16, 576, 192), (torch.bfloat16, 5120, 160), (torch.float32, 3584, 224),
+        (torch.float16, 8192, 256), (torch.float32, 8192, 256), (torch.bfloat16, 8, 256), (torch.bfloat16, 8200, 0),
+    ],
+)  # fmt: skip
+def test_no_warp_of_a_block_is_idle(place: Place, dtype: torch.dtype, hidden: int, threads: int) -> None:
+    """Whole groups of the warps that a row of the head takes, eight warps at most; too long a row is Triton's."""
+    plan = cuda._plan_latents(1, 1000, cuda._WEIGHT_TYPES[dtype], hidden, place.device)
+    assert plan.threads == threads
 
 
 def test_latents_beside_a_head_of_many_tiles(place: Place) -> None:

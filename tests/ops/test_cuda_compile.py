@@ -21,7 +21,7 @@ def test_there_are_sources() -> None:
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH, so the CUDA kernels cannot be compiled")
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "sm_120"])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_compiles_without_spills(source: Path, architecture: str, tmp_path: Path) -> None:
     assert NVCC is not None
