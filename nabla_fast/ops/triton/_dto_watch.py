@@ -26,7 +26,10 @@ class Watch:
         blind = held.is_meta or (held.is_cuda and torch.cuda.is_current_stream_capturing())
         self._copies: list[Tensor] | None = None
         if not blind:
-            self._copies = [torch.empty_like(held, device="cpu", pin_memory=held.is_cuda) for _ in range(LAG)]
+            pinned = held.is_cuda
+            self._copies = [
+                torch.empty(held.shape, dtype=held.dtype, device="cpu", pin_memory=pinned) for _ in range(LAG)
+            ]
         self._events = [torch.cuda.Event() for _ in range(LAG)] if held.is_cuda and not blind else None
 
     def note(self, made: int) -> None:
