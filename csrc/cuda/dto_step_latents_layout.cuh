@@ -20,8 +20,8 @@ struct Shape {
   static constexpr int kElementBytes = 16 / kVector;
   static constexpr int kColumns = kChunks * kVector;
   static constexpr int kDepth = kTileChunks / kChunks;
-  // h, A and B of 16 columns leave registers for few chunks of W at a time.
-  static constexpr int kUnroll = kColumns < 16 ? kDepth : 1;
+  // Entries that are added to A and B side by side: h, A and B of many columns leave registers for few chunks of W.
+  static constexpr int kUnroll = kColumns < 16 ? kDepth : kDepth == 4 ? 2 : 1;
   static constexpr int kLanes = 32 / kDepth;  // lanes that share one vocabulary entry after the dot products are summed
   // Blocks of a processor that the registers must be enough for.
   static constexpr int kResident = kColumns < 32 ? 2 : 1;

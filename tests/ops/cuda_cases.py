@@ -54,7 +54,7 @@ class Place:
 
     device: torch.device
     blocks: int = 3
-    kept: bool = False
+    kept: bool = True
 
     @property
     def emulated(self) -> bool:
@@ -79,7 +79,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> Place:
     # A case that the kernels do not take must fail here, not run elsewhere.
     monkeypatch.setitem(sys.modules, "nabla_fast.ops.triton", types.ModuleType("triton"))
     monkeypatch.setattr("nabla_fast.ops.triton", sys.modules["nabla_fast.ops.triton"], raising=False)
-    place.team(3)
+    place.team(3, True)
     return place
 
 

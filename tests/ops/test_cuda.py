@@ -1,6 +1,7 @@
 """What the CUDA back end alone has: teams of blocks, what threads keep, anchors' noise, and what goes to Triton.
 
-`test_dto_step.py` and `test_token_diff.py` have the rest, for teams of three blocks that keep their entries in memory.
+`test_dto_step.py` and `test_token_diff.py` have the rest, for teams of three blocks that keep their entries in
+registers.
 
 Every test runs twice: on a GPU, where there is one, and on the emulated device of tests/ops/cuda_emulation, which
 compiles the same kernels for the host. The emulation shows that what they compute is right, and that between every two
