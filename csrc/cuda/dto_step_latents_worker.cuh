@@ -1,8 +1,9 @@
 // One thread's share of a block's pass over its part of the head, in dto_step of latents rows.
 //
 // A block works on tiles: `groups` groups of warps, kDepth vocabulary entries each. A thread holds kColumns columns of
-// h, A and B in registers and copies the same columns of W to shared memory for itself, one tile ahead. The dot
-// products are summed over the group; then all its threads know the entries' logits, and add the entries to A and B:
+// h, A and B in registers and copies the same columns of W to shared memory for itself, into a ring of tiles of which
+// all but the one in use are on their way. The dot products are summed over the group; then all its threads know the
+// entries' logits, and add the entries to A and B:
 //
 //     A = sum_v e_v G_v slope_v W_v    B = sum_v e_v slope_v W_v    dL/dh = scale * (A/S - (Q/S) * (B/S)) / tau
 #pragma once
@@ -51,6 +52,17 @@ __device__ __forceinline__ float transpose_sum(float (&values)[kCount]) {
   return values[0];
 }
 
+// The whole block's part, in every thread. `slots` has room for one part of each of its `warps` and is free again on
+// return.
+__device__ __forceinline__ State block_merge(const State& part, State* slots, int warps, float inverse_tau) {
+  const State mine = warp_merge(part, Merge{inverse_tau});
+  if (lane_index() == 0) slots[warp_index()] = mine;
+  block_sync();
+  const State all = warp_merge(lane_index() < warps ? slots[lane_index()] : State{}, Merge{inverse_tau});
+  block_sync();
+  return all;
+}
+
 template <Weight kType, int kChunks>
 struct Worker {
   using S = Shape<kType, kChunks>;
@@ -58,22 +70,22 @@ struct Worker {
   const DtoHead& head;
   const Place& place;
   LatentsShared* const shared;
+  const int stages;
   float h[S::kColumns], a[S::kColumns], b[S::kColumns];
   State part;  // softmax: the maximum of the group, the sums of this lane's entries; hard token: of this lane's entries
 
-  // The first vocabulary entry of this thread's group in a tile; past the end, also for a group that is not one.
+  // The first vocabulary entry of this thread's group in a tile.
   __device__ __forceinline__ int entry(int tile) const {
-    return place.active ? shared->pass.begin + (tile * place.groups + place.group) * S::kDepth : INT_MAX - S::kDepth;
+    return shared->pass.begin + (tile * place.groups + place.group) * S::kDepth;
   }
 
-  __device__ __forceinline__ uint4* slot(int tile, int j, int c) const {
-    return shared->tiles + ((tile % kStages * S::kDepth + j) * kChunks + c) * kThreads + thread_index();
+  // Of the ring's stage number `stage`.
+  __device__ __forceinline__ uint4* slot(int stage, int j, int c) const {
+    return shared->tiles() + ((stage * S::kDepth + j) * kChunks + c) * place.threads + thread_index();
   }
 
   // d is a multiple of kVector, so a chunk is all inside a row of W or all past its end.
-  __device__ __forceinline__ bool has_chunk(int c) const {
-    return place.active && place.chunk(c) * S::kVector < head.hidden;
-  }
+  __device__ __forceinline__ bool has_chunk(int c) const { return place.chunk(c) * S::kVector < head.hidden; }
 
   __device__ __forceinline__ void load_h(const float* row) {
 #pragma unroll
@@ -85,7 +97,7 @@ struct Worker {
     }
   }
 
-  __device__ __forceinline__ void copy_tile(int tile) const {
+  __device__ __forceinline__ void copy_tile(int tile, int stage) const {
     const int first = entry(tile);
     const int64_t row_bytes = head.stride * S::kElementBytes;
     const char* row = static_cast<const char*>(head.weight) + first * row_bytes;
@@ -94,10 +106,22 @@ struct Worker {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         const bool valid = first + j < shared->pass.end && has_chunk(c);
-        copy_async(slot(tile, j, c), valid ? row + place.chunk(c) * 16 : head.weight, valid);
+        copy_async(slot(stage, j, c), valid ? row + place.chunk(c) * 16 : head.weight, valid);
       }
     }
     commit_copies();
+  }
+
+  // Until the oldest tile of the ring is there.
+  __device__ __forceinline__ void wait_tile() const {
+    static_assert(kLeastStages == 2 && kMostStages == 4, "an instruction for each");
+    if (stages == 2) {
+      wait_copies<1>();
+    } else if (stages == 3) {
+      wait_copies<2>();
+    } else {
+      wait_copies<3>();
+    }
   }
 
   // Of the entry that this lane takes care of once the dot products are summed.
@@ -113,7 +137,7 @@ struct Worker {
   }
 
   // W_v h of this lane's entry.
-  __device__ __forceinline__ float product(int tile) const {
+  __device__ __forceinline__ float product(int tile, int stage) const {
     float dots[S::kDepth];
 #pragma unroll
     for (int j = 0; j < S::kDepth; ++j) {
@@ -121,7 +145,7 @@ struct Worker {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         float w[S::kVector];
-        unpack<kType>(*slot(tile, j, c), w);
+        unpack<kType>(*slot(stage, j, c), w);
 #pragma unroll
         for (int k = 0; k < S::kVector; ++k) dots[j] += w[k] * h[c * S::kVector + k];
       }
@@ -134,9 +158,9 @@ struct Worker {
     if (share == 0) buffer[warp_index()][j] = mine;
     block_sync();
     float sum = 0;
-#pragma unroll 1
-    for (int warp = share; place.active && warp < place.group_warps; warp += S::kLanes) {
-      sum += buffer[place.group * place.group_warps + warp][j];
+#pragma unroll
+    for (int warp = share; warp < kMostWarps; warp += S::kLanes) {
+      if (warp < place.group_warps) sum += buffer[place.group * place.group_warps + warp][j];
     }
 #pragma unroll
     for (int offset = S::kLanes / 2; offset > 0; offset /= 2) sum += shuffle_xor(sum, offset);
@@ -162,14 +186,14 @@ struct Worker {
     return {weighted * slope, e * slope};
   }
 
-  __device__ __forceinline__ void add_to_sums(int tile, const float2& factors) {
+  __device__ __forceinline__ void add_to_sums(int stage, const float2& factors) {
 #pragma unroll(S::kUnroll)
     for (int j = 0; j < S::kDepth; ++j) {
       const float factor_a = shuffle(factors.x, j * S::kLanes), factor_b = shuffle(factors.y, j * S::kLanes);
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         float w[S::kVector];
-        unpack<kType>(*slot(tile, j, c), w);
+        unpack<kType>(*slot(stage, j, c), w);
 #pragma unroll
         for (int k = 0; k < S::kVector; ++k) {
           a[c * S::kVector + k] += factor_a * w[k];
@@ -187,25 +211,25 @@ struct Worker {
 #pragma unroll
     for (int i = 0; i < S::kColumns; ++i) a[i] = b[i] = 0;
 #pragma unroll 1
-    for (int tile = 0; tile < kStages; ++tile) copy_tile(tile);
+    for (int tile = 0; tile < stages; ++tile) copy_tile(tile, tile);
     Entry next = load_entry(0);
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
+    for (int tile = 0, stage = 0; tile < tiles; ++tile, stage = stage + 1 < stages ? stage + 1 : 0) {
       const Entry now = next;
       next = load_entry(tile + 1);
-      wait_copies<kStages - 1>();
-      const float dot = product(tile);
+      wait_tile();
+      const float dot = product(tile, stage);
       const int v = entry(tile) + lane_index() / S::kLanes;
       const bool valid = v < shared->pass.end;
       const Logit logit = head_logit(dot, shared->pass.scale, shared->pass.softcap);
       const float x = valid ? logit.value + now.soft_noise : -INFINITY;
       if (valid) add_hard(part, logit.value + now.hard_noise, v);
       if (need_gradient) {
-        add_to_sums(tile, add_to_softmax(x, now.gradient, valid ? logit.slope : 0.0f));
+        add_to_sums(stage, add_to_softmax(x, now.gradient, valid ? logit.slope : 0.0f));
       } else {
         look_at_soft(part, x);
       }
-      copy_tile(tile + kStages);
+      copy_tile(tile + stages, stage);
     }
     // The copies past the end bring nothing, but must not land in what `finish` puts in their place.
     wait_copies<0>();
@@ -215,11 +239,11 @@ struct Worker {
   __device__ __forceinline__ State finish(bool need_gradient, float* vectors) {
     // An entry is held by several lanes and by every warp of the group: one of them counts it.
     State mine = part;
-    if (!place.active || place.member / 32 != 0 || lane_index() % S::kLanes != 0) mine.sum_exp = mine.sum_exp_grad = 0;
-    const State all = block_merge(mine, shared->slots, shared->pass.inverse_tau);
+    if (place.member / 32 != 0 || lane_index() % S::kLanes != 0) mine.sum_exp = mine.sum_exp_grad = 0;
+    const State all = block_merge(mine, shared->slots, place.warps(), shared->pass.inverse_tau);
     if (!need_gradient) return all;
     // block_merge was a barrier: nobody reads tiles any more.
-    float* const staged = reinterpret_cast<float*>(shared->tiles);
+    float* const staged = reinterpret_cast<float*>(shared->tiles());
     const float factor = rescale(part.max, all.max, shared->pass.inverse_tau);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -235,7 +259,7 @@ struct Worker {
     }
     block_sync();
 #pragma unroll 1
-    for (int i = thread_index(); i < 2 * head.hidden; i += kThreads) {
+    for (int i = thread_index(); i < 2 * head.hidden; i += place.threads) {
       float sum = 0;
 #pragma unroll 1
       for (int group = 0; group < place.groups; ++group) sum += staged[2 * group * head.hidden + i];

@@ -55,6 +55,25 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
+// One instruction each, exact to about 2 units in the last place; what is too small to be a normal number becomes 0.
+__device__ __forceinline__ float approximate_exp2(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+  float out;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
+__device__ __forceinline__ float approximate_sqrt(float x) {
+  float out;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
 __device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 
 __device__ __forceinline__ float float_of_half(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
@@ -74,26 +93,6 @@ __device__ __forceinline__ void counter_barrier(unsigned* counter, unsigned targ
   }
   block_sync();
 }
-
-// Clusters exist from sm_90 on; the launcher never starts a cluster kernel that was compiled for less.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-__device__ __forceinline__ int cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
-
-__device__ __forceinline__ void cluster_sync() { cooperative_groups::this_cluster().sync(); }
-
-// The same place in the shared memory of another block of the cluster.
-template <typename T>
-__device__ __forceinline__ const T* cluster_address(T* shared, int rank) {
-  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
-}
-#else
-__device__ __forceinline__ int cluster_rank() { __trap(); }
-__device__ __forceinline__ void cluster_sync() { __trap(); }
-template <typename T>
-__device__ __forceinline__ const T* cluster_address(T* shared, int) {
-  return shared;
-}
-#endif
 
 }  // namespace nabla_fast::cuda
 

@@ -1,15 +1,11 @@
-// The arithmetic of one DTO row: plain C++ that the kernels and the host tests share.
+// The arithmetic of one DTO row.
 #pragma once
 
 #include <climits>
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define NABLA_FAST_BOTH __host__ __device__ __forceinline__
-#else
-#define NABLA_FAST_BOTH inline
-#endif
+#include "intrinsics.cuh"
 
 namespace nabla_fast::cuda {
 
@@ -27,20 +23,20 @@ struct State {
 
 // exp((from - to) / tau), the factor on sums when their maximum goes from `from` up to `to`. No NaN from
 // (-inf) - (-inf).
-NABLA_FAST_BOTH float rescale(float from, float to, float inverse_tau) {
+__device__ __forceinline__ float rescale(float from, float to, float inverse_tau) {
   return from == -INFINITY ? 0.0f : expf((from - to) * inverse_tau);
 }
 
 // exp((x - max) / tau) where max may still be -inf, and then so is x.
-NABLA_FAST_BOTH float relative_exp(float x, float max, float inverse_tau) {
+__device__ __forceinline__ float relative_exp(float x, float max, float inverse_tau) {
   return expf((x - (max == -INFINITY ? 0.0f : max)) * inverse_tau);
 }
 
 // 0 * inf would be NaN where a -inf logit meets an infinite gradient; such entries cannot move.
-NABLA_FAST_BOTH float weigh(float e, float gradient) { return e > 0 ? e * gradient : 0.0f; }
+__device__ __forceinline__ float weigh(float e, float gradient) { return e > 0 ? e * gradient : 0.0f; }
 
 // The factor on what was summed with the state, too.
-NABLA_FAST_BOTH float raise_max(State& state, float max, float inverse_tau) {
+__device__ __forceinline__ float raise_max(State& state, float max, float inverse_tau) {
   const float factor = rescale(state.max, max, inverse_tau);
   state.sum_exp *= factor;
   state.sum_exp_grad *= factor;
@@ -49,9 +45,11 @@ NABLA_FAST_BOTH float raise_max(State& state, float max, float inverse_tau) {
 }
 
 // Of x where no softmax is wanted, what says whether there is one.
-NABLA_FAST_BOTH void look_at_soft(State& state, float x) { state.max = fmaxf(state.max, x == x ? x : INFINITY); }
+__device__ __forceinline__ void look_at_soft(State& state, float x) {
+  state.max = fmaxf(state.max, x == x ? x : INFINITY);
+}
 
-NABLA_FAST_BOTH void add_soft(State& state, float x, float gradient, float inverse_tau) {
+__device__ __forceinline__ void add_soft(State& state, float x, float gradient, float inverse_tau) {
   if (x > state.max) raise_max(state, x, inverse_tau);
   const float e = relative_exp(x, state.max, inverse_tau);
   state.sum_exp += e;
@@ -59,7 +57,7 @@ NABLA_FAST_BOTH void add_soft(State& state, float x, float gradient, float inver
 }
 
 // Tokens must ascend, so that the first of equals stays.
-NABLA_FAST_BOTH void add_hard(State& state, float value, int token) {
+__device__ __forceinline__ void add_hard(State& state, float value, int token) {
   const float seen = value == value ? value : INFINITY;
   if (seen > state.best) {
     state.best = seen;
@@ -67,7 +65,7 @@ NABLA_FAST_BOTH void add_hard(State& state, float value, int token) {
   }
 }
 
-NABLA_FAST_BOTH State merge(const State& a, const State& b, float inverse_tau) {
+__device__ __forceinline__ State merge(const State& a, const State& b, float inverse_tau) {
   State out = a;
   out.max = fmaxf(a.max, b.max);
   const float factor_a = rescale(a.max, out.max, inverse_tau), factor_b = rescale(b.max, out.max, inverse_tau);
@@ -80,22 +78,23 @@ NABLA_FAST_BOTH State merge(const State& a, const State& b, float inverse_tau) {
   return out;
 }
 
+// The same of parts whose sums are relative to one base in place of each one's maximum.
+__device__ __forceinline__ State merge_sums(const State& a, const State& b) {
+  const bool later = b.best > a.best || (b.best == a.best && b.token < a.token);
+  return {fmaxf(a.max, b.max), a.sum_exp + b.sum_exp, a.sum_exp_grad + b.sum_exp_grad, later ? b.best : a.best,
+          later ? b.token : a.token};
+}
+
 // The hard token; -1 where the row, with either noise, holds NaN or +inf or is all -inf.
-NABLA_FAST_BOTH int token_of(const State& row) {
+__device__ __forceinline__ int token_of(const State& row) {
   return fabsf(row.max) < INFINITY && fabsf(row.best) < INFINITY && row.sum_exp == row.sum_exp ? row.token : -1;
 }
 
 // A constant on G changes nothing in p * (G - <p, G>), so G is taken relative to its value at the hard token, where
 // most of p usually is: less is lost when <p, G> is subtracted.
-NABLA_FAST_BOTH float gradient_shift(const float* gradient, int64_t token, int64_t vocabulary) {
+__device__ __forceinline__ float gradient_shift(const float* gradient, int64_t token, int64_t vocabulary) {
   const float value = token >= 0 && token < vocabulary ? gradient[token] : 0.0f;
   return fabsf(value) < INFINITY ? value : 0.0f;
-}
-
-// dL/dz of one entry, from its x and G and the row's statistics.
-NABLA_FAST_BOTH float logit_gradient(float x, float gradient, float max, float sum, float mean, float inverse_tau) {
-  const float p = relative_exp(x, max, inverse_tau) / sum;
-  return (p > 0 ? p * (gradient - mean) : p * mean) * inverse_tau;
 }
 
 struct Logit {
@@ -103,7 +102,7 @@ struct Logit {
   float slope;  // d value / d product, without the head's scale
 };
 
-NABLA_FAST_BOTH Logit head_logit(float product, float scale, float softcap) {
+__device__ __forceinline__ Logit head_logit(float product, float scale, float softcap) {
   const float scaled = scale * product;
   if (softcap == 0) return {scaled, 1.0f};
   const float bounded = tanhf(scaled / softcap);
@@ -113,11 +112,11 @@ NABLA_FAST_BOTH Logit head_logit(float product, float scale, float softcap) {
 // The numbers of one Adam step that are the same for every parameter of a row.
 struct AdamStep {
   float rate;        // learning rate / (1 - beta1^count)
-  float correction;  // 1 - beta2^count
+  float correction;  // 1 / (1 - beta2^count)
   float weight_decay;
 };
 
-NABLA_FAST_BOTH double power(double base, int64_t exponent) {
+__device__ __forceinline__ double power(double base, int64_t exponent) {
   double result = 1;
   for (; exponent > 0; exponent >>= 1, base *= base) {
     if (exponent & 1) result *= base;
@@ -126,16 +125,19 @@ NABLA_FAST_BOTH double power(double base, int64_t exponent) {
 }
 
 // In double, as torch.optim.Adam has them: 1 - 0.999f loses five digits.
-NABLA_FAST_BOTH AdamStep adam_step(int64_t count, double learning_rate, float weight_decay) {
-  return {static_cast<float>(learning_rate / (1 - power(0.9, count))), static_cast<float>(1 - power(0.999, count)),
-          weight_decay};
+__device__ __forceinline__ AdamStep adam_step(int64_t count, double learning_rate, float weight_decay) {
+  return {static_cast<float>(learning_rate / (1 - power(0.9, count))),
+          static_cast<float>(1 / (1 - power(0.999, count))), weight_decay};
 }
 
-NABLA_FAST_BOTH void adam(float& parameter, float& exp_avg, float& exp_avg_sq, float grad, const AdamStep& step) {
+// The root and the quotient are good to 2^-21 of a step. A second moment too small for the root is nothing beside eps.
+__device__ __forceinline__ void adam(float& parameter, float& exp_avg, float& exp_avg_sq, float grad,
+                                     const AdamStep& step) {
   if (step.weight_decay != 0) grad += step.weight_decay * parameter;
   exp_avg += 0.1f * (grad - exp_avg);
   exp_avg_sq = 0.999f * exp_avg_sq + 0.001f * grad * grad;
-  parameter -= step.rate * exp_avg / (sqrtf(exp_avg_sq / step.correction) + 1e-8f);
+  const float root = approximate_sqrt(exp_avg_sq * step.correction);
+  parameter -= step.rate * exp_avg * approximate_reciprocal(root + 1e-8f);
 }
 
 }  // namespace nabla_fast::cuda

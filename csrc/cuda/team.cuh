@@ -7,8 +7,7 @@
 
 namespace nabla_fast::cuda {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
+constexpr int kMostTeam = 1024;  // blocks per row
 
 // A scratch buffer begins with one arrival counter per row, zero at launch.
 __host__ __device__ constexpr int64_t counter_bytes(int64_t rows) { return (rows * 4 + 15) / 16 * 16; }
@@ -19,36 +18,37 @@ __device__ __forceinline__ State each_field(const State& state, const Take& take
   return {take(state.max), take(state.sum_exp), take(state.sum_exp_grad), take(state.best), take(state.token)};
 }
 
+// How two parts are put together: relative to each one's maximum, or to one base.
+struct Merge {
+  float inverse_tau;
+  __device__ __forceinline__ State operator()(const State& a, const State& b) const { return merge(a, b, inverse_tau); }
+};
+struct MergeSums {
+  __device__ __forceinline__ State operator()(const State& a, const State& b) const { return merge_sums(a, b); }
+};
+
 // The whole warp's part, in every lane. The rounding of a merge depends on its order, so all take lane 0's result:
 // blocks that merge the same parts must come to the same decision.
-__device__ __forceinline__ State warp_merge(State part, float inverse_tau) {
+template <typename How>
+__device__ __forceinline__ State warp_merge(State part, const How& how) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
-    part = merge(part, each_field(part, [&](auto field) { return shuffle_xor(field, offset); }), inverse_tau);
+    part = how(part, each_field(part, [&](auto field) { return shuffle_xor(field, offset); }));
   }
   return each_field(part, [](auto field) { return shuffle(field, 0); });
-}
-
-// The whole block's part, in every thread. `slots` has room for kWarps parts and is free again on return.
-__device__ __forceinline__ State block_merge(const State& part, State* slots, float inverse_tau) {
-  const State mine = warp_merge(part, inverse_tau);
-  if (lane_index() == 0) slots[warp_index()] = mine;
-  block_sync();
-  const State all = warp_merge(lane_index() < kWarps ? slots[lane_index()] : State{}, inverse_tau);
-  block_sync();
-  return all;
 }
 
 __device__ __forceinline__ State load_part(const State& part) {
   return each_field(part, [](const auto& field) { return load_shared_by_blocks(&field); });
 }
 
-// The whole row's part, in every thread, from one part per block of the team in global memory.
-__device__ __forceinline__ State team_merge(const State* parts, int team, float inverse_tau) {
+// The whole row's part, in every lane, from one part per block of the team in global memory.
+template <typename How>
+__device__ __forceinline__ State team_merge(const State* parts, int team, const How& how) {
   State part;
-#pragma unroll 1
-  for (int rank = lane_index(); rank < team; rank += 32) part = merge(part, load_part(parts[rank]), inverse_tau);
-  return warp_merge(part, inverse_tau);
+#pragma unroll 4  // so many loads are under way at a time
+  for (int rank = lane_index(); rank < team; rank += 32) part = how(part, load_part(parts[rank]));
+  return warp_merge(part, how);
 }
 
 // Where a row stands: the same in all threads of its team.

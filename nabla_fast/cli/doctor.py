@@ -40,8 +40,19 @@ def _show(report: dict[str, Any]) -> None:
             # What is true of the whole back end stands in its own table.
             if reason is not None and backends[name]["available"]:
                 OUT.print(f"{operator}, {name}: {reason}")
+    _show_measured(report["measured"])
     _show_available("demo", report["demo"])
     _show_vllm(report["vllm"])
+
+
+def _show_measured(entries: list[dict[str, Any]]) -> None:
+    """Where "auto" has a choice on a GPU: the measured back end first, else cuda before triton."""
+    rows = [
+        (x["gpu"], x["case"], x["fastest"], x["commit"], f"no: {x['reason']}" if x["reason"] else "yes")
+        for x in entries
+    ]
+    heads = ("GPU", "case", "fastest", "commit", "decides")
+    print_table('measured back ends ("auto": cuda before triton where none decides)', heads, rows, text=[*heads[1:]])
 
 
 def _show_vllm(vllm: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nabla_fast.ops import native
+from nabla_fast.ops import measured, native
 
 if TYPE_CHECKING:
     from nabla_fast.ops.registry import Operator
@@ -26,7 +26,8 @@ OPERATORS: dict[str, Operator] = {}
 """Every operator by its name, as `nabla_fast.ops.registry` declares them."""
 _MODULES = {"triton": "nabla_fast.ops.triton", "cuda": "nabla_fast.ops.cuda"}
 BACKENDS = ("reference", "native", *_MODULES)
-# What a setting tries, in order. "cuda" has what Triton cannot say well, and Triton the rest.
+# What a setting tries, in order. "cuda" has what Triton cannot say well, and Triton the rest; where both have an
+# operator, "auto" begins with the one that was measured to be the faster (`nabla_fast.ops.measured`), if any was.
 _PREFERENCES = {
     ("auto", "cpu"): ("native", "reference"),
     ("auto", "cuda"): ("cuda", "triton", "reference"),
@@ -45,13 +46,20 @@ def setting(backend: str) -> str:
     return os.environ.get("NABLA_FAST_BACKEND") or "auto" if backend == "auto" else backend
 
 
-def resolve(operator: str, backend: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str:
+def resolve(
+    operator: str,
+    backend: str,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    case: str | None = None,
+) -> str:
     """The back end that runs ``operator``: one of "reference", "native", "triton", "cuda".
 
     Kernels for a GPU compute in float32, so there "auto" leaves it to the reference to compute in float64 (``dtype``).
 
     Args:
         device: where the tensors are, or a type of device; "cuda" is the current GPU.
+        case: what the operator is measured as, where that is not its name alone.
 
     Raises:
         ValueError: if ``backend`` (or NABLA_FAST_BACKEND) is unknown, or names one that cannot run here; it says why.
@@ -64,6 +72,9 @@ def resolve(operator: str, backend: str, device: torch.device | str, dtype: torc
         raise ValueError(_refusal(wanted, device_type, f"it does not run on {device_type}"))
     if wanted == "auto" and device_type == "cuda" and dtype == torch.float64:
         candidates = ("reference",)
+    elif wanted == "auto" and device_type == "cuda":
+        best = measured.fastest(case or operator, device)
+        candidates = (*(name for name in candidates if name == best), *(name for name in candidates if name != best))
     for name in candidates:
         reason = why_not(operator, name, device)
         if reason is None:

@@ -59,7 +59,7 @@ class _Head(ctypes.Structure):
 class _Plan(ctypes.Structure):
     """`DtoPlan` of csrc/cuda/arguments.h."""
 
-    _fields_ = [(name, _INT) for name in ("team", "cluster", "chip_gradient", "scratch_bytes")]
+    _fields_ = [(name, _INT) for name in ("team", "kept", "threads", "stages", "scratch_bytes")]
 
 
 _rows, _head, _plan = (ctypes.POINTER(kind) for kind in (_Rows, _Head, _Plan))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from nabla_fast.ops import checks, reference
 from nabla_fast.ops.registry import operator
 from nabla_fast.ops.types import DTOInputs, DTOOptions, DTOState, DTOStep, Tables
@@ -15,7 +17,15 @@ def _check(state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOptio
     checks.shape("state.parameters", parameters, (len(parameters), width))
 
 
-@operator(check=_check)
+def _case(state: DTOState, inputs: DTOInputs, _: Tables, options: DTOOptions) -> str:
+    """As benchmarks/test_bench_dto_step.py names it; what is not measured there is the operator alone."""
+    kind = "latents" if options.latents else "logits"
+    if not isinstance(inputs.gradient, Tensor):
+        return f"dto_step, all {kind} rows"
+    return f"dto_step, one {kind} row" if len(state.parameters) == 1 else "dto_step"
+
+
+@operator(check=_check, case=_case)
 def dto_step(state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOptions, backend: str = "auto") -> DTOStep:
     """Steps of DTO for as long as the gradient holds; see `reference.dto_step` for their meaning.
 

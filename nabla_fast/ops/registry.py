@@ -35,6 +35,7 @@ def operator(
     derivative: Callable[..., Tensor] | None = None,
     check: Callable[..., None] | None = None,
     called: str | None = None,
+    case: Callable[..., str] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declares the decorated function as an operator, and puts in its place what calls the operator.
 
@@ -44,10 +45,11 @@ def operator(
             derivative, or one in forward mode, is an error.
         check: takes the operator's arguments, and raises for those that no back end takes although their types do.
         called: what errors about derivatives call it, where users call it by another function.
+        case: takes the operator's arguments, and returns what `nabla_fast.ops.measured` calls them; its name without.
     """
 
     def declare(function: Callable[P, R]) -> Callable[P, R]:
-        return cast("Callable[P, R]", update_wrapper(Operator(function, derivative, check, called), function))
+        return cast("Callable[P, R]", update_wrapper(Operator(function, derivative, check, called, case), function))
 
     return declare
 
@@ -69,10 +71,11 @@ class Operator:
         derivative: Callable[..., Tensor] | None,
         check: Callable[..., None] | None,
         called: str | None,
+        case: Callable[..., str] | None,
     ) -> None:
         self.name, self.body = function.__name__, function
         self._called = called or self.name
-        self._derivative, self._check = derivative, check
+        self._derivative, self._check, self._case = derivative, check, case
         hints = get_type_hints(function, include_extras=True)
         parameters = list(inspect.signature(function).parameters.values())
         self._names = [p.name for p in parameters]
@@ -92,7 +95,8 @@ class Operator:
             flat = [x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in flat]
         # Every operator's first argument is a tensor, or begins with one.
         dtype = self._sum_dtype(flat)
-        chosen = backends.resolve(self.name, backend, flat[0].device, dtype)
+        case = self._case(*values) if self._case is not None and flat[0].is_cuda else None
+        chosen = backends.resolve(self.name, backend, flat[0].device, dtype, case)
         if chosen == "native" and (self._written or dtype == torch.float32) and self._only_kernel(flat):
             return self._at_once(values, flat)
         return self._results(self._overload(*flat, chosen))

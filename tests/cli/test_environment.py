@@ -15,7 +15,7 @@ from nabla_fast.ops import native
 def test_report_is_plain_data() -> None:
     report = environment.report()
     assert json.loads(json.dumps(report)) == report
-    assert set(report) == {"versions", "devices", "backends", "operators", "demo", "vllm"}
+    assert set(report) == {"versions", "devices", "backends", "operators", "measured", "demo", "vllm"}
 
 
 def test_report_says_what_is_running() -> None:
@@ -31,6 +31,16 @@ def test_whatever_is_not_available_has_a_reason() -> None:
     report = environment.report()
     for entry in [*report["backends"].values(), *report["demo"].values()]:
         assert entry["available"] == (entry["reason"] is None)
+
+
+def test_doctor_says_which_measurements_decide() -> None:
+    entries = environment.report()["measured"]
+    assert {entry["gpu"] for entry in entries} == {"NVIDIA H200"}
+    reasons = {entry["case"]: entry["reason"] for entry in entries}
+    assert reasons["token_diff"] is None
+    shown = CliRunner().invoke(cli.app, ["doctor"], env={"COLUMNS": "200"}).stdout
+    assert "measured back ends" in shown
+    assert all(case in shown for case in reasons)
 
 
 def test_missing_native_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

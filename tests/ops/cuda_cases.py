@@ -54,14 +54,14 @@ class Place:
 
     device: torch.device
     blocks: int = 3
-    cluster: bool = False
+    kept: bool = True
 
     @property
     def emulated(self) -> bool:
         return self.device.type == "cpu"
 
-    def team(self, blocks: int, cluster: bool = False) -> None:
-        self.blocks, self.cluster = blocks, cluster
+    def team(self, blocks: int, kept: bool = False) -> None:
+        self.blocks, self.kept = blocks, kept
         cuda._plan_latents.cache_clear()
         cuda._plan_logits.cache_clear()
 
@@ -72,14 +72,14 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> Place:
 
     @contextlib.contextmanager
     def device(_: torch.device) -> Iterator[tuple[int, None]]:
-        yield 2 * place.blocks + place.cluster, None
+        yield 2 * place.blocks + place.kept, None
 
     monkeypatch.setattr(cuda, "_library", lambda: library)
     monkeypatch.setattr(cuda, "_device", device)
     # A case that the kernels do not take must fail here, not run elsewhere.
     monkeypatch.setitem(sys.modules, "nabla_fast.ops.triton", types.ModuleType("triton"))
     monkeypatch.setattr("nabla_fast.ops.triton", sys.modules["nabla_fast.ops.triton"], raising=False)
-    place.team(3)
+    place.team(3, True)
     return place
 
 

@@ -164,16 +164,20 @@ def check(backend: Backend, problem: Problem, steps: int, slack: float = 1.0) ->
     # keeps 16 bits.
     halves = backend.name == "triton" and problem.tables.head.weight.dtype == torch.bfloat16
     rounding = (4 if halves else 1) * max(2e-5, 5e-6 / problem.options.get("tau", 1.0))
+    # Of many such rows the weights of the table are rounded to bfloat16: `back_ends.weight_tolerance`.
+    rounded = halves and problem.options["latents"] and len(problem.tokens) > 4
     # From the first step on, Adam divides a gradient by its own size: where that is rounding, a step is anything up to
     # the learning rate, and later gradients are those of another place.
     warm = bool((problem.state[2] > 1e-3).all())
     tolerance = slack * (1e-9 if wide else rounding if warm or steps < 2 else 30 * rounding)
+    if rounded:
+        tolerance = 1e-2 if warm or steps < 2 else 5e-2
     near_rows(ours.state[1], exp_avg, tolerance)
     near_rows(ours.state[2], exp_avg_sq, 2 * tolerance)
     moved = RATE * max(steps, 1)
     difference = (ours.state[0].double() - parameters).abs()
     if difference.numel():
         finite = difference[parameters.isfinite()]
-        assert float(finite.max()) <= (1e-6 if wide else 100 * tolerance if warm else 2.2) * moved
-        assert float((finite > (1e-6 if wide else 2e-3) * moved).double().mean()) <= 0.02
+        assert float(finite.max()) <= (1e-6 if wide else min(2.2, 100 * tolerance) if warm else 2.2) * moved
+        assert float((finite > (1e-6 if wide else 1e-1 if rounded else 2e-3) * moved).double().mean()) <= 0.02
     return ours, our_token, our_changed

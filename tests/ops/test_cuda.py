@@ -1,6 +1,7 @@
-"""What the CUDA back end alone has: teams of blocks, clusters, anchors' noise, and what goes to Triton.
+"""What the CUDA back end alone has: teams of blocks, what threads keep, anchors' noise, and what goes to Triton.
 
-`test_dto_step.py` and `test_token_diff.py` have the rest, for teams of three blocks without a cluster.
+`test_dto_step.py` and `test_token_diff.py` have the rest, for teams of three blocks that keep their entries in
+registers.
 
 Every test runs twice: on a GPU, where there is one, and on the emulated device of tests/ops/cuda_emulation, which
 compiles the same kernels for the host. The emulation shows that what they compute is right, and that between every two
@@ -43,27 +44,52 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 33, 1000])
-@pytest.mark.parametrize(("blocks", "cluster"), [(1, True), (4, True), (3, False)])
-def test_logits(place: Place, blocks: int, cluster: bool, vocabulary: int) -> None:
-    place.team(blocks, cluster)
+@pytest.mark.parametrize(("blocks", "kept"), [(1, True), (4, True), (3, False)])
+def test_logits(place: Place, blocks: int, kept: bool, vocabulary: int) -> None:
+    place.team(blocks, kept)
     make_case(place, False, vocabulary, weight_decay=0.01, seed=vocabulary).run(place)
 
 
-@pytest.mark.parametrize(("blocks", "cluster"), [(2, True), (2, False)])
-def test_logits_rows(place: Place, blocks: int, cluster: bool) -> None:
-    place.team(blocks, cluster)
-    make_case(place, False, 50257 if not place.emulated else 5025, rows=2, noise=False).run(place)
+@pytest.mark.parametrize(("blocks", "kept", "vocabulary"), [(1, True, 2500), (2, True, 5025), (2, False, 5025)])
+def test_logits_rows(place: Place, blocks: int, kept: bool, vocabulary: int) -> None:
+    """With more entries than a thread keeps by the smaller kernel, too."""
+    place.team(blocks, kept)
+    make_case(place, False, vocabulary if place.emulated else 50257, rows=2, noise=False).run(place)
+
+
+@pytest.mark.parametrize(("blocks", "kept"), [(2, True), (1, False)])
+@pytest.mark.parametrize("drop", [-300.0, 300.0])
+def test_logits_far_from_where_their_exponentials_began(place: Place, blocks: int, kept: bool, drop: float) -> None:
+    """The expected token is not the likeliest one, by far; or all logits fall in one step."""
+    place.team(blocks, kept)
+    case = make_case(place, False, 60, rows=2, noise=False, max_steps=3)
+    if drop < 0:
+        case.options["hard_noise"] = torch.zeros(2, 60, device=place.device)
+        case.options["hard_noise"][:, 7] = 1000.0
+        case.state[0][:, 7] = drop
+    else:
+        case.rates[:] = drop
+        case.state[1][:] = 0.1
+        case.state[2][:] = 1e-2
+    case.tokens = reference.hard_tokens(case.state[0], case.tables.head, False, case.options.get("hard_noise"))
+    if drop > 0:
+        case.gradient[:] = 0.0
+    before = case.state[3].clone()
+    case.run(place, rtol=1e-4, atol=1e-4)
+    assert (case.state[3] > before).all()
 
 
 @pytest.mark.parametrize(
     ("dtype", "hidden"),
     [
-        (torch.bfloat16, 16),
+        (torch.bfloat16, 16),  # a warp a row, eight rows side by side
         (torch.bfloat16, 576),
+        (torch.bfloat16, 2304),
         (torch.bfloat16, 3584),
         (torch.float16, 896),
         (torch.float16, 8192),
         (torch.float32, 64),
+        (torch.float32, 1500),
         (torch.float32, 2052),
         (torch.float32, 5000),
     ],
@@ -72,14 +98,42 @@ def test_latents(place: Place, dtype: torch.dtype, hidden: int) -> None:
     make_case(place, True, 101, hidden=hidden, dtype=dtype, max_steps=2, seed=hidden).run(place)
 
 
+@pytest.mark.parametrize(("blocks", "kept"), [(3, False), (3, True), (4, False)])
+@pytest.mark.parametrize(("dtype", "hidden"), [(torch.bfloat16, 72), (torch.float32, 1100), (torch.float16, 4104)])
+def test_latents_beside_rings_of_two_three_and_four_tiles(
+    place: Place, dtype: torch.dtype, hidden: int, blocks: int, kept: bool
+) -> None:
+    """More tiles than the ring has, and fewer."""
+    place.team(blocks, kept)
+    if place.emulated:
+        with cuda._device(place.device) as (index, _):
+            assert cuda._plan_latents(1, 200, cuda._WEIGHT_TYPES[dtype], hidden, place.device).stages == 2 + index % 3
+    for vocabulary in (5, 200 if hidden > 100 else 700):
+        make_case(place, True, vocabulary, hidden=hidden, dtype=dtype, max_steps=2, seed=hidden).run(place)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hidden", "threads"),
+    [
+        (torch.bfloat16, 3584, 224), (torch.bfloat16, 2304, 160), (torch.bfloat16, 4096, 256),
+        (torch.bfloat16, 576, 192), (torch.bfloat16, 5120, 160), (torch.float32, 3584, 224),
+        (torch.float16, 8192, 256), (torch.float32, 8192, 256), (torch.bfloat16, 8, 256), (torch.bfloat16, 8200, 0),
+    ],
+)  # fmt: skip
+def test_no_warp_of_a_block_is_idle(place: Place, dtype: torch.dtype, hidden: int, threads: int) -> None:
+    """Whole groups of the warps that a row of the head takes, eight warps at most; too long a row is Triton's."""
+    plan = cuda._plan_latents(1, 1000, cuda._WEIGHT_TYPES[dtype], hidden, place.device)
+    assert plan.threads == threads
+
+
 def test_latents_beside_a_head_of_many_tiles(place: Place) -> None:
     make_case(place, True, 700, hidden=72, dtype=torch.bfloat16, weight_decay=0.01, noise=False).run(place)
 
 
-@pytest.mark.parametrize(("latents", "blocks", "cluster"), [(False, 3, True), (False, 2, False), (True, 3, False)])
-def test_rows_stop_each_at_its_own_step(place: Place, latents: bool, blocks: int, cluster: bool) -> None:
+@pytest.mark.parametrize(("latents", "blocks", "kept"), [(False, 3, True), (False, 2, False), (True, 3, False)])
+def test_rows_stop_each_at_its_own_step(place: Place, latents: bool, blocks: int, kept: bool) -> None:
     """At once, at a change after two steps or four, at the end of the learning rates, and at the end of the call."""
-    place.team(blocks, cluster)
+    place.team(blocks, kept)
     rows, most = (4, 6) if latents else (5, 6)
     case = make_case(place, latents, 41, hidden=40, rows=rows, max_steps=most, seed=11)
     case.tokens[0] = (case.tokens[0] + 1) % 41
@@ -93,10 +147,10 @@ def test_rows_stop_each_at_its_own_step(place: Place, latents: bool, blocks: int
     assert (case.state[3] - before).tolist() == [0, 2, 3, 6, 4][:rows]
 
 
-@pytest.mark.parametrize(("latents", "blocks", "cluster"), [(False, 3, True), (False, 2, False), (True, 3, False)])
-def test_many_steps(place: Place, latents: bool, blocks: int, cluster: bool) -> None:
+@pytest.mark.parametrize(("latents", "blocks", "kept"), [(False, 3, True), (False, 2, False), (True, 3, False)])
+def test_many_steps(place: Place, latents: bool, blocks: int, kept: bool) -> None:
     """What the team exchanged two steps ago is written over."""
-    place.team(blocks, cluster)
+    place.team(blocks, kept)
     case = make_case(place, latents, 33, hidden=64, max_steps=20, seed=5)
     case.rates *= 0.1
     case.run(place, rtol=1e-4, atol=1e-5)
@@ -109,11 +163,11 @@ def test_more_blocks_than_a_warp_has_lanes(place: Place, latents: bool) -> None:
     make_case(place, latents, 10 * 33, hidden=40, max_steps=1).run(place)  # so that none is without work
 
 
-@pytest.mark.parametrize(("latents", "blocks", "cluster"), [(False, 3, True), (False, 3, False), (True, 3, False)])
+@pytest.mark.parametrize(("latents", "blocks", "kept"), [(False, 3, True), (False, 3, False), (True, 3, False)])
 @pytest.mark.parametrize("given", ["hard", "soft", "both"])
-def test_noise(place: Place, latents: bool, blocks: int, cluster: bool, given: str) -> None:
+def test_noise(place: Place, latents: bool, blocks: int, kept: bool, given: str) -> None:
     """An anchor's noise: the hard token is another one, and never one that sampling had left out."""
-    place.team(blocks, cluster)
+    place.team(blocks, kept)
     vocabulary = 300
     case = make_case(place, latents, vocabulary, hidden=48, rows=3, dtype=torch.bfloat16, max_steps=4, noise=False)
     generator = torch.Generator().manual_seed(7)
@@ -140,10 +194,10 @@ def test_noise(place: Place, latents: bool, blocks: int, cluster: bool, given: s
     assert given == "soft" or hard.gather(1, token.unsqueeze(1)).isfinite().all()
 
 
-@pytest.mark.parametrize(("latents", "blocks", "cluster"), [(False, 4, True), (False, 3, False), (True, 3, False)])
-def test_anchor_at_the_rollout(place: Place, latents: bool, blocks: int, cluster: bool) -> None:
+@pytest.mark.parametrize(("latents", "blocks", "kept"), [(False, 4, True), (False, 3, False), (True, 3, False)])
+def test_anchor_at_the_rollout(place: Place, latents: bool, blocks: int, kept: bool) -> None:
     """The noise that makes what was sampled the hard token, as the decoder gives it, beside Gumbel noise."""
-    place.team(blocks, cluster)
+    place.team(blocks, kept)
     case = make_case(place, latents, 250, hidden=56, rows=4, max_steps=5, noise=False)
     logits = reference.linear_logits(case.state[0], case.tables.head) if latents else case.state[0]
     keys = [(seed, 3) for seed in range(4)]
@@ -160,10 +214,10 @@ def test_anchor_at_the_rollout(place: Place, latents: bool, blocks: int, cluster
     assert not changed.all()
 
 
-@pytest.mark.parametrize("cluster", [True, False])
-def test_logits_ties_and_infinities(place: Place, cluster: bool) -> None:
+@pytest.mark.parametrize("kept", [True, False])
+def test_logits_ties_and_infinities(place: Place, kept: bool) -> None:
     """The lowest index of equals; entries at -inf do not move, whatever their gradient."""
-    place.team(2, cluster)
+    place.team(2, kept)
     case = make_case(place, False, 1400, noise=False, max_steps=1)
     case.state[0][0, [3, 700, 1399]] = 9.0
     case.state[0][0, [0, 2, 1398]] = -math.inf
@@ -176,15 +230,15 @@ def test_logits_ties_and_infinities(place: Place, cluster: bool) -> None:
     assert case.state[0][0, 2] == -math.inf
 
 
-@pytest.mark.parametrize(("latents", "blocks", "cluster"), [(False, 3, True)])
+@pytest.mark.parametrize(("latents", "blocks", "kept"), [(False, 3, True)])
 @pytest.mark.parametrize("kind", ["nan", "+inf", "-inf"])
 @pytest.mark.parametrize("name", ["soft_noise", "hard_noise"])
 @pytest.mark.parametrize(("made", "max_steps"), [(0, 2), (0, 0), (20, 2)])
 def test_a_row_with_noise_without_meaning_makes_no_step(
-    place: Place, latents: bool, blocks: int, cluster: bool, kind: str, name: str, made: int, max_steps: int
+    place: Place, latents: bool, blocks: int, kept: bool, kind: str, name: str, made: int, max_steps: int
 ) -> None:
     """Token -1 and no step, as for parameters without meaning, also where the row has no steps left."""
-    place.team(blocks, cluster)
+    place.team(blocks, kept)
     case = make_case(place, latents, 61, hidden=24, rows=3, max_steps=max_steps)
     case.state[3].fill_(made)
     noise = case.options[name]
@@ -201,12 +255,12 @@ def test_a_row_with_noise_without_meaning_makes_no_step(
     assert (token[[0, 2]] >= 0).all()
 
 
-@pytest.mark.parametrize(("latents", "blocks", "cluster"), [(False, 3, True)])
+@pytest.mark.parametrize(("latents", "blocks", "kept"), [(False, 3, True)])
 def test_a_row_at_a_token_outside_the_vocabulary_makes_no_step(
-    place: Place, latents: bool, blocks: int, cluster: bool
+    place: Place, latents: bool, blocks: int, kept: bool
 ) -> None:
     """On a GPU nobody looks before the kernels do. Such a row has changed, even where it has no token either."""
-    place.team(blocks, cluster)
+    place.team(blocks, kept)
     for outside in ([-1, 40, 2**40, -(2**62)], [-1, 2**63 - 1, -(2**63), 2**32 + 3]):
         case = make_case(place, latents, 40, hidden=24, rows=4, noise=False)
         case.tokens = torch.tensor(outside, device=place.device)
@@ -220,13 +274,13 @@ def test_a_row_at_a_token_outside_the_vocabulary_makes_no_step(
             assert torch.equal(x, was)
 
 
-@pytest.mark.parametrize(("latents", "blocks", "cluster"), [(False, 3, True)])
+@pytest.mark.parametrize(("latents", "blocks", "kept"), [(False, 3, True)])
 @pytest.mark.parametrize("gap", [10.0, 14.0, 18.0])
 def test_the_gradient_of_a_nearly_certain_token(
-    place: Place, latents: bool, blocks: int, cluster: bool, gap: float
+    place: Place, latents: bool, blocks: int, kept: bool, gap: float
 ) -> None:
     """As exact, relative to its own size, as any: Adam follows it however small it is. Beside a bfloat16 head."""
-    place.team(blocks, cluster)
+    place.team(blocks, kept)
     case = make_case(place, latents, 300, hidden=16, dtype=torch.bfloat16, noise=False, max_steps=1, tau=1.0)
     parameters, weight = case.state[0], case.tables.head.weight
     parameters *= 0.1
@@ -251,10 +305,10 @@ def test_the_gradient_of_a_nearly_certain_token(
     assert float((ours - meant).norm() / meant.norm()) < 2e-5
 
 
-@pytest.mark.parametrize(("latents", "blocks", "cluster"), [(False, 3, True)])
-def test_large_logits_lose_nothing_beside_a_small_tau(place: Place, latents: bool, blocks: int, cluster: bool) -> None:
+@pytest.mark.parametrize(("latents", "blocks", "kept"), [(False, 3, True)])
+def test_large_logits_lose_nothing_beside_a_small_tau(place: Place, latents: bool, blocks: int, kept: bool) -> None:
     """1e4 / 0.05 is rounded to more than a hundredth; what the softmax needs of it is a difference."""
-    place.team(blocks, cluster)
+    place.team(blocks, kept)
     case = make_case(place, latents, 200, hidden=16, noise=False, max_steps=1, tau=0.05)
     parameters, weight = case.state[0], case.tables.head.weight
     if latents:
@@ -378,6 +432,29 @@ def test_real_sizes_on_a_gpu(latents: bool, vocabulary: int, hidden: int, dtype:
 def test_in_a_cuda_graph_of_a_gpu(latents: bool) -> None:
     place = Place(torch.device("cuda", torch.cuda.current_device()))
     case = make_case(place, latents, 1000, hidden=64, noise=False)
+    start = [x.clone() for x in case.state]
+    expected = case.call(place)
+    meant = [x.clone() for x in case.state]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        token, changed = cuda.dto_step(*case.arguments)
+    for x, was in zip(case.state, start, strict=True):
+        x.copy_(was)
+    graph.replay()
+    assert torch.equal(token, expected[0])
+    assert torch.equal(changed, expected[1])
+    for x, was in zip(case.state, meant, strict=True):
+        torch.testing.assert_close(x, was)
+
+
+@pytest.mark.skipif(NO_GPU is not None, reason=f"needs a GPU: {NO_GPU}")
+@pytest.mark.parametrize("latents", [False, True])
+def test_all_rows_in_a_cuda_graph_of_a_gpu(latents: bool) -> None:
+    """By Triton, with a group that stops on the way: outside of a graph the host may not wait for the last launch."""
+    place = Place(torch.device("cuda", torch.cuda.current_device()))
+    case = make_case(place, latents, 1000, hidden=64, rows=12, dtype=torch.bfloat16, noise=False, max_steps=6)
+    case.options["group"] = torch.arange(12, device=place.device) // 4
+    case.gradient[0, case.tokens[0]] = 60.0
     start = [x.clone() for x in case.state]
     expected = case.call(place)
     meant = [x.clone() for x in case.state]

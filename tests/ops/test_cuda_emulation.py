@@ -14,7 +14,6 @@ MISTAKES = {
     "a shuffle for a barrier": "no barrier between them",
     "one block too few": "no barrier between them|nobody wrote",
     "one block too many": "wait for others that will not come",
-    "a block leaves early": "no barrier between them|a block that has left",
     "a copy not waited for": "that a copy may be changing",
     "a copy over what is read": "no barrier between them",
     "a thread misses the barrier": "wait for others that will not come",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
 from dataclasses import replace
 from unittest.mock import patch
@@ -13,9 +15,13 @@ import test_likelihood
 import test_stats
 import torch
 from back_ends import by, hidden_states, integers, near
-from dto_cases import build, check
+from dto_cases import Problem, build, check
+from torch.utils._pytree import tree_map
 
+from nabla_fast.ops import triton as ops
+from nabla_fast.ops.triton import _dto_scratch
 from nabla_fast.ops.triton import _matmul as blocks
+from nabla_fast.ops.triton._dto_watch import LAG, Watch
 from nabla_fast.testing.operators import logits
 
 every = by("triton")
@@ -61,7 +67,7 @@ def test_scratch_is_bounded(backend):
 
 
 @every
-@pytest.mark.parametrize("kept", [0, 2**28])
+@pytest.mark.parametrize("kept", [0, 4])
 @pytest.mark.parametrize("latents", [True, False])
 @pytest.mark.parametrize("dense", [True, False])
 def test_blocks_of_rows_of_steps(backend, dense, latents, kept):
@@ -81,11 +87,21 @@ def all_stopped(latents):
 
 
 @every
-def test_rows_that_have_all_stopped_cost_no_further_step(backend):
+def test_rows_that_have_all_stopped_cost_no_further_step_than_the_host_lags_behind(backend):
+    """What is multiplied for them meanwhile changes nothing, be there NaN in the memory that it reads."""
     problem, module = all_stopped(True), steps()
-    with patch.object(module, "times_rows", None), patch.object(module, "row_state", wraps=module.row_state) as passes:
-        ours, _, changed = check(backend, problem, 5)
-    assert passes.call_count == 1
+
+    def empty(*shape, **options):
+        return (
+            torch.full(shape, math.nan, **options)
+            if options.get("dtype", torch.float32).is_floating_point
+            else real(*shape, **options)
+        )
+
+    real = torch.empty
+    with patch.object(module, "row_state", wraps=module.row_state) as passes, patch.object(torch, "empty", empty):
+        ours, _, changed = check(backend, problem, 6)
+    assert passes.call_count == LAG
     assert not ours.state[3].any()
     assert changed.all()
 
@@ -94,8 +110,76 @@ def test_rows_that_have_all_stopped_cost_no_further_step(backend):
 def test_a_gradient_that_is_not_kept_is_not_made_for_rows_that_have_stopped(backend):
     module = steps()
     with patch.object(module, "KEPT", 0), patch.object(module, "write_gradient", wraps=module.write_gradient) as made:
-        check(backend, all_stopped(False), 5)
-    assert made.call_count == 1
+        check(backend, all_stopped(False), 6)
+    assert made.call_count == 2 * LAG  # for the row's statistics, and for its step
+
+
+@every
+@pytest.mark.parametrize("latents", [True, False])
+def test_blocks_that_have_stopped_are_passed_over(backend, latents):
+    """Of two blocks one stops at once; the other makes all steps."""
+    problem = build(6, 300, 33, latents=latents, warm=True, seed=1)
+    problem.rates = problem.rates * 1e-3
+    problem.tokens[:3] = (problem.tokens[:3] + 1) % 300
+    module = steps()
+    with (
+        patch.object(blocks, "ENTRIES", 900),
+        patch.object(module, "row_state", wraps=module.row_state) as passes,
+    ):
+        ours, *_ = check(backend, problem, 5)
+    assert (ours.state[3] - problem.state[3]).tolist() == [0, 0, 0, 5, 5, 5]
+    assert passes.call_count == (6 + LAG if latents else 12)
+
+
+@every
+def test_the_products_of_a_step(backend):
+    """Beside a bfloat16 head: logits from 16 bits of each latent, weights of 8 bits in one product."""
+    problem, module = build(6, 300, 32, table=torch.bfloat16, warm=True), steps()
+    with patch.object(module, "times_rows", wraps=module.times_rows) as products:
+        check(backend, problem, 3)
+    assert products.call_count == 3
+    for call in products.call_args_list:
+        (weights,), head, _ = call.args
+        assert weights.dtype == head.dtype == torch.bfloat16
+
+
+def test_triton_scratch_follows_the_memory_of_the_gpu():
+    """Powers of two within bounds, and less where little is free."""
+    gib = 2**30
+    least, most = _dto_scratch.LEAST, _dto_scratch.MOST
+    for memory, free, entries in (
+        (141 * gib, 120 * gib, most), (80 * gib, 70 * gib, most), (40 * gib, 30 * gib, most // 2),
+        (24 * gib, 20 * gib, least), (8 * gib, gib, least), (141 * gib, 8 * gib, most // 2), (141 * gib, gib, least),
+    ):  # fmt: skip
+        assert _dto_scratch.entries_within(memory, free) == entries
+
+
+def test_a_triton_call_that_is_captured_looks_at_nothing_on_the_host(monkeypatch):
+    """On tensors without memory, which raise where their numbers are asked for, with launches left out."""
+    for module in ("dto_step", "_dto_rows", "_dto_one_row", "_softmax", "stats"):
+        if hasattr(sys.modules[f"nabla_fast.ops.triton.{module}"], "run"):
+            monkeypatch.setattr(sys.modules[f"nabla_fast.ops.triton.{module}"], "run", lambda *_, **__: None)
+    launched = []
+    rows = sys.modules["nabla_fast.ops.triton._dto_rows"].Rows
+    monkeypatch.setattr(rows, "decide", lambda *_, **__: launched.append("step"))
+    for latents, count, dense in itertools.product((True, False), (1, 9), (True, False)):
+        problem = build(count, 60, 8, latents=latents, dense=dense, group=[0] * count, soft=True)
+        meta = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, vars(problem))
+        with patch.object(steps(), "KEPT", 0):
+            Problem(**meta).run(ops, max_steps=4)
+        assert launched == ["step"] * 5
+        launched.clear()
+
+
+def test_a_triton_watch_is_blind_while_a_graph_is_captured(monkeypatch):
+    class OnTheGpu:
+        is_meta, is_cuda = False, True
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    watch = Watch(OnTheGpu())
+    for made in range(5):
+        assert watch.moving(made)
+        watch.note(made)
 
 
 @every

@@ -158,7 +158,6 @@ def _one_row_kernel(
         if HARD is not None:
             y = z + load_row(HARD, row * HARD_n, columns, HARD_v, inside, 0.0)
             y = tl.where(y == y, y, float("inf"))  # NaN is as bad as +inf, and a maximum drops it
-            y = tl.where(y == y, y, float("inf"))  # NaN is as bad as +inf, and a maximum drops it
         high = tl.max(y, axis=0)
         lowest = tl.min(tl.where(y == high, columns, 2147483647), axis=0)
         token = tl.where(high > best, lowest, token)

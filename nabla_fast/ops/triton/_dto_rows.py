@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The small launches of a DTO step: who moves, and Adam. Only `Rows.moving` waits for the GPU."""
+"""The small launches of a DTO step: who moves, and Adam. None of them waits for the GPU."""
 
 from __future__ import annotations
 
@@ -250,14 +250,6 @@ class Rows:
             TOP=self.top[block], INVERSE=self.inverse[block], Q=self.q[block], rows=rows, splits=splits, made=made,
             limit=self.limit, inv_tau=self.inv_tau, BLOCK=size, SPLITS=padded, num_warps=4,
         )  # fmt: skip
-
-    def moving(self, block: slice) -> bool:
-        """Whether a row of the block may still move, as far as decided; the host waits for it."""
-        stopped = self.held
-        if self.first is not None:
-            stopped = torch.zeros_like(stopped).index_add_(0, self.first, stopped)[self.first]
-        still = (stopped[block] == 0).any()
-        return still.device.type == "meta" or bool(still)
 
     def update_latents(self, sums: Tensor, state: Tensor | None, factor: float, made: int) -> None:
         """Adam on latents, from sums (parts, N, d), or (parts, N, 2, d) relative to the maxima in ``state``."""

@@ -7,15 +7,16 @@ A row that may not move is marked on the device, and the launches that follow fi
     rows of logits        statistics with <p, D>, then dL/dz and Adam in one launch
 
 with D = G - G(expected token): relative to it the gradient of a nearly certain token keeps its digits.
-Products of the matrix library know no marks, so blocks of latents ask before the second half of a step whether any of
-their rows still moves, and wait for the answer, as rows of logits do whose G is not kept; nothing else waits for the
-GPU. Work of a step for many rows of latents, in units of 2 N V d: 4 with a bfloat16 head, 2 with a float32 one, and
-what G takes where it comes from factors that are too many to keep its rows.
+Products of the matrix library know no marks, so before a step with some the host looks which rows moved two steps ago
+(`_dto_watch.py`): what stopped since is multiplied for nothing. Nothing else looks at the GPU. Work of a step for many
+rows of latents, in units of 2 N V d: 3 with a bfloat16 head, 2 with a float32 one, and what G takes where it comes from
+factors that are too many to keep its rows. Logits beside a bfloat16 head come from 16 bits of each latent, since they
+decide the hard token; the weights of the head's rows are rounded to bfloat16, as in a model's own backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,18 +25,12 @@ from torch import Tensor
 from nabla_fast.ops.table_matmul import times_rows
 from nabla_fast.ops.triton._dto_one_row import OneRowPass, fits
 from nabla_fast.ops.triton._dto_rows import Rows
+from nabla_fast.ops.triton._dto_scratch import BlockScratch
+from nabla_fast.ops.triton._dto_watch import Watch
 from nabla_fast.ops.triton._gradient import at_tokens, from_factors
 from nabla_fast.ops.triton._launch import check
-from nabla_fast.ops.triton._matmul import (
-    Scratch,
-    logits_in_blocks,
-    row_blocks,
-    write_gradient,
-)
-from nabla_fast.ops.triton._softmax import (
-    weight_dtypes,
-    write_weights,
-)
+from nabla_fast.ops.triton._matmul import write_gradient, write_logits
+from nabla_fast.ops.triton._softmax import write_weights
 from nabla_fast.ops.triton.stats import row_state
 from nabla_fast.ops.types import (
     DTOInputs,
@@ -46,8 +41,8 @@ from nabla_fast.ops.types import (
     TokenGradient,
 )
 
-# Entries of G that are kept from step to step: 1 GiB.
-KEPT = 2**28
+# G is kept from step to step where it is no larger than so many scratches.
+KEPT = 4
 Step = Callable[[int], bool]
 
 
@@ -105,35 +100,43 @@ def _one_row(problem: _Problem) -> tuple[Step, Step]:
 def _latents_blocks(problem: _Problem) -> tuple[Step, Step]:
     rows, head = problem.rows, problem.tables.head
     parameters = rows.parameters
-    scratch = Scratch(len(parameters), head.weight.shape[0], parameters.device)
+    scratch = BlockScratch(len(parameters), head.weight.shape[0], parameters.device)
     dense = _dense(problem, scratch)
-    dtypes = weight_dtypes(parameters.dtype, head.weight.dtype)
+    # float16's range does not hold every weight.
+    dtype = torch.bfloat16 if head.weight.dtype == torch.bfloat16 else torch.float32
     origin = _origin(problem)
     sums = torch.empty(1, *parameters.shape, dtype=torch.float32, device=parameters.device)
+    watch = Watch(rows.held)
+
+    def logits(made: int) -> Iterator[tuple[slice, Tensor]]:
+        """Of the blocks that may move."""
+        for block in scratch.blocks:
+            if watch.moving(made, block):
+                part = parameters[block]
+                yield block, write_logits(scratch.take("logits", len(part)), part, head)
 
     def move(made: int) -> bool:
-        moving = False
-        for block, z in logits_in_blocks(parameters, head, scratch):
+        if not watch.moving(made):
+            return False
+        for block, z in logits(made):
             g, soft, held = dense(block), _rows(problem.soft, block), rows.held[block]
             state = row_state(
                 z, problem.inv_tau, soft=soft, hard=_rows(problem.hard, block), gradient=g, origin=origin[block],
                 held=held,
             )  # fmt: skip
             rows.decide(state, made, block)
-            if not rows.moving(block):
-                continue
-            moving = True
             weights = write_weights(
-                scratch.weights(len(z), dtypes), z, problem.inv_tau, "relaxed", rows.top[block], rows.inverse[block],
-                gradient=g, origin=origin[block], q=rows.q[block], soft=soft, held=held, softcap=head.softcap,
+                (scratch.take("weights", len(z), dtype),), z, problem.inv_tau, "relaxed", rows.top[block],
+                rows.inverse[block], gradient=g, origin=origin[block], q=rows.q[block], soft=soft, held=held,
+                softcap=head.softcap,
             )  # fmt: skip
             times_rows(weights, head.weight, sums[0, block])
-        if moving:
-            rows.update_latents(sums, None, head.scale, made)
-        return moving
+        rows.update_latents(sums, None, head.scale, made)
+        watch.note(made)
+        return True
 
     def look(made: int) -> bool:
-        for block, z in logits_in_blocks(parameters, head, scratch):
+        for block, z in logits(made):
             soft, hard, held = _rows(problem.soft, block), _rows(problem.hard, block), rows.held[block]
             rows.decide(row_state(z, problem.inv_tau, soft=soft, hard=hard, held=held), made, block)
         return True
@@ -144,14 +147,14 @@ def _latents_blocks(problem: _Problem) -> tuple[Step, Step]:
 def _logits_rows(problem: _Problem) -> tuple[Step, Step]:
     rows, inv_tau = problem.rows, problem.inv_tau
     z = rows.parameters
-    count, vocabulary = z.shape
-    dense = _dense(problem, Scratch(count, vocabulary, z.device))
+    scratch = BlockScratch(len(z), z.shape[1], z.device)
+    dense = _dense(problem, scratch)
     origin = _origin(problem)
-    blocks = list(row_blocks(count, vocabulary))
-    costly = not _kept(problem)
+    # Launches that find all rows held cost next to nothing, unless G is made for them.
+    watch = None if _kept(problem, scratch) else Watch(rows.held)
 
     def look(made: int, with_gradient: bool = False) -> bool:
-        for block in blocks:
+        for block in scratch.blocks:
             state = row_state(
                 z[block], inv_tau, soft=_rows(problem.soft, block), hard=_rows(problem.hard, block),
                 gradient=dense(block) if with_gradient else None, origin=origin[block], held=rows.held[block],
@@ -160,11 +163,13 @@ def _logits_rows(problem: _Problem) -> tuple[Step, Step]:
         return True
 
     def move(made: int) -> bool:
-        look(made, with_gradient=True)
-        if costly and not rows.moving(slice(None)):
+        if watch is not None and not watch.moving(made):
             return False
-        for block in blocks:
+        look(made, with_gradient=True)
+        for block in scratch.blocks:
             rows.update_logits(made, block, dense(block), origin, _rows(problem.soft, block))
+        if watch is not None:
+            watch.note(made)
         return True
 
     return move, look
@@ -180,23 +185,22 @@ def _rows(x: Tensor | None, block: slice) -> Tensor | None:
     return None if x is None else x[block]
 
 
-def _kept(problem: _Problem) -> bool:
+def _kept(problem: _Problem, scratch: BlockScratch) -> bool:
     """Whether all of G is in memory from the first step to the last."""
-    gradient, (vocabulary, _) = problem.gradient, problem.tables.head.weight.shape
-    return isinstance(gradient, Tensor) or len(gradient.hidden) * vocabulary <= KEPT
+    gradient = problem.gradient
+    return isinstance(gradient, Tensor) or len(gradient.hidden) * scratch.vocabulary <= KEPT * scratch.entries
 
 
-def _dense(problem: _Problem, scratch: Scratch) -> Callable[[slice], Tensor]:
+def _dense(problem: _Problem, scratch: BlockScratch) -> Callable[[slice], Tensor]:
     """G of a block of rows: a slice of what there is or can be kept, else made when it is asked for."""
     gradient, tables = problem.gradient, problem.tables
     if isinstance(gradient, Tensor):
         return lambda block: gradient[block]
-    if not _kept(problem):
+    if not _kept(problem, scratch):
         return lambda block: write_gradient(
             scratch.take("gradient", block.stop - block.start), gradient.rows(block), tables
         )
-    count, vocabulary = len(gradient.hidden), scratch.vocabulary
-    whole = torch.empty(count, vocabulary, dtype=torch.float32, device=scratch.device)
-    for block in row_blocks(count, vocabulary):
+    whole = torch.empty(len(gradient.hidden), scratch.vocabulary, dtype=torch.float32, device=scratch.device)
+    for block in scratch.blocks:
         write_gradient(whole[block], gradient.rows(block), tables)
     return lambda block: whole[block]

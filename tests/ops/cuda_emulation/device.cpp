@@ -60,7 +60,6 @@ class Device {
 
   void wait_warp() { wait(warps_[global_thread() / 32], 32, false); }
   void wait_block() { wait(blocks_[current->block], shape.threads, true); }
-  void wait_cluster() { wait(clusters_[current->block / shape.cluster], shape.threads * shape.cluster, true); }
   void wait_counter(unsigned* counter, unsigned target);
   uint64_t exchange(uint64_t word, int lane);
   char* shared(int block) { return reinterpret_cast<char*>(shared_.data()) + block * shared_stride_; }
@@ -93,7 +92,7 @@ class Device {
   std::vector<uint4> shared_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Fiber*> ready_[2];  // the slow ones come second
-  std::vector<Barrier> warps_, blocks_, clusters_;
+  std::vector<Barrier> warps_, blocks_;
   std::vector<std::array<uint64_t, 2>> words_;
   std::map<unsigned*, Counter> counters_;
   std::vector<int> inside_;   // threads of each block that have not left
@@ -114,7 +113,6 @@ Device::Device(const Launch& launch_shape, unsigned seed, std::function<void()> 
       shared_(static_cast<size_t>(shape.blocks * shared_stride_ / 16), uint4{~0u, ~0u, ~0u, ~0u}),
       warps_(shape.blocks * shape.threads / 32),
       blocks_(shape.blocks),
-      clusters_(shape.blocks / shape.cluster),
       words_(shape.blocks * shape.threads),
       inside_(shape.blocks, shape.threads),
       exits_(shape.blocks, Clock(shape.blocks)),
@@ -192,10 +190,7 @@ void Device::wait(Barrier& barrier, int expected, bool orders_memory) {
       for (const Fiber* const fiber : barrier.waiting) {
         join(clock, fiber->clock);
       }
-      const int block = current->block - current->block % (expected / shape.threads);
-      for (int i = 0; i < expected / shape.threads; ++i) {
-        ++clock[block + i];
-      }
+      ++clock[current->block];
       for (Fiber* const fiber : barrier.waiting) {
         fiber->clock = clock;
       }
@@ -299,11 +294,8 @@ const char* last_mistake() { return mistake.c_str(); }
 
 int thread_index() { return device->current->thread; }
 int block_index() { return device->current->block; }
-int cluster_rank() { return block_index() % device->shape.cluster; }
 char* shared_memory() { return device->shared(block_index()); }
-char* shared_memory(int rank) { return device->shared(block_index() - cluster_rank() + rank); }
 void block_sync() { device->wait_block(); }
-void cluster_sync() { device->wait_cluster(); }
 uint64_t exchange(uint64_t word, int lane) { return device->exchange(word, lane); }
 
 void counter_barrier(unsigned* counter, unsigned target) {

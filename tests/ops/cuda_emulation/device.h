@@ -43,7 +43,7 @@ struct Memory {
 };
 
 struct Launch {
-  int blocks, threads, cluster;
+  int blocks, threads;
   int64_t shared_bytes;
   std::vector<Memory> memory;
 };
@@ -54,14 +54,11 @@ const char* last_mistake();
 
 int thread_index();
 int block_index();
-int cluster_rank();
 inline int lane_index() { return thread_index() % 32; }
 inline int warp_index() { return thread_index() / 32; }
 char* shared_memory();
-char* shared_memory(int rank);  // of another block of the cluster
 
 void block_sync();
-void cluster_sync();
 void counter_barrier(unsigned* counter, unsigned target);
 
 uint64_t exchange(uint64_t word, int lane);
@@ -85,11 +82,6 @@ T load_shared_by_blocks(const T* address) {
   return *address;
 }
 
-template <typename T>
-const T* cluster_address(T* shared, int rank) {
-  return reinterpret_cast<T*>(shared_memory(rank) + (reinterpret_cast<char*>(shared) - shared_memory()));
-}
-
 void copy_async(uint4* shared, const void* global, bool valid);
 void commit_copies();
 void finish_copies(size_t pending);
@@ -97,6 +89,21 @@ void finish_copies(size_t pending);
 template <int kPending>
 void wait_copies() {
   finish_copies(kPending);
+}
+
+// Off by what a GPU may be off, up or down as the argument's bits have it, and 0 in place of the smallest numbers.
+inline float approximately(float argument, double exact) {
+  uint32_t bits;
+  std::memcpy(&bits, &argument, 4);
+  const float value =
+      static_cast<float>(exact * (1 + ((bits * 2654435761u >> 16) % 2 ? 1 : -1) * std::ldexp(1.0, -22)));
+  return std::fabs(value) < 1.17549435e-38f ? 0.0f : value;
+}
+
+inline float approximate_exp2(float x) { return approximately(x, std::exp2(static_cast<double>(x))); }
+inline float approximate_reciprocal(float x) { return approximately(x, 1 / static_cast<double>(x)); }
+inline float approximate_sqrt(float x) {
+  return std::fabs(x) < 1.17549435e-38f ? 0.0f : approximately(x, std::sqrt(static_cast<double>(x)));
 }
 
 inline float float_of_bits(uint32_t bits) {

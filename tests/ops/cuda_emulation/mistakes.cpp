@@ -48,15 +48,6 @@ void tell_blocks(unsigned arrivals) {
   }
 }
 
-void tell_cluster(bool wait_for_readers) {
-  slots()[thread_index()] = 1;
-  cluster_sync();
-  sink += *cluster_address(slots() + thread_index(), (cluster_rank() + 1) % kBlocks);
-  if (wait_for_readers) {
-    cluster_sync();
-  }
-}
-
 void copy(bool wait_before_read) {
   uint4* const to = reinterpret_cast<uint4*>(shared_memory()) + thread_index() % 16;
   if (thread_index() < 16) {
@@ -114,8 +105,6 @@ extern "C" const char* nabla_fast_test_mistake(const char* name, bool mistaken) 
     kernel = [&] { tell_blocks(mistaken ? kBlocks - 1 : kBlocks); };
   } else if (kind == "one block too many") {
     kernel = [&] { tell_blocks(mistaken ? kBlocks + 1 : kBlocks); };
-  } else if (kind == "a block leaves early") {
-    kernel = [&] { tell_cluster(!mistaken); };
   } else if (kind == "a copy not waited for") {
     kernel = [&] { copy(!mistaken); };
   } else if (kind == "a copy over what is read") {
@@ -131,6 +120,6 @@ extern "C" const char* nabla_fast_test_mistake(const char* name, bool mistaken) 
   }
   counter = 0;
   const Memory memory{"global memory", global, sizeof(global), false};
-  launch({kBlocks, kThreads, kBlocks, kThreads * sizeof(int), {memory}}, kernel);
+  launch({kBlocks, kThreads, kThreads * sizeof(int), {memory}}, kernel);
   return last_mistake();
 }
