@@ -80,7 +80,9 @@ class Pair:
         sampler = self.sampler if sampler is None else sampler
         if self.vllm is None:
             graphs = config.graphs and usable(self.language_model.device)
-            return HFRollout(self.language_model, sampler, config.draft_tokens, graphs)
+            # A draft that is not taken would be scored for nothing.
+            drafted = 0 if config.proposal == "guided" else config.draft_tokens
+            return HFRollout(self.language_model, sampler, drafted, graphs)
         if sampler.repetition_penalty is None:
             raise ValueError(
                 "logits_processor cannot be used with rollouts from vLLM, which knows repetition_penalty alone, and "

@@ -150,11 +150,11 @@ def test_a_prefix_is_read_once_for_all_its_candidates(monkeypatch):
     monkeypatch.setattr(type(backbone), "__call__", counted)
     sequence = case.sequences[0]
     prefix, closing = sequence.current.tokens[:3], len(case.dense.closing)
-    case.objective.prefix_rewards([sequence], [prefix], [[3, 4, 5]])
+    case.objective.prefix_rewards([sequence], [prefix], [[7, 8, 9]])
     candidates = passes[-1]
     assert candidates == [1 + closing] * 3
     passes.clear()
-    case.objective.prefix_rewards([sequence], [sequence.current.tokens[:4]], [[3, 4]])
+    case.objective.prefix_rewards([sequence], [sequence.current.tokens[:4]], [[7, 8]])
     assert passes[-1] == [1 + closing] * 2
 
 
@@ -208,18 +208,24 @@ def test_a_threshold_of_gradients_asks_for_none_where_the_proposal_takes_none():
     assert out.stats.totals.revisions
 
 
-def test_a_function_as_reward_model_may_choose_by_prefixes():
-    model, reward = tiny_language_model("llama"), tiny_reward_model("llama")
+@pytest.mark.parametrize("proposal", ["prefix_reward", "guided"])
+def test_a_function_as_reward_model_may_choose_by_prefixes(proposal):
+    """It reads whole conversations, by the language model's embeddings: here the more of token 7, the better."""
+    model = tiny_language_model("llama")
+    seven = model.get_input_embeddings().weight[7]
 
-    def score(inputs_embeds, attention_mask, **_):
-        return reward(inputs_embeds=inputs_embeds, attention_mask=attention_mask).logits[:, 0]
+    def score(inputs_embeds, attention_mask):
+        return ((inputs_embeds - seven).abs().sum(-1) == 0).double().mul(attention_mask).sum(-1)
 
-    config = DECODE.replace(proposal="prefix_reward")
-    outs = [
-        nf.generate(model, TOKENIZER, given, TOKENIZER, "is it on", config).sequences[0].tolist()
-        for given in (reward, score)
-    ]
-    assert outs[0] == outs[1]
+    def answer(**changes):
+        config = DECODE.replace(candidates=V, confidence_threshold=None, gradient_threshold=None, **changes)
+        return nf.generate(model, TOKENIZER, score, None, "is it on", config)
+
+    assert answer(proposal="likeliest", max_rollouts=1).rewards[0] <= 2
+    best = answer(proposal=proposal, max_rollouts=9)
+    assert best.sequences[0].tolist() == [7] * 8
+    assert best.rewards[0] >= 8
+    assert best.stats.totals.gradient_evaluations == 0
 
 
 def test_what_is_refused():
