@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 PARAMETERIZATIONS = ("latents", "logits")
 ANCHORS = ("argmax", "rollout")
+PROPOSALS = ("dto", "first_order", "prefix_reward", "likeliest", "guided")
+_WITH_GRADIENTS = ("dto", "first_order")
 SCHEDULES = ("cosine", "linear", "constant")
 ROLLOUT_BACKENDS = ("auto", "hf", "vllm")
 # Arguments of `apply_chat_template` that are no matter of the template's.
@@ -61,6 +63,11 @@ class NablaConfig:
     of which `published` gives.
 
     Attributes:
+        proposal: how a token to try is found: "dto" (published); "first_order", of the likeliest tokens the one with
+            the least objective by one gradient; "prefix_reward", the one after which the response so far has the
+            highest reward; "likeliest", the likeliest other token; or "guided", which takes the one of the highest
+            prefix reward while the only response is drawn.
+        candidates: how many of the likeliest tokens "first_order", "prefix_reward" and "guided" choose among.
         max_iters: DTO steps per optimized position (Alg. 2).
         learning_rate: Adam's learning rate at its highest.
         min_lr_ratio: the schedule's decay is cut off at this share of ``learning_rate``.
@@ -76,8 +83,9 @@ class NablaConfig:
         update_postfix: move all rows that are ahead instead of the first alone.
         confidence_threshold: optimize only where the largest probability is at most this; None switches it off.
         entropy_threshold: optimize only where the entropy (nats) is at least this; None switches it off.
-        gradient_threshold: optimize only where the token gradient's L2 norm is at least this; None switches it off.
-        max_rollouts: rollouts per sequence, the first included; 1 is plain sampling.
+        gradient_threshold: optimize only where the token gradient's L2 norm is at least this; None switches it off, as
+            do proposals that take no gradient.
+        max_rollouts: rollouts per sequence, the first included; 1 is plain sampling. "guided" draws one.
         rejection_sampling: keep a new trajectory only if its reward is higher.
         max_new_tokens: longest response, in tokens.
         max_batch_size: sequences that are decoded together; the next one begins when one has finished.
@@ -110,6 +118,8 @@ class NablaConfig:
         seed: seed of the noise; a sequence's noise depends on this and on its prompt alone.
     """
 
+    proposal: str = "dto"
+    candidates: int = 5
     max_iters: int = 20
     learning_rate: float = 0.01
     min_lr_ratio: float = 0.1
@@ -151,6 +161,8 @@ class NablaConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _require_choice("proposal", self.proposal, PROPOSALS)
+        _require_int("candidates", self.candidates, minimum=1)
         _require_int("max_iters", self.max_iters, minimum=0)
         _require_number("learning_rate", self.learning_rate, minimum=0.0)
         _require_number("min_lr_ratio", self.min_lr_ratio, minimum=0.0, maximum=1.0)
@@ -191,6 +203,16 @@ class NablaConfig:
         self._freeze_stops()
         self._check_template_kwargs()
 
+    @property
+    def most_rollouts(self) -> int:
+        """``max_rollouts``, or what the proposal makes of it."""
+        return 1 if self.proposal == "guided" else self.max_rollouts
+
+    @property
+    def least_gradient(self) -> float | None:
+        """``gradient_threshold`` where the proposal takes gradients, else None."""
+        return self.gradient_threshold if self.proposal in _WITH_GRADIENTS else None
+
     def _check_template_kwargs(self) -> None:
         kwargs = self.chat_template_kwargs
         if kwargs is None:
@@ -204,6 +226,11 @@ class NablaConfig:
 
     def _check_server(self) -> None:
         self._check_memory_of_vllm()
+        if self.proposal == "guided" and (self.rollout_backend == "vllm" or self.vllm_url is not None):
+            raise ValueError(
+                "proposal is 'guided', which chooses tokens while they are drawn, and vLLM draws them by itself; use "
+                "rollout_backend='hf', or another proposal"
+            )
         _require_number("vllm_timeout", self.vllm_timeout, minimum=0.0, maximum=_MOST_SECONDS, open_minimum=True)
         if self.vllm_model is not None and not (isinstance(self.vllm_model, str) and self.vllm_model):
             raise TypeError(f"vllm_model must be a name or None, got {self.vllm_model!r}")

@@ -17,6 +17,7 @@ from torch import Tensor
 from nabla_fast import dto, ops
 from nabla_fast.config import NablaConfig
 from nabla_fast.objective import Objective
+from nabla_fast.proposals import PROPOSALS, Proposer
 from nabla_fast.rollout import Rollout, RolloutBackend, RolloutError, RolloutStream, StopRule
 from nabla_fast.sampling import Sampler
 from nabla_fast.selection import select
@@ -93,8 +94,7 @@ class Decoder:
                 while arrived:
                     arrived = self.stop_spent(arrived)
                     arrived = self.select(arrived)
-                    logits = self.optimize(arrived)
-                    tokens = self.resample(arrived, logits)
+                    tokens = self.next_tokens(arrived)
                     changed, arrived = self.propose(arrived, tokens, stream)
                     rolling.update(changed)
                 yield from (sequence for sequence in under_way if sequence.finished)
@@ -149,26 +149,14 @@ class Decoder:
             self._commit(sequence, position)
         return [sequence for sequence in sequences if not sequence.finished]
 
-    # 3
-    def optimize(self, sequences: Seq[Sequence]) -> Tensor:
-        """DTO from the latents ahead; the optimized logits (B, V) of each sequence's next token."""
-        if not sequences:
-            return torch.empty(0)
-        with self._phase("dto", sequences):
-            results = dto.optimize_batch(sequences, [self._start(s) for s in sequences], self.objective)
-        for sequence in sequences:
-            sequence.stats.optimised_positions += 1
-        return torch.cat([result.logits[:1] for result in results])
-
-    # 4
-    def resample(self, sequences: Seq[Sequence], logits: Tensor) -> list[int]:
-        """Samples each sequence's next token again, from the optimized logits."""
+    # 3 and 4
+    def next_tokens(self, sequences: Seq[Sequence]) -> list[int]:
+        """The token that each sequence tries at its position: by DTO and a draw from its logits, or as configured."""
         if not sequences:
             return []
-        committed = [s.committed for s in sequences]
-        with self._phase("resample", sequences):
-            tokens: list[int] = self.sampler(logits, self.config.resample, sequences, committed).tolist()
-        return tokens
+        for sequence in sequences:
+            sequence.stats.optimised_positions += 1
+        return PROPOSALS[self.config.proposal](sequences, Proposer(self.objective, self.sampler, self._phase))
 
     # 5
     def propose(
@@ -189,7 +177,7 @@ class Decoder:
     def stop_spent(self, sequences: Seq[Sequence]) -> list[Sequence]:
         """Commits all tokens ahead where no rollouts are left; returns the sequences still to be decoded."""
         for sequence in sequences:
-            if sequence.stats.rollouts >= self.config.max_rollouts:
+            if sequence.stats.rollouts >= self.config.most_rollouts:
                 self._commit(sequence, len(sequence.current.tokens))
         return [sequence for sequence in sequences if not sequence.finished]
 
@@ -239,12 +227,6 @@ class Decoder:
             latents = torch.cat([old.latents[:kept], latents])
             uncertain = torch.cat([old.uncertain[:kept], uncertain])
         return Trajectory(tokens, latents, hard, uncertain, reward)
-
-    def _start(self, sequence: Sequence) -> Tensor:
-        """The parameters that DTO starts from: latents or logits of the rows that move."""
-        t = sequence.position
-        rows = sequence.current.latents[t:] if self.config.update_postfix else sequence.current.latents[t : t + 1]
-        return rows if self.config.parameterization == "latents" else self.objective.language_model.logits(rows)
 
     def _phase(self, name: str, sequences: Seq[Sequence]) -> AbstractContextManager[None]:
         self._announce(name, sequences)

@@ -23,6 +23,7 @@ from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardFrame, RewardModel
 from nabla_fast.objective import Objective
 from nabla_fast.processors import model_sampler
+from nabla_fast.proposals import sampler_of
 from nabla_fast.rollout import HFRollout, RolloutBackend, StopRule, VLLMRollout, vllm
 from nabla_fast.sampling import Sampler, sequence_seeds
 from nabla_fast.sequence import Sequence
@@ -79,7 +80,9 @@ class Pair:
         sampler = self.sampler if sampler is None else sampler
         if self.vllm is None:
             graphs = config.graphs and usable(self.language_model.device)
-            return HFRollout(self.language_model, sampler, config.draft_tokens, graphs)
+            # A draft that is not taken would be scored for nothing.
+            drafted = 0 if config.proposal == "guided" else config.draft_tokens
+            return HFRollout(self.language_model, sampler, drafted, graphs)
         if sampler.repetition_penalty is None:
             raise ValueError(
                 "logits_processor cannot be used with rollouts from vLLM, which knows repetition_penalty alone, and "
@@ -208,14 +211,14 @@ def run(
     sampler = pair.sampler if sampler is None else sampler
     sequences = pair.sequences(prompt_ids, frames, config, seeds)
     # A caller's inference mode would make tensors that autograd cannot use.
-    with torch.inference_mode(False), torch.no_grad():
-        rollouts = pair.rollouts(config, sampler)
-        with Objective(pair.language_model, pair.reward_model, config) as objective:
-            decoder = Decoder(objective, rollouts, sampler, stop, observer)
-            # Closed here, so that an error of on_end does not keep its rollouts, and their graphs, under way.
-            with closing(decoder.finishing(sequences)) as finishing:
-                for ended in finishing:
-                    on_end(ended)
+    outside = (torch.inference_mode(False), torch.no_grad())
+    with outside[0], outside[1], Objective(pair.language_model, pair.reward_model, config) as objective:
+        rollouts = pair.rollouts(config, sampler_of(sampler, objective))
+        decoder = Decoder(objective, rollouts, sampler, stop, observer)
+        # Closed here, so that an error of on_end does not keep its rollouts, and their graphs, under way.
+        with closing(decoder.finishing(sequences)) as finishing:
+            for ended in finishing:
+                on_end(ended)
     drawn = rollouts.graph_stats() if isinstance(rollouts, HFRollout) else {}
     cached = {} if objective.cache is None else objective.cache.stats()
     return _output(pair, sequences, cached, summed([objective.graph_stats(), drawn]))

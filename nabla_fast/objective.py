@@ -24,7 +24,7 @@ from nabla_fast.models.graphed import graphed_likelihood, graphed_rewards, poole
 from nabla_fast.models.kept import clear_graphs
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardFrame, RewardModel
-from nabla_fast.models.sequence_cache import SequenceCache, catch_up, common_lengths
+from nabla_fast.models.sequence_cache import SequenceCache, catch_up, common_lengths, extended
 from nabla_fast.models.side_stream import SideStream
 from nabla_fast.models.static import StaticPass
 from nabla_fast.models.torch_kernels import fast_kernels
@@ -121,6 +121,30 @@ class Objective:
                 if self.cache is not None:
                     self.cache.insert_reward(sequences[i].cache_key(responses[i]), reward)
         return [reward for reward in found if reward is not None]
+
+    def prefix_rewards(
+        self, sequences: Seq[Sequence], prefixes: Seq[Tensor], candidates: Seq[Seq[int]]
+    ) -> list[list[float]]:
+        """Rewards of each response so far with each of its candidates behind it, as if it ended there.
+
+        The reward model reads what is new of a prefix (n_b,) once, and of every candidate one token; all in one batch.
+
+        Args:
+            prefixes: int64 response tokens, on the CPU.
+            candidates: token ids of each sequence.
+
+        Raises:
+            FloatingPointError: if a reward is NaN or infinite.
+        """
+        self._read(sequences, prefixes)
+        asked = [i for i, own in enumerate(candidates) for _ in own]
+        ends = [torch.tensor([token]) for own in candidates for token in own]
+        responses = [torch.cat([prefixes[i], end]) for i, end in zip(asked, ends, strict=True)]
+        calls = [sequence.stats.reward_calls for sequence in sequences]
+        rewards = iter(self.rewards([sequences[i] for i in asked], responses))
+        for sequence, before in zip(sequences, calls, strict=True):
+            sequence.stats.prefix_rewards += sequence.stats.reward_calls - before
+        return [[next(rewards) for _ in own] for own in candidates]
 
     def evaluate(self, requests: Seq[Request]) -> list[Evaluation]:
         """Objective and token gradients of some responses: from the cache, and one batched call for the rest.
@@ -314,6 +338,33 @@ class Objective:
             own.keep(request.response, cache)
             factors.append(_factor(grad[request.start - skip : len(request.response) - skip], scale))
         return _Part(factors, rewards.detach())
+
+    def _read(self, sequences: Seq[Sequence], prefixes: Seq[Tensor]) -> None:
+        """Extends the reward model's caches that do not reach to the end of their prefixes (n_b,)."""
+        model = self.reward_model
+        if not model.supports_prefix_cache:
+            return
+        assert model.backbone is not None
+        known = [self._reward_cache(sequence) for sequence in sequences]
+        common = common_lengths(known, prefixes)
+        behind = [
+            i
+            for i, (own, shared, prefix) in enumerate(zip(known, common, prefixes, strict=True))
+            if shared < len(prefix) or own.before(shared) is None
+        ]
+        if not behind:
+            return
+        own, new = [known[i] for i in behind], [prefixes[i] for i in behind]
+        asked = [sequences[i].stats for i in behind]
+        fast = fast_kernels(model.device, *self._fused)
+        with ExitStack() as stack:
+            for block in (self.clock.phase("reward", asked), torch.inference_mode(False), torch.no_grad()):
+                stack.enter_context(block)
+            for block in (self._side.joined(), self._side.active(), frozen(self._parameters), fast):
+                stack.enter_context(block)
+            longer = extended(model.backbone, model.table, own, new)
+        for cache, prefix, kept in zip(own, new, longer, strict=True):
+            cache.keep(prefix, kept)
 
     def _score(self, sequences: Seq[Sequence], responses: Seq[Tensor]) -> list[float]:
         model = self.reward_model

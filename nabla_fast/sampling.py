@@ -76,6 +76,21 @@ class Sampler:
         self, logits: Tensor, sampling: Sampling, sequences: Seq[Sequence], responses: Seq[tuple[int, ...]]
     ) -> Tensor:
         """One token (B,) per row of logits (B, V): the one that follows each response of its sequence."""
+        scores, left = self._processed(logits, sampling, sequences, responses)
+        keys = [(s.seed, len(response)) for s, response in zip(sequences, responses, strict=True)]
+        return draw(scores, left, keys)
+
+    def scores(
+        self, logits: Tensor, sampling: Sampling, sequences: Seq[Sequence], responses: Seq[tuple[int, ...]]
+    ) -> Tensor:
+        """The logits (B, V) behind the logits processors; -inf where a token is forbidden. At temperature 0 those
+        that sampling alone has are left out, and nothing is warped."""
+        return self._processed(logits, sampling, sequences, responses)[0]
+
+    def _processed(
+        self, logits: Tensor, sampling: Sampling, sequences: Seq[Sequence], responses: Seq[tuple[int, ...]]
+    ) -> tuple[Tensor, Sampling]:
+        """Processed scores, and what of ``sampling`` is still to be done with them."""
         rows = list(zip(sequences, responses, strict=True))
         processors = [self.processors(sequence) for sequence in sequences]
         scores = _process([p.before for p in processors], logits, rows, self.width)
@@ -85,7 +100,7 @@ class Sampler:
             if sampling.temperature:
                 scores, sampling = warp(scores, sampling), Sampling()
             scores = _process(last, scores, rows, self.width)
-        return draw(scores, sampling, [(sequence.seed, len(response)) for sequence, response in rows])
+        return scores, sampling
 
 
 def sequence_seeds(seed: int, prompts: Seq[Seq[int]]) -> list[int]:

@@ -18,7 +18,8 @@ def select(sequences: Seq[Sequence], objective: Objective, config: NablaConfig) 
     """The first position of each sequence, from its own on, that passes every criterion that is set; the length of its
     response where none does."""
     selected = [_next_uncertain(s, s.position) for s in sequences]
-    if config.gradient_threshold is None:
+    least = config.least_gradient
+    if least is None:
         return selected
     evaluated: dict[int, tuple[int, Evaluation]] = {}  # sequence → the position it was evaluated at last
     pending = [i for i, s in enumerate(sequences) if selected[i] < len(s.current.tokens)]
@@ -28,7 +29,7 @@ def select(sequences: Seq[Sequence], objective: Objective, config: NablaConfig) 
         for i, evaluation in zip(stale, objective.evaluate(requests), strict=True):
             evaluated[i] = selected[i], evaluation
         norms = gradient_norms([evaluated[i][1] for i in pending], [selected[i] for i in pending], objective)
-        failed = [i for i, norm in zip(pending, norms, strict=True) if norm < config.gradient_threshold]
+        failed = [i for i, norm in zip(pending, norms, strict=True) if norm < least]
         for i in failed:
             selected[i] = _next_uncertain(sequences[i], selected[i] + 1)
         pending = [i for i in failed if selected[i] < len(sequences[i].current.tokens)]

@@ -56,9 +56,10 @@ class SequenceStats:
         gradient_evaluations: forward and backward passes over both models.
         cache_hits, cache_misses: look-ups in the gradient cache.
         dto_iterations: optimization steps.
-        reward_calls: trajectories scored, those left out whose reward was known.
-        optimised_positions: positions at which DTO ran.
-        skipped_positions: positions committed without DTO while rollouts were left.
+        reward_calls: trajectories and prefixes scored, those left out whose reward was known.
+        prefix_rewards: how many of them were prefixes, for proposals that choose by their rewards.
+        optimised_positions: positions at which DTO, or another proposal, looked for a token.
+        skipped_positions: positions committed without that while rollouts were left.
         finish_reason: "stop" if the response ends with an end token, with a stop string or by a stopping criterion,
             "length" if it ends where it may be no longer, as vLLM says it; None of a sum, and before it has ended.
         seconds: wall-clock seconds per phase; a phase shared by several sequences is divided equally among them.
@@ -76,6 +77,7 @@ class SequenceStats:
     cache_misses: int = 0
     dto_iterations: int = 0
     reward_calls: int = 0
+    prefix_rewards: int = 0
     optimised_positions: int = 0
     skipped_positions: int = 0
     finish_reason: str | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from functools import lru_cache
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from nabla_fast.decoder import Decoder, Sequence
 from nabla_fast.generate import make_pair, stop_rule
 from nabla_fast.models.backbone import Backbone
 from nabla_fast.objective import Objective
+from nabla_fast.proposals import PROPOSALS
 from nabla_fast.rollout import HFRollout, Rollout, StopRule, hf
 from nabla_fast.sampling import Sampler
 from nabla_fast.testing.models import DEVICE, tiny_language_model, tiny_reward_model, tiny_tokenizer
@@ -361,7 +363,7 @@ class Scripted:
 
 
 def scripted_decode(script, rewards, resampled, config):
-    """Runs one sequence with given rollouts, rewards and resampled tokens; the optimizer's logits play no part."""
+    """Runs one sequence with given rollouts, rewards and tokens to try; nothing is optimized."""
     pair = make_pair(*models(), config)
     objective = Objective(pair.language_model, pair.reward_model, config)
     given = iter(rewards)
@@ -370,10 +372,10 @@ def scripted_decode(script, rewards, resampled, config):
     rollouts = Scripted(script, hidden)
     decoder = Decoder(objective, rollouts, Sampler(), stop_rule(pair, config))
     proposals = iter(resampled)
-    decoder.resample = lambda sequences, logits: [next(proposals) for _ in sequences]
     frame = pair.reward_model.chat_frame([{"role": "user", "content": "is"}])
     sequence = Sequence((5, 6), (), 1, 8, frame)
-    decoder.decode([sequence])
+    with mock.patch.dict(PROPOSALS, {config.proposal: lambda sequences, by: [next(proposals) for _ in sequences]}):
+        decoder.decode([sequence])
     assert rollouts.closed
     return sequence, rollouts.asked
 

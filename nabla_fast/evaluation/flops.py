@@ -6,7 +6,8 @@
 
 P are parameters without the input embedding (a look-up), the output head included; attention over the context is left
 out, as is usual. T_lm counts every generated token and, for every rollout, the tokens before it that are filled in
-anew; T_rm the tokens of every scored conversation, the part that a proposal shares with the first one left out. A
+anew; T_rm the tokens of every scored conversation, the part that a proposal shares with the first one left out, and
+one for every scored prefix, the rest of which is read with its conversation. A
 gradient evaluation is charged for all n tokens of the answer though it runs over those ahead only, which favours
 methods without gradients. Its backward pass costs one forward pass, not two as in training: frozen weights get no
 gradient.
@@ -72,8 +73,9 @@ def estimate(sizes: Sizes, work: Work, config: NablaConfig) -> float:
     before = stats.rollouts * work.prompt + sum(revision.position + 1 for revision in stats.revisions)
     language = before + stats.generated_tokens
     opening, closing = work.frame
-    scored_share = stats.reward_calls / max(stats.rollouts, 1)
-    reward = work.conversations * opening + scored_share * stats.generated_tokens + stats.reward_calls * closing
+    scored_share = (stats.reward_calls - stats.prefix_rewards) / max(stats.rollouts, 1)
+    responses = scored_share * stats.generated_tokens + stats.prefix_rewards
+    reward = work.conversations * opening + responses + stats.reward_calls * closing
     gradients = (1 + _BACKWARD_PER_FORWARD) * work.response * stats.gradient_evaluations
     rows = work.response if config.update_postfix else 1
     head = 2 * sizes.head * rows * stats.dto_iterations if config.parameterization == "latents" else 0
