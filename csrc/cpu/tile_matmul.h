@@ -1,5 +1,5 @@
 // Products of a few hundred rows with a vocabulary table, a tile of the table at a time, so that nothing of the size of
-// rows x vocabulary is ever stored. A tile of products has one line per vocabulary entry and one column per row: the
+// rows x vocabulary has to be stored. A tile of products has one line per vocabulary entry and one column per row: the
 // table, which is large, is read as it lies, and the rows, which are few, are transposed once.
 #pragma once
 
