@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -40,6 +41,11 @@ struct DtoProblem {
       if (step[row] >= static_cast<int64_t>(rates.size())) return false;
     }
     return true;
+  }
+
+  // The group of a row.
+  size_t group_of(int64_t row) const {
+    return std::upper_bound(groups.begin(), groups.end(), row) - groups.begin() - 1;
   }
 };
 

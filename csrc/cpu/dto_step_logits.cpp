@@ -332,7 +332,7 @@ void step_groups(DtoProblem& problem, size_t begin, size_t end) {
   at::Tensor gradient;
   if (!problem.gradient.defined()) {
     gradient = at::empty({last - first, problem.vocabulary}, options);
-    write_gradient<acc_t>(problem.vocabulary, select_terms(problem.terms, all), gradient);
+    write_gradient<acc_t>(problem.vocabulary, select_terms(problem.terms, all), row_numbers(0, last - first), gradient);
   }
   at::Tensor weights;
   if (problem.max_steps > 0) weights = at::empty({last - first, problem.vocabulary}, options);

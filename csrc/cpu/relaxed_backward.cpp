@@ -103,7 +103,8 @@ Tensor backward(const Tensor& z, at::TensorList vectors, at::TensorList tables, 
   const int64_t vocabulary = z.size(1);
   const auto dtype = c10::CppTypeToScalarType<acc_t>::value;
   Tensor dz = at::empty({rows, vocabulary}, z.options().dtype(dtype));
-  write_gradient<acc_t>(vocabulary, gradient_terms(vectors, tables, z.scalar_type(), 0, rows), dz);
+  write_gradient<acc_t>(vocabulary, gradient_terms(vectors, tables, z.scalar_type(), 0, rows), row_numbers(0, rows),
+                        dz);
   const Matrix logits(z);
   at::parallel_for(0, rows, std::max<int64_t>(1, kRowsTogether * 1024 / vocabulary), [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {

@@ -1,5 +1,5 @@
 // Products of a few hundred rows with a vocabulary table, a tile of the table at a time, so that nothing of the size of
-// rows x vocabulary is ever stored. A tile of products has one line per vocabulary entry and one column per row: the
+// rows x vocabulary has to be stored. A tile of products has one line per vocabulary entry and one column per row: the
 // table, which is large, is read as it lies, and the rows, which are few, are transposed once.
 #pragma once
 
@@ -29,6 +29,14 @@ constexpr int64_t kPanel = 64;
 constexpr int64_t kStrip = 32;
 // Panels are filled up with rows of zeros to a multiple of this: matmul kernels are generated per shape, so few shapes.
 constexpr int64_t kPanelUnit = 16;
+// Most entries of a vocabulary that make a tile, and most elements of a table in one: a tile and the panels of rows
+// share the second-level cache, which is of 512 KiB where there is no AVX512.
+constexpr int64_t kMostEntries = 256;
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int64_t kTileElements = int64_t(1) << 17;
+#else
+constexpr int64_t kTileElements = int64_t(1) << 16;
+#endif
 // Rows that are worked on in one pass over a table; it bounds the memory of the accumulators that each thread has.
 constexpr int64_t kRowsPerPass = 512;
 
@@ -183,8 +191,8 @@ struct Split {
   // `width` is the number of elements that are read per vocabulary entry.
   Split(int64_t entries, int64_t width)
       : entries(entries),
-        // A tile of the table and the panels of rows share the second-level cache.
-        tile(std::clamp<int64_t>((int64_t(1) << 17) / std::max<int64_t>(1, width) / 16 * 16, 16, 256)),
+        tile(std::clamp<int64_t>(kTileElements / std::max<int64_t>(1, width) / kPanelUnit * kPanelUnit, kPanelUnit,
+                                 kMostEntries)),
         tiles((entries + tile - 1) / tile),
         parts(std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), tiles))) {}
 

@@ -1,5 +1,6 @@
 #include "vocabulary_pass.h"
 
+#include "kept_logits.h"
 #include "matrix.h"
 #include "vocabulary_products.h"
 
@@ -24,15 +25,16 @@ class PartPass {
         products_(products),
         tile_(tile),
         n_(static_cast<int64_t>(input.rows.size())),
-        blocks_(input.values.defined() ? 1 + has_gradient() : 0),
-        width_(blocks_ ? input.values.size(1) : 0),
+        kept_(optional_kept<acc_t>(input)),
+        blocks_(input.values.defined() || kept_ ? 1 + has_gradient() : 0),
+        width_(input.values.defined() && !kept_ ? input.values.size(1) : 0),
         inverse_tau_(1 / input.tau),
         z_(optional_matrix(input.z)),
         soft_(optional_matrix(input.soft_noise)),
         hard_(optional_matrix(input.hard_noise)),
         dense_(optional_matrix(input.gradient)),
         workspace_(products.workspace(tile)),
-        weights_(blocks_ * kPanel * tile),
+        weights_(width_ ? blocks_ * kPanel * tile : 0),
         x_(tile),
         y_(tile),
         slope_(tile),
@@ -44,13 +46,16 @@ class PartPass {
     products_.load(start, count, workspace_);
     for (int64_t first = 0; first < n_; first += kPanel) {
       const int64_t rows = std::min(kPanel, n_ - first);
-      products_.compute(start, count, first / kPanel, tile_, workspace_);
+      logits_ = kept_ ? kept_->block(start, first) : workspace_.logits.data();
+      products_.compute(start, count, first / kPanel, tile_, workspace_, logits_);
       for (int64_t row = 0; row < rows; ++row) add_row(first + row, row, start, count);
-      for (int64_t block = 0; block < blocks_; ++block) {
+      for (int64_t block = 0; width_ && block < blocks_; ++block) {
         products_.add_values(rows, count, weights(block, 0), tile_, workspace_, sum(block, first));
       }
     }
   }
+
+  int64_t width() const { return width_; }
 
   // Adds another part, whose entries come later in the vocabulary.
   void merge(PartPass& other) {
@@ -99,7 +104,7 @@ class PartPass {
       return;
     }
     if (state.max == kInfinity || (max == -kInfinity && state.max == -kInfinity)) {
-      for (int64_t block = 0; block < blocks_; ++block) std::fill_n(weights(block, row), padded, acc_t(0));
+      for (int64_t block = 0; width_ && block < blocks_; ++block) std::fill_n(weights(block, row), padded, acc_t(0));
       return;
     }
     const acc_t* gradient = read_gradient(i, row, start, count);
@@ -121,7 +126,7 @@ class PartPass {
     if (z_) {
       z = z_->template read<acc_t>(at, start, count, -kInfinity, x_.data());
     } else {
-      acc_t* logits = workspace_.logits.data() + row * tile_;
+      acc_t* logits = logits_ + row * tile_;
       std::fill(logits + count, logits + padded, -kInfinity);
       z = logits;
     }
@@ -157,19 +162,19 @@ class PartPass {
     const Vec max(static_cast<acc_t>(state.max));
     const Vec scale(static_cast<acc_t>(inverse_tau_ * Power<acc_t>::kUnits));
     const Vec reference(static_cast<acc_t>(state.reference));
-    acc_t* plain = weights(blocks_ - 1, row);
-    acc_t* with_gradient = weights(0, row);
+    acc_t* plain = width_ ? weights(blocks_ - 1, row) : nullptr;
+    acc_t* with_gradient = width_ ? weights(0, row) : nullptr;
     Vec sum(acc_t(0));
     Vec gradient_sum(acc_t(0));
     for (int64_t j = 0; j < padded; j += Vec::size()) {
       const Vec e = power_or_zero<acc_t>((Vec::loadu(x_.data() + j) - max) * scale);
       const Vec slope = capped() ? Vec::loadu(slope_.data() + j) : Vec(acc_t(1));
       sum = sum + e;
-      (capped() ? e * slope : e).store(plain + j);
+      if (plain) (capped() ? e * slope : e).store(plain + j);
       if (!gradient) continue;
       const Vec product = weighted(e, Vec::loadu(gradient + j) - reference);
       gradient_sum = gradient_sum + product;
-      (capped() ? product * slope : product).store(with_gradient + j);
+      if (plain) (capped() ? product * slope : product).store(with_gradient + j);
     }
     state.sum_exp += Lanes<acc_t>(sum).sum();
     state.sum_exp_grad += Lanes<acc_t>(gradient_sum).sum();
@@ -195,11 +200,13 @@ class PartPass {
   const VocabularyProducts<acc_t>& products_;
   int64_t tile_;
   int64_t n_;
-  int64_t blocks_;  // weighted sums per row: none, one of e, or of e (G - reference) before e
-  int64_t width_;
+  std::optional<KeptLogits<acc_t>> kept_;
+  int64_t blocks_;  // kinds of weights: none, e, or e (G - reference) before e
+  int64_t width_;   // of what is summed with them, or 0
   double inverse_tau_;
   std::optional<Matrix> z_, soft_, hard_, dense_;
   typename VocabularyProducts<acc_t>::Workspace workspace_;
+  acc_t* logits_ = nullptr;  // of the panel
   std::vector<acc_t> weights_, x_, y_, slope_, gradient_, buffer_;
 
  public:
@@ -212,7 +219,7 @@ template <typename acc_t>
 PassOutput<acc_t> vocabulary_pass(const PassInput& input) {
   const auto source = (input.z.defined() ? input.z : input.hidden).scalar_type();
   const VocabularyProducts<acc_t> products(input.hidden, input.weight, {input.scale, input.softcap}, input.terms,
-                                           input.values, source);
+                                           input.kept.defined() ? at::Tensor() : input.values, source);
   const Split split(input.vocabulary(), products.width());
   std::vector<std::unique_ptr<PartPass<acc_t>>> passes(split.parts);
   split.run([&](int64_t part, int64_t first, int64_t last) {
@@ -221,7 +228,7 @@ PassOutput<acc_t> vocabulary_pass(const PassInput& input) {
   });
   PartPass<acc_t>& total = *passes[0];
   for (int64_t part = 1; part < split.parts; ++part) total.merge(*passes[part]);
-  return {std::move(total.states), input.values.defined() ? input.values.size(1) : 0, std::move(total.sums)};
+  return {std::move(total.states), total.width(), std::move(total.sums)};
 }
 
 template <typename acc_t>
@@ -243,8 +250,9 @@ at::Tensor hidden_gradient(const PassOutput<acc_t>& output, double tau) {
 }
 
 template <typename acc_t>
-void write_gradient(int64_t vocabulary, const std::vector<GradientTerm>& terms, const at::Tensor& out) {
-  const int64_t n = out.size(0);
+void write_gradient(int64_t vocabulary, const std::vector<GradientTerm>& terms, const std::vector<int64_t>& rows,
+                    const at::Tensor& out) {
+  const auto n = static_cast<int64_t>(rows.size());
   if (n == 0) return;
   const VocabularyProducts<acc_t> products({}, {}, {}, terms, {}, at::kFloat);
   const Split split(vocabulary, products.width());
@@ -256,8 +264,9 @@ void write_gradient(int64_t vocabulary, const std::vector<GradientTerm>& terms, 
       const int64_t size = split.size(tile);
       products.load(begin, size, workspace);
       for (int64_t row = 0; row < n; ++row) {
-        if (row % kPanel == 0) products.compute(begin, size, row / kPanel, split.tile, workspace);
-        std::copy_n(workspace.gradient.data() + row % kPanel * split.tile, size, data + row * out.stride(0) + begin);
+        if (row % kPanel == 0) products.compute(begin, size, row / kPanel, split.tile, workspace, nullptr);
+        std::copy_n(workspace.gradient.data() + row % kPanel * split.tile, size,
+                    data + rows[row] * out.stride(0) + begin);
       }
     }
   });
@@ -267,7 +276,9 @@ template PassOutput<float> vocabulary_pass<float>(const PassInput&);
 template PassOutput<double> vocabulary_pass<double>(const PassInput&);
 template at::Tensor hidden_gradient<float>(const PassOutput<float>&, double);
 template at::Tensor hidden_gradient<double>(const PassOutput<double>&, double);
-template void write_gradient<float>(int64_t, const std::vector<GradientTerm>&, const at::Tensor&);
-template void write_gradient<double>(int64_t, const std::vector<GradientTerm>&, const at::Tensor&);
+template void write_gradient<float>(int64_t, const std::vector<GradientTerm>&, const std::vector<int64_t>&,
+                                    const at::Tensor&);
+template void write_gradient<double>(int64_t, const std::vector<GradientTerm>&, const std::vector<int64_t>&,
+                                     const at::Tensor&);
 
 }  // namespace nabla_fast::cpu::CPU_CAPABILITY

@@ -1,5 +1,6 @@
-// One pass over the vocabulary for several rows: identity (b) of the design, a tile at a time, so that no (rows, V)
-// tensor exists.
+// Passes over the vocabulary for several rows, a tile at a time. One pass is identity (b) of the design, and no (rows,
+// V) tensor exists. Two passes with the logits kept in between multiply one weight with the values where one pass has
+// to multiply two, e and e G.
 #pragma once
 
 #include "online_softmax.h"
@@ -36,6 +37,8 @@ struct PassInput {
   double tau = 1;
   at::Tensor values;         // (V, k): what is summed with the weights e; undefined for the tokens alone
   bool through_cap = false;  // weights carry the derivative of the softcap
+  // (kept_size) of acc_t: the first of two passes leaves the logits there, for the second. Then it sums no values.
+  at::Tensor kept;
 };
 
 inline std::vector<int64_t> row_numbers(int64_t first, int64_t last) {
@@ -59,8 +62,16 @@ PassOutput<acc_t> vocabulary_pass(const PassInput& input);
 template <typename acc_t>
 at::Tensor hidden_gradient(const PassOutput<acc_t>& output, double tau);
 
-// G of the rows written to out (rows, V), from terms.
+// Entries that the logits of `rows` rows take between two passes.
+int64_t kept_size(int64_t rows, int64_t vocabulary);
+
+// The second of two passes: `hidden_gradient`, for the `chosen` of the first pass's rows, which the states are of.
 template <typename acc_t>
-void write_gradient(int64_t vocabulary, const std::vector<GradientTerm>& terms, const at::Tensor& out);
+at::Tensor kept_gradient(const PassInput& input, const std::vector<State>& states, const std::vector<int64_t>& chosen);
+
+// G from terms (n rows), written to `rows` of out (N, V).
+template <typename acc_t>
+void write_gradient(int64_t vocabulary, const std::vector<GradientTerm>& terms, const std::vector<int64_t>& rows,
+                    const at::Tensor& out);
 
 }  // namespace nabla_fast::cpu::CPU_CAPABILITY

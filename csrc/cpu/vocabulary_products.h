@@ -66,13 +66,14 @@ class VocabularyProducts {
     if (rounds_) workspace.values.load(tables_[values_], begin, size);
   }
 
-  // Logits and gradient of a panel of rows, `tile` apart from row to row.
-  void compute(int64_t begin, int64_t size, int64_t panel, int64_t tile, Workspace& workspace) const {
+  // Logits and gradient of a panel of rows, `tile` apart from row to row; the logits of as many rows as the panel is
+  // filled up to.
+  void compute(int64_t begin, int64_t size, int64_t panel, int64_t tile, Workspace& workspace, acc_t* logits) const {
     if (logits_) {
       const int64_t columns = logits_->rows.columns(panel);
       multiply(*logits_, begin, size, panel, false, workspace, workspace.products);
       transform_.apply(workspace.products.data(), size * columns);
-      transpose_tile(workspace.products.data(), size, columns, workspace.logits.data(), tile);
+      transpose_tile(workspace.products.data(), size, columns, logits, tile);
     }
     if (!has_gradient()) return;
     bool add = false;

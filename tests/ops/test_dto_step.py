@@ -150,6 +150,45 @@ def test_real_sizes(backend, dense, rows):
         check(backend, judged(2, vocabulary, width, dense=dense, latents=False, seed=17, steps=3), 3)
 
 
+@by("native")
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "dtype", "table", "softcap", "soft"),
+    [
+        (16, 33, WIDE, WIDE, 0.0, True), (70, 613, torch.float32, torch.bfloat16, 0.0, True),
+        (90, 300, torch.float32, torch.float32, 3.0, False), (67, 1000, WIDE, torch.float32, 2.0, True),
+    ],
+)  # fmt: skip
+def test_rows_whose_logits_are_kept(backend, rows, vocabulary, dtype, table, softcap, soft, dense):
+    """From 16 rows on by two passes over the vocabulary: panels and tiles that are not full, groups that rest."""
+    problem = judged(
+        *(rows, vocabulary, 40), dense=dense, dtype=dtype, table=table, softcap=softcap, soft=soft, hard=soft,
+        warm=True, group=[i // 3 for i in range(rows)], steps=4, seed=21,
+    )  # fmt: skip
+    held = torch.arange(rows) // 3 % 4 == 1
+    problem.tokens[held] = (problem.tokens[held] + 1) % vocabulary
+    check(backend, problem, 4)
+
+
+@by("native")
+@pytest.mark.parametrize("dense", [True, False])
+def test_more_rows_than_go_into_one_pass(backend, dense):
+    """Whole groups of them stop on the way, one that is in two passes too."""
+    group = [i // 40 for i in range(530)]
+    together = build(530, 61, 8, dense=dense, warm=True, soft=True, hard=True, group=group, seed=22)
+    together.rates = together.rates * 4
+    apart = together.copy()
+    token, changed = together.run(backend, max_steps=4)
+    for _ in range(4):
+        one_by_one = apart.run(backend, max_steps=1)
+    assert torch.equal(token, one_by_one[0])
+    assert torch.equal(changed, one_by_one[1])
+    assert torch.equal(together.state[3], apart.state[3])
+    assert len(set(together.state[3].tolist())) > 3
+    for x, y in zip(together.state[:3], apart.state[:3], strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=RATE * 1e-2)
+
+
 @every
 @each_parameterization
 @pytest.mark.parametrize("group", [None, [0, 0, 0, 0], [0, 0, 1, 5], [3, 4, 7, 7]], ids=str)
