@@ -21,8 +21,8 @@ SCRIPT = Path(__file__).with_name("triton_resources.py")
 # Shared memory that one block may use, in bytes.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 KERNELS = {
-    "decide", "gather", "linear_state", "logits_update", "one_row", "rotary", "row_state", "squares", "stats",
-    "token_diff", "update", "weights",
+    "decide", "gather", "linear_state", "logits_update", "one_row", "rotary", "row_state", "row_stats", "squares",
+    "stats", "token_diff", "update", "weights",
 }  # fmt: skip
 
 

@@ -44,7 +44,7 @@ label = ""
 
 def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
     """In place of ``JITFunction.run``: the signature that Triton would specialise on."""
-    assert not args
+    kwargs |= {parameter.name: value for parameter, value in zip(self.params, args, strict=False)}
     assert all(0 < n < (65536 if axis else 2**31) for axis, n in enumerate(grid)), (self.__name__, grid)
     options = {
         name: kwargs.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg") if name in kwargs

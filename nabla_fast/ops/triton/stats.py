@@ -1,9 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Statistics of rows: one pass over logits in memory, or over logits that are computed by tiles and never written.
 
-Logits in memory are read once: a tile of TILE x LANES values a time, TILE of them in each lane. A lane keeps its own
-running state, so the loop has no exchange between threads and one extra exponential per TILE values. The argmax costs
-one comparison per lane and tile: the winning tile is remembered, and searched once at the end.
+Logits in memory are read once (`_row_scan`), in one launch: where several programs share a row, the last of them to
+finish merges what all have found.
 
 From hidden states, the vocabulary is split over the grid's second axis, rows over the first, so that all row blocks
 meet the same part of W while it lies in the cache. Each program keeps BN states. Reads: W once per row block (from
@@ -12,25 +11,36 @@ memory once in all, as long as the row blocks of a part run together).
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.triton._launch import INTERPRET, architecture, check, run, split, strides
+from nabla_fast.ops.triton._launch import (
+    INTERPRET,
+    architecture,
+    check,
+    counters,
+    last_to_arrive,
+    launch,
+    run,
+    split,
+    strides,
+)
 from nabla_fast.ops.triton._matmul import (
     Scratch,
     capped,
     logits_in_blocks,
     products,
 )
+from nabla_fast.ops.triton._row_scan import scan_row
 from nabla_fast.ops.triton._softmax import (
     Row,
     combine,
     joined,
-    load_row,
     new_state,
     rescale,
     shift,
@@ -41,74 +51,8 @@ from nabla_fast.ops.types import (
     RelaxedStats,
 )
 
-
-@triton.jit
-def _load(X, offset, columns, stride, V, other, MASKED: tl.constexpr):
-    at = X + offset + columns.to(tl.int64) * stride
-    if MASKED:  # noqa: SIM108
-        values = tl.load(at, mask=columns < V, other=other)
-    else:
-        values = tl.load(at)
-    return values.to(tl.float32)
-
-
-@triton.jit
-def _tile(
-    Z,
-    Z_n,
-    Z_v,
-    SOFT,
-    SOFT_n,
-    SOFT_v,
-    HARD,
-    HARD_n,
-    HARD_v,
-    G,
-    G_n,
-    G_v,
-    origin,
-    row,
-    first,
-    within,
-    V,
-    inv_tau,
-    max,
-    sum_exp,
-    sum_exp_logit,
-    sum_exp_grad,
-    best,
-    won,
-    ENTROPY: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """The state with one tile more."""
-    columns = first + within
-    z = _load(Z, row * Z_n, columns, Z_v, V, float("-inf"), MASKED)
-    x = z
-    if SOFT is not None:
-        x = z + _load(SOFT, row * SOFT_n, columns, SOFT_v, V, 0.0, MASKED)
-    top = tl.max(x, axis=0)
-    new_max = tl.maximum(max, top)
-    base = shift(new_max)
-    sum_exp, sum_exp_logit, sum_exp_grad = rescale(max, sum_exp, sum_exp_logit, sum_exp_grad, base, inv_tau)
-    # In powers of two: one multiplication less per value.
-    difference = (x - base[None, :]) * (inv_tau * 1.4426950408889634)
-    e = tl.exp2(difference)
-    sum_exp += tl.sum(e, axis=0)
-    if ENTROPY:
-        # Where e is 0 the difference may be -inf; any other number does as well there.
-        sum_exp_logit += 0.6931471805599453 * tl.sum(e * tl.maximum(difference, -1e4), axis=0)
-    if G is not None:
-        gradient = _load(G, row * G_n, columns, G_v, V, 0.0, MASKED) - origin
-        sum_exp_grad += tl.sum(tl.where(e > 0, e * gradient, 0.0), axis=0)
-    high = top
-    if HARD is not None:
-        y = z + _load(HARD, row * HARD_n, columns, HARD_v, V, 0.0, MASKED)
-        high = tl.max(tl.where(y == y, y, float("inf")), axis=0)  # NaN is as bad as +inf, and a maximum drops it
-    elif SOFT is not None:
-        high = tl.max(z, axis=0)
-    won = tl.where(high > best, first, won)
-    return new_max, sum_exp, sum_exp_logit, sum_exp_grad, tl.maximum(best, high), won
+# Of one part of a row: max, sums, token.
+PART_FIELDS = tl.constexpr(5)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -142,44 +86,15 @@ def _row_state_kernel(
     if HELD is not None:  # noqa: SIM102 (the outer one is decided when the kernel is compiled)
         if tl.load(HELD + row) != 0:
             return
-    within = tl.arange(0, TILE)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    max = tl.full([LANES], float("-inf"), tl.float32)
-    sum_exp = tl.zeros([LANES], tl.float32)
-    sum_exp_logit = tl.zeros([LANES], tl.float32)
-    sum_exp_grad = tl.zeros([LANES], tl.float32)
-    best = tl.full([LANES], float("-inf"), tl.float32)
-    won = tl.zeros([LANES], tl.int32)
     origin = 0.0
     if G is not None:
         origin = tl.load(ORIGIN + row)
     start = split * size
-    end = tl.minimum(start + size, V)
-    whole = start + (end - start) // (TILE * LANES) * (TILE * LANES)
-    for first in range(start, whole, TILE * LANES):
-        max, sum_exp, sum_exp_logit, sum_exp_grad, best, won = _tile(
-            Z, Z_n, Z_v, SOFT, SOFT_n, SOFT_v, HARD, HARD_n, HARD_v, G, G_n, G_v, origin, row, first, within, V,
-            inv_tau, max, sum_exp, sum_exp_logit, sum_exp_grad, best, won, ENTROPY, False,
-        )  # fmt: skip
-    if whole < end:
-        max, sum_exp, sum_exp_logit, sum_exp_grad, best, won = _tile(
-            Z, Z_n, Z_v, SOFT, SOFT_n, SOFT_v, HARD, HARD_n, HARD_v, G, G_n, G_v, origin, row, whole, within, V,
-            inv_tau, max, sum_exp, sum_exp_logit, sum_exp_grad, best, won, ENTROPY, True,
-        )  # fmt: skip
-
-    top = tl.max(max, axis=0)
-    sum_exp, sum_exp_logit, sum_exp_grad = rescale(max, sum_exp, sum_exp_logit, sum_exp_grad, shift(top), inv_tau)
-    highest = tl.max(best, axis=0)
-    # Tiles are ranges of the vocabulary in order, so the lowest index of the maximum lies in the first tile that won.
-    columns = tl.min(tl.where(best == highest, won, V), axis=0) + within
-    inside = columns < V
-    y = load_row(Z, row * Z_n, columns, Z_v, inside, float("-inf"))
-    if HARD is not None:
-        y += load_row(HARD, row * HARD_n, columns, HARD_v, inside, 0.0)
-    token = tl.min(tl.min(tl.where((y == highest) & inside, columns, 2147483647), axis=1), axis=0)
-    store_state(
-        STATE, TOKENS, split, tl.num_programs(1), row, rows, None,
-        top, tl.sum(sum_exp, axis=0), tl.sum(sum_exp_logit, axis=0), tl.sum(sum_exp_grad, axis=0), highest, token,
+    top, total, t, q, highest, token = scan_row(
+        Z, Z_n, Z_v, SOFT, SOFT_n, SOFT_v, HARD, HARD_n, HARD_v, G, G_n, G_v, origin, -1, row,
+        start, tl.minimum(start + size, V), V, inv_tau, ENTROPY, False, TILE, LANES,
     )  # fmt: skip
+    store_state(STATE, TOKENS, split, tl.num_programs(1), row, rows, None, top, total, t, q, highest, token)
 
 
 def row_state(
@@ -201,10 +116,7 @@ def row_state(
     program per row where rows are many, else several per row.
     """
     rows, vocabulary = z.shape
-    # 16 bytes per thread and row of the tile, so that a lane's values stay within one thread.
-    # Further operands take registers: half the tile.
-    lanes = 1024 if z.element_size() == 2 else 512
-    tile = 8 if soft is None and hard is None and gradient is None else 4
+    tile, lanes = tile_of_row(z, plain=soft is None and hard is None and gradient is None)
     size, splits = split(vocabulary, tile * lanes, rows, z.device, waves=4)
     state = state or new_state(splits, rows, z.device)
     if rows:
@@ -216,6 +128,182 @@ def row_state(
             ENTROPY=entropy, TILE=tile, LANES=lanes, num_warps=4,
         )  # fmt: skip
     return state
+
+
+@triton.jit
+def _put(OUT, row, value):
+    if OUT is not None:
+        tl.store(OUT + row, value)
+
+
+@triton.jit
+def _row_stats_kernel(
+    Z,
+    Z_n,
+    Z_v,
+    G,
+    G_n,
+    AT,
+    TARGET,
+    TOP,
+    MAX_PROB,
+    LSE,
+    ENTROPY,
+    TOKEN,
+    MASK,
+    ORIGIN,
+    Q,
+    LOG_PI,
+    PARTS,
+    COUNTER,
+    V,
+    size,
+    inv_tau,
+    entropy_threshold,
+    confidence_threshold,
+    SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    origin = 0.0
+    if G is not None:
+        origin = tl.load(G + row * G_n + tl.maximum(tl.load(AT + row), 0)).to(tl.float32)
+        origin = tl.where(tl.abs(origin) < float("inf"), origin, 0.0)
+    target = -1
+    if TARGET is not None:
+        target = tl.load(TARGET + row)
+    start = split * size
+    top, total, t, q, _, token = scan_row(
+        Z, Z_n, Z_v, None, 0, 0, None, 0, 0, G, G_n, 1, origin, target, row, start, tl.minimum(start + size, V), V,
+        inv_tau, ENTROPY is not None, TARGET is not None, TILE, LANES,
+    )  # fmt: skip
+    if SPLITS > 1:
+        part = PARTS + (row * splits + split) * PART_FIELDS
+        tl.store(part, top)
+        tl.store(part + 1, total)
+        tl.store(part + 2, t)
+        tl.store(part + 3, q)
+        tl.store(part + 4, token.to(tl.float32, bitcast=True))
+        if not last_to_arrive(COUNTER + row, splits):
+            return
+        top, total, t, q, token = _merge_parts(PARTS + row * splits * PART_FIELDS, splits, inv_tau, SPLITS)
+    good = (total == total) & (tl.abs(top) < float("inf"))
+    nan = tl.where(good, 0.0, float("nan"))
+    log_total = tl.log(total)
+    max_prob = 1.0 / total + nan
+    _put(TOP, row, top)
+    _put(MAX_PROB, row, max_prob)
+    _put(LSE, row, top * inv_tau + log_total + nan)
+    _put(TOKEN, row, tl.where(good, token, -1).to(tl.int64))
+    if ENTROPY is not None:
+        entropy = log_total - t / total + nan
+        tl.store(ENTROPY + row, entropy)
+        _put(MASK, row, good & (entropy >= entropy_threshold) & (max_prob <= confidence_threshold))
+    if G is not None:
+        tl.store(ORIGIN + row, origin)
+    if TARGET is not None:
+        entry = tl.minimum(tl.maximum(target, 0), V - 1)
+        nan = tl.where(entry == target, nan, float("nan"))
+        z = tl.load(Z + row * Z_n + entry * Z_v).to(tl.float32)
+        tl.store(LOG_PI + row, (z - top) * inv_tau - log_total + nan)
+    _put(Q, row, q / total + nan)
+
+
+@triton.jit
+def _merge_parts(PARTS, splits, inv_tau, SPLITS: tl.constexpr):
+    """The states of all parts of a row, merged; past the cache of this multiprocessor, which others do not write to."""
+    part = tl.arange(0, SPLITS)
+    inside = part < splits
+    at = PARTS + part * PART_FIELDS
+    max = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
+    total = tl.load(at + 1, mask=inside, other=0.0, cache_modifier=".cg")
+    t = tl.load(at + 2, mask=inside, other=0.0, cache_modifier=".cg")
+    q = tl.load(at + 3, mask=inside, other=0.0, cache_modifier=".cg")
+    token = tl.load(at + 4, mask=inside, other=0.0, cache_modifier=".cg").to(tl.int32, bitcast=True)
+    top = tl.max(max, axis=0)
+    total, t, q = rescale(max, total, t, q, shift(top), inv_tau)
+    token = tl.min(tl.where(inside & (max == top), token, 2147483647), axis=0)
+    return top, tl.sum(total, axis=0), tl.sum(t, axis=0), tl.sum(q, axis=0), token
+
+
+class RowOutputs(NamedTuple):
+    """What `row_stats` writes; None is not wanted.
+
+    Attributes:
+        top: (N,) the maximum that the softmax is taken relative to.
+        max_prob: (N,) the largest probability, which is what e^((z - top) / tau) is to be multiplied with.
+        lse, entropy, token, mask: as in `RelaxedStats`.
+        origin: (N,) G at the tokens that are given.
+        q: (N,) <p, G - origin>; for a target 1 - p of it, the sum of the others' p.
+        log_pi: (N,) log p of the target.
+    """
+
+    top: Tensor | None = None
+    max_prob: Tensor | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    token: Tensor | None = None
+    mask: Tensor | None = None
+    origin: Tensor | None = None
+    q: Tensor | None = None
+    log_pi: Tensor | None = None
+
+
+def outputs(rows: int, device: torch.device, *names: str) -> RowOutputs:
+    """Memory for those outputs, each with its own: an operator's results may not share it."""
+    dtypes = {"token": torch.int64, "mask": torch.bool}
+    return RowOutputs(**{n: torch.empty(rows, dtype=dtypes.get(n, torch.float32), device=device) for n in names})
+
+
+def row_stats(
+    z: Tensor,
+    inv_tau: float,
+    out: RowOutputs,
+    *,
+    gradient: Tensor | None = None,
+    at: Tensor | None = None,
+    target: Tensor | None = None,
+    entropy_threshold: float | None = None,
+    confidence_threshold: float | None = None,
+) -> RowOutputs:
+    """Statistics of ``softmax(z / tau)`` in one launch, and what is said of a gradient or a target.
+
+    Args:
+        gradient: G (N, V), which is taken relative to its value at the tokens ``at`` (N,): only differences matter, and
+            G - <p, G> would cancel where a token is nearly certain.
+        target: (N,) int64. An entry outside the vocabulary has q and log_pi NaN.
+    """
+    rows, vocabulary = z.shape
+    if not rows:
+        return out
+    tile, lanes = tile_of_row(z, plain=gradient is None)
+    size, splits = split(vocabulary, tile * lanes, rows, z.device, waves=4)
+    parts = counter = None
+    if splits > 1:
+        parts = torch.empty(rows * splits * PART_FIELDS.value, dtype=torch.float32, device=z.device)
+        counter = counters(rows, z.device)
+    launch(
+        _row_stats_kernel, (rows, splits), z.device,
+        (
+            z, *z.stride(), gradient, None if gradient is None else gradient.stride(0), at, target, *out[:6],
+            *out[6:], parts, counter, vocabulary, size, inv_tau,
+            -math.inf if entropy_threshold is None else float(entropy_threshold),
+            math.inf if confidence_threshold is None else float(confidence_threshold),
+        ),
+        {"SPLITS": triton.next_power_of_2(splits), "TILE": tile, "LANES": lanes},
+    )  # fmt: skip
+    return out
+
+
+def tile_of_row(z: Tensor, plain: bool) -> tuple[int, int]:
+    """Tile and lanes of `scan_row`: 16 bytes per thread and row of the tile, so that a lane stays within one thread.
+
+    Further operands take registers: half the tile.
+    """
+    return 8 if plain else 4, 1024 if z.element_size() == 2 else 512
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -351,8 +439,9 @@ def relaxed_stats(
 ) -> RelaxedStats:
     """`reference.relaxed_stats`."""
     check(z)
-    state = row_state(z, 1.0 / tau, entropy=True)
-    return combine(state, 1.0 / tau, entropy_threshold, confidence_threshold).stats
+    out = outputs(len(z), z.device, "max_prob", "lse", "entropy", "token", "mask")
+    row_stats(z, 1.0 / tau, out, entropy_threshold=entropy_threshold, confidence_threshold=confidence_threshold)
+    return RelaxedStats(out.max_prob, out.lse, out.entropy, out.token, out.mask)
 
 
 def linear_relaxed_stats(
