@@ -26,6 +26,7 @@ from nabla_fast.ops.types import (
     HardEmbeddings,
     Head,
     LogLikelihood,
+    RecordedMixture,
     RelaxedStats,
     Tables,
     TokenDiff,
@@ -171,7 +172,38 @@ def relaxed_backward(z: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tens
     gradient = torch.zeros(z.shape, dtype=dtype, device=z.device)
     for vector, table in zip(vectors, tables, strict=True):
         gradient += vector.to(dtype) @ table.T.to(dtype)
-    return _softmax_backward(z.to(dtype), gradient, tau)
+    return _softmax_backward(z.to(dtype), gradient, tau).to(z.dtype)
+
+
+def soft_embedding_recorded(z: Tensor, table: Tensor, tau: float = 1.0) -> RecordedMixture:
+    """`soft_embedding`, with what `soft_embedding_backward` takes."""
+    z = z.to(torch.promote_types(upcast(z).dtype, table.dtype))
+    x, top = _relative(z, tau)
+    p, token = torch.softmax(x, dim=-1), hard_token(z)
+    known, table = token.clamp(min=0), table.to(p.dtype)
+    others = p.scatter(-1, known.unsqueeze(-1), 0.0)
+    offset = others @ table - others.sum(-1, keepdim=True) * table[known]
+    return RecordedMixture(p @ table, offset, top, p.amax(-1), token)
+
+
+def soft_embedding_backward(
+    z: Tensor,
+    vector: Tensor,
+    table: Tensor,
+    offset: Tensor,
+    top: Tensor,
+    max_prob: Tensor,
+    token: Tensor,
+    tau: float = 1.0,
+) -> Tensor:
+    """`relaxed_backward` of one table after `soft_embedding_recorded`: <p, D> is <vector, offset>."""
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (vector, table, offset)), upcast(z).dtype)
+    vector = vector.to(dtype)
+    p = ((z.to(dtype) - top.unsqueeze(-1)) / tau).exp() * max_prob.unsqueeze(-1)
+    gradient, known = vector @ table.T.to(dtype), token.clamp(min=0).unsqueeze(-1)
+    difference = gradient - gradient.gather(-1, known).nan_to_num(0.0, 0.0, 0.0)
+    mean = (vector * offset.to(dtype)).sum(-1, keepdim=True)
+    return torch.where(p == 0, 0.0, p * (difference - mean) / tau).to(z.dtype)
 
 
 def linear_relaxed_backward(

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from nabla_fast.ops import arguments, backends, native
-from nabla_fast.ops.arguments import Leaf, field
+from nabla_fast.ops.arguments import Array, Leaf, field
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,6 +35,8 @@ def operator(
     derivative: Callable[..., Tensor] | None = None,
     check: Callable[..., None] | None = None,
     called: str | None = None,
+    recorded: Callable[..., Any] | None = None,
+    internal: bool = False,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declares the decorated function as an operator, and puts in its place what calls the operator.
 
@@ -44,10 +46,15 @@ def operator(
             derivative, or one in forward mode, is an error.
         check: takes the operator's arguments, and raises for those that no back end takes although their types do.
         called: what errors about derivatives call it, where users call it by another function.
+        recorded: an internal operator with the same arguments and first result, whose other results are what the
+            derivative would otherwise compute again. A call that will be differentiated takes it in its place, if the
+            chosen back end has it.
+        internal: whether it is not called by its own name, and may be missing in any back end but the reference.
     """
 
     def declare(function: Callable[P, R]) -> Callable[P, R]:
-        return cast("Callable[P, R]", update_wrapper(Operator(function, derivative, check, called), function))
+        made = Operator(function, derivative, check, called, recorded, internal)
+        return cast("Callable[P, R]", update_wrapper(made, function))
 
     return declare
 
@@ -66,8 +73,11 @@ class Operator:
         derivative: Callable[..., Tensor] | None,
         check: Callable[..., None] | None,
         called: str | None,
+        recorded: Callable[..., Any] | None,
+        internal: bool,
     ) -> None:
         self.name, self.body = function.__name__, function
+        self._recorded = cast("Operator | None", recorded)
         self._called = called or self.name
         self._derivative, self._check = derivative, check
         hints = get_type_hints(function, include_extras=True)
@@ -77,8 +87,10 @@ class Operator:
         self._fields = [field(p.name, hints[p.name]) for p in parameters[:-1]]
         self._single = get_origin(hints["return"]) is Annotated
         self._result = field("result" if self._single else "", hints["return"])
-        self._define()
-        backends.OPERATORS[self.name] = self
+        self._as_first = isinstance(self._result, Array) and self._result.kind == "first"
+        self._define(internal)
+        if not internal:
+            backends.OPERATORS[self.name] = self
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         *values, backend = self._bound(given, named)
@@ -89,6 +101,9 @@ class Operator:
             flat = [x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in flat]
         # Every operator's first argument is a tensor, or begins with one.
         chosen = backends.resolve(self.name, backend, flat[0].device, self._sum_dtype(flat))
+        if self._recorded is not None and torch.is_grad_enabled() and flat[0].requires_grad:  # noqa: SIM102
+            if backends.has(self._recorded.name, chosen):
+                return self._recorded(*values, chosen)[0]
         return self._results(self._overload(*flat, chosen))
 
     def native(self, *given: Any, **named: Any) -> Any:
@@ -98,7 +113,7 @@ class Operator:
         results = self._native(*flat)
         return results if self._single else self._result.whole([*results], True)
 
-    def _define(self) -> None:
+    def _define(self, internal: bool) -> None:
         def schema(fields: Iterable[Any], lists: bool) -> list[str]:
             letters = iter("abcd")
             return [spelled for one in fields for spelled in one.schema(letters, lists)]
@@ -121,6 +136,8 @@ class Operator:
             )
         if self._written:
             LIBRARY.impl(self.name, self._announce, "ADInplaceOrView", with_keyset=True)
+        if internal:
+            return
         arguments_, results_ = (", ".join(schema(fields, True)) for fields in (self._fields, [self._result]))
         self._native = native.define(f"native_{self.name}({arguments_}) -> ({results_})")
 
@@ -175,7 +192,7 @@ class Operator:
             values[0] = _doubled(values[0])
         results = backends.implementation(self, flat[-1])(*values)
         if self._single:
-            return results.contiguous()
+            return (results.to(flat[0].dtype) if self._as_first else results).contiguous()
         parts = self._result.flat(results, False)
         return tuple(flat[0].new_empty(0, dtype=wide) if x is None else x.contiguous() for x in parts)
 

@@ -17,7 +17,7 @@ from dto_cases import build, check
 
 from nabla_fast.ops.triton import _launch as launches
 from nabla_fast.ops.triton import _matmul as blocks
-from nabla_fast.ops.triton import stats
+from nabla_fast.ops.triton import _row_stats
 from nabla_fast.testing.operators import double, logits
 
 every = by("triton")
@@ -72,7 +72,7 @@ def test_the_last_of_a_row_merges_its_parts_in_one_launch(backend, rows):
         grids.append(grid)
         real(kernel, grid, *rest, **options)
 
-    with patch.object(launches, "_COUNTERS", {}), patch.object(stats, "launch", launch):
+    with patch.object(launches, "_COUNTERS", {}), patch.object(_row_stats, "launch", launch):
         first = test_stats.require_stats(backend, z, 0.7)
         again = test_stats.require_stats(backend, z, 0.7)
         assert not any(counter.any() for counter in launches._COUNTERS.values())

@@ -78,6 +78,8 @@ class Compiled:
 class Kernel:
     """In place of a kernel that Triton compiles when it is called."""
 
+    arg_names = ("X", "N", "BLOCK")
+
     def __init__(self) -> None:
         self.calls = []
 

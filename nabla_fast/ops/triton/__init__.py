@@ -10,6 +10,8 @@ from nabla_fast.ops.triton.embedding import (
     linear_straight_through_embedding,
     relaxed_backward,
     soft_embedding,
+    soft_embedding_backward,
+    soft_embedding_recorded,
     straight_through_embedding,
 )
 from nabla_fast.ops.triton.gradient_norm import gradient_norm
@@ -28,6 +30,8 @@ __all__ = [
     "relaxed_backward",
     "relaxed_stats",
     "soft_embedding",
+    "soft_embedding_backward",
+    "soft_embedding_recorded",
     "straight_through_embedding",
     "token_diff",
 ]

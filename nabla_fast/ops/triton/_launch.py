@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""What every launch needs: input checks, how the vocabulary is split, strides, and a launch that costs the host little."""
+"""What every launch needs: input checks, how the vocabulary is split, strides; a launch that costs the host little."""
 
 from __future__ import annotations
 
@@ -63,13 +63,15 @@ def launch(
     """
     key = (id(kernel), device, num_warps, *options.values(), *constants.values(), *map(kind, arguments))
     compiled = _COMPILED.get(key)
-    guard = contextlib.nullcontext()
+    guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         guard = torch.cuda.device(device)
     with guard:
         if compiled is not None:
             compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values())
             return
+        # Constants are given by name here, but by place later.
+        assert kernel.arg_names[len(arguments) :] == [*constants], kernel.arg_names
         most = min(255, 65536 // (32 * num_warps))
         given = {**constants, "num_warps": num_warps, **options, "enable_fp_fusion": True, "maxnreg": most}
         compiled = kernel[grid](*arguments, **given)

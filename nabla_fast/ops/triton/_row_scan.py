@@ -15,7 +15,7 @@ from nabla_fast.ops.triton._softmax import load_row, rescale, shift
 
 
 @triton.jit
-def _load(X, offset, columns, stride, V, other, MASKED: tl.constexpr):
+def load_tile(X, offset, columns, stride, V, other, MASKED: tl.constexpr):
     at = X + offset + columns.to(tl.int64) * stride
     if MASKED:  # noqa: SIM108
         values = tl.load(at, mask=columns < V, other=other)
@@ -57,10 +57,10 @@ def _tile(
 ):
     """The state with one tile more."""
     columns = first + within
-    z = _load(Z, row * Z_n, columns, Z_v, V, float("-inf"), MASKED)
+    z = load_tile(Z, row * Z_n, columns, Z_v, V, float("-inf"), MASKED)
     x = z
     if SOFT is not None:
-        x = z + _load(SOFT, row * SOFT_n, columns, SOFT_v, V, 0.0, MASKED)
+        x = z + load_tile(SOFT, row * SOFT_n, columns, SOFT_v, V, 0.0, MASKED)
     top = tl.max(x, axis=0)
     new_max = tl.maximum(max, top)
     base = shift(new_max)
@@ -73,13 +73,13 @@ def _tile(
         # Where e is 0 the difference may be -inf; any other number does as well there.
         sum_exp_logit += 0.6931471805599453 * tl.sum(e * tl.maximum(difference, -1e4), axis=0)
     if G is not None:
-        gradient = _load(G, row * G_n, columns, G_v, V, 0.0, MASKED) - origin
+        gradient = load_tile(G, row * G_n, columns, G_v, V, 0.0, MASKED) - origin
         sum_exp_grad += tl.sum(tl.where(e > 0, e * gradient, 0.0), axis=0)
     if OTHERS:
         sum_exp_grad += tl.sum(tl.where(columns == target, 0.0, e), axis=0)
     high = top
     if HARD is not None:
-        y = z + _load(HARD, row * HARD_n, columns, HARD_v, V, 0.0, MASKED)
+        y = z + load_tile(HARD, row * HARD_n, columns, HARD_v, V, 0.0, MASKED)
         high = tl.max(tl.where(y == y, y, float("inf")), axis=0)  # NaN is as bad as +inf, and a maximum drops it
     elif SOFT is not None:
         high = tl.max(z, axis=0)
