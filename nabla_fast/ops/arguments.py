@@ -49,8 +49,8 @@ KINDS = {
     "ascending": Kind(_INT64, values=checks.ascending),
 }
 _OF_A_RESULT = Kind(())
-# Of results; None is float64 where a wide argument is, else float32. "constant" is one without a derivative; "first" has
-# the dtype of the operator's first argument as it was given.
+# Of results; None is float64 where a wide argument is, else float32. "constant" is one without a derivative; "first"
+# has the dtype of the operator's first argument as it was given.
 RESULTS = {"sum": None, "constant": None, "int64": torch.int64, "bool": torch.bool, "first": None}
 _NUMBERS = {float: "float", int: "SymInt", bool: "bool"}
 

@@ -151,12 +151,47 @@ def soft_embedding(
     return reference.soft_embedding(z, table, tau)
 
 
+@operator(internal=True)
+def linear_soft_embedding_backward(
+    h: Annotated[Tensor, "float N d"],
+    head: Head,
+    vector: Annotated[Tensor, "float N e"],
+    table: Annotated[Tensor, "float V e"],
+    offset: Annotated[Tensor, "float N e"],
+    top: Annotated[Tensor, "float N"],
+    max_prob: Annotated[Tensor, "float N"],
+    token: Annotated[Tensor, "int64 N"],
+    tau: Annotated[float, checks.temperature] = 1.0,
+    backend: str = "auto",
+) -> Annotated[Tensor, "sum N d"]:
+    """`soft_embedding_backward` carried on to hidden states."""
+    return reference.linear_soft_embedding_backward(h, head, vector, table, offset, top, max_prob, token, tau)
+
+
+def _linear_recorded_derivative(
+    h: Tensor, head: Head, table: Tensor, tau: float, backend: str, result: RecordedMixture
+) -> Tensor:
+    return linear_soft_embedding_backward(h, head, result.mixture, table, *result[1:], tau, backend)
+
+
+@operator(derivative=_linear_recorded_derivative, called="linear_soft_embedding", internal=True)
+def linear_soft_embedding_recorded(
+    h: Annotated[Tensor, "float N d"],
+    head: Head,
+    table: Annotated[Tensor, "float V e"],
+    tau: Annotated[float, checks.temperature] = 1.0,
+    backend: str = "auto",
+) -> RecordedMixture:
+    """`linear_soft_embedding`, with what its gradient is made from."""
+    return reference.linear_soft_embedding_recorded(h, head, table, tau)
+
+
 def _linear_soft_derivative(h: Tensor, head: Head, table: Tensor, tau: float, backend: str, result: Tensor) -> Tensor:
     # <p, G> is <mixture, grad>, but as a sum rounded at the size of G it would cost a nearly certain token its digits.
     return linear_relaxed_backward(h, head, [result], [table], tau, backend)
 
 
-@operator(derivative=_linear_soft_derivative)
+@operator(derivative=_linear_soft_derivative, recorded=linear_soft_embedding_recorded)
 def linear_soft_embedding(
     h: Annotated[Tensor, "float N d"],
     head: Head,

@@ -155,6 +155,28 @@ def linear_soft_embedding(h: Tensor, head: Head, table: Tensor, tau: float = 1.0
     return soft_embedding(linear_logits(h, head), table, tau)
 
 
+def linear_soft_embedding_recorded(h: Tensor, head: Head, table: Tensor, tau: float = 1.0) -> RecordedMixture:
+    """`linear_soft_embedding`, with what `linear_soft_embedding_backward` takes."""
+    return soft_embedding_recorded(linear_logits(h, head), table, tau)
+
+
+def linear_soft_embedding_backward(
+    h: Tensor,
+    head: Head,
+    vector: Tensor,
+    table: Tensor,
+    offset: Tensor,
+    top: Tensor,
+    max_prob: Tensor,
+    token: Tensor,
+    tau: float = 1.0,
+) -> Tensor:
+    """`linear_relaxed_backward` of one table after `linear_soft_embedding_recorded`."""
+    z = linear_logits(h, head)
+    dz = soft_embedding_backward(z, vector, table, offset, top, max_prob, token, tau)
+    return _head_backward(dz, z, head)
+
+
 def relaxed_backward(z: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tensor], tau: float = 1.0) -> Tensor:
     """The gradient that reaches logits z (N, V) through the relaxation p = softmax(z / tau).
 

@@ -330,6 +330,32 @@ def test_mixtures_of_logits_and_what_reaches_them(backend, shape, kind, pair, ta
 
 
 @every
+@few(10, 40)
+@given(
+    shapes, st.sampled_from(PAIRS), heads, st.sampled_from([0.3, 1.0, 10.0]), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_mixtures_of_hidden_states_and_what_reaches_them(backend, shape, pair, scale_cap, tau, tied, seed):
+    assume(takes(backend, *pair))
+    rows, vocabulary, _ = shape
+    h, head = hidden_states(*shape, pair, *scale_cap, seed=seed)
+    table = head.weight if tied else logits(seed + 2, vocabulary, 40, dtype=pair[1])
+    vector = logits(seed + 4, rows, table.shape[1])
+    leaf = h.clone().requires_grad_()
+    ours = ops.linear_soft_embedding(leaf, head, table, tau, backend=backend.name)
+    assert ("recorded" in type(ours.grad_fn).__name__) == (backend.name == "triton")
+    mixture, gradient = textbook(h, [table], [vector], tau, head)
+    weighted = weight_tolerance(backend, *pair)
+    near(ours.detach(), mixture, weighted / min(tau, 1.0), unit=TINY)
+    (got,) = torch.autograd.grad(ours, leaf, vector.to(ours.dtype))
+    assert got.dtype == h.dtype
+    # Rounded to the dtype of h once more; the interpreter cuts.
+    rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-22}.get(h.dtype, 0.0)
+    exact = weighted / 2 if backend.name == "triton" else weighted * (1 if weighted > 1e-3 else 5)
+    unit = unit_of(backend, [vector], [table], tau)
+    near(got.double(), gradient, exact + rounding, unit=unit)
+
+
+@every
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_gradient_reaches_logits_without_meaning(backend, dtype, bad):
@@ -355,8 +381,17 @@ def test_recorded_mixtures_and_their_gradient_mean_what_the_others_do():
     torch.testing.assert_close(ours, meant, rtol=1e-9, atol=0, equal_nan=True)
 
 
+def test_recorded_mixtures_of_hidden_states_and_their_gradient_mean_what_the_others_do():
+    (h, head), vector = hidden_states(5, 37, 8, (torch.float64, torch.float64), 0.8, 3.0), logits(3, 5, 6).double()
+    table = logits(2, 37, 6, dtype=torch.float64)
+    recorded = reference.linear_soft_embedding_recorded(h, head, table, 0.7)
+    torch.testing.assert_close(recorded.mixture, reference.linear_soft_embedding(h, head, table, 0.7))
+    ours = reference.linear_soft_embedding_backward(h, head, vector, table, *recorded[1:], 0.7)
+    torch.testing.assert_close(ours, reference.linear_relaxed_backward(h, head, [vector], [table], 0.7))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_of_the_recorded_mixture(dtype):
+def test_opcheck_of_recorded_mixtures(dtype):
     z, table, vector = logits(1, 3, 37, dtype=dtype), logits(2, 37, 6, dtype=dtype), logits(3, 3, 6)
     recorded = torch.ops.nabla_fast.soft_embedding_recorded.default
     torch.library.opcheck(recorded, (z.clone().requires_grad_(), table, 0.7, "reference"))
@@ -364,6 +399,11 @@ def test_opcheck_of_the_recorded_mixture(dtype):
     backward = torch.ops.nabla_fast.soft_embedding_backward.default
     torch.library.opcheck(backward, (z, vector, table, *rest, 0.7, "reference"))
     assert backward(z, vector, table, *rest, 0.7, "reference").dtype == dtype
+    h, own = hidden_states(3, 37, 8, (dtype, dtype))
+    recorded = torch.ops.nabla_fast.linear_soft_embedding_recorded.default
+    torch.library.opcheck(recorded, (h.clone().requires_grad_(), *own, table, 0.7, "reference"))
+    backward = torch.ops.nabla_fast.linear_soft_embedding_backward.default
+    torch.library.opcheck(backward, (h, *own, vector, table, *rest, 0.7, "reference"))
 
 
 @by("reference", "native")

@@ -108,6 +108,7 @@ def _calls(name: str, dtype: torch.dtype, many: tuple[int, ...]) -> Iterator[tup
         yield f"{name} N={n}", partial(ops.linear_relaxed_stats, h, Head(W))
         yield f"{name} N={n}", partial(soft_embedding, new(n, V, dtype=dtype), E)
         yield f"{name} N={n}", partial(ops.log_likelihood_gradient, h, Head(W), tokens, True)
+        yield f"{name} N={n}", partial(linear_soft_embedding, h, Head(W), E)
         yield f"{name} N={n} alone", partial(ops.log_likelihood_gradient, h, Head(W), tokens, False)
         own = TokenGradient(h, new(n, D, dtype=dtype), new(n, D_R, dtype=dtype))
         yield f"{name} N={n} own", partial(ops.gradient_norm, own, Tables(Head(W), E, R, 1e-3))
@@ -125,6 +126,9 @@ def _calls(name: str, dtype: torch.dtype, many: tuple[int, ...]) -> Iterator[tup
         yield f"{name} N={n}", partial(ops.straight_through_embedding, z, [E])
         yield f"{name} N={n}", partial(ops.relaxed_backward, z, vectors, [E, R])
         yield f"{name} N={n} f32 rows, softcap", partial(ops.linear_relaxed_stats, new(n, D), Head(W, 1.0, 30.0))
+        capped = Head(W, 1.0, 30.0)
+        yield f"{name} N={n} softcap", partial(ops.log_likelihood_gradient, h, capped, new(n, dtype=torch.int64), True)
+        yield f"{name} N={n} softcap", partial(linear_soft_embedding, h, capped, E)
         yield f"{name} N={n} tied", partial(ops.linear_relaxed_backward, h, Head(W), vectors, [W, R])
         yield f"{name} N={n} tied latents, factors", partial(dto, n, True, factors, tables._replace(embedding=W))
 
@@ -133,6 +137,12 @@ def soft_embedding(z: Tensor, table: Tensor) -> None:
     """Forward and backward."""
     recorded = ops.soft_embedding_recorded(z, table)
     ops.soft_embedding_backward(z, new(len(z), table.shape[1]), table, *recorded[1:])
+
+
+def linear_soft_embedding(h: Tensor, head: Head, table: Tensor) -> None:
+    """Forward and backward."""
+    recorded = ops.linear_soft_embedding_recorded(h, head, table)
+    ops.linear_soft_embedding_backward(h, head, new(len(h), table.shape[1]), table, *recorded[1:])
 
 
 def dto(n: int, latents: bool, gradient: Any, tables: Any) -> None:

@@ -7,6 +7,8 @@ from nabla_fast.ops.triton.dto_step import dto_step
 from nabla_fast.ops.triton.embedding import (
     linear_relaxed_backward,
     linear_soft_embedding,
+    linear_soft_embedding_backward,
+    linear_soft_embedding_recorded,
     linear_straight_through_embedding,
     relaxed_backward,
     soft_embedding,
@@ -25,6 +27,8 @@ __all__ = [
     "linear_relaxed_backward",
     "linear_relaxed_stats",
     "linear_soft_embedding",
+    "linear_soft_embedding_backward",
+    "linear_soft_embedding_recorded",
     "linear_straight_through_embedding",
     "log_likelihood_gradient",
     "relaxed_backward",

@@ -154,6 +154,13 @@ def tile_shape(rows: int, device: torch.device) -> Tiles:
     return Tiles(128, 128, 64, False, 8, 4)
 
 
+class Bases(NamedTuple):
+    """What tiles of weights are relative to: (V / width, N) maxima of what had been seen of a row, and the width."""
+
+    values: Tensor
+    width: int
+
+
 def row_blocks(rows: int, vocabulary: int) -> Iterator[slice]:
     """Slices of at most `ENTRIES` logits, in whole tiles of a matrix product where they are long enough."""
     most = max(1, ENTRIES // vocabulary)
@@ -180,6 +187,15 @@ class Scratch:
     def weights(self, rows: int, dtypes: tuple[torch.dtype, ...]) -> tuple[Tensor, ...]:
         """A buffer for each of ``dtypes``."""
         return tuple(self.take(f"weights {i}", rows, dtype) for i, dtype in enumerate(dtypes))
+
+
+def half_blocks(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows, and for each (R, V) of half precision in one buffer of as many bytes as one of `Scratch`."""
+    blocks = list(row_blocks(rows, -(-vocabulary // 2)))
+    most = max((block.stop - block.start for block in blocks), default=0)
+    buffer = torch.empty(most, -(-vocabulary // 8) * 8, dtype=dtype, device=device)
+    for block in blocks:
+        yield block, buffer[: block.stop - block.start, :vocabulary]
 
 
 def write_logits(out: Tensor, h: Tensor, head: Head, factor: float = 1.0) -> Tensor:

@@ -17,15 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from nabla_fast.ops.triton._launch import counters, last_to_arrive, launch
-from nabla_fast.ops.triton._matmul import products, tile_shape
+from nabla_fast.ops.triton._matmul import Bases, cap_slope, capped, products, tile_shape
 from nabla_fast.ops.triton._softmax import load_row
+from nabla_fast.ops.types import Head
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _others_kernel(
     Z,
     Z_n,
     Z_v,
+    BASES,
     TOP,
     TOKEN,
     HIGH,
@@ -35,8 +37,10 @@ def _others_kernel(
     SUMS,
     PARTS,
     COUNTER,
+    rows,
     V,
     inv_tau,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -45,7 +49,11 @@ def _others_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < V
     z = load_row(Z, row * Z_n, columns, Z_v, inside, float("-inf"))
-    e = tl.exp((z - tl.load(TOP + row)) * inv_tau)
+    top = tl.load(TOP + row)
+    if BASES is not None:  # z is e of another base
+        e = z * tl.exp((tl.load(BASES + columns // WIDTH * rows + row, mask=inside, other=0.0) - top) * inv_tau)
+    else:
+        e = tl.exp((z - top) * inv_tau)
     e = tl.where(inside & (columns != tl.load(TOKEN + row)), e, 0.0)
     high = e.to(HIGH.dtype.element_ty)
     tl.store(HIGH + row * HIGH_n + columns, high, mask=inside)
@@ -65,8 +73,12 @@ def _others_kernel(
         tl.store(SUMS + 2 * row + 1, tl.sum(seen, axis=0))
 
 
-def write_others(out: Sequence[Tensor], z: Tensor, inv_tau: float, top: Tensor, token: Tensor) -> Tensor:
+def write_others(
+    out: Sequence[Tensor], z: Tensor, inv_tau: float, top: Tensor, token: Tensor, bases: Bases | None = None
+) -> Tensor:
     """Writes e of all tokens but the likeliest into ``out``, one or two (R, V) that add up to it.
+
+    With ``bases``, z holds e already, relative to them, and may be ``out``.
 
     Returns:
         (R, 2), the sum of e, and of what was written.
@@ -80,10 +92,11 @@ def write_others(out: Sequence[Tensor], z: Tensor, inv_tau: float, top: Tensor, 
     launch(
         _others_kernel, (rows, blocks), z.device,
         (
-            z, *z.stride(), top, token, out[0], out[0].stride(0), low, 0 if low is None else low.stride(0), sums,
-            parts, counters(rows, z.device), vocabulary, inv_tau,
+            z, *z.stride(), None if bases is None else bases.values, top, token,
+            out[0], out[0].stride(0), low, 0 if low is None else low.stride(0), sums,
+            parts, counters(rows, z.device), rows, vocabulary, inv_tau,
         ),
-        {"BLOCK": block, "BLOCKS": triton.next_power_of_2(blocks)},
+        {"WIDTH": 1 if bases is None else bases.width, "BLOCK": block, "BLOCKS": triton.next_power_of_2(blocks)},
     )  # fmt: skip
     return sums
 
@@ -169,6 +182,16 @@ def mean_of(
     return origin, q
 
 
+@triton.jit
+def relaxed(z, g, columns, top, inverse, token, origin, q, inv_tau):
+    """p (D - q) / tau of a tile of logits z and G."""
+    p = tl.exp((z - top) * inv_tau) * inverse
+    # Of the likeliest token exactly 0, however its product was summed up.
+    d = tl.where(columns == token, 0.0, g - origin)
+    # Where p is 0 an infinite G moves nothing; NaN stays.
+    return tl.where(p == 0, 0.0, p * (d - q) * inv_tau)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _relaxed_product_kernel(
     X,
@@ -204,11 +227,10 @@ def _relaxed_product_kernel(
     entry = tl.minimum(columns, V - 1)
     g = products(X, X_n, X_d, TABLE, T_v, T_d, D, row, entry, BN, BV, BD, EVEN, SWAP, UPCAST)
     z = tl.load(Z + (row * Z_n)[:, None] + (entry.to(tl.int64) * Z_v)[None, :]).to(tl.float32)
-    p = tl.exp((z - tl.load(TOP + row)[:, None]) * inv_tau) * tl.load(INVERSE + row)[:, None]
-    # Of the likeliest token exactly 0, however its product was summed up.
-    d = tl.where(columns[None, :] == tl.load(TOKEN + row)[:, None], 0.0, g - tl.load(ORIGIN + row)[:, None])
-    # Where p is 0 an infinite G moves nothing; NaN stays.
-    dz = tl.where(p == 0, 0.0, p * (d - tl.load(Q + row)[:, None]) * inv_tau)
+    dz = relaxed(
+        z, g, columns[None, :], tl.load(TOP + row)[:, None], tl.load(INVERSE + row)[:, None],
+        tl.load(TOKEN + row)[:, None], tl.load(ORIGIN + row)[:, None], tl.load(Q + row)[:, None], inv_tau,
+    )  # fmt: skip
     at = OUT + (row * V)[:, None] + columns[None, :]
     tl.store(at, dz.to(OUT.dtype.element_ty), mask=wanted[:, None] & (columns < V)[None, :])
 
@@ -235,4 +257,84 @@ def write_relaxed_product(
             len(table), inv_tau,
         ),
         tiles.constants(width), **tiles.options,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linear_relaxed_kernel(
+    X,
+    X_n,
+    X_d,
+    TABLE,
+    T_v,
+    T_d,
+    D_X,
+    H,
+    H_n,
+    H_d,
+    W,
+    W_v,
+    W_d,
+    D,
+    scale,
+    softcap,
+    OUT,
+    OUT_n,
+    TOP,
+    INVERSE,
+    TOKEN,
+    ORIGIN,
+    Q,
+    rows,
+    V,
+    inv_tau,
+    CAP: tl.constexpr,
+    EVEN_X: tl.constexpr,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+    BD: tl.constexpr,
+    EVEN: tl.constexpr,
+    SWAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    columns = tl.program_id(1) * BV + tl.arange(0, BV)
+    inside = (row < rows)[:, None] & (columns < V)[None, :]
+    row = tl.minimum(row, rows - 1)
+    entry = tl.minimum(columns, V - 1)
+    g = products(X, X_n, X_d, TABLE, T_v, T_d, D_X, row, entry, BN, BV, BD, EVEN_X, SWAP, UPCAST)
+    z = products(H, H_n, H_d, W, W_v, W_d, D, row, entry, BN, BV, BD, EVEN, SWAP, UPCAST)
+    z = capped(z, scale, softcap, CAP)
+    dz = relaxed(
+        z, g, columns[None, :], tl.load(TOP + row)[:, None], tl.load(INVERSE + row)[:, None],
+        tl.load(TOKEN + row)[:, None], tl.load(ORIGIN + row)[:, None], tl.load(Q + row)[:, None], inv_tau,
+    )  # fmt: skip
+    if CAP:
+        dz = tl.where(dz == 0, 0.0, dz * cap_slope(z, softcap))
+    tl.store(OUT + (row * OUT_n)[:, None] + columns[None, :], dz.to(OUT.dtype.element_ty), mask=inside)
+
+
+def write_linear_relaxed(
+    out: Tensor,
+    h: Tensor,
+    head: Head,
+    x: Tensor,
+    table: Tensor,
+    inv_tau: float,
+    top: Tensor,
+    inverse: Tensor,
+    token: Tensor,
+    origin: Tensor,
+    q: Tensor,
+) -> None:
+    """`write_relaxed_product` for the logits of hidden states h (R, d), made beside G, and the softcap's slope."""
+    (rows, width), tiles = x.shape, tile_shape(len(x), h.device)
+    launch(
+        _linear_relaxed_kernel, (triton.cdiv(rows, tiles.BN), triton.cdiv(len(table), tiles.BV)), h.device,
+        (
+            x, *x.stride(), table, *table.stride(), width, h, *h.stride(), head.weight, *head.weight.stride(),
+            h.shape[1], float(head.scale), float(head.softcap), out, out.stride(0), top, inverse, token, origin, q,
+            rows, len(table), inv_tau,
+        ),
+        {"CAP": head.softcap != 0, "EVEN_X": width % tiles.BD == 0, **tiles.constants(h.shape[1])}, **tiles.options,
     )  # fmt: skip

@@ -20,7 +20,7 @@ hidden states beside bfloat16 tables.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -30,19 +30,27 @@ from torch import Tensor
 from nabla_fast.ops.table_matmul import times_rows
 from nabla_fast.ops.triton._launch import check, run, strides
 from nabla_fast.ops.triton._matmul import (
+    Bases,
     Scratch,
+    half_blocks,
     logits_in_blocks,
     rounded,
     row_blocks,
     write_terms,
 )
-from nabla_fast.ops.triton._mixture import mean_of, write_mixture, write_others, write_relaxed_product
+from nabla_fast.ops.triton._mixture import (
+    mean_of,
+    write_linear_relaxed,
+    write_mixture,
+    write_others,
+    write_relaxed_product,
+)
 from nabla_fast.ops.triton._row_stats import RowOutputs, outputs, row_stats
 from nabla_fast.ops.triton._softmax import (
     weight_dtypes,
     write_weights,
 )
-from nabla_fast.ops.triton.stats import linear_row
+from nabla_fast.ops.triton.stats import linear_row, linear_stats
 from nabla_fast.ops.types import (
     HardEmbeddings,
     Head,
@@ -104,41 +112,111 @@ def soft_embedding_recorded(z: Tensor, table: Tensor, tau: float = 1.0) -> Recor
 def _soft_embedding(z: Tensor, table: Tensor, tau: float, offset: Tensor | None) -> RecordedMixture:
     softmax = row_stats(z, 1.0 / tau, outputs(len(z), z.device, "top", "max_prob", "token"))
     mixture = z.new_empty(len(z), table.shape[1], dtype=torch.float32)
-    scratch = Scratch(len(z), len(table), z.device)
-    for rows in row_blocks(len(z), len(table)):
-        _mix(
-            z[rows], table, 1.0 / tau, z.dtype, scratch, softmax.top[rows], softmax.token[rows], mixture[rows],
-            None if offset is None else offset[rows],
-        )  # fmt: skip
+    for rows, weights in _weight_blocks(len(z), table, z.dtype):
+        _mix(weights, z[rows], table, 1.0 / tau, softmax.rows(rows), mixture[rows], _rows(offset, rows))
     return RecordedMixture(mixture, mixture if offset is None else offset, softmax.top, softmax.max_prob, softmax.token)
 
 
+def _weight_blocks(count: int, table: Tensor, source: torch.dtype) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    dtypes = weight_dtypes(source, table.dtype)
+    if dtypes == (torch.bfloat16,):
+        for rows, weights in half_blocks(count, len(table), torch.bfloat16, table.device):
+            yield rows, (weights,)
+        return
+    scratch = Scratch(count, len(table), table.device)
+    for rows in row_blocks(count, len(table)):
+        yield rows, scratch.weights(rows.stop - rows.start, dtypes)
+
+
+def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
+
+
 def _mix(
+    weights: tuple[Tensor, ...],
     z: Tensor,
     table: Tensor,
     inv_tau: float,
-    source: torch.dtype,
-    scratch: Scratch,
-    top: Tensor,
-    token: Tensor,
+    softmax: RowOutputs,
     out: Tensor,
-    offset: Tensor | None = None,
+    offset: Tensor | None,
+    bases: Bases | None = None,
 ) -> None:
-    """The mixture of the rows z (R, V), and its offset."""
-    weights = scratch.weights(len(z), weight_dtypes(source, table.dtype))
-    sums = write_others(weights, z, inv_tau, top, token)
+    """The mixture of the rows z (R, V), or of weights relative to ``bases`` in their place, and its offset."""
+    sums = write_others(weights, z, inv_tau, softmax.top, softmax.token, bases)
     times_rows(weights, table, out)
-    write_mixture(out, offset, out, table, token, sums)
+    write_mixture(out, offset, out, table, softmax.token, sums)
 
 
 def linear_soft_embedding(h: Tensor, head: Head, table: Tensor, tau: float = 1.0) -> Tensor:
     """`reference.linear_soft_embedding`."""
     check(h, head.weight, table)
-    out = h.new_empty(len(h), table.shape[1], dtype=torch.float32)
+    return _linear_soft_embedding(h, head, table, tau, None).mixture
+
+
+def linear_soft_embedding_recorded(h: Tensor, head: Head, table: Tensor, tau: float = 1.0) -> RecordedMixture:
+    """`reference.linear_soft_embedding_recorded`."""
+    check(h, head.weight, table)
+    return _linear_soft_embedding(h, head, table, tau, h.new_empty(len(h), table.shape[1], dtype=torch.float32))
+
+
+def _linear_soft_embedding(h: Tensor, head: Head, table: Tensor, tau: float, offset: Tensor | None) -> RecordedMixture:
+    mixture = h.new_empty(len(h), table.shape[1], dtype=torch.float32)
+    softmax = outputs(len(h), h.device, "top", "max_prob", "token")
+    recorded = RecordedMixture(mixture, mixture if offset is None else offset, *softmax[:2], softmax.token)
+    if _all_bfloat16(h, head.weight, table):
+        for rows, half in half_blocks(len(h), len(table), h.dtype, h.device):
+            own = softmax.rows(rows)
+            bases = linear_stats(h[rows], head, 1.0 / tau, own, weights=half)
+            _mix((half,), half, table, 1.0 / tau, own, mixture[rows], _rows(offset, rows), bases)
+        return recorded
     scratch = Scratch(len(h), len(table), h.device)
     for rows, z in logits_in_blocks(h, head, scratch):
-        softmax = row_stats(z, 1.0 / tau, outputs(len(z), z.device, "top", "token"))
-        _mix(z, table, 1.0 / tau, h.dtype, scratch, softmax.top, softmax.token, out[rows])
+        own = row_stats(z, 1.0 / tau, softmax.rows(rows))
+        weights = scratch.weights(len(z), weight_dtypes(h.dtype, table.dtype))
+        _mix(weights, z, table, 1.0 / tau, own, mixture[rows], _rows(offset, rows))
+    return recorded
+
+
+def _all_bfloat16(*tensors: Tensor) -> bool:
+    """Whether 8 bits of a weight, or of a gradient, are as good as what they are made from."""
+    return all(x.dtype == torch.bfloat16 for x in tensors)
+
+
+def linear_soft_embedding_backward(
+    h: Tensor,
+    head: Head,
+    vector: Tensor,
+    table: Tensor,
+    offset: Tensor,
+    top: Tensor,
+    max_prob: Tensor,
+    token: Tensor,
+    tau: float = 1.0,
+) -> Tensor:
+    """`reference.linear_soft_embedding_backward`."""
+    check(h, head.weight, vector, table)
+    out, offset = torch.empty(h.shape, dtype=torch.float32, device=h.device), offset.contiguous()
+    if _all_bfloat16(h, head.weight, table):
+        x = torch.empty(vector.shape, dtype=h.dtype, device=h.device)
+        origin, q = mean_of(vector, offset, table, token, rounded=x) if len(h) else (top, top)
+        for rows, half in half_blocks(len(h), len(table), h.dtype, h.device):
+            write_linear_relaxed(
+                half, h[rows], head, x[rows], table, 1.0 / tau, top[rows], max_prob[rows], token[rows], origin[rows],
+                q[rows],
+            )  # fmt: skip
+            times_rows((half,), head.weight, out[rows], alpha=head.scale)
+        return out
+    scratch = Scratch(len(h), len(table), h.device)
+    for rows, z in logits_in_blocks(h, head, scratch):
+        gradient = write_terms(scratch.take("gradient", len(z)), rounded([vector[rows]], [table], h.dtype), [table])
+        origin, q = mean_of(vector[rows], offset[rows], table, token[rows], gradient=gradient)
+        weights = scratch.weights(len(z), weight_dtypes(h.dtype, head.weight.dtype))
+        write_weights(
+            weights, z, 1.0 / tau, "relaxed", top[rows], max_prob[rows], gradient=gradient, origin=origin, q=q,
+            softcap=head.softcap,
+        )  # fmt: skip
+        times_rows(weights, head.weight, out[rows], alpha=head.scale)
     return out
 
 
@@ -158,7 +236,7 @@ def soft_embedding_backward(
     if not len(z):
         return dz
     offset = offset.contiguous()
-    if z.dtype == table.dtype == torch.bfloat16:  # in which a vector's 8 bits are as good as the logits'
+    if _all_bfloat16(z, table):
         x = torch.empty(vector.shape, dtype=z.dtype, device=z.device)
         origin, q = mean_of(vector, offset, table, token, rounded=x)
         write_relaxed_product(dz, z, x, table, 1.0 / tau, top, max_prob, token, origin, q)

@@ -4,9 +4,9 @@
 With half-precision factors no (N, V) tensor is written: a tile's logits and its G come from products in registers. Else
 the matrix library makes both for so many rows as fit into a scratch.
 
-The norm is that of w + c log sum e^(z - max z) with c = nll_coeff and w = G - c (z - max z) while max z, and the sum, are
-still being found. So of w the mean is kept, which a new maximum moves, and the sum of squares about it, which it leaves
-alone: nothing cancels when both are put together.
+The norm is that of w + c log sum e^(z - max z) with c = nll_coeff and w = G - c (z - max z), while max z and the sum
+are still being found. So of w the mean is kept, which a new maximum moves, and the sum of squares about it, which it
+leaves alone: nothing cancels when both are put together.
 
 Work: 2 N V (2 d + d_r) operations, of which what has a float32 factor beside a bfloat16 table counts twice.
 """
@@ -138,12 +138,12 @@ def _scan_norm_kernel(
 
 @triton.jit
 def _over(max, total, mean, squares, count, nll):
-    """The states of lanes or parts as one."""
+    """The states of lanes or parts, the first axis, as one."""
     top = tl.max(max, axis=0)
-    total, mean = _moved(max, top, total, mean, nll)
+    total, mean = _moved(max, tl.expand_dims(top, 0), total, mean, nll)
     weight = count.to(tl.float32)
     whole = tl.sum(tl.where(count > 0, weight * mean, 0.0), axis=0) / tl.sum(weight, axis=0)
-    away = tl.where(count > 0, mean - whole, 0.0)
+    away = tl.where(count > 0, mean - tl.expand_dims(whole, 0), 0.0)
     return top, tl.sum(total, axis=0), whole, tl.sum(squares + weight * away * away, axis=0)
 
 
@@ -180,6 +180,7 @@ def _tile_norm_kernel(
     softcap,
     nll,
     CAP: tl.constexpr,
+    CHUNK: tl.constexpr,
     EVEN_E: tl.constexpr,
     EVEN_R: tl.constexpr,
     BN: tl.constexpr,
@@ -226,19 +227,23 @@ def _tile_norm_kernel(
     total = tl.zeros([BN], tl.float32)
     mean = tl.zeros([BN], tl.float32)
     squares = tl.zeros([BN], tl.float32)
-    for other in range(splits):
+    for first in range(0, splits, CHUNK):
         # Past the cache of this multiprocessor, which others do not write to.
-        at = PARTS + other * FIELDS * rows + row
-        max = tl.load(at, mask=wanted, other=float("-inf"), cache_modifier=".cg")
-        own_total = tl.load(at + rows, mask=wanted, other=0.0, cache_modifier=".cg")
-        own_mean = tl.load(at + 2 * rows, mask=wanted, other=0.0, cache_modifier=".cg")
-        own_squares = tl.load(at + 3 * rows, mask=wanted, other=0.0, cache_modifier=".cg")
-        new_max = tl.maximum(top, max)
+        part = first + tl.arange(0, CHUNK)
+        inside = (part < splits)[:, None] & wanted[None, :]
+        at = PARTS + (part * FIELDS * rows)[:, None] + row[None, :]
+        max = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        own_total = tl.load(at + rows, mask=inside, other=0.0, cache_modifier=".cg")
+        own_mean = tl.load(at + 2 * rows, mask=inside, other=0.0, cache_modifier=".cg")
+        own_squares = tl.load(at + 3 * rows, mask=inside, other=0.0, cache_modifier=".cg")
+        counts = tl.maximum(tl.minimum(V - part * size, size), 0)[:, None]
+        high, own_total, own_mean, own_squares = _over(max, own_total, own_mean, own_squares, counts, nll)
+        new_max = tl.maximum(top, high)
         total, mean = _moved(top, new_max, total, mean, nll)
-        own_total, own_mean = _moved(max, new_max, own_total, own_mean, nll)
+        own_total, own_mean = _moved(high, new_max, own_total, own_mean, nll)
         total += own_total
-        seen = tl.minimum(V - other * size, size)
-        mean, squares = _joined(other * size, mean, squares, seen, own_mean, own_squares)
+        seen = tl.minimum(V - first * size, CHUNK * size)
+        mean, squares = _joined(first * size, mean, squares, seen, own_mean, own_squares)
         top = new_max
     tl.store(OUT + row, _norm(top, total, mean, squares, V, nll), mask=wanted)
 
@@ -289,5 +294,9 @@ def _by_tiles(norm: Tensor, factors: TokenGradient, tables: Tables) -> None:
             *operands, norm, parts, counters(blocks, norm.device), rows, vocabulary, size, float(head.scale),
             float(head.softcap), float(tables.nll_coeff),
         ),
-        {"CAP": head.softcap != 0, **even, **tiles.constants(factors.hidden.shape[1])}, **tiles.options,
+        {
+            "CAP": head.softcap != 0, "CHUNK": 2048 // tiles.BN, **even,
+            **tiles.constants(factors.hidden.shape[1]),
+        },
+        **tiles.options,
     )  # fmt: skip

@@ -1,24 +1,32 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """`log_likelihood_gradient`: log pi of the tokens and its gradient with respect to hidden states, by blocks of rows.
 
 Work: 2 N V d operations for the logits, as much for the gradient; twice the latter if h is float32 and W bfloat16. Of a
 block of logits the first launch makes log pi and 1 - p, the sum of the other entries' p, the second the weights.
-Without a gradient, half-precision logits are not written: one launch in all.
+Without a gradient, half-precision states need one launch in all, and with one in bfloat16 their logits are never
+written: weights are, by the launch that makes log pi, relative to maxima that the second launch takes out.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from nabla_fast.ops.table_matmul import times_rows
-from nabla_fast.ops.triton._launch import check
+from nabla_fast.ops.triton._launch import check, launch
 from nabla_fast.ops.triton._matmul import (
+    Bases,
     Scratch,
+    cap_slope,
     fused,
+    half_blocks,
     logits_in_blocks,
 )
 from nabla_fast.ops.triton._row_stats import RowOutputs, outputs, row_stats
 from nabla_fast.ops.triton._softmax import (
+    load_row,
     weight_dtypes,
     write_weights,
 )
@@ -29,6 +37,48 @@ from nabla_fast.ops.types import (
 )
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _likelihood_kernel(
+    WEIGHTS,
+    WEIGHTS_n,
+    BASES,
+    TOP,
+    INVERSE,
+    TARGET,
+    Q,
+    LOG_PI,
+    rows,
+    V,
+    softcap,
+    CAP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < V
+    e = load_row(WEIGHTS, row * WEIGHTS_n, columns, 1, inside, 0.0)
+    base = tl.load(BASES + columns // WIDTH * rows + row, mask=inside, other=0.0)
+    top, inverse, others = tl.load(TOP + row), tl.load(INVERSE + row), tl.load(Q + row)
+    if CAP:  # of the target, whose logit its likelihood tells
+        others *= cap_slope(tl.load(LOG_PI + row) + top - tl.log(inverse), softcap)
+    weight = tl.where(columns == tl.load(TARGET + row), others, -e * tl.exp(base - top) * inverse)
+    tl.store(WEIGHTS + row * WEIGHTS_n + columns, weight.to(WEIGHTS.dtype.element_ty), mask=inside)
+
+
+def _finish_weights(weights: Tensor, bases: Bases, row: RowOutputs, target: Tensor, softcap: float) -> None:
+    """Weights (R, V) of `linear_stats` as those of the gradient, in their place."""
+    (rows, vocabulary), block = weights.shape, 4096
+    launch(
+        _likelihood_kernel, (rows, triton.cdiv(vocabulary, block)), weights.device,
+        (
+            weights, weights.stride(0), bases.values, row.top, row.max_prob, target, row.q, row.log_pi, rows,
+            vocabulary, float(softcap),
+        ),
+        {"CAP": softcap != 0, "WIDTH": bases.width, "BLOCK": block},
+    )  # fmt: skip
+
+
 def log_likelihood_gradient(h: Tensor, head: Head, tokens: Tensor, need_grad: bool) -> LogLikelihood:
     """`reference.log_likelihood_gradient`; a token outside the vocabulary gives NaN."""
     check(h, head.weight)
@@ -37,6 +87,14 @@ def log_likelihood_gradient(h: Tensor, head: Head, tokens: Tensor, need_grad: bo
     gradient, tokens = log_pi.new_empty(count if need_grad else 0, depth), tokens.contiguous()
     if not need_grad and fused(h, head.weight):
         linear_stats(h, head, 1.0, RowOutputs(log_pi=log_pi), target=tokens)
+        return LogLikelihood(log_pi, gradient)
+    if fused(h, head.weight) and h.dtype == torch.bfloat16:  # float16's range does not hold every weight
+        for rows, half in half_blocks(count, vocabulary, h.dtype, h.device):
+            out = outputs(len(half), h.device, "top", "max_prob", "q")._replace(log_pi=log_pi[rows])
+            bases = linear_stats(h[rows], head, 1.0, out, target=tokens[rows], weights=half)
+            assert bases is not None
+            _finish_weights(half, bases, out, tokens[rows], head.softcap)
+            times_rows((half,), head.weight, gradient[rows], alpha=head.scale)
         return LogLikelihood(log_pi, gradient)
     scratch = Scratch(count, vocabulary, h.device)
     for rows, z in logits_in_blocks(h, head, scratch):

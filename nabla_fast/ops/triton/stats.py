@@ -21,7 +21,9 @@ from torch import Tensor
 
 from nabla_fast.ops.triton._launch import check, counters, last_to_arrive, launch, run, split, strides
 from nabla_fast.ops.triton._matmul import (
+    Bases,
     Scratch,
+    cap_slope,
     capped,
     fused,
     logits_in_blocks,
@@ -114,8 +116,8 @@ def row_state(
     return state
 
 
-# Of one part of a row: max, sums, token, the target's logit.
-LINEAR_FIELDS = tl.constexpr(5)
+# Of one part of a row: max, sums, token, the target's logit, the sum without it.
+LINEAR_FIELDS = tl.constexpr(6)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -137,6 +139,10 @@ def _linear_stats_kernel(
     TOKEN,
     MASK,
     LOG_PI,
+    Q,
+    WEIGHTS,
+    WEIGHTS_n,
+    BASES,
     PARTS,
     COUNTER,
     rows,
@@ -146,6 +152,7 @@ def _linear_stats_kernel(
     entropy_threshold,
     confidence_threshold,
     CAP: tl.constexpr,
+    CHUNK: tl.constexpr,
     BN: tl.constexpr,
     BV: tl.constexpr,
     BD: tl.constexpr,
@@ -161,6 +168,7 @@ def _linear_stats_kernel(
     max = tl.full([BN], float("-inf"), tl.float32)
     sum_exp = tl.zeros([BN], tl.float32)
     sum_exp_logit = tl.zeros([BN], tl.float32)
+    others = tl.zeros([BN], tl.float32)
     value = tl.zeros([BN], tl.float32)
     token = tl.zeros([BN], tl.int32)
     target = tl.full([BN], -1, tl.int64)
@@ -181,13 +189,22 @@ def _linear_stats_kernel(
             token = tl.where(high > max, first + lowest, token)
         new_max = tl.maximum(max, high)
         base = shift(new_max)
-        sum_exp, sum_exp_logit, _ = rescale(max, sum_exp, sum_exp_logit, sum_exp_logit, base, inv_tau)
+        sum_exp, sum_exp_logit, others = rescale(max, sum_exp, sum_exp_logit, others, base, inv_tau)
         max = new_max
         difference = (z - base[:, None]) * inv_tau
         e = tl.exp(difference)
         sum_exp += tl.sum(e, axis=1)
         if ENTROPY is not None:
             sum_exp_logit += tl.sum(tl.where(e > 0, e * difference, 0.0), axis=1)
+        if Q is not None:
+            others += tl.sum(tl.where(columns[None, :] == target[:, None], 0.0, e), axis=1)
+        if WEIGHTS is not None:
+            if CAP and TARGET is not None:
+                # A -inf logit has weight 0, and a slope that is not a number.
+                e = tl.where(e == 0, 0.0, e * cap_slope(z, softcap))
+            place = WEIGHTS + (row * WEIGHTS_n)[:, None] + columns[None, :]
+            tl.store(place, e.to(WEIGHTS.dtype.element_ty), mask=inside)
+            tl.store(BASES + first // BV * rows + row, base, mask=wanted)
     at = PARTS + row
     part = split * LINEAR_FIELDS * rows
     tl.store(at + part, max, mask=wanted)
@@ -195,34 +212,44 @@ def _linear_stats_kernel(
     tl.store(at + part + 2 * rows, sum_exp_logit, mask=wanted)
     tl.store(at + part + 3 * rows, token.to(tl.float32, bitcast=True), mask=wanted)
     tl.store(at + part + 4 * rows, value, mask=wanted)
+    tl.store(at + part + 5 * rows, others, mask=wanted)
     if not last_to_arrive(COUNTER + tl.program_id(0), splits):
         return
     top = tl.full([BN], float("-inf"), tl.float32)
     total = tl.zeros([BN], tl.float32)
     t = tl.zeros([BN], tl.float32)
+    q = tl.zeros([BN], tl.float32)
     value = tl.zeros([BN], tl.float32)
     token = tl.zeros([BN], tl.int32)
-    for other in range(splits):
+    for first in range(0, splits, CHUNK):
         # Past the cache of this multiprocessor, which others do not write to.
-        part = other * LINEAR_FIELDS * rows
-        max = tl.load(at + part, mask=wanted, other=float("-inf"), cache_modifier=".cg")
-        sum_exp = tl.load(at + part + rows, mask=wanted, other=0.0, cache_modifier=".cg")
-        sum_exp_logit = tl.load(at + part + 2 * rows, mask=wanted, other=0.0, cache_modifier=".cg")
-        own = tl.load(at + part + 3 * rows, mask=wanted, other=0.0, cache_modifier=".cg").to(tl.int32, bitcast=True)
-        value += tl.load(at + part + 4 * rows, mask=wanted, other=0.0, cache_modifier=".cg")
-        token = tl.where(max > top, own, token)
-        new_max = tl.maximum(top, max)
+        part = first + tl.arange(0, CHUNK)
+        inside = (part < splits)[:, None] & wanted[None, :]
+        at = PARTS + (part * LINEAR_FIELDS * rows)[:, None] + row[None, :]
+        max = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        sum_exp = tl.load(at + rows, mask=inside, other=0.0, cache_modifier=".cg")
+        sum_exp_logit = tl.load(at + 2 * rows, mask=inside, other=0.0, cache_modifier=".cg")
+        own = tl.load(at + 3 * rows, mask=inside, other=0.0, cache_modifier=".cg").to(tl.int32, bitcast=True)
+        value += tl.sum(tl.load(at + 4 * rows, mask=inside, other=0.0, cache_modifier=".cg"), axis=0)
+        others = tl.load(at + 5 * rows, mask=inside, other=0.0, cache_modifier=".cg")
+        high = tl.max(max, axis=0)
+        lowest = tl.min(tl.where(inside & (max == high[None, :]), own, 2147483647), axis=0)
+        token = tl.where(high > top, lowest, token)
+        new_max = tl.maximum(top, high)
         base = shift(new_max)
-        total, t, _ = rescale(top, total, t, t, base, inv_tau)
-        sum_exp, sum_exp_logit, _ = rescale(max, sum_exp, sum_exp_logit, sum_exp_logit, base, inv_tau)
-        total += sum_exp
-        t += sum_exp_logit
+        total, t, q = rescale(top, total, t, q, base, inv_tau)
+        sum_exp, sum_exp_logit, others = rescale(max, sum_exp, sum_exp_logit, others, base[None, :], inv_tau)
+        total += tl.sum(sum_exp, axis=0)
+        t += tl.sum(sum_exp_logit, axis=0)
+        q += tl.sum(others, axis=0)
         top = new_max
     good = (total == total) & (tl.abs(top) < float("inf"))
     if TARGET is not None:
         good = good & (target >= 0) & (target < V)
         log_pi = (value - top) * inv_tau - tl.log(total)
         tl.store(LOG_PI + row, tl.where(good, log_pi, float("nan")), mask=wanted)
+    if Q is not None:
+        tl.store(Q + row, tl.where(good, q / total, float("nan")), mask=wanted)
     write_stats(
         TOP, MAX_PROB, LSE, ENTROPY, TOKEN, MASK, row, wanted, good, top, total, t, token, inv_tau, entropy_threshold,
         confidence_threshold,
@@ -236,28 +263,38 @@ def linear_stats(
     out: RowOutputs,
     *,
     target: Tensor | None = None,
+    weights: Tensor | None = None,
     entropy_threshold: float | None = None,
     confidence_threshold: float | None = None,
-) -> RowOutputs:
-    """`row_stats` of the logits of `fused` hidden states h (N, d), none of which is written; in one launch."""
+) -> Bases | None:
+    """`row_stats` of the logits of `fused` hidden states h (N, d), none of which is written; in one launch.
+
+    Args:
+        weights: (N, V) in half precision, becomes e^((z - base) / tau), times the softcap's slope for a target: rounded
+            as softmax weights may be, which rounded logits would not give. The bases are returned.
+    """
     (rows, depth), weight = h.shape, head.weight
     if not rows:
-        return out
+        return None
     tiles = tile_shape(rows, h.device)
     blocks = triton.cdiv(rows, tiles.BN)
     size, splits = split(len(weight), tiles.BV, blocks, h.device)
     parts = torch.empty(splits, LINEAR_FIELDS.value, rows, dtype=torch.float32, device=h.device)
+    bases = None
+    if weights is not None:
+        bases = torch.empty(triton.cdiv(len(weight), tiles.BV), rows, dtype=torch.float32, device=h.device)
     launch(
         _linear_stats_kernel, (blocks, splits), h.device,
         (
             h, *h.stride(), weight, *weight.stride(), depth, float(head.scale), float(head.softcap), target, *out[:6],
-            out.log_pi, parts, counters(blocks, h.device), rows, len(weight), size, inv_tau,
+            out.log_pi, out.q, weights, 0 if weights is None else weights.stride(0), bases, parts,
+            counters(blocks, h.device), rows, len(weight), size, inv_tau,
             -math.inf if entropy_threshold is None else float(entropy_threshold),
             math.inf if confidence_threshold is None else float(confidence_threshold),
         ),
-        {"CAP": head.softcap != 0, **tiles.constants(depth)}, **tiles.options,
+        {"CAP": head.softcap != 0, "CHUNK": 2048 // tiles.BN, **tiles.constants(depth)}, **tiles.options,
     )  # fmt: skip
-    return out
+    return None if bases is None else Bases(bases, tiles.BV)
 
 
 def linear_row(
@@ -271,9 +308,10 @@ def linear_row(
     """Statistics of the logits of h (N, d): from tiles where no logit need be written, else from blocks."""
     out = outputs(len(h), h.device, *names)
     if fused(h, head.weight):
-        return linear_stats(
+        linear_stats(
             h, head, inv_tau, out, entropy_threshold=entropy_threshold, confidence_threshold=confidence_threshold
         )
+        return out
     scratch = Scratch(len(h), head.weight.shape[0], h.device)
     for rows, z in logits_in_blocks(h, head, scratch):
         row_stats(
