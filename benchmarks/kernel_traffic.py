@@ -32,18 +32,21 @@ SIZES = ((QWEN25_7B, 1024), (GEMMA2_2B, 256), (LLAMA31_8B, 256))
 # Parameters that a launch writes, and does not read. What is written and read again by the same launch is small.
 WRITTEN = {
     "OUT", "STATE", "TOKENS", "MAX_PROB", "LSE", "ENTROPY", "TOP", "Q", "TOKEN", "MASK", "HIGH", "LOW", "ORIGIN",
-    "LOG_PI", "PARTS", "SUMS", "OFFSET", "ROUNDED",
+    "LOG_PI", "PARTS", "SUMS", "OFFSET", "ROUNDED", "WEIGHTS", "BASES",
 }  # fmt: skip
 READ = {  # by a kernel that only takes them
     "stats": {"STATE", "TOKENS"},
     "gather": {"TOKEN"},
-    "others": {"TOP", "TOKEN"},
+    "others": {"TOP", "TOKEN", "BASES"},
+    "likelihood": {"TOP", "Q", "LOG_PI", "BASES"},
+    "linear_relaxed": {"TOP", "TOKEN", "ORIGIN", "Q"},
     "mixture": {"TOKEN", "SUMS"},
     "mean": {"TOKEN", "OFFSET"},
     "relaxed_product": {"TOP", "TOKEN", "ORIGIN", "Q"},
     "weights": {"TOP", "Q", "ORIGIN"},
 }
 GATHERS = {"gather", "mixture", "mean"}
+IN_PLACE = {"likelihood": "WEIGHTS"}
 
 
 def size(x: Tensor) -> int:
@@ -73,7 +76,8 @@ class Record(TorchDispatchMode):
         name = function.fn.__name__.strip("_").removesuffix("_kernel")
         operands = {key: value for key, value in named.items() if isinstance(value, Tensor)}
         written = {key for key in operands if key in WRITTEN and key not in READ.get(name, ())}
-        read = [value for key, value in operands.items() if key not in written | {"TABLE", "COUNTER"}]
+        unread = written - {IN_PLACE.get(name)} | {"TABLE", "COUNTER"} | ({"G"} if name == "mean" else set())
+        read = [value for key, value in operands.items() if key not in unread]
         if "TABLE" in operands:
             table = operands["TABLE"]
             read.append(table[: len(operands["TOKEN"])] if name in GATHERS else table)
