@@ -71,7 +71,7 @@ def launch(
             compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values())
             return
         # Constants are given by name here, but by place later.
-        assert kernel.arg_names[len(arguments) :] == [*constants], kernel.arg_names
+        assert [*kernel.arg_names[len(arguments) :]] == [*constants], kernel.arg_names
         most = min(255, 65536 // (32 * num_warps))
         given = {**constants, "num_warps": num_warps, **options, "enable_fp_fusion": True, "maxnreg": most}
         compiled = kernel[grid](*arguments, **given)

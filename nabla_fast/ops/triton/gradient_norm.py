@@ -227,24 +227,26 @@ def _tile_norm_kernel(
     total = tl.zeros([BN], tl.float32)
     mean = tl.zeros([BN], tl.float32)
     squares = tl.zeros([BN], tl.float32)
-    for first in range(0, splits, CHUNK):
+    for begin in range(0, splits, CHUNK):
         # Past the cache of this multiprocessor, which others do not write to.
-        part = first + tl.arange(0, CHUNK)
-        inside = (part < splits)[:, None] & wanted[None, :]
-        at = PARTS + (part * FIELDS * rows)[:, None] + row[None, :]
-        max = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        own_total = tl.load(at + rows, mask=inside, other=0.0, cache_modifier=".cg")
-        own_mean = tl.load(at + 2 * rows, mask=inside, other=0.0, cache_modifier=".cg")
-        own_squares = tl.load(at + 3 * rows, mask=inside, other=0.0, cache_modifier=".cg")
-        counts = tl.maximum(tl.minimum(V - part * size, size), 0)[:, None]
-        high, own_total, own_mean, own_squares = _over(max, own_total, own_mean, own_squares, counts, nll)
-        new_max = tl.maximum(top, high)
-        total, mean = _moved(top, new_max, total, mean, nll)
-        own_total, own_mean = _moved(high, new_max, own_total, own_mean, nll)
-        total += own_total
-        seen = tl.minimum(V - first * size, CHUNK * size)
-        mean, squares = _joined(first * size, mean, squares, seen, own_mean, own_squares)
-        top = new_max
+        index = begin + tl.arange(0, CHUNK)
+        there = (index < splits)[:, None] & wanted[None, :]
+        place = PARTS + (index * FIELDS * rows)[:, None] + row[None, :]
+        parts_max = tl.load(place, mask=there, other=float("-inf"), cache_modifier=".cg")
+        parts_total = tl.load(place + rows, mask=there, other=0.0, cache_modifier=".cg")
+        parts_mean = tl.load(place + 2 * rows, mask=there, other=0.0, cache_modifier=".cg")
+        parts_squares = tl.load(place + 3 * rows, mask=there, other=0.0, cache_modifier=".cg")
+        counts = tl.maximum(tl.minimum(V - index * size, size), 0)[:, None]
+        parts_top, whole_total, whole_mean, whole_squares = _over(
+            parts_max, parts_total, parts_mean, parts_squares, counts, nll
+        )
+        merged = tl.maximum(top, parts_top)
+        total, mean = _moved(top, merged, total, mean, nll)
+        whole_total, whole_mean = _moved(parts_top, merged, whole_total, whole_mean, nll)
+        total += whole_total
+        parts_count = tl.minimum(V - begin * size, CHUNK * size)
+        mean, squares = _joined(begin * size, mean, squares, parts_count, whole_mean, whole_squares)
+        top = merged
     tl.store(OUT + row, _norm(top, total, mean, squares, V, nll), mask=wanted)
 
 

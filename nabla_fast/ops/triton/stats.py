@@ -221,28 +221,28 @@ def _linear_stats_kernel(
     q = tl.zeros([BN], tl.float32)
     value = tl.zeros([BN], tl.float32)
     token = tl.zeros([BN], tl.int32)
-    for first in range(0, splits, CHUNK):
+    for begin in range(0, splits, CHUNK):
         # Past the cache of this multiprocessor, which others do not write to.
-        part = first + tl.arange(0, CHUNK)
-        inside = (part < splits)[:, None] & wanted[None, :]
-        at = PARTS + (part * LINEAR_FIELDS * rows)[:, None] + row[None, :]
-        max = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        sum_exp = tl.load(at + rows, mask=inside, other=0.0, cache_modifier=".cg")
-        sum_exp_logit = tl.load(at + 2 * rows, mask=inside, other=0.0, cache_modifier=".cg")
-        own = tl.load(at + 3 * rows, mask=inside, other=0.0, cache_modifier=".cg").to(tl.int32, bitcast=True)
-        value += tl.sum(tl.load(at + 4 * rows, mask=inside, other=0.0, cache_modifier=".cg"), axis=0)
-        others = tl.load(at + 5 * rows, mask=inside, other=0.0, cache_modifier=".cg")
-        high = tl.max(max, axis=0)
-        lowest = tl.min(tl.where(inside & (max == high[None, :]), own, 2147483647), axis=0)
-        token = tl.where(high > top, lowest, token)
-        new_max = tl.maximum(top, high)
-        base = shift(new_max)
-        total, t, q = rescale(top, total, t, q, base, inv_tau)
-        sum_exp, sum_exp_logit, others = rescale(max, sum_exp, sum_exp_logit, others, base[None, :], inv_tau)
-        total += tl.sum(sum_exp, axis=0)
-        t += tl.sum(sum_exp_logit, axis=0)
-        q += tl.sum(others, axis=0)
-        top = new_max
+        index = begin + tl.arange(0, CHUNK)
+        there = (index < splits)[:, None] & wanted[None, :]
+        place = PARTS + (index * LINEAR_FIELDS * rows)[:, None] + row[None, :]
+        parts_max = tl.load(place, mask=there, other=float("-inf"), cache_modifier=".cg")
+        parts_total = tl.load(place + rows, mask=there, other=0.0, cache_modifier=".cg")
+        parts_t = tl.load(place + 2 * rows, mask=there, other=0.0, cache_modifier=".cg")
+        parts_token = tl.load(place + 3 * rows, mask=there, other=0.0, cache_modifier=".cg").to(tl.int32, bitcast=True)
+        value += tl.sum(tl.load(place + 4 * rows, mask=there, other=0.0, cache_modifier=".cg"), axis=0)
+        parts_q = tl.load(place + 5 * rows, mask=there, other=0.0, cache_modifier=".cg")
+        parts_top = tl.max(parts_max, axis=0)
+        parts_lowest = tl.min(tl.where(there & (parts_max == parts_top[None, :]), parts_token, 2147483647), axis=0)
+        token = tl.where(parts_top > top, parts_lowest, token)
+        merged = tl.maximum(top, parts_top)
+        merged_base = shift(merged)
+        total, t, q = rescale(top, total, t, q, merged_base, inv_tau)
+        parts_total, parts_t, parts_q = rescale(parts_max, parts_total, parts_t, parts_q, merged_base[None, :], inv_tau)
+        total += tl.sum(parts_total, axis=0)
+        t += tl.sum(parts_t, axis=0)
+        q += tl.sum(parts_q, axis=0)
+        top = merged
     good = (total == total) & (tl.abs(top) < float("inf"))
     if TARGET is not None:
         good = good & (target >= 0) & (target < V)
