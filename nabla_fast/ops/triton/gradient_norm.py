@@ -282,7 +282,7 @@ def _scan(norm: Tensor, z: Tensor, g: Tensor, nll: float) -> None:
 
 def _by_tiles(norm: Tensor, factors: TokenGradient, tables: Tables) -> None:
     head, rows = tables.head, len(norm)
-    vocabulary, tiles = len(head.weight), tile_shape(rows, norm.device)
+    vocabulary, tiles = len(head.weight), tile_shape(rows, norm.device, full=True)
     blocks = triton.cdiv(rows, tiles.BN)
     size, splits = split(vocabulary, tiles.BV, blocks, norm.device)
     parts = torch.empty(splits, FIELDS.value, rows, dtype=torch.float32, device=norm.device)

@@ -276,8 +276,7 @@ def linear_stats(
     (rows, depth), weight = h.shape, head.weight
     if not rows:
         return None
-    # With weights to write, the tallest tiles take more registers than there are.
-    tiles = tile_shape(rows if weights is None else min(rows, 128), h.device)
+    tiles = tile_shape(rows, h.device, full=weights is not None)
     blocks = triton.cdiv(rows, tiles.BN)
     size, splits = split(len(weight), tiles.BV, blocks, h.device)
     parts = torch.empty(splits, LINEAR_FIELDS.value, rows, dtype=torch.float32, device=h.device)
