@@ -141,8 +141,8 @@ def tile_shape(rows: int, device: torch.device, full: bool = False) -> Tiles:
     """The tiles for so many rows, which spill nowhere (`tests/ops/test_triton_compile.py`).
 
     Few rows take a 16-row tile with the operands swapped. Blackwell hands a finished product to the registers at
-    once, which is too much for the widest tiles, and of its smaller GPUs a block has 99 KiB of shared memory. A kernel that keeps much beside its product (``full``) takes
-    the next smaller tiles.
+    once, which is too much for the widest tiles, and of its smaller GPUs a block has 99 KiB of shared memory. A kernel
+    that keeps much beside its product (``full``) takes the next smaller tiles.
     """
     if full:
         rows = min(rows, 128 if architecture(device) >= 90 else 64)
