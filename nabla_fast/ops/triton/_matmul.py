@@ -149,7 +149,7 @@ def tile_shape(rows: int, device: torch.device, full: bool = False) -> Tiles:
     if INTERPRET:
         return Tiles(16, 256, 32, rows <= 8, 4, 1)
     if rows <= 16:
-        return Tiles(16, 128, 64, True, 4, 4)
+        return Tiles(16, 128, 64, True, 8 if full and architecture(device) >= 100 else 4, 4)
     if rows <= 64 or architecture(device) >= 100:
         return Tiles(64, 128, 64, False, 8, 3)
     if rows <= 128:
