@@ -49,8 +49,9 @@ KINDS = {
     "ascending": Kind(_INT64, values=checks.ascending),
 }
 _OF_A_RESULT = Kind(())
-# Of results; None is float64 where a wide argument is, else float32. "constant" is one without a derivative.
-RESULTS = {"sum": None, "constant": None, "int64": torch.int64, "bool": torch.bool}
+# Of results; None is float64 where a wide argument is, else float32. "constant" is one without a derivative; "first"
+# has the dtype of the operator's first argument as it was given.
+RESULTS = {"sum": None, "constant": None, "int64": torch.int64, "bool": torch.bool, "first": None}
 _NUMBERS = {float: "float", int: "SymInt", bool: "bool"}
 
 
@@ -283,7 +284,7 @@ def _empty(array: Array, place: str, sizes: dict[str, int], wide: torch.dtype, l
     for size in array.sizes:
         letter, _, wanted = size.partition("*")
         shape.append(sizes[_letter(letter, place)] if sizes.get(wanted, True) else 0)
-    return like.new_empty(shape, dtype=RESULTS[array.kind] or wide)
+    return like.new_empty(shape, dtype=like.dtype if array.kind == "first" else RESULTS[array.kind] or wide)
 
 
 def _letter(size: str, place: str) -> str:

@@ -129,6 +129,14 @@ def why_not(operator: str, backend: str, device: torch.device | str) -> str | No
     return None if hasattr(module, operator) else f"{_LACKS} {operator}"
 
 
+def has(operator: str, backend: str) -> bool:
+    """Whether a back end that `resolve` has chosen has an internal operator of its own."""
+    return backend in _MODULES and hasattr(importlib.import_module(_MODULES[backend]), operator)
+
+
+has._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def availability() -> dict[str, dict[str, str | None]]:
     """For every operator: back end → why it cannot run here, None if it can (on the GPU if there is one)."""
     device_types = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nabla_fast.ops import checks, reference
 from nabla_fast.ops.registry import operator
-from nabla_fast.ops.types import HardEmbeddings, Head
+from nabla_fast.ops.types import HardEmbeddings, Head, RecordedMixture
 
 
 def _check_pairs(*arguments: Any) -> None:
@@ -26,8 +26,8 @@ def relaxed_backward(
     tables: Annotated[Sequence[Tensor], "float V d_k", 2],
     tau: Annotated[float, checks.temperature] = 1.0,
     backend: str = "auto",
-) -> Annotated[Tensor, "sum N V"]:
-    """The gradient (N, V) that reaches logits z through the relaxation p = softmax(z / tau).
+) -> Annotated[Tensor, "first N V"]:
+    """The gradient (N, V), in the dtype of z, that reaches logits z through the relaxation p = softmax(z / tau).
 
         dL/dz = p * (D - <p, D>) / tau      with D = G - G(argmax p), G(v) = sum_k <vectors_k, tables_k[v]>
 
@@ -98,11 +98,42 @@ def linear_straight_through_embedding(
     return reference.linear_straight_through_embedding(h, head, tables, tau)
 
 
+@operator(internal=True)
+def soft_embedding_backward(
+    z: Annotated[Tensor, "float N V"],
+    vector: Annotated[Tensor, "float N e"],
+    table: Annotated[Tensor, "float V e"],
+    offset: Annotated[Tensor, "float N e"],
+    top: Annotated[Tensor, "float N"],
+    max_prob: Annotated[Tensor, "float N"],
+    token: Annotated[Tensor, "int64 N"],
+    tau: Annotated[float, checks.temperature] = 1.0,
+    backend: str = "auto",
+) -> Annotated[Tensor, "first N V"]:
+    """`relaxed_backward` of one table without another pass over z for its softmax: `RecordedMixture` has it."""
+    return reference.soft_embedding_backward(z, vector, table, offset, top, max_prob, token, tau)
+
+
+def _recorded_derivative(z: Tensor, table: Tensor, tau: float, backend: str, result: RecordedMixture) -> Tensor:
+    return soft_embedding_backward(z, result.mixture, table, *result[1:], tau, backend)
+
+
+@operator(derivative=_recorded_derivative, called="soft_embedding", internal=True)
+def soft_embedding_recorded(
+    z: Annotated[Tensor, "float N V"],
+    table: Annotated[Tensor, "float V e"],
+    tau: Annotated[float, checks.temperature] = 1.0,
+    backend: str = "auto",
+) -> RecordedMixture:
+    """`soft_embedding`, with what its gradient is made from."""
+    return reference.soft_embedding_recorded(z, table, tau)
+
+
 def _soft_derivative(z: Tensor, table: Tensor, tau: float, backend: str, result: Tensor) -> Tensor:
     return relaxed_backward(z, [result], [table], tau, backend)
 
 
-@operator(derivative=_soft_derivative)
+@operator(derivative=_soft_derivative, recorded=soft_embedding_recorded)
 def soft_embedding(
     z: Annotated[Tensor, "float N V"],
     table: Annotated[Tensor, "float V e"],
@@ -120,12 +151,47 @@ def soft_embedding(
     return reference.soft_embedding(z, table, tau)
 
 
+@operator(internal=True)
+def linear_soft_embedding_backward(
+    h: Annotated[Tensor, "float N d"],
+    head: Head,
+    vector: Annotated[Tensor, "float N e"],
+    table: Annotated[Tensor, "float V e"],
+    offset: Annotated[Tensor, "float N e"],
+    top: Annotated[Tensor, "float N"],
+    max_prob: Annotated[Tensor, "float N"],
+    token: Annotated[Tensor, "int64 N"],
+    tau: Annotated[float, checks.temperature] = 1.0,
+    backend: str = "auto",
+) -> Annotated[Tensor, "sum N d"]:
+    """`soft_embedding_backward` carried on to hidden states."""
+    return reference.linear_soft_embedding_backward(h, head, vector, table, offset, top, max_prob, token, tau)
+
+
+def _linear_recorded_derivative(
+    h: Tensor, head: Head, table: Tensor, tau: float, backend: str, result: RecordedMixture
+) -> Tensor:
+    return linear_soft_embedding_backward(h, head, result.mixture, table, *result[1:], tau, backend)
+
+
+@operator(derivative=_linear_recorded_derivative, called="linear_soft_embedding", internal=True)
+def linear_soft_embedding_recorded(
+    h: Annotated[Tensor, "float N d"],
+    head: Head,
+    table: Annotated[Tensor, "float V e"],
+    tau: Annotated[float, checks.temperature] = 1.0,
+    backend: str = "auto",
+) -> RecordedMixture:
+    """`linear_soft_embedding`, with what its gradient is made from."""
+    return reference.linear_soft_embedding_recorded(h, head, table, tau)
+
+
 def _linear_soft_derivative(h: Tensor, head: Head, table: Tensor, tau: float, backend: str, result: Tensor) -> Tensor:
     # <p, G> is <mixture, grad>, but as a sum rounded at the size of G it would cost a nearly certain token its digits.
     return linear_relaxed_backward(h, head, [result], [table], tau, backend)
 
 
-@operator(derivative=_linear_soft_derivative)
+@operator(derivative=_linear_soft_derivative, recorded=linear_soft_embedding_recorded)
 def linear_soft_embedding(
     h: Annotated[Tensor, "float N d"],
     head: Head,

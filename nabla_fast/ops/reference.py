@@ -26,6 +26,7 @@ from nabla_fast.ops.types import (
     HardEmbeddings,
     Head,
     LogLikelihood,
+    RecordedMixture,
     RelaxedStats,
     Tables,
     TokenDiff,
@@ -154,6 +155,28 @@ def linear_soft_embedding(h: Tensor, head: Head, table: Tensor, tau: float = 1.0
     return soft_embedding(linear_logits(h, head), table, tau)
 
 
+def linear_soft_embedding_recorded(h: Tensor, head: Head, table: Tensor, tau: float = 1.0) -> RecordedMixture:
+    """`linear_soft_embedding`, with what `linear_soft_embedding_backward` takes."""
+    return soft_embedding_recorded(linear_logits(h, head), table, tau)
+
+
+def linear_soft_embedding_backward(
+    h: Tensor,
+    head: Head,
+    vector: Tensor,
+    table: Tensor,
+    offset: Tensor,
+    top: Tensor,
+    max_prob: Tensor,
+    token: Tensor,
+    tau: float = 1.0,
+) -> Tensor:
+    """`linear_relaxed_backward` of one table after `linear_soft_embedding_recorded`."""
+    z = linear_logits(h, head)
+    dz = soft_embedding_backward(z, vector, table, offset, top, max_prob, token, tau)
+    return _head_backward(dz, z, head)
+
+
 def relaxed_backward(z: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tensor], tau: float = 1.0) -> Tensor:
     """The gradient that reaches logits z (N, V) through the relaxation p = softmax(z / tau).
 
@@ -171,7 +194,38 @@ def relaxed_backward(z: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tens
     gradient = torch.zeros(z.shape, dtype=dtype, device=z.device)
     for vector, table in zip(vectors, tables, strict=True):
         gradient += vector.to(dtype) @ table.T.to(dtype)
-    return _softmax_backward(z.to(dtype), gradient, tau)
+    return _softmax_backward(z.to(dtype), gradient, tau).to(z.dtype)
+
+
+def soft_embedding_recorded(z: Tensor, table: Tensor, tau: float = 1.0) -> RecordedMixture:
+    """`soft_embedding`, with what `soft_embedding_backward` takes."""
+    z = z.to(torch.promote_types(upcast(z).dtype, table.dtype))
+    x, top = _relative(z, tau)
+    p, token = torch.softmax(x, dim=-1), hard_token(z)
+    known, table = token.clamp(min=0), table.to(p.dtype)
+    others = p.scatter(-1, known.unsqueeze(-1), 0.0)
+    offset = others @ table - others.sum(-1, keepdim=True) * table[known]
+    return RecordedMixture(p @ table, offset, top, p.amax(-1), token)
+
+
+def soft_embedding_backward(
+    z: Tensor,
+    vector: Tensor,
+    table: Tensor,
+    offset: Tensor,
+    top: Tensor,
+    max_prob: Tensor,
+    token: Tensor,
+    tau: float = 1.0,
+) -> Tensor:
+    """`relaxed_backward` of one table after `soft_embedding_recorded`: <p, D> is <vector, offset>."""
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (vector, table, offset)), upcast(z).dtype)
+    vector = vector.to(dtype)
+    p = ((z.to(dtype) - top.unsqueeze(-1)) / tau).exp() * max_prob.unsqueeze(-1)
+    gradient, known = vector @ table.T.to(dtype), token.clamp(min=0).unsqueeze(-1)
+    difference = gradient - gradient.gather(-1, known).nan_to_num(0.0, 0.0, 0.0)
+    mean = (vector * offset.to(dtype)).sum(-1, keepdim=True)
+    return torch.where(p == 0, 0.0, p * (difference - mean) / tau).to(z.dtype)
 
 
 def linear_relaxed_backward(

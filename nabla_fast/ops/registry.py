@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from nabla_fast.ops import arguments, backends, native
-from nabla_fast.ops.arguments import Leaf, field
+from nabla_fast.ops.arguments import Array, Leaf, field
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,6 +36,8 @@ def operator(
     check: Callable[..., None] | None = None,
     called: str | None = None,
     case: Callable[..., str] | None = None,
+    recorded: Callable[..., Any] | None = None,
+    internal: bool = False,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declares the decorated function as an operator, and puts in its place what calls the operator.
 
@@ -46,10 +48,15 @@ def operator(
         check: takes the operator's arguments, and raises for those that no back end takes although their types do.
         called: what errors about derivatives call it, where users call it by another function.
         case: takes the operator's arguments, and returns what `nabla_fast.ops.measured` calls them; its name without.
+        recorded: an internal operator with the same arguments and first result, whose other results are what the
+            derivative would otherwise compute again. A call that will be differentiated takes it in its place, if the
+            chosen back end has it.
+        internal: whether it is not called by its own name, and may be missing in any back end but the reference.
     """
 
     def declare(function: Callable[P, R]) -> Callable[P, R]:
-        return cast("Callable[P, R]", update_wrapper(Operator(function, derivative, check, called, case), function))
+        made = Operator(function, derivative, check, called, case, recorded, internal)
+        return cast("Callable[P, R]", update_wrapper(made, function))
 
     return declare
 
@@ -72,8 +79,11 @@ class Operator:
         check: Callable[..., None] | None,
         called: str | None,
         case: Callable[..., str] | None,
+        recorded: Callable[..., Any] | None,
+        internal: bool,
     ) -> None:
         self.name, self.body = function.__name__, function
+        self._recorded = cast("Operator | None", recorded)
         self._called = called or self.name
         self._derivative, self._check, self._case = derivative, check, case
         hints = get_type_hints(function, include_extras=True)
@@ -83,8 +93,10 @@ class Operator:
         self._fields = [field(p.name, hints[p.name]) for p in parameters[:-1]]
         self._single = get_origin(hints["return"]) is Annotated
         self._result = field("result" if self._single else "", hints["return"])
-        self._define()
-        backends.OPERATORS[self.name] = self
+        self._as_first = isinstance(self._result, Array) and self._result.kind == "first"
+        self._define(internal)
+        if not internal:
+            backends.OPERATORS[self.name] = self
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         *values, backend = self._bound(given, named)
@@ -99,6 +111,9 @@ class Operator:
         chosen = backends.resolve(self.name, backend, flat[0].device, dtype, case)
         if chosen == "native" and (self._written or dtype == torch.float32) and self._only_kernel(flat):
             return self._at_once(values, flat)
+        if self._recorded is not None and torch.is_grad_enabled() and flat[0].requires_grad:  # noqa: SIM102
+            if backends.has(self._recorded.name, chosen):
+                return self._recorded(*values, chosen)[0]
         return self._results(self._overload(*flat, chosen))
 
     def _only_kernel(self, flat: Sequence[Any]) -> bool:
@@ -122,7 +137,8 @@ class Operator:
         arguments.check_values(leaves, sizes)
         if self._written:
             torch.autograd.graph.increment_version([flat[i] for i in self._written])
-        return self.native(*values)
+        result = self.native(*values)
+        return result.to(flat[0].dtype) if self._as_first else result
 
     def native(self, *given: Any, **named: Any) -> Any:
         """The operator by the native library."""
@@ -131,7 +147,7 @@ class Operator:
         results = self._native(*flat)
         return results if self._single else self._result.whole([*results], True)
 
-    def _define(self) -> None:
+    def _define(self, internal: bool) -> None:
         def schema(fields: Iterable[Any], lists: bool) -> list[str]:
             letters = iter("abcd")
             return [spelled for one in fields for spelled in one.schema(letters, lists)]
@@ -154,6 +170,8 @@ class Operator:
             )
         if self._written:
             LIBRARY.impl(self.name, self._announce, "ADInplaceOrView", with_keyset=True)
+        if internal:
+            return
         arguments_, results_ = (", ".join(schema(fields, True)) for fields in (self._fields, [self._result]))
         self._native = native.define(f"native_{self.name}({arguments_}) -> ({results_})")
 
@@ -208,7 +226,7 @@ class Operator:
             values[0] = _doubled(values[0])
         results = backends.implementation(self, flat[-1])(*values)
         if self._single:
-            return results.contiguous()
+            return (results.to(flat[0].dtype) if self._as_first else results).contiguous()
         parts = self._result.flat(results, False)
         return tuple(flat[0].new_empty(0, dtype=wide) if x is None else x.contiguous() for x in parts)
 

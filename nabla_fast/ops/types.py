@@ -96,6 +96,25 @@ class HardEmbeddings(NamedTuple):
     token: Annotated[Tensor, "int64 N"]
 
 
+class RecordedMixture(NamedTuple):
+    """An embedding mixture, and what its gradient is made from.
+
+    Attributes:
+        mixture: (N, e) ``softmax(z / tau) @ table``.
+        offset: (N, e) the mixture less the embedding of the likeliest token, as a sum over the other tokens: it keeps
+            its digits where that token is nearly certain.
+        top: (N,) the largest logit.
+        max_prob: (N,) the largest probability, so that the softmax is ``exp((z - top) / tau) * max_prob``.
+        token: (N,) int64 argmax; -1 for a row without one.
+    """
+
+    mixture: Annotated[Tensor, "sum N e"]
+    offset: Annotated[Tensor, "constant N e"]
+    top: Annotated[Tensor, "constant N"]
+    max_prob: Annotated[Tensor, "constant N"]
+    token: Annotated[Tensor, "int64 N"]
+
+
 class LogLikelihood(NamedTuple):
     """The log-likelihood of one token per row.
 

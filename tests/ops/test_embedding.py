@@ -30,6 +30,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nabla_fast import ops
+from nabla_fast.ops import reference
 from nabla_fast.ops.types import Head
 from nabla_fast.testing.operators import logits
 
@@ -62,6 +63,13 @@ def unit_of(backend, vectors, tables, tau, kind="random"):
     return TINY if backend.name != "triton" and kind == "random" else gradient_unit(vectors, tables, tau)
 
 
+def near_logits_gradient(backend, ours, meant, z, tolerance, unit):
+    """In the dtype of z, to which the operator rounds what a kernel has not; the interpreter cuts."""
+    assert ours.dtype == z.dtype or (backend.name == "native" and ours.dtype == torch.float32)
+    rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-22}.get(z.dtype, 0.0)
+    near(ours if z.dtype == torch.float64 else ours.float(), meant, tolerance + rounding, unit=unit)
+
+
 def require_hard(embeddings, token, tables):
     assert len(embeddings) == len(tables)
     for ours, table in zip(embeddings, tables, strict=True):
@@ -92,7 +100,7 @@ def test_embeddings_of_logits(backend, shape, kind, dtype, tau, count):
     near(backend.soft_embedding(z, tables[0], tau), mixture, large * exact, unit=TINY)
     ours = backend.relaxed_backward(z, vectors, tables, tau)
     exact = exact / 4 if backend.name == "triton" else 3 * product_tolerance(backend, dtype, dtype)
-    near(ours, gradient, large * exact, unit=unit_of(backend, vectors, tables, tau, kind))
+    near_logits_gradient(backend, ours, gradient, z, large * exact, unit_of(backend, vectors, tables, tau, kind))
 
 
 @every
@@ -109,9 +117,8 @@ def test_views(backend, dtype, view):
     mixture, gradient = textbook(z, [table], [vector], 0.7)
     exact = product_tolerance(backend, z.dtype, dtype)
     near(backend.soft_embedding(z, table, 0.7), mixture, exact, unit=1.0)
-    near(
-        backend.relaxed_backward(z, [vector], [table], 0.7), gradient, exact, unit=gradient_unit([vector], [table], 0.7)
-    )
+    ours = backend.relaxed_backward(z, [vector], [table], 0.7)
+    near_logits_gradient(backend, ours, gradient, z, exact, gradient_unit([vector], [table], 0.7))
 
 
 @every
@@ -297,6 +304,106 @@ def test_large_logits_are_normalised_by_their_own_sum(backend, largest, tau):
 
 
 # Through autograd
+
+
+@every
+@few(10, 40)
+@given(
+    shapes, st.sampled_from(KINDS), st.sampled_from(PAIRS), st.sampled_from([0.05, 0.3, 1.0, 10.0]), st.booleans(),
+)  # fmt: skip
+def test_mixtures_of_logits_and_what_reaches_them(backend, shape, kind, pair, tau, stretched):
+    """Where a back end records the softmax, no other call takes what it has recorded."""
+    assume(takes(backend, *pair))
+    rows, vocabulary, width = shape
+    z, table = logits(5, rows, vocabulary, kind, pair[0]), logits(6, vocabulary, width, dtype=pair[1])
+    vector = logits(8, 1 if stretched else rows, width).expand(rows, width)
+    leaf = z.clone().requires_grad_()
+    ours = ops.soft_embedding(leaf, table, tau, backend=backend.name)
+    recorded = "recorded" in type(ours.grad_fn).__name__
+    assert recorded == (backend.name == "triton")
+    mixture, gradient = textbook(z, [table], [vector], tau)
+    large = 3.0 if kind == "huge" else 1.0
+    near(ours.detach(), mixture, large * weight_tolerance(backend, *pair), unit=TINY)
+    (got,) = torch.autograd.grad(ours, leaf, vector.to(ours.dtype))
+    exact = weight_tolerance(backend, *pair) / 2 if backend.name == "triton" else 3 * product_tolerance(backend, *pair)
+    near_logits_gradient(backend, got, gradient, z, large * exact, unit_of(backend, [vector], [table], tau, kind))
+
+
+@every
+@few(10, 40)
+@given(
+    shapes, st.sampled_from(PAIRS), heads, st.sampled_from([0.3, 1.0, 10.0]), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_mixtures_of_hidden_states_and_what_reaches_them(backend, shape, pair, scale_cap, tau, tied, seed):
+    assume(takes(backend, *pair))
+    rows, vocabulary, _ = shape
+    h, head = hidden_states(*shape, pair, *scale_cap, seed=seed)
+    table = head.weight if tied else logits(seed + 2, vocabulary, 40, dtype=pair[1])
+    vector = logits(seed + 4, rows, table.shape[1])
+    leaf = h.clone().requires_grad_()
+    ours = ops.linear_soft_embedding(leaf, head, table, tau, backend=backend.name)
+    assert ("recorded" in type(ours.grad_fn).__name__) == (backend.name == "triton")
+    mixture, gradient = textbook(h, [table], [vector], tau, head)
+    weighted = weight_tolerance(backend, *pair)
+    near(ours.detach(), mixture, weighted / min(tau, 1.0), unit=TINY)
+    (got,) = torch.autograd.grad(ours, leaf, vector.to(ours.dtype))
+    assert got.dtype == h.dtype
+    # Rounded to the dtype of h once more; the interpreter cuts.
+    rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-22}.get(h.dtype, 0.0)
+    exact = weighted / 2 if backend.name == "triton" else weighted * (1 if weighted > 1e-3 else 5)
+    unit = unit_of(backend, [vector], [table], tau)
+    near(got.double(), gradient, exact + rounding, unit=unit)
+
+
+@every
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_gradient_reaches_logits_without_meaning(backend, dtype, bad):
+    z, table, vector = logits(3, 4, 900, dtype=dtype), logits(4, 900, 6, dtype=dtype), logits(5, 4, 6)
+    z[1, slice(None) if bad == -math.inf else 700] = bad
+    mixture = ops.soft_embedding(z.requires_grad_(), table, backend=backend.name)
+    (got,) = torch.autograd.grad(mixture, z, vector)
+    for result in (mixture, got):
+        assert result[1].isnan().all()
+        assert result[[0, 2, 3]].isfinite().all()
+
+
+def test_recorded_mixtures_and_their_gradient_mean_what_the_others_do():
+    z, table, vector = (logits(*size, dtype=torch.float64) for size in ((1, 5, 37), (2, 37, 6), (3, 5, 6)))
+    z[0, 4], z[1] = 40.0, torch.nan
+    recorded = reference.soft_embedding_recorded(z, table, 0.7)
+    torch.testing.assert_close(recorded.mixture, reference.soft_embedding(z, table, 0.7), equal_nan=True)
+    likeliest = table[recorded.token.clamp(min=0)]
+    known = torch.tensor([0, 2, 3, 4])
+    torch.testing.assert_close((likeliest + recorded.offset)[known], recorded.mixture[known])
+    ours = reference.soft_embedding_backward(z, vector, table, *recorded[1:], 0.7)
+    meant = reference.relaxed_backward(z, [vector], [table], 0.7)
+    torch.testing.assert_close(ours, meant, rtol=1e-9, atol=0, equal_nan=True)
+
+
+def test_recorded_mixtures_of_hidden_states_and_their_gradient_mean_what_the_others_do():
+    (h, head), vector = hidden_states(5, 37, 8, (torch.float64, torch.float64), 0.8, 3.0), logits(3, 5, 6).double()
+    table = logits(2, 37, 6, dtype=torch.float64)
+    recorded = reference.linear_soft_embedding_recorded(h, head, table, 0.7)
+    torch.testing.assert_close(recorded.mixture, reference.linear_soft_embedding(h, head, table, 0.7))
+    ours = reference.linear_soft_embedding_backward(h, head, vector, table, *recorded[1:], 0.7)
+    torch.testing.assert_close(ours, reference.linear_relaxed_backward(h, head, [vector], [table], 0.7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_of_recorded_mixtures(dtype):
+    z, table, vector = logits(1, 3, 37, dtype=dtype), logits(2, 37, 6, dtype=dtype), logits(3, 3, 6)
+    recorded = torch.ops.nabla_fast.soft_embedding_recorded.default
+    torch.library.opcheck(recorded, (z.clone().requires_grad_(), table, 0.7, "reference"))
+    rest = recorded(z, table, 0.7, "reference")[1:]
+    backward = torch.ops.nabla_fast.soft_embedding_backward.default
+    torch.library.opcheck(backward, (z, vector, table, *rest, 0.7, "reference"))
+    assert backward(z, vector, table, *rest, 0.7, "reference").dtype == dtype
+    h, own = hidden_states(3, 37, 8, (dtype, dtype))
+    recorded = torch.ops.nabla_fast.linear_soft_embedding_recorded.default
+    torch.library.opcheck(recorded, (h.clone().requires_grad_(), *own, table, 0.7, "reference"))
+    backward = torch.ops.nabla_fast.linear_soft_embedding_backward.default
+    torch.library.opcheck(backward, (h, *own, vector, table, *rest, 0.7, "reference"))
 
 
 @by("reference", "native")

@@ -55,7 +55,11 @@ def require(backend, h, head, tokens, factor=1.0):
     near(gradient, meant[1], tolerance + rounding)
     assert (log_pi <= 0).all()
     alone, nothing = backend.log_likelihood_gradient(h, head, tokens, False)
-    assert torch.equal(alone, log_pi)
+    if backend.name == "triton":  # which does not write logits that it needs once, and adds up in another order
+        near(alone, meant[0], tolerance)
+        assert (alone <= 0).all()
+    else:
+        assert torch.equal(alone, log_pi)
     assert nothing.shape == (0, h.shape[1])
 
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 as it would be launched, and spills no register.
+"""Every Triton kernel compiles for sm_80, sm_90, sm_100 and sm_120 as it would be launched, and spills no register.
 
 No GPU is needed: `triton_resources.py` records the launches of all operators at real sizes, compiles them, and reads
 registers, stack (where spills go) and shared memory from the cubin.
@@ -19,10 +19,11 @@ pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).with_name("triton_resources.py")
 # Shared memory that one block may use, in bytes.
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 KERNELS = {
-    "decide", "gather", "linear_state", "logits_update", "one_row", "rotary", "row_state", "squares", "stats",
-    "token_diff", "update", "weights",
+    "decide", "gather", "likelihood", "linear_relaxed", "linear_stats", "logits_update", "mean", "mixture", "one_row",
+    "others", "relaxed_product", "rotary", "row_state", "row_stats", "scan_norm", "tile_norm", "token_diff", "update",
+    "weights",
 }  # fmt: skip
 
 

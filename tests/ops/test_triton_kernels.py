@@ -19,10 +19,11 @@ from dto_cases import Problem, build, check
 from torch.utils._pytree import tree_map
 
 from nabla_fast.ops import triton as ops
-from nabla_fast.ops.triton import _dto_scratch
+from nabla_fast.ops.triton import _dto_scratch, _row_stats
+from nabla_fast.ops.triton import _launch as launches
 from nabla_fast.ops.triton import _matmul as blocks
 from nabla_fast.ops.triton._dto_watch import LAG, Watch
-from nabla_fast.testing.operators import logits
+from nabla_fast.testing.operators import double, logits
 
 every = by("triton")
 MIXED = (torch.float32, torch.bfloat16)
@@ -64,6 +65,25 @@ def test_scratch_is_bounded(backend):
     with patch.object(torch, "empty", empty), patch.object(blocks, "ENTRIES", 20000):
         test_likelihood.require(backend, h, head, torch.arange(3))
     assert 16411 <= max(sizes) <= 20000
+
+
+@every
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_last_of_a_row_merges_its_parts_in_one_launch(backend, rows):
+    """And sets its counter back, so that a launch can be repeated as it was captured."""
+    z, real, grids = logits(3, rows, 40000), launches.launch, []
+
+    def launch(kernel, grid, *rest, **options):
+        grids.append(grid)
+        real(kernel, grid, *rest, **options)
+
+    with patch.object(launches, "_COUNTERS", {}), patch.object(_row_stats, "launch", launch):
+        first = test_stats.require_stats(backend, z, 0.7)
+        again = test_stats.require_stats(backend, z, 0.7)
+        assert not any(counter.any() for counter in launches._COUNTERS.values())
+    assert len(grids) == 2
+    assert all(grid[0] == rows and grid[1] > 1 for grid in grids)
+    near(again, double(first), 0.0)
 
 
 @every

@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from nabla_fast.ops import triton as ops
-from nabla_fast.ops.triton import stats as linear_state
+from nabla_fast.ops.triton import _matmul
 from nabla_fast.ops.triton.rotary import rotary
 from nabla_fast.ops.types import DTOInputs, DTOOptions, DTOState, Head, Tables, TokenGradient
 
@@ -44,7 +44,7 @@ label = ""
 
 def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
     """In place of ``JITFunction.run``: the signature that Triton would specialise on."""
-    assert not args
+    kwargs |= {parameter.name: value for parameter, value in zip(self.params, args, strict=False)}
     assert all(0 < n < (65536 if axis else 2**31) for axis, n in enumerate(grid)), (self.__name__, grid)
     options = {
         name: kwargs.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg") if name in kwargs
@@ -106,23 +106,43 @@ def _calls(name: str, dtype: torch.dtype, many: tuple[int, ...]) -> Iterator[tup
         h, tokens = new(n, D, dtype=dtype), new(n, dtype=torch.int64)
         yield f"{name} N={n}", partial(ops.relaxed_stats, new(n, V, dtype=dtype))
         yield f"{name} N={n}", partial(ops.linear_relaxed_stats, h, Head(W))
+        yield f"{name} N={n}", partial(soft_embedding, new(n, V, dtype=dtype), E)
         yield f"{name} N={n}", partial(ops.log_likelihood_gradient, h, Head(W), tokens, True)
+        yield f"{name} N={n}", partial(linear_soft_embedding, h, Head(W), E)
+        yield f"{name} N={n} alone", partial(ops.log_likelihood_gradient, h, Head(W), tokens, False)
+        own = TokenGradient(h, new(n, D, dtype=dtype), new(n, D_R, dtype=dtype))
+        yield f"{name} N={n} own", partial(ops.gradient_norm, own, Tables(Head(W), E, R, 1e-3))
     for n in (1, 64):
         z, h, vectors = new(n, V, dtype=dtype), new(n, D, dtype=dtype), [new(n, D), new(n, D_R)]
         factors, tables = TokenGradient(h, *vectors), Tables(Head(W), E, R, 1e-3)
-        yield f"{name} N={n}", partial(ops.soft_embedding, z, E)
         yield f"{name} N={n}", partial(ops.gradient_norm, factors, tables)
         yield f"{name} N={n} latents, factors", partial(dto, n, True, factors, tables)
         yield f"{name} N={n} latents, dense", partial(dto, n, True, new(n, V), tables)
         if dtype == torch.float32:
             continue
+        yield f"{name} N={n} f32 logits", partial(soft_embedding, new(n, V), E)
         yield f"{name} N={n} logits, dense", partial(dto, n, False, new(n, V), tables)
         yield f"{name} N={n} logits, factors", partial(dto, n, False, factors, tables)
         yield f"{name} N={n}", partial(ops.straight_through_embedding, z, [E])
         yield f"{name} N={n}", partial(ops.relaxed_backward, z, vectors, [E, R])
         yield f"{name} N={n} f32 rows, softcap", partial(ops.linear_relaxed_stats, new(n, D), Head(W, 1.0, 30.0))
+        capped = Head(W, 1.0, 30.0)
+        yield f"{name} N={n} softcap", partial(ops.log_likelihood_gradient, h, capped, new(n, dtype=torch.int64), True)
+        yield f"{name} N={n} softcap", partial(linear_soft_embedding, h, capped, E)
         yield f"{name} N={n} tied", partial(ops.linear_relaxed_backward, h, Head(W), vectors, [W, R])
         yield f"{name} N={n} tied latents, factors", partial(dto, n, True, factors, tables._replace(embedding=W))
+
+
+def soft_embedding(z: Tensor, table: Tensor) -> None:
+    """Forward and backward."""
+    recorded = ops.soft_embedding_recorded(z, table)
+    ops.soft_embedding_backward(z, new(len(z), table.shape[1]), table, *recorded[1:])
+
+
+def linear_soft_embedding(h: Tensor, head: Head, table: Tensor) -> None:
+    """Forward and backward."""
+    recorded = ops.linear_soft_embedding_recorded(h, head, table)
+    ops.linear_soft_embedding_backward(h, head, new(len(h), table.shape[1]), table, *recorded[1:])
 
 
 def dto(n: int, latents: bool, gradient: Any, tables: Any) -> None:
@@ -151,7 +171,7 @@ def main() -> None:
     architecture, shard, shards = (int(a) for a in sys.argv[1:4])
     only = sys.argv[4] if len(sys.argv) > 4 else ""
     JITFunction.run = record
-    linear_state.architecture = lambda device: architecture
+    _matmul.architecture = lambda device: architecture
     for label, call in calls():  # noqa: B007
         call()
     if os.environ.get("LIST"):

@@ -7,9 +7,13 @@ from nabla_fast.ops.triton.dto_step import dto_step
 from nabla_fast.ops.triton.embedding import (
     linear_relaxed_backward,
     linear_soft_embedding,
+    linear_soft_embedding_backward,
+    linear_soft_embedding_recorded,
     linear_straight_through_embedding,
     relaxed_backward,
     soft_embedding,
+    soft_embedding_backward,
+    soft_embedding_recorded,
     straight_through_embedding,
 )
 from nabla_fast.ops.triton.gradient_norm import gradient_norm
@@ -23,11 +27,15 @@ __all__ = [
     "linear_relaxed_backward",
     "linear_relaxed_stats",
     "linear_soft_embedding",
+    "linear_soft_embedding_backward",
+    "linear_soft_embedding_recorded",
     "linear_straight_through_embedding",
     "log_likelihood_gradient",
     "relaxed_backward",
     "relaxed_stats",
     "soft_embedding",
+    "soft_embedding_backward",
+    "soft_embedding_recorded",
     "straight_through_embedding",
     "token_diff",
 ]

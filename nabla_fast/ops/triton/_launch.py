@@ -1,4 +1,5 @@
-"""What every launch needs: input checks, how the vocabulary is split, strides."""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""What every launch needs: input checks, how the vocabulary is split, strides; a launch that costs the host little."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 # With TRITON_INTERPRET=1, kernels run on CPU tensors; Triton decides it when a kernel is decorated.
 INTERPRET = bool(triton.knobs.runtime.interpret)
@@ -34,6 +37,96 @@ def run(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: A
         # Left to itself, ptxas now and then spills a few bytes to stay at 128 registers; let it have what there is.
         most = min(255, 65536 // (32 * arguments["num_warps"]))
         kernel[grid](**{"enable_fp_fusion": True, **arguments}, maxnreg=most)
+
+
+_COMPILED: dict[tuple[Any, ...], CompiledKernel] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    num_warps: int = 4,
+    **options: Any,
+) -> None:
+    """`run` for a kernel that is called often: from the second call on, what Triton compiled is launched at once.
+
+    Triton binds arguments by name and finds out at every call how each is specialised, which takes longer than many a
+    kernel. Here that is a look-up by `kind`, which tells apart whatever Triton does.
+
+    Args:
+        arguments: tensors, None, integers and floats, in the order of the kernel's parameters.
+        constants: its constexpr parameters, which come last, in order.
+        options: num_stages.
+    """
+    key = (id(kernel), device, num_warps, *options.values(), *constants.values(), *map(kind, arguments))
+    compiled = _COMPILED.get(key)
+    guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        guard = torch.cuda.device(device)
+    with guard:
+        if compiled is not None:
+            compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values())
+            return
+        # Constants are given by name here, but by place later.
+        assert [*kernel.arg_names[len(arguments) :]] == [*constants], kernel.arg_names
+        most = min(255, 65536 // (32 * num_warps))
+        given = {**constants, "num_warps": num_warps, **options, "enable_fp_fusion": True, "maxnreg": most}
+        compiled = kernel[grid](*arguments, **given)
+    if isinstance(compiled, CompiledKernel):  # neither of the interpreter nor one that is still being compiled
+        _COMPILED[key] = compiled
+
+
+def kind(argument: Any) -> Any:
+    """What a compiled kernel depends on in an argument: at least all that Triton specialises it on.
+
+    Of a tensor its dtype and whether its address is a multiple of 16; of an integer whether it is 1, a multiple of 16,
+    and how many bits it takes.
+    """
+    if isinstance(argument, Tensor):
+        # A tensor without memory stands for one at an aligned address.
+        address = 0 if argument.device.type == "meta" else argument.data_ptr()
+        return argument.dtype, address % 16
+    if type(argument) is int:
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31, argument < 2**63
+    if argument is None or type(argument) is float:
+        return type(argument)
+    raise TypeError(f"kernels take tensors, None, int and float, got {type(argument).__name__}")
+
+
+_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def counters(count: int, device: torch.device) -> Tensor:
+    """``count`` int32 zeros for `last_to_arrive`, which leaves them zeros.
+
+    Of one stream, whose launches do not run at the same time. What a CUDA graph holds may be replayed beside it, and so
+    has its own.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    found = _COUNTERS.get((device, stream))
+    if found is None or len(found) < count:
+        found = _COUNTERS[device, stream] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return found
+
+
+@triton.jit
+def last_to_arrive(COUNTER, programs):
+    """Whether ``programs`` - 1 others have been here before, all of whose stores can then be read.
+
+    The barrier puts the stores of all threads before the atomic operation of one, which releases them to the GPU, and
+    acquires the others'. Whoever is last sets the counter back, so that the next launch, or the replay of a graph,
+    begins at 0.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(COUNTER, 1, sem="acq_rel", scope="gpu") == programs - 1
+    if last:
+        tl.store(COUNTER, 0)
+    return last
 
 
 @cache

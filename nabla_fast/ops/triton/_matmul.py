@@ -12,6 +12,7 @@ would compute each logit a second time, which takes longer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nabla_fast.ops.table_matmul import times_table
+from nabla_fast.ops.triton._launch import INTERPRET, architecture
 from nabla_fast.ops.types import (
     Head,
     Tables,
@@ -110,6 +112,58 @@ def cap_slope(z, softcap):
     return 1.0 - ratio * ratio
 
 
+def fused(x: Tensor, table: Tensor) -> bool:
+    """Whether a product comes from our own tiles: the matrix unit takes both operands as they are."""
+    return x.dtype == table.dtype and x.dtype in (torch.bfloat16, torch.float16)
+
+
+class Tiles(NamedTuple):
+    """A tile of `products`, and how a kernel with it is launched."""
+
+    BN: int
+    BV: int
+    BD: int
+    swap: bool
+    num_warps: int
+    num_stages: int
+
+    def constants(self, depth: int) -> dict[str, Any]:
+        """The constexpr parameters of `products` for operands that are ``depth`` wide."""
+        even = depth % self.BD == 0
+        return {"BN": self.BN, "BV": self.BV, "BD": self.BD, "EVEN": even, "SWAP": self.swap, "UPCAST": INTERPRET}
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def tile_shape(rows: int, device: torch.device, full: bool = False) -> Tiles:
+    """The tiles for so many rows, which spill nowhere (`tests/ops/test_triton_compile.py`).
+
+    Few rows take a 16-row tile with the operands swapped. Blackwell hands a finished product to the registers at
+    once, which is too much for the widest tiles, and of its smaller GPUs a block has 99 KiB of shared memory. A kernel
+    that keeps much beside its product (``full``) takes the next smaller tiles.
+    """
+    if full:
+        rows = min(rows, 128 if architecture(device) >= 90 else 64)
+    if INTERPRET:
+        return Tiles(16, 256, 32, rows <= 8, 4, 1)
+    if rows <= 16:
+        return Tiles(16, 128, 64, True, 8 if full and architecture(device) >= 100 else 4, 4)
+    if rows <= 64 or architecture(device) >= 100:
+        return Tiles(64, 128, 64, False, 8, 3)
+    if rows <= 128:
+        return Tiles(64, 256, 64, False, 8, 3)
+    return Tiles(128, 128, 64, False, 8, 4)
+
+
+class Bases(NamedTuple):
+    """What tiles of weights are relative to: (V / width, N) maxima of what had been seen of a row, and the width."""
+
+    values: Tensor
+    width: int
+
+
 def row_blocks(rows: int, vocabulary: int) -> Iterator[slice]:
     """Slices of at most `ENTRIES` logits, in whole tiles of a matrix product where they are long enough."""
     most = max(1, ENTRIES // vocabulary)
@@ -138,6 +192,15 @@ class Scratch:
         return tuple(self.take(f"weights {i}", rows, dtype) for i, dtype in enumerate(dtypes))
 
 
+def half_blocks(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows, and for each (R, V) of half precision in one buffer of as many bytes as one of `Scratch`."""
+    blocks = list(row_blocks(rows, -(-vocabulary // 2)))
+    most = max((block.stop - block.start for block in blocks), default=0)
+    buffer = torch.empty(most, -(-vocabulary // 8) * 8, dtype=dtype, device=device)
+    for block in blocks:
+        yield block, buffer[: block.stop - block.start, :vocabulary]
+
+
 def write_logits(out: Tensor, h: Tensor, head: Head, factor: float = 1.0) -> Tensor:
     """Writes ``factor`` times the logits (R, V) of hidden states h (R, d) into ``out``, float32."""
     if not head.softcap:
@@ -161,11 +224,6 @@ def write_terms(out: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tensor]
         times_table(vector, table, out, add=add)
         add = True
     return out if add else out.zero_()
-
-
-def at_argmax(gradient: Tensor, z: Tensor) -> Tensor:
-    """G (R, V) at the largest logit of each row of z: (R,) float32; 0 where it is not finite."""
-    return gradient.gather(1, z.argmax(1, keepdim=True)).squeeze(1).nan_to_num(0.0, 0.0, 0.0)
 
 
 def write_gradient(out: Tensor, factors: TokenGradient, tables: Tables) -> Tensor:

@@ -1,5 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""`gradient_norm`: G of a block of rows, and the logits for their log-sum-exp; then one read of both.
+"""`gradient_norm`: in one launch by tiles of three products, or from G and logits of blocks of rows, read once.
+
+With half-precision factors no (N, V) tensor is written: a tile's logits and its G come from products in registers. Else
+the matrix library makes both for so many rows as fit into a scratch.
+
+The norm is that of w + c log sum e^(z - max z) with c = nll_coeff and w = G - c (z - max z), while max z and the sum
+are still being found. So of w the mean is kept, which a new maximum moves, and the sum of squares about it, which it
+leaves alone: nothing cancels when both are put together.
 
 Work: 2 N V (2 d + d_r) operations, of which what has a float32 factor beside a bfloat16 table counts twice.
 """
@@ -11,38 +18,236 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.triton._launch import check, run, split
+from nabla_fast.ops.triton._launch import check, counters, last_to_arrive, launch, split
 from nabla_fast.ops.triton._matmul import (
     Scratch,
+    capped,
+    fused,
     logits_in_blocks,
+    products,
+    tile_shape,
     write_terms,
 )
-from nabla_fast.ops.triton._softmax import (
-    combine,
-    load_row,
-)
-from nabla_fast.ops.triton.stats import row_state
+from nabla_fast.ops.triton._row_scan import load_tile
+from nabla_fast.ops.triton._softmax import shift
 from nabla_fast.ops.types import (
     Tables,
     TokenGradient,
 )
 
+# Of a part of a row: max, sum of e^(z - max), mean of w, sum of squares about it.
+FIELDS = tl.constexpr(4)
+
+
+@triton.jit
+def _moved(max, new_max, total, mean, nll):
+    """The sum and the mean relative to a new maximum."""
+    base, before = shift(new_max), shift(max)
+    return total * tl.exp(max - base), mean + nll * (base - before)
+
+
+@triton.jit
+def _of_tile(z, g, base, inside, count, nll, AXIS: tl.constexpr):
+    """Sum of e^(z - base), mean of w, squares about it, along an axis of a tile."""
+    e = tl.where(inside, tl.exp(z - base), 0.0)
+    w = tl.where(inside, g - tl.where(nll == 0, 0.0, nll * (z - base)), 0.0)
+    mean = tl.sum(w, axis=AXIS) / tl.maximum(count, 1)
+    about = tl.where(inside, w - tl.expand_dims(mean, AXIS), 0.0)
+    return tl.sum(e, axis=AXIS), mean, tl.sum(about * about, axis=AXIS)
+
+
+@triton.jit
+def _joined(count, mean, squares, other_count, other_mean, other_squares):
+    """Mean and squares about it of two sets of numbers."""
+    both = tl.maximum(count + other_count, 1)
+    difference = other_mean - mean
+    share = other_count.to(tl.float32) / both
+    return mean + difference * share, squares + other_squares + difference * difference * share * count
+
+
+@triton.jit
+def _norm(top, total, mean, squares, count, nll):
+    log_total = tl.log(total)
+    away = mean + nll * log_total
+    # A row without meaning has no log-sum-exp, whatever the likelihood's weight is.
+    good = (total == total) & (tl.abs(top) < float("inf"))
+    return tl.where(good, tl.sqrt(squares + count * away * away), float("nan"))
+
+
+@triton.jit
+def _scan_norm_kernel(
+    Z,
+    Z_n,
+    G,
+    G_n,
+    OUT,
+    PARTS,
+    COUNTER,
+    V,
+    size,
+    nll,
+    SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    within = tl.arange(0, TILE)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    max = tl.full([LANES], float("-inf"), tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    mean = tl.zeros([LANES], tl.float32)
+    squares = tl.zeros([LANES], tl.float32)
+    count = tl.zeros([LANES], tl.int32)
+    start = split * size
+    end = tl.minimum(start + size, V)
+    for first in range(start, end, TILE * LANES):
+        columns = first + within
+        inside = columns < end
+        z = load_tile(Z, row * Z_n, columns, 1, end, float("-inf"), True)
+        g = load_tile(G, row * G_n, columns, 1, end, 0.0, True)
+        new_max = tl.maximum(max, tl.max(z, axis=0))
+        total, mean = _moved(max, new_max, total, mean, nll)
+        max = new_max
+        seen = tl.sum(inside.to(tl.int32), axis=0)
+        own_total, own_mean, own_squares = _of_tile(z, g, shift(max)[None, :], inside, seen, nll, 0)
+        total += own_total
+        mean, squares = _joined(count, mean, squares, seen, own_mean, own_squares)
+        count += seen
+    top, total, mean, squares = _over(max, total, mean, squares, count, nll)
+    if SPLITS > 1:
+        at = PARTS + (row * splits + split) * FIELDS
+        tl.store(at, top)
+        tl.store(at + 1, total)
+        tl.store(at + 2, mean)
+        tl.store(at + 3, squares)
+        if not last_to_arrive(COUNTER + row, splits):
+            return
+        # Past the cache of this multiprocessor, which others do not write to.
+        part = tl.arange(0, SPLITS)
+        at = PARTS + (row * splits + part) * FIELDS
+        inside = part < splits
+        parts_max = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        parts_total = tl.load(at + 1, mask=inside, other=0.0, cache_modifier=".cg")
+        parts_mean = tl.load(at + 2, mask=inside, other=0.0, cache_modifier=".cg")
+        parts_squares = tl.load(at + 3, mask=inside, other=0.0, cache_modifier=".cg")
+        parts_count = tl.maximum(tl.minimum(V - part * size, size), 0)
+        top, total, mean, squares = _over(parts_max, parts_total, parts_mean, parts_squares, parts_count, nll)
+    tl.store(OUT + row, _norm(top, total, mean, squares, V, nll))
+
+
+@triton.jit
+def _over(max, total, mean, squares, count, nll):
+    """The states of lanes or parts, the first axis, as one."""
+    top = tl.max(max, axis=0)
+    total, mean = _moved(max, tl.expand_dims(top, 0), total, mean, nll)
+    weight = count.to(tl.float32)
+    whole = tl.sum(tl.where(count > 0, weight * mean, 0.0), axis=0) / tl.sum(weight, axis=0)
+    away = tl.where(count > 0, mean - tl.expand_dims(whole, 0), 0.0)
+    return top, tl.sum(total, axis=0), whole, tl.sum(squares + weight * away * away, axis=0)
+
 
 @triton.jit(do_not_specialize=["rows"])
-def _squares_kernel(Z, Z_n, G, G_n, LSE, OUT, rows, V, size, nll, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1) * size
-    lse = tl.load(LSE + row)
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(start, tl.minimum(start + size, V), BLOCK):
-        columns = first + tl.arange(0, BLOCK)
-        inside = columns < V
-        g = load_row(G, row * G_n, columns, 1, inside, 0.0)
-        if nll != 0:
-            z = load_row(Z, row * Z_n, columns, 1, inside, 0.0)
-            g -= tl.where(inside, nll * (z - lse), 0.0)
-        total += g * g
-    tl.store(OUT + tl.program_id(1) * rows + row, tl.sum(total, axis=0))
+def _tile_norm_kernel(
+    H,
+    H_n,
+    H_d,
+    W,
+    W_v,
+    W_d,
+    D,
+    A,
+    A_n,
+    A_d,
+    E,
+    E_v,
+    E_d,
+    D_E,
+    B,
+    B_n,
+    B_d,
+    R,
+    R_v,
+    R_d,
+    D_R,
+    OUT,
+    PARTS,
+    COUNTER,
+    rows,
+    V,
+    size,
+    scale,
+    softcap,
+    nll,
+    CAP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EVEN_E: tl.constexpr,
+    EVEN_R: tl.constexpr,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+    BD: tl.constexpr,
+    EVEN: tl.constexpr,
+    SWAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    wanted = row < rows
+    clamped = tl.minimum(row, rows - 1)
+    max = tl.full([BN], float("-inf"), tl.float32)
+    total = tl.zeros([BN], tl.float32)
+    mean = tl.zeros([BN], tl.float32)
+    squares = tl.zeros([BN], tl.float32)
+    start = split * size
+    end = tl.minimum(start + size, V)
+    for first in range(start, end, BV):
+        columns = first + tl.arange(0, BV)
+        inside = wanted[:, None] & (columns < end)[None, :]
+        entry = tl.minimum(columns, V - 1)
+        g = products(A, A_n, A_d, E, E_v, E_d, D_E, clamped, entry, BN, BV, BD, EVEN_E, SWAP, UPCAST)
+        g += products(B, B_n, B_d, R, R_v, R_d, D_R, clamped, entry, BN, BV, BD, EVEN_R, SWAP, UPCAST)
+        z = products(H, H_n, H_d, W, W_v, W_d, D, clamped, entry, BN, BV, BD, EVEN, SWAP, UPCAST)
+        z = tl.where(inside, capped(z, scale, softcap, CAP), float("-inf"))
+        new_max = tl.maximum(max, tl.max(z, axis=1))
+        total, mean = _moved(max, new_max, total, mean, nll)
+        max = new_max
+        seen = tl.minimum(end - first, BV)
+        own_total, own_mean, own_squares = _of_tile(z, g, shift(max)[:, None], inside, seen, nll, 1)
+        total += own_total
+        mean, squares = _joined(first - start, mean, squares, seen, own_mean, own_squares)
+    at = PARTS + split * FIELDS * rows + row
+    tl.store(at, max, mask=wanted)
+    tl.store(at + rows, total, mask=wanted)
+    tl.store(at + 2 * rows, mean, mask=wanted)
+    tl.store(at + 3 * rows, squares, mask=wanted)
+    if not last_to_arrive(COUNTER + tl.program_id(0), splits):
+        return
+    top = tl.full([BN], float("-inf"), tl.float32)
+    total = tl.zeros([BN], tl.float32)
+    mean = tl.zeros([BN], tl.float32)
+    squares = tl.zeros([BN], tl.float32)
+    for begin in range(0, splits, CHUNK):
+        # Past the cache of this multiprocessor, which others do not write to.
+        index = begin + tl.arange(0, CHUNK)
+        there = (index < splits)[:, None] & wanted[None, :]
+        place = PARTS + (index * FIELDS * rows)[:, None] + row[None, :]
+        parts_max = tl.load(place, mask=there, other=float("-inf"), cache_modifier=".cg")
+        parts_total = tl.load(place + rows, mask=there, other=0.0, cache_modifier=".cg")
+        parts_mean = tl.load(place + 2 * rows, mask=there, other=0.0, cache_modifier=".cg")
+        parts_squares = tl.load(place + 3 * rows, mask=there, other=0.0, cache_modifier=".cg")
+        counts = tl.maximum(tl.minimum(V - index * size, size), 0)[:, None]
+        parts_top, whole_total, whole_mean, whole_squares = _over(
+            parts_max, parts_total, parts_mean, parts_squares, counts, nll
+        )
+        merged = tl.maximum(top, parts_top)
+        total, mean = _moved(top, merged, total, mean, nll)
+        whole_total, whole_mean = _moved(parts_top, merged, whole_total, whole_mean, nll)
+        total += whole_total
+        parts_count = tl.minimum(V - begin * size, CHUNK * size)
+        mean, squares = _joined(begin * size, mean, squares, parts_count, whole_mean, whole_squares)
+        top = merged
+    tl.store(OUT + row, _norm(top, total, mean, squares, V, nll), mask=wanted)
 
 
 def gradient_norm(factors: TokenGradient, tables: Tables) -> Tensor:
@@ -50,18 +255,50 @@ def gradient_norm(factors: TokenGradient, tables: Tables) -> Tensor:
     head = tables.head
     check(*factors, head.weight, tables.embedding, tables.reward_embedding)
     norm = torch.empty(len(factors.hidden), dtype=torch.float32, device=factors.hidden.device)
+    if not len(norm):
+        return norm
+    pairs = zip(factors, (head.weight, tables.embedding, tables.reward_embedding), strict=True)
+    if all(fused(factor, table) and factor.dtype == head.weight.dtype for factor, table in pairs):
+        _by_tiles(norm, factors, tables)
+        return norm
     scratch = Scratch(len(norm), head.weight.shape[0], norm.device)
     for rows, z in logits_in_blocks(factors.hidden, head, scratch):
         vectors = (factors.embedding[rows], factors.reward_embedding[rows])
         g = write_terms(scratch.take("gradient", len(z)), vectors, (tables.embedding, tables.reward_embedding))
-        lse = combine(row_state(z, 1.0), 1.0).stats.lse
-        block = 1024
-        size, parts = split(z.shape[1], block, len(z), z.device, waves=4)
-        squares = torch.empty(parts, len(z), dtype=torch.float32, device=z.device)
-        run(
-            _squares_kernel, (len(z), parts), z.device, Z=z, Z_n=z.stride(0), G=g, G_n=g.stride(0), LSE=lse,
-            OUT=squares, rows=len(z), V=z.shape[1], size=size, nll=float(tables.nll_coeff), BLOCK=block, num_warps=4,
-        )  # fmt: skip
-        # A row without meaning has no log-sum-exp, whatever the likelihood's weight is.
-        torch.where(lse.isnan(), lse, squares.sum(0).sqrt(), out=norm[rows])
+        _scan(norm[rows], z, g, tables.nll_coeff)
     return norm
+
+
+def _scan(norm: Tensor, z: Tensor, g: Tensor, nll: float) -> None:
+    (rows, vocabulary), tile, lanes = z.shape, 4, 512
+    size, splits = split(vocabulary, tile * lanes, rows, z.device, waves=4)
+    parts = torch.empty(rows * splits * FIELDS.value, dtype=torch.float32, device=z.device)
+    launch(
+        _scan_norm_kernel, (rows, splits), z.device,
+        (z, z.stride(0), g, g.stride(0), norm, parts, counters(rows, z.device), vocabulary, size, float(nll)),
+        {"SPLITS": triton.next_power_of_2(splits), "TILE": tile, "LANES": lanes},
+    )  # fmt: skip
+
+
+def _by_tiles(norm: Tensor, factors: TokenGradient, tables: Tables) -> None:
+    head, rows = tables.head, len(norm)
+    vocabulary, tiles = len(head.weight), tile_shape(rows, norm.device, full=True)
+    blocks = triton.cdiv(rows, tiles.BN)
+    size, splits = split(vocabulary, tiles.BV, blocks, norm.device)
+    parts = torch.empty(splits, FIELDS.value, rows, dtype=torch.float32, device=norm.device)
+    operands: list[Tensor | int] = []
+    for factor, table in zip(factors, (head.weight, tables.embedding, tables.reward_embedding), strict=True):
+        operands += [factor, *factor.stride(), table, *table.stride(), factor.shape[1]]
+    even = {f"EVEN_{name}": operands[at] % tiles.BD == 0 for name, at in (("E", 13), ("R", 20))}
+    launch(
+        _tile_norm_kernel, (blocks, splits), norm.device,
+        (
+            *operands, norm, parts, counters(blocks, norm.device), rows, vocabulary, size, float(head.scale),
+            float(head.softcap), float(tables.nll_coeff),
+        ),
+        {
+            "CAP": head.softcap != 0, "CHUNK": 2048 // tiles.BN, **even,
+            **tiles.constants(factors.hidden.shape[1]),
+        },
+        **tiles.options,
+    )  # fmt: skip

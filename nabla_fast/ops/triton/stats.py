@@ -1,9 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Statistics of rows: one pass over logits in memory, or over logits that are computed by tiles and never written.
 
-Logits in memory are read once: a tile of TILE x LANES values a time, TILE of them in each lane. A lane keeps its own
-running state, so the loop has no exchange between threads and one extra exponential per TILE values. The argmax costs
-one comparison per lane and tile: the winning tile is remembered, and searched once at the end.
+Logits in memory are read once (`_row_scan`), in one launch: where several programs share a row, the last of them to
+finish merges what all have found.
 
 From hidden states, the vocabulary is split over the grid's second axis, rows over the first, so that all row blocks
 meet the same part of W while it lies in the cache. Each program keeps BN states. Reads: W once per row block (from
@@ -12,103 +11,34 @@ memory once in all, as long as the row blocks of a part run together).
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.triton._launch import INTERPRET, architecture, check, run, split, strides
+from nabla_fast.ops.triton._launch import check, counters, last_to_arrive, launch, run, split, strides
 from nabla_fast.ops.triton._matmul import (
+    Bases,
     Scratch,
+    cap_slope,
     capped,
+    fused,
     logits_in_blocks,
     products,
+    tile_shape,
 )
-from nabla_fast.ops.triton._softmax import (
-    Row,
-    combine,
-    joined,
-    load_row,
-    new_state,
-    rescale,
-    shift,
-    store_state,
-)
+from nabla_fast.ops.triton._row_scan import scan_row
+from nabla_fast.ops.triton._row_stats import RowOutputs, outputs, row_stats, tile_of_row, write_stats
+from nabla_fast.ops.triton._softmax import new_state, rescale, shift, store_state
 from nabla_fast.ops.types import (
     Head,
     RelaxedStats,
 )
 
-
-@triton.jit
-def _load(X, offset, columns, stride, V, other, MASKED: tl.constexpr):
-    at = X + offset + columns.to(tl.int64) * stride
-    if MASKED:  # noqa: SIM108
-        values = tl.load(at, mask=columns < V, other=other)
-    else:
-        values = tl.load(at)
-    return values.to(tl.float32)
-
-
-@triton.jit
-def _tile(
-    Z,
-    Z_n,
-    Z_v,
-    SOFT,
-    SOFT_n,
-    SOFT_v,
-    HARD,
-    HARD_n,
-    HARD_v,
-    G,
-    G_n,
-    G_v,
-    origin,
-    row,
-    first,
-    within,
-    V,
-    inv_tau,
-    max,
-    sum_exp,
-    sum_exp_logit,
-    sum_exp_grad,
-    best,
-    won,
-    ENTROPY: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """The state with one tile more."""
-    columns = first + within
-    z = _load(Z, row * Z_n, columns, Z_v, V, float("-inf"), MASKED)
-    x = z
-    if SOFT is not None:
-        x = z + _load(SOFT, row * SOFT_n, columns, SOFT_v, V, 0.0, MASKED)
-    top = tl.max(x, axis=0)
-    new_max = tl.maximum(max, top)
-    base = shift(new_max)
-    sum_exp, sum_exp_logit, sum_exp_grad = rescale(max, sum_exp, sum_exp_logit, sum_exp_grad, base, inv_tau)
-    # In powers of two: one multiplication less per value.
-    difference = (x - base[None, :]) * (inv_tau * 1.4426950408889634)
-    e = tl.exp2(difference)
-    sum_exp += tl.sum(e, axis=0)
-    if ENTROPY:
-        # Where e is 0 the difference may be -inf; any other number does as well there.
-        sum_exp_logit += 0.6931471805599453 * tl.sum(e * tl.maximum(difference, -1e4), axis=0)
-    if G is not None:
-        gradient = _load(G, row * G_n, columns, G_v, V, 0.0, MASKED) - origin
-        sum_exp_grad += tl.sum(tl.where(e > 0, e * gradient, 0.0), axis=0)
-    high = top
-    if HARD is not None:
-        y = z + _load(HARD, row * HARD_n, columns, HARD_v, V, 0.0, MASKED)
-        high = tl.max(tl.where(y == y, y, float("inf")), axis=0)  # NaN is as bad as +inf, and a maximum drops it
-    elif SOFT is not None:
-        high = tl.max(z, axis=0)
-    won = tl.where(high > best, first, won)
-    return new_max, sum_exp, sum_exp_logit, sum_exp_grad, tl.maximum(best, high), won
+STATS = ("max_prob", "lse", "entropy", "token", "mask")
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -142,44 +72,15 @@ def _row_state_kernel(
     if HELD is not None:  # noqa: SIM102 (the outer one is decided when the kernel is compiled)
         if tl.load(HELD + row) != 0:
             return
-    within = tl.arange(0, TILE)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    max = tl.full([LANES], float("-inf"), tl.float32)
-    sum_exp = tl.zeros([LANES], tl.float32)
-    sum_exp_logit = tl.zeros([LANES], tl.float32)
-    sum_exp_grad = tl.zeros([LANES], tl.float32)
-    best = tl.full([LANES], float("-inf"), tl.float32)
-    won = tl.zeros([LANES], tl.int32)
     origin = 0.0
     if G is not None:
         origin = tl.load(ORIGIN + row)
     start = split * size
-    end = tl.minimum(start + size, V)
-    whole = start + (end - start) // (TILE * LANES) * (TILE * LANES)
-    for first in range(start, whole, TILE * LANES):
-        max, sum_exp, sum_exp_logit, sum_exp_grad, best, won = _tile(
-            Z, Z_n, Z_v, SOFT, SOFT_n, SOFT_v, HARD, HARD_n, HARD_v, G, G_n, G_v, origin, row, first, within, V,
-            inv_tau, max, sum_exp, sum_exp_logit, sum_exp_grad, best, won, ENTROPY, False,
-        )  # fmt: skip
-    if whole < end:
-        max, sum_exp, sum_exp_logit, sum_exp_grad, best, won = _tile(
-            Z, Z_n, Z_v, SOFT, SOFT_n, SOFT_v, HARD, HARD_n, HARD_v, G, G_n, G_v, origin, row, whole, within, V,
-            inv_tau, max, sum_exp, sum_exp_logit, sum_exp_grad, best, won, ENTROPY, True,
-        )  # fmt: skip
-
-    top = tl.max(max, axis=0)
-    sum_exp, sum_exp_logit, sum_exp_grad = rescale(max, sum_exp, sum_exp_logit, sum_exp_grad, shift(top), inv_tau)
-    highest = tl.max(best, axis=0)
-    # Tiles are ranges of the vocabulary in order, so the lowest index of the maximum lies in the first tile that won.
-    columns = tl.min(tl.where(best == highest, won, V), axis=0) + within
-    inside = columns < V
-    y = load_row(Z, row * Z_n, columns, Z_v, inside, float("-inf"))
-    if HARD is not None:
-        y += load_row(HARD, row * HARD_n, columns, HARD_v, inside, 0.0)
-    token = tl.min(tl.min(tl.where((y == highest) & inside, columns, 2147483647), axis=1), axis=0)
-    store_state(
-        STATE, TOKENS, split, tl.num_programs(1), row, rows, None,
-        top, tl.sum(sum_exp, axis=0), tl.sum(sum_exp_logit, axis=0), tl.sum(sum_exp_grad, axis=0), highest, token,
+    top, total, t, q, highest, token = scan_row(
+        Z, Z_n, Z_v, SOFT, SOFT_n, SOFT_v, HARD, HARD_n, HARD_v, G, G_n, G_v, origin, -1, row,
+        start, tl.minimum(start + size, V), V, inv_tau, ENTROPY, False, TILE, LANES,
     )  # fmt: skip
+    store_state(STATE, TOKENS, split, tl.num_programs(1), row, rows, None, top, total, t, q, highest, token)
 
 
 def row_state(
@@ -201,10 +102,7 @@ def row_state(
     program per row where rows are many, else several per row.
     """
     rows, vocabulary = z.shape
-    # 16 bytes per thread and row of the tile, so that a lane's values stay within one thread.
-    # Further operands take registers: half the tile.
-    lanes = 1024 if z.element_size() == 2 else 512
-    tile = 8 if soft is None and hard is None and gradient is None else 4
+    tile, lanes = tile_of_row(z, plain=soft is None and hard is None and gradient is None)
     size, splits = split(vocabulary, tile * lanes, rows, z.device, waves=4)
     state = state or new_state(splits, rows, z.device)
     if rows:
@@ -218,8 +116,12 @@ def row_state(
     return state
 
 
+# Of one part of a row: max, sums, token, the target's logit, the sum without it.
+LINEAR_FIELDS = tl.constexpr(6)
+
+
 @triton.jit(do_not_specialize=["rows"])
-def _linear_state_kernel(
+def _linear_stats_kernel(
     H,
     H_n,
     H_d,
@@ -229,13 +131,28 @@ def _linear_state_kernel(
     D,
     scale,
     softcap,
-    STATE,
-    TOKENS,
+    TARGET,
+    TOP,
+    MAX_PROB,
+    LSE,
+    ENTROPY,
+    TOKEN,
+    MASK,
+    LOG_PI,
+    Q,
+    WEIGHTS,
+    WEIGHTS_n,
+    BASES,
+    PARTS,
+    COUNTER,
     rows,
     V,
     size,
     inv_tau,
+    entropy_threshold,
+    confidence_threshold,
     CAP: tl.constexpr,
+    CHUNK: tl.constexpr,
     BN: tl.constexpr,
     BV: tl.constexpr,
     BD: tl.constexpr,
@@ -244,13 +161,19 @@ def _linear_state_kernel(
     UPCAST: tl.constexpr,
 ):
     split = tl.program_id(1)
+    splits = tl.num_programs(1)
     row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     wanted = row < rows
     clamped = tl.minimum(row, rows - 1)
     max = tl.full([BN], float("-inf"), tl.float32)
     sum_exp = tl.zeros([BN], tl.float32)
     sum_exp_logit = tl.zeros([BN], tl.float32)
+    others = tl.zeros([BN], tl.float32)
+    value = tl.zeros([BN], tl.float32)
     token = tl.zeros([BN], tl.int32)
+    target = tl.full([BN], -1, tl.int64)
+    if TARGET is not None:
+        target = tl.load(TARGET + clamped)
     start = split * size
     for first in range(start, tl.minimum(start + size, V), BV):
         columns = first + tl.arange(0, BV)
@@ -258,92 +181,143 @@ def _linear_state_kernel(
         entry = tl.minimum(columns, V - 1)
         z = products(H, H_n, H_d, W, W_v, W_d, D, clamped, entry, BN, BV, BD, EVEN, SWAP, UPCAST)
         z = tl.where(inside, capped(z, scale, softcap, CAP), float("-inf"))
+        if TARGET is not None:
+            value += tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), axis=1)
         high = tl.max(z, axis=1)
-        lowest = tl.min(tl.where(z == high[:, None], tl.arange(0, BV)[None, :], BV), axis=1)
-        token = tl.where(high > max, first + lowest, token)
+        if TOKEN is not None:
+            lowest = tl.min(tl.where(z == high[:, None], tl.arange(0, BV)[None, :], BV), axis=1)
+            token = tl.where(high > max, first + lowest, token)
         new_max = tl.maximum(max, high)
         base = shift(new_max)
-        sum_exp, sum_exp_logit, _ = rescale(max, sum_exp, sum_exp_logit, sum_exp_logit, base, inv_tau)
+        sum_exp, sum_exp_logit, others = rescale(max, sum_exp, sum_exp_logit, others, base, inv_tau)
         max = new_max
         difference = (z - base[:, None]) * inv_tau
         e = tl.exp(difference)
         sum_exp += tl.sum(e, axis=1)
-        sum_exp_logit += tl.sum(tl.where(e > 0, e * difference, 0.0), axis=1)
-    store_state(
-        STATE,
-        TOKENS,
-        split,
-        tl.num_programs(1),
-        row,
-        rows,
-        wanted,
-        max,
-        sum_exp,
-        sum_exp_logit,
-        sum_exp_logit,
-        max,
-        token,
-    )
+        if ENTROPY is not None:
+            sum_exp_logit += tl.sum(tl.where(e > 0, e * difference, 0.0), axis=1)
+        if Q is not None:
+            others += tl.sum(tl.where(columns[None, :] == target[:, None], 0.0, e), axis=1)
+        if WEIGHTS is not None:
+            if CAP and TARGET is not None:
+                # A -inf logit has weight 0, and a slope that is not a number.
+                e = tl.where(e == 0, 0.0, e * cap_slope(z, softcap))
+            place = WEIGHTS + (row * WEIGHTS_n)[:, None] + columns[None, :]
+            tl.store(place, e.to(WEIGHTS.dtype.element_ty), mask=inside)
+            tl.store(BASES + first // BV * rows + row, base, mask=wanted)
+    at = PARTS + row
+    part = split * LINEAR_FIELDS * rows
+    tl.store(at + part, max, mask=wanted)
+    tl.store(at + part + rows, sum_exp, mask=wanted)
+    tl.store(at + part + 2 * rows, sum_exp_logit, mask=wanted)
+    tl.store(at + part + 3 * rows, token.to(tl.float32, bitcast=True), mask=wanted)
+    tl.store(at + part + 4 * rows, value, mask=wanted)
+    tl.store(at + part + 5 * rows, others, mask=wanted)
+    if not last_to_arrive(COUNTER + tl.program_id(0), splits):
+        return
+    top = tl.full([BN], float("-inf"), tl.float32)
+    total = tl.zeros([BN], tl.float32)
+    t = tl.zeros([BN], tl.float32)
+    q = tl.zeros([BN], tl.float32)
+    value = tl.zeros([BN], tl.float32)
+    token = tl.zeros([BN], tl.int32)
+    for begin in range(0, splits, CHUNK):
+        # Past the cache of this multiprocessor, which others do not write to.
+        index = begin + tl.arange(0, CHUNK)
+        there = (index < splits)[:, None] & wanted[None, :]
+        place = PARTS + (index * LINEAR_FIELDS * rows)[:, None] + row[None, :]
+        parts_max = tl.load(place, mask=there, other=float("-inf"), cache_modifier=".cg")
+        parts_total = tl.load(place + rows, mask=there, other=0.0, cache_modifier=".cg")
+        parts_t = tl.load(place + 2 * rows, mask=there, other=0.0, cache_modifier=".cg")
+        parts_token = tl.load(place + 3 * rows, mask=there, other=0.0, cache_modifier=".cg").to(tl.int32, bitcast=True)
+        value += tl.sum(tl.load(place + 4 * rows, mask=there, other=0.0, cache_modifier=".cg"), axis=0)
+        parts_q = tl.load(place + 5 * rows, mask=there, other=0.0, cache_modifier=".cg")
+        parts_top = tl.max(parts_max, axis=0)
+        parts_lowest = tl.min(tl.where(there & (parts_max == parts_top[None, :]), parts_token, 2147483647), axis=0)
+        token = tl.where(parts_top > top, parts_lowest, token)
+        merged = tl.maximum(top, parts_top)
+        merged_base = shift(merged)
+        total, t, q = rescale(top, total, t, q, merged_base, inv_tau)
+        parts_total, parts_t, parts_q = rescale(parts_max, parts_total, parts_t, parts_q, merged_base[None, :], inv_tau)
+        total += tl.sum(parts_total, axis=0)
+        t += tl.sum(parts_t, axis=0)
+        q += tl.sum(parts_q, axis=0)
+        top = merged
+    good = (total == total) & (tl.abs(top) < float("inf"))
+    if TARGET is not None:
+        good = good & (target >= 0) & (target < V)
+        log_pi = (value - top) * inv_tau - tl.log(total)
+        tl.store(LOG_PI + row, tl.where(good, log_pi, float("nan")), mask=wanted)
+    if Q is not None:
+        tl.store(Q + row, tl.where(good, q / total, float("nan")), mask=wanted)
+    write_stats(
+        TOP, MAX_PROB, LSE, ENTROPY, TOKEN, MASK, row, wanted, good, top, total, t, token, inv_tau, entropy_threshold,
+        confidence_threshold,
+    )  # fmt: skip
 
 
-def fused(h: Tensor, head: Head) -> bool:
-    """Whether the logits of h come from tiles: the matrix unit takes both operands as they are."""
-    return h.dtype == head.weight.dtype and h.dtype in (torch.bfloat16, torch.float16)
+def linear_stats(
+    h: Tensor,
+    head: Head,
+    inv_tau: float,
+    out: RowOutputs,
+    *,
+    target: Tensor | None = None,
+    weights: Tensor | None = None,
+    entropy_threshold: float | None = None,
+    confidence_threshold: float | None = None,
+) -> Bases | None:
+    """`row_stats` of the logits of `fused` hidden states h (N, d), none of which is written; in one launch.
 
-
-def linear_state(h: Tensor, head: Head, inv_tau: float) -> tuple[Tensor, Tensor]:
-    """Partial states of ``softmax(logits / tau)`` of `fused` hidden states h (N, d)."""
-    (rows, depth), weight = h.shape, head.weight
-    options = tile_shape(rows, h.device)
-    blocks = triton.cdiv(rows, options["BN"])
-    size, splits = split(weight.shape[0], options["BV"], blocks, h.device)
-    state = new_state(splits, rows, h.device)
-    if rows:
-        run(
-            _linear_state_kernel, (blocks, splits), h.device, H=h, **strides("H", h, "nd"),
-            W=weight, **strides("W", weight, "vd"), D=depth, scale=float(head.scale), softcap=float(head.softcap),
-            STATE=state[0], TOKENS=state[1], rows=rows, V=weight.shape[0], size=size, inv_tau=inv_tau,
-            CAP=head.softcap != 0, EVEN=depth % options["BD"] == 0, UPCAST=INTERPRET, **options,
-        )  # fmt: skip
-    return state
-
-
-def tile_shape(rows: int, device: torch.device) -> dict[str, Any]:
-    """Tile shape (BN, BV, BD) and launch options that spill nowhere (`tests/ops/test_triton_compile.py`).
-
-    Few rows take a 16-row tile with the operands swapped. Blackwell hands a finished product to the registers at
-    once, which is too much for the widest tiles.
+    Args:
+        weights: (N, V) in half precision, becomes e^((z - base) / tau), times the softcap's slope for a target: rounded
+            as softmax weights may be, which rounded logits would not give. The bases are returned.
     """
-    if INTERPRET:
-        shape, swap, options = (16, 256, 32), rows <= 8, (4, 1)
-    elif rows <= 16:
-        shape, swap, options = (16, 128, 64), True, (4, 4)
-    elif rows <= 64 or architecture(device) >= 100:
-        shape, swap, options = (64, 128, 64), False, (8, 3)
-    elif rows <= 128:
-        shape, swap, options = (64, 256, 64), False, (8, 3)
-    else:
-        shape, swap, options = (128, 128, 64), False, (8, 4)
-    return dict(zip(("BN", "BV", "BD", "SWAP", "num_warps", "num_stages"), (*shape, swap, *options), strict=True))
+    (rows, depth), weight = h.shape, head.weight
+    if not rows:
+        return None
+    tiles = tile_shape(rows, h.device, full=weights is not None)
+    blocks = triton.cdiv(rows, tiles.BN)
+    size, splits = split(len(weight), tiles.BV, blocks, h.device)
+    parts = torch.empty(splits, LINEAR_FIELDS.value, rows, dtype=torch.float32, device=h.device)
+    bases = None
+    if weights is not None:
+        bases = torch.empty(triton.cdiv(len(weight), tiles.BV), rows, dtype=torch.float32, device=h.device)
+    launch(
+        _linear_stats_kernel, (blocks, splits), h.device,
+        (
+            h, *h.stride(), weight, *weight.stride(), depth, float(head.scale), float(head.softcap), target, *out[:6],
+            out.log_pi, out.q, weights, 0 if weights is None else weights.stride(0), bases, parts,
+            counters(blocks, h.device), rows, len(weight), size, inv_tau,
+            -math.inf if entropy_threshold is None else float(entropy_threshold),
+            math.inf if confidence_threshold is None else float(confidence_threshold),
+        ),
+        {"CAP": head.softcap != 0, "CHUNK": 2048 // tiles.BN, **tiles.constants(depth)}, **tiles.options,
+    )  # fmt: skip
+    return None if bases is None else Bases(bases, tiles.BV)
 
 
 def linear_row(
     h: Tensor,
     head: Head,
     inv_tau: float,
+    names: Sequence[str],
     entropy_threshold: float | None = None,
     confidence_threshold: float | None = None,
-) -> Row:
+) -> RowOutputs:
     """Statistics of the logits of h (N, d): from tiles where no logit need be written, else from blocks."""
-    thresholds = (entropy_threshold, confidence_threshold)
-    if fused(h, head):
-        return combine(linear_state(h, head, inv_tau), inv_tau, *thresholds)
+    out = outputs(len(h), h.device, *names)
+    if fused(h, head.weight):
+        linear_stats(
+            h, head, inv_tau, out, entropy_threshold=entropy_threshold, confidence_threshold=confidence_threshold
+        )
+        return out
     scratch = Scratch(len(h), head.weight.shape[0], h.device)
-    found = [
-        combine(row_state(z, inv_tau, entropy=True), inv_tau, *thresholds)
-        for _, z in logits_in_blocks(h, head, scratch)
-    ]
-    return joined(found) if found else combine(new_state(1, 0, h.device), inv_tau)
+    for rows, z in logits_in_blocks(h, head, scratch):
+        row_stats(
+            z, inv_tau, out.rows(rows), entropy_threshold=entropy_threshold, confidence_threshold=confidence_threshold
+        )
+    return out
 
 
 def relaxed_stats(
@@ -351,8 +325,9 @@ def relaxed_stats(
 ) -> RelaxedStats:
     """`reference.relaxed_stats`."""
     check(z)
-    state = row_state(z, 1.0 / tau, entropy=True)
-    return combine(state, 1.0 / tau, entropy_threshold, confidence_threshold).stats
+    out = outputs(len(z), z.device, *STATS)
+    row_stats(z, 1.0 / tau, out, entropy_threshold=entropy_threshold, confidence_threshold=confidence_threshold)
+    return RelaxedStats(out.max_prob, out.lse, out.entropy, out.token, out.mask)
 
 
 def linear_relaxed_stats(
@@ -364,4 +339,5 @@ def linear_relaxed_stats(
 ) -> RelaxedStats:
     """`reference.linear_relaxed_stats`."""
     check(h, head.weight)
-    return linear_row(h, head, 1.0 / tau, entropy_threshold, confidence_threshold).stats
+    out = linear_row(h, head, 1.0 / tau, STATS, entropy_threshold, confidence_threshold)
+    return RelaxedStats(out.max_prob, out.lse, out.entropy, out.token, out.mask)
