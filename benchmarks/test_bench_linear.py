@@ -1,4 +1,7 @@
-"""`linear`: products of the few rows (M, K) that a decoded token or draft is with a layer's weight (N, K), on a CPU."""
+"""`linear`: products of the few rows (M, K) that a decoded token or draft is with a layer's weight (N, K), on a CPU.
+
+With weights of 8-bit integers, eager is what torchao does with them, and "float32" the layer that was not quantised.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,40 @@ def inputs(seed: int, rows: int, entries: int, width: int, dtype: torch.dtype) -
     return Inputs((x,), (weight / width**0.5,))
 
 
+def quantised(seed: int, rows: int, entries: int, width: int) -> Inputs:
+    """Rows, and a weight as integers, scales and float32 numbers."""
+    x, weight = (randn(n, width, seed=seed + i) for i, n in enumerate((rows, entries)))
+    scale = weight.abs().amax(1) / 127 / width**0.5
+    integers = (weight / width**0.5 / scale[:, None]).round().to(torch.int8)
+    return Inputs((x,), (integers, scale, scale[:, None] * integers))
+
+
+def int8_contest(shape: Shape, entries: int, rows: int) -> Contest:
+    reason = why_not_native()
+    return Contest(
+        operator="linear, int8 weight",
+        model=shape.name,
+        dtype=torch.float32,
+        shape={"M": rows, "N": entries, "K": shape.width},
+        inputs=functools.partial(quantised, rows=rows, entries=entries, width=shape.width),
+        meaning=lambda x, _, __, numbers: functional.linear(x, numbers),
+        ours={"native": lambda x, w, scale, _: few_rows.linear(x, w, scale=scale)} if reason is None else {},
+        baselines={
+            "eager": lambda x, w, scale, _: functional.linear(x, w.to(x.dtype)) * scale,
+            "float32": lambda x, _, __, numbers: functional.linear(x, numbers),
+        },
+        traffic=entries * shape.width + 4 * rows * (entries + shape.width),
+        flops=2 * rows * entries * shape.width,
+        skipped={"torch.compile": "it calls the same product"} | ({} if reason is None else {"native": reason}),
+    )
+
+
+def why_not_native() -> str | None:
+    return None if native.has("linear") else native.why_missing() or "the native library lacks it"
+
+
 def contest(shape: Shape, entries: int, rows: int, dtype: torch.dtype) -> Contest:
-    reason = None if native.has("linear") else native.why_missing() or "the native library lacks it"
+    reason = why_not_native()
     skipped = {"torch.compile": "it calls the same product"} | ({} if reason is None else {"native": reason})
     baselines = {"eager": functional.linear}
     if dtype == torch.float32:  # elsewhere it is what eager is
@@ -52,7 +87,9 @@ def cases(setting: Setting) -> list[Case]:
     if setting.device.type != "cpu":
         return []
     sizes = [(*weight, rows, dtype) for weight in WEIGHTS for dtype in setting.dtypes for rows in ROWS]
-    return [contest(*size).case(setting) for size in (sizes[:2] if setting.quick else sizes)]
+    made = [contest(*size) for size in (sizes[:2] if setting.quick else sizes)]
+    made += [int8_contest(*weight, rows) for weight in WEIGHTS[: 1 if setting.quick else None] for rows in ROWS]
+    return [one.case(setting) for one in made]
 
 
 def test_linear(case, measured):
