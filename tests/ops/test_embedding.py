@@ -59,8 +59,12 @@ def gradient_unit(vectors, tables, tau):
 
 
 def unit_of(backend, vectors, tables, tau, kind="random"):
-    """What rounding is relative to: a gradient's largest entry; by Triton, or where p is nearly 0, the size of G."""
-    return TINY if backend.name != "triton" and kind == "random" else gradient_unit(vectors, tables, tau)
+    """What rounding is relative to: a gradient's largest entry; by Triton, or where p is nearly 0, the size of G.
+
+    Below 1e-9 of that size, `textbook` has no digits left either.
+    """
+    size = gradient_unit(vectors, tables, tau)
+    return 1e-9 * size if backend.name != "triton" and kind == "random" else size
 
 
 def near_logits_gradient(backend, ours, meant, z, tolerance, unit):
