@@ -47,8 +47,12 @@ void unrolled(const Work& work) {
   unrolled(std::make_integer_sequence<int, count>{}, work);
 }
 
-// 8-bit integers, a vector of them.
-inline Vec from_int8(const int8_t* from) {
+// 8-bit integers, a vector of them. Where the vector has to be put together, in one place: the compiler would work on
+// copies of it for minutes.
+#if !defined(CPU_CAPABILITY_AVX512) && !defined(CPU_CAPABILITY_AVX2)
+__attribute__((noinline))
+#endif
+Vec from_int8(const int8_t* from) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #elif defined(CPU_CAPABILITY_AVX2)
@@ -234,25 +238,20 @@ Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& s
   const Tensor more = in_float(bias);
   std::vector<int64_t> shape = input.sizes().vec();
   shape.back() = weight.size(0);
-  Tensor out = at::empty(shape, x.options().dtype(dtype));
-  const auto into = [&](auto entry, auto result) {
-    multiply<decltype(entry), decltype(result)>(x, weight, factors, more, out);
-  };
-  const auto from = [&](auto entry) {
-    if (dtype == at::kFloat) return into(entry, float());
-    if constexpr (std::is_same_v<decltype(entry), int8_t>) {
-      return dtype == at::kBFloat16 ? into(entry, at::BFloat16()) : into(entry, at::Half());
-    } else {
-      return into(entry, entry);
+  Tensor out = at::empty(shape, x.options().dtype(int8 ? at::kFloat : dtype));
+  const auto run = [&](auto entry) {
+    if (out.scalar_type() == at::kFloat) return multiply<decltype(entry), float>(x, weight, factors, more, out);
+    if constexpr (!std::is_same_v<decltype(entry), int8_t>) {
+      multiply<decltype(entry), decltype(entry)>(x, weight, factors, more, out);
     }
   };
   switch (own) {
-    case at::kChar: from(int8_t()); break;
-    case at::kBFloat16: from(at::BFloat16()); break;
-    case at::kHalf: from(at::Half()); break;
-    default: from(float());
+    case at::kChar: run(int8_t()); break;
+    case at::kBFloat16: run(at::BFloat16()); break;
+    case at::kHalf: run(at::Half()); break;
+    default: run(float());
   }
-  return out;
+  return out.to(dtype);
 }
 
 }  // namespace nabla_fast::cpu::CPU_CAPABILITY
