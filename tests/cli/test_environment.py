@@ -40,7 +40,7 @@ def test_doctor_says_which_measurements_decide() -> None:
     assert reasons["token_diff"] is None
     shown = CliRunner().invoke(cli.app, ["doctor"], env={"COLUMNS": "200"}).stdout
     assert "measured back ends" in shown
-    assert all(case in shown for case in reasons)
+    assert all(case.partition(",")[0] in shown for case in reasons)
 
 
 def test_missing_native_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
