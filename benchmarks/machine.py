@@ -72,8 +72,13 @@ def versions() -> dict[str, Any]:
 
 
 def slug(device: torch.device) -> str:
-    """The processor's or GPU's name in small letters, digits and hyphens: a directory of results."""
-    name = gpu(device)["name"] if device.type == "cuda" else processor() or platform.machine()
+    """The processor's or GPU's name in small letters, digits and hyphens: a directory of results.
+
+    Processors of one name may differ in their vectors, so that other ones than AVX512 stand behind it.
+    """
+    vectors = torch.backends.cpu.get_cpu_capability()
+    named = f"{processor() or platform.machine()}{'' if vectors == 'AVX512' else f' {vectors}'}"
+    name = gpu(device)["name"] if device.type == "cuda" else named
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -127,9 +127,11 @@ def described(name: str, some: Sequence[dict[str, Any]], suite: str) -> str:
 
 
 def hardware(some: Sequence[dict[str, Any]]) -> str:
-    """The GPU or processor that runs on one machine were made on."""
+    """The GPU or processor that runs on one machine were made on; its vectors where they are not AVX512."""
     last = some[-1]
-    return last["machine"].get("gpu", {}).get("name") or f"{last['machine']['processor']}, {last['threads']} threads"
+    machine, vectors = last["machine"], last["machine"].get("capability", "AVX512")
+    processor = machine["processor"] + ("" if vectors == "AVX512" else f" ({vectors})")
+    return machine.get("gpu", {}).get("name") or f"{processor}, {last['threads']} threads"
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -62,8 +62,12 @@ def first_order(sequences: Seq[Sequence], by: Proposer) -> list[int]:
     with by.phase("resample", sequences):
         rows = [e.rows_from(s.position).rows(slice(0, 1)) for e, s in zip(evaluations, sequences, strict=True)]
         factors = ops.TokenGradient(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
-        gradient = ops.token_gradient(factors, by.objective.tables).cpu()
-        return [own[int(gradient[i, own].argmin())] for i, own in enumerate(candidates)]
+        gradient = ops.token_gradient(factors, by.objective.tables)
+        # A sequence with fewer candidates has its first one again.
+        most = max(map(len, candidates))
+        filled = torch.tensor([[*own, *own[:1] * (most - len(own))] for own in candidates], device=gradient.device)
+        best = gradient.gather(1, filled).argmin(1, keepdim=True)
+        return filled.gather(1, best)[:, 0].tolist()
 
 
 def prefix_reward(sequences: Seq[Sequence], by: Proposer) -> list[int]:
@@ -76,8 +80,8 @@ def prefix_reward(sequences: Seq[Sequence], by: Proposer) -> list[int]:
 def likeliest(sequences: Seq[Sequence], by: Proposer) -> list[int]:
     """The likeliest other token: the control, which asks neither a gradient nor a reward."""
     with by.phase("resample", sequences):
-        scores = _scores(sequences, by).cpu()
-        present = torch.tensor([_present(s) for s in sequences])
+        scores = _scores(sequences, by)
+        present = torch.tensor([_present(s) for s in sequences], device=scores.device)
         best = scores.scatter(1, present.unsqueeze(1), -torch.inf).max(1)
         # Where the logits processors allow one token alone, there is no other.
         tokens: list[int] = torch.where(best.values == -torch.inf, present, best.indices).tolist()
