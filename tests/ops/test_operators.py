@@ -385,8 +385,9 @@ def same(a, b):
 
 @pytest.mark.parametrize("name", calls(1, torch.float32, "native"))
 @pytest.mark.parametrize("rows", [0, 3])
-def test_a_call_that_only_the_kernel_sees_is_as_through_the_dispatcher(name, rows, dispatched):
-    given = calls(rows, torch.float32, "native")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_call_that_only_the_kernel_sees_is_as_through_the_dispatcher(name, rows, dtype, dispatched):
+    given = calls(rows, torch.float32 if name.startswith("dto_step") else dtype, "native")
     operator, (*flat, _) = ops.OPERATORS[name.split(" ")[0]], given[name][1]
     values = operator._whole(flat)
     through = operator._results(operator._overload(*(copy.deepcopy(x) for x in flat), "native"))
