@@ -24,7 +24,7 @@ from nabla_fast.models.graphed import graphed_likelihood, graphed_rewards, poole
 from nabla_fast.models.kept import clear_graphs
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardFrame, RewardModel
-from nabla_fast.models.sequence_cache import SequenceCache, catch_up, common_lengths, extended
+from nabla_fast.models.sequence_cache import SequenceCache, catch_up, common_lengths, reach
 from nabla_fast.models.side_stream import SideStream
 from nabla_fast.models.static import StaticPass
 from nabla_fast.models.torch_kernels import fast_kernels
@@ -340,31 +340,16 @@ class Objective:
         return _Part(factors, rewards.detach())
 
     def _read(self, sequences: Seq[Sequence], prefixes: Seq[Tensor]) -> None:
-        """Extends the reward model's caches that do not reach to the end of their prefixes (n_b,)."""
+        """Makes the reward model's caches reach to the end of their prefixes (n_b,)."""
         model = self.reward_model
         if not model.supports_prefix_cache:
             return
         assert model.backbone is not None
         known = [self._reward_cache(sequence) for sequence in sequences]
-        common = common_lengths(known, prefixes)
-        behind = [
-            i
-            for i, (own, shared, prefix) in enumerate(zip(known, common, prefixes, strict=True))
-            if shared < len(prefix) or own.before(shared) is None
-        ]
-        if not behind:
-            return
-        own, new = [known[i] for i in behind], [prefixes[i] for i in behind]
-        asked = [sequences[i].stats for i in behind]
         fast = fast_kernels(model.device, *self._fused)
-        with ExitStack() as stack:
-            for block in (self.clock.phase("reward", asked), torch.inference_mode(False), torch.no_grad()):
-                stack.enter_context(block)
-            for block in (self._side.joined(), self._side.active(), frozen(self._parameters), fast):
-                stack.enter_context(block)
-            longer = extended(model.backbone, model.table, own, new)
-        for cache, prefix, kept in zip(own, new, longer, strict=True):
-            cache.keep(prefix, kept)
+        with self.clock.phase("reward", [s.stats for s in sequences]), torch.inference_mode(False), torch.no_grad():  # noqa: SIM117
+            with self._side.joined(), self._side.active(), frozen(self._parameters), fast:
+                reach(model.backbone, model.table, known, prefixes)
 
     def _score(self, sequences: Seq[Sequence], responses: Seq[Tensor]) -> list[float]:
         model = self.reward_model

@@ -72,6 +72,15 @@ def extended(backbone: Backbone, table: Any, caches: Sequence[SequenceCache], re
     return [result for result in results if result is not None]
 
 
+def reach(backbone: Backbone, table: Any, caches: Sequence[SequenceCache], responses: Sequence[Tensor]) -> None:
+    """Makes each cache cover its whole response; one that does already stays as it is. See `extended`."""
+    common = common_lengths(caches, responses)
+    behind = [i for i, y in enumerate(responses) if common[i] < len(y) or caches[i].before(len(y)) is None]
+    own, new = [caches[i] for i in behind], [responses[i] for i in behind]
+    for cache, response, longer in zip(own, new, extended(backbone, table, own, new) if own else [], strict=True):
+        cache.keep(response, longer)
+
+
 def catch_up(
     backbone: Backbone,
     table: Any,
