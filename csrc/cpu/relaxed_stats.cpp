@@ -14,9 +14,12 @@
 namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
 
+// Sums that a lane of the vectors is added to in turn.
+constexpr int kSums = 4;
 // A row is cut into parts of fixed length whatever the number of rows or threads, and the parts are merged from left
-// to right: a row's statistics are the same bits alone and in a batch.
-constexpr int64_t kPart = 16384;
+// to right in double: a row's statistics are the same bits alone and in a batch. The length is 256 additions to each
+// sum: what a float32 bears of one value that is added again and again.
+constexpr int64_t kPart = 256 * kSums * at::vec::Vectorized<float>::size();
 // Vectors that wait in registers while it is seen whether one of them raises the maximum.
 constexpr int kVectors = 8;
 // A row is read once, from memory: so far ahead, the hardware's own prefetching, which stops at a page, is too late.
@@ -91,8 +94,6 @@ class Reducer {
   }
 
  private:
-  // So many, because 256 additions of one value to a float32 are about what its precision bears.
-  static constexpr int kSums = 4;
   static constexpr int kNoLane = Vec::size() == 32 ? -1 : (1 << Vec::size()) - 1;
 
   static std::array<Vec, kSums> zeros() {

@@ -28,7 +28,7 @@ FILES = {
 # Names Triton, but runs none of its kernels.
 OTHERS = {
     "test_triton.py", "test_triton_compile.py", "test_triton_launch.py",
-    "test_backends.py", "test_cuda.py", "test_operators.py",
+    "test_backends.py", "test_cuda.py", "test_cuda_compile.py", "test_operators.py",
 }  # fmt: skip
 
 
