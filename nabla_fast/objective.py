@@ -125,9 +125,10 @@ class Objective:
     def prefix_rewards(
         self, sequences: Seq[Sequence], prefixes: Seq[Tensor], candidates: Seq[Seq[int]]
     ) -> list[list[float]]:
-        """Rewards of each response so far with each of its candidates behind it, as if it ended there.
+        """Rewards of each response so far with each of its candidates behind it, read at that token.
 
         The reward model reads what is new of a prefix (n_b,) once, and of every candidate one token; all in one batch.
+        A response goes on behind them, so that its turn is not closed, but where a candidate itself does so.
 
         Args:
             prefixes: int64 response tokens, on the CPU.
@@ -140,10 +141,13 @@ class Objective:
         asked = [i for i, own in enumerate(candidates) for _ in own]
         ends = [torch.tensor([token]) for own in candidates for token in own]
         responses = [torch.cat([prefixes[i], end]) for i, end in zip(asked, ends, strict=True)]
-        calls = [sequence.stats.reward_calls for sequence in sequences]
-        rewards = iter(self.rewards([sequences[i] for i in asked], responses))
-        for sequence, before in zip(sequences, calls, strict=True):
-            sequence.stats.prefix_rewards += sequence.stats.reward_calls - before
+        of = [sequences[i] for i in asked]
+        # Not by way of the cache, whose rewards are those of complete responses.
+        with self.clock.phase("reward", [s.stats for s in of]), torch.inference_mode(False), torch.no_grad():
+            rewards = iter(self._score(of, responses, ended=False))
+        for sequence in of:
+            sequence.stats.reward_calls += 1
+            sequence.stats.prefix_rewards += 1
         return [[next(rewards) for _ in own] for own in candidates]
 
     def evaluate(self, requests: Seq[Request]) -> list[Evaluation]:
@@ -351,7 +355,7 @@ class Objective:
             with self._side.joined(), self._side.active(), frozen(self._parameters), fast:
                 reach(model.backbone, model.table, known, prefixes)
 
-    def _score(self, sequences: Seq[Sequence], responses: Seq[Tensor]) -> list[float]:
+    def _score(self, sequences: Seq[Sequence], responses: Seq[Tensor], *, ended: bool = True) -> list[float]:
         model = self.reward_model
         fast = fast_kernels(model.device, *self._fused)
         with self._side.joined(), self._side.active(), frozen(self._parameters), fast:
@@ -362,7 +366,8 @@ class Objective:
                 start = min(shared, len(response) - 1)
                 cache = own.before(start) if start >= 0 else None
                 caches.append(cache)
-                inputs.append(model.conversation(_frame(sequence), response, None if cache is None else start))
+                behind = None if cache is None else start
+                inputs.append(model.conversation(_frame(sequence), response, behind, ended=ended))
             # A proposal is mostly rejected, and what it shares with the trajectory stays; so only the first is kept.
             out = self._rewards_by_graph(caches, inputs, gradient=False)
             rewards, after = model.rewards(inputs, caches) if out is None else (out.values[: len(known)], [])

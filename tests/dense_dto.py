@@ -59,11 +59,12 @@ class DensePair:
         logits = self.language_model(inputs_embeds=embeds, use_cache=False).logits[0, len(known) - 1 : -1]
         return (ahead * logits[:, : self.vocab_size].log_softmax(-1)).sum()
 
-    def reward(self, prefix: Sequence[int], ahead: Tensor) -> Tensor:
-        """The reward model's score of the conversation with the response ``prefix`` and one-hot rows ``ahead``."""
+    def reward(self, prefix: Sequence[int], ahead: Tensor, *, ended: bool = True) -> Tensor:
+        """The reward model's score of the conversation with the response ``prefix`` and one-hot rows ``ahead``; where
+        it has not ended, of its last token."""
         response = torch.cat([torch.eye(self.vocab_size, dtype=ahead.dtype)[list(prefix)], ahead])
         ends_turn = self.closing and self.partner[int(response[-1].argmax())] == self.closing[:1]
-        closing = self.reward_closing[1:] if ends_turn else self.reward_closing
+        closing = self.reward_closing[1:] if ends_turn else self.reward_closing if ended else self.reward_closing[:0]
         embeds = torch.cat([self.reward_opening, response @ self.reward_embedding, closing]).unsqueeze(0)
         return self.reward_model(inputs_embeds=embeds, use_cache=False).logits[0, 0]
 

@@ -82,7 +82,7 @@ class Case:
         """The dense reward model's score of the response so far with ``token`` behind it."""
         prefix = sequence.committed
         with torch.no_grad():
-            return float(self.dense.reward(prefix, torch.eye(V, dtype=torch.float64)[[token]]))
+            return float(self.dense.reward(prefix, torch.eye(V, dtype=torch.float64)[[token]], ended=False))
 
 
 def test_the_likeliest_other_token_is_tried():
@@ -131,14 +131,18 @@ def test_prefix_rewards_are_those_of_the_response_cut_there(cache):
     for sequence in case.sequences:
         assert sequence.stats.prefix_rewards == sequence.stats.reward_calls
         assert 4 <= sequence.stats.reward_calls <= 5
-    if cache:  # nothing is scored twice
-        before = [s.stats.reward_calls for s in case.sequences]
-        assert prefix_reward(case.sequences, case.by) == expected
-        assert [s.stats.reward_calls for s in case.sequences] == before
+    # A prefix's reward is none of a response that ends with the same token.
+    sequence = case.sequences[0]
+    prefix = torch.tensor([*sequence.committed, 7])
+    (whole,) = case.objective.rewards([sequence], [prefix])
+    ((part,),) = case.objective.prefix_rewards([sequence], [prefix[:-1]], [[7]])
+    assert whole == case.objective.rewards([sequence], [prefix])[0]
+    assert abs(whole - part) > 1e-6
+    assert part == pytest.approx(case.prefix_reward(sequence, 7), abs=1e-9)
 
 
 def test_a_prefix_is_read_once_for_all_its_candidates(monkeypatch):
-    """The reward model's passes: what is new of the prefixes, then a token and the closing for each candidate."""
+    """The reward model's passes: what is new of the prefixes, then a token for each candidate."""
     case = Case(gradient_cache=False)
     backbone, passes = case.pair.reward_model.backbone, []
     own = type(backbone).__call__
@@ -149,13 +153,11 @@ def test_a_prefix_is_read_once_for_all_its_candidates(monkeypatch):
 
     monkeypatch.setattr(type(backbone), "__call__", counted)
     sequence = case.sequences[0]
-    prefix, closing = sequence.current.tokens[:3], len(case.dense.closing)
-    case.objective.prefix_rewards([sequence], [prefix], [[7, 8, 9]])
-    candidates = passes[-1]
-    assert candidates == [1 + closing] * 3
+    case.objective.prefix_rewards([sequence], [sequence.current.tokens[:3]], [[7, 8, 9]])
+    assert passes[-1] == [1] * 3
     passes.clear()
     case.objective.prefix_rewards([sequence], [sequence.current.tokens[:4]], [[7, 8]])
-    assert passes[-1] == [1 + closing] * 2
+    assert passes[-1] == [1] * 2
 
 
 def test_a_guided_decode_takes_the_best_prefix_where_it_is_uncertain():

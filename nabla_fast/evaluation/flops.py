@@ -73,9 +73,9 @@ def estimate(sizes: Sizes, work: Work, config: NablaConfig) -> float:
     before = stats.rollouts * work.prompt + sum(revision.position + 1 for revision in stats.revisions)
     language = before + stats.generated_tokens
     opening, closing = work.frame
-    scored_share = (stats.reward_calls - stats.prefix_rewards) / max(stats.rollouts, 1)
-    responses = scored_share * stats.generated_tokens + stats.prefix_rewards
-    reward = work.conversations * opening + responses + stats.reward_calls * closing
+    whole = stats.reward_calls - stats.prefix_rewards
+    responses = whole / max(stats.rollouts, 1) * stats.generated_tokens + stats.prefix_rewards
+    reward = work.conversations * opening + responses + whole * closing
     gradients = (1 + _BACKWARD_PER_FORWARD) * work.response * stats.gradient_evaluations
     rows = work.response if config.update_postfix else 1
     head = 2 * sizes.head * rows * stats.dto_iterations if config.parameterization == "latents" else 0

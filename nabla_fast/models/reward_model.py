@@ -131,7 +131,9 @@ class RewardModel:
         """Whether `rewards` continues cached prefixes."""
         return self.backbone is not None and self.backbone.supports_prefix_cache
 
-    def conversation(self, frame: RewardFrame, tokens: Tensor, start: int | None = None) -> Inputs:
+    def conversation(
+        self, frame: RewardFrame, tokens: Tensor, start: int | None = None, *, ended: bool = True
+    ) -> Inputs:
         """The inputs (T tokens) of a conversation whose response is ``tokens`` (n,) int64 on the CPU, ids of the
         language model.
 
@@ -139,9 +141,10 @@ class RewardModel:
 
         Args:
             start: leaves out everything before this response position; None leaves out nothing.
+            ended: False for a response that goes on: it is closed only where its last token closes it.
         """
         ends_turn = len(tokens) > 0 and self._closing and int(self.alignment.partner[tokens[-1]]) == self._closing[0]
-        closing = frame.closing[1:] if ends_turn else frame.closing
+        closing = frame.closing[1:] if ends_turn else frame.closing if ended else frame.closing[:0]
         response = self.table.inputs(tokens[start:])
         return joined([response, closing] if start is not None else [frame.opening, response, closing])
 

@@ -1,0 +1,166 @@
+"""Which proposal is worth its price, with which reward? The bundled task, rewards that judge alike and point unlike.
+
+    python tools/train_ordinary_rewards.py --work REWARDS
+    python benchmarks/quality_proposals.py tune --work DIR --rewards REWARDS       settings, on the tuning split
+    python benchmarks/quality_proposals.py measure --work DIR --rewards REWARDS    500 held-out problems, three seeds
+    python benchmarks/quality_proposals.py timing --work DIR --rewards REWARDS     seconds, on a machine that rests
+    python benchmarks/quality_proposals.py report --work DIR --output benchmarks/results/quality
+    python benchmarks/plots.py                                                    the tables of docs/quality.md
+
+Every stage can be stopped and started again: DIR keeps every answer.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from machine import machine, write
+from quality import SEEDS, _accuracy, run
+from quality_methods import BLIND
+from quality_report import merged
+
+from nabla_fast.config import PROPOSALS
+from nabla_fast.demo import arithmetic
+from nabla_fast.evaluation import methods, report
+from nabla_fast.evaluation.runner import read_json
+from nabla_fast.evaluation.tasks import ARITHMETIC, load_task
+from nabla_fast.whole_files import write_json
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+from train_ordinary_rewards import load
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+Work = Annotated[Path, typer.Option(help="Directory that keeps the answers.")]
+Rewards = Annotated[Path, typer.Option(help="Directory that train_ordinary_rewards.py wrote.")]
+Names = Annotated[str, typer.Option(help="Reward models, separated by commas; taught is the bundled one.")]
+Threads = Annotated[int, typer.Option(help="CPU threads.")]
+Problems = Annotated[int, typer.Option(help="Problems.")]
+
+NAMES = "taught,judge-0,gated-0"
+ROLLOUTS = 8
+SAMPLES = (1, 2, 4, 8, 16)
+START = {"confidence_threshold": 0.7, "gradient_threshold": None, "candidates": 5}
+# What is tuned for each reward and proposal, one setting after the other.
+SWEEP: dict[str, dict[str, tuple[Any, ...]]] = {
+    "dto": {"learning_rate": (0.3, 1.0, 3.0), "reward_coeff": (1.0, 10.0), "confidence_threshold": (0.7, 0.9)},
+    "first_order": {"reward_coeff": (1.0, 10.0, 100.0), "confidence_threshold": (0.7, 0.9)},
+    "prefix_reward": {"confidence_threshold": (0.7, 0.9)},
+    "likeliest": {"confidence_threshold": (0.7, 0.9)},
+    "guided": {"confidence_threshold": (0.7, 0.9)},
+}
+CONTROL = "likeliest"
+
+
+@app.command()
+def tune(work: Work, rewards: Rewards, names: Names = NAMES, threads: Threads = 2, problems: Problems = 200) -> None:
+    """Sweeps settings of every proposal on the tuning split, and keeps the best."""
+    torch.set_num_threads(threads)
+    task = load_task(ARITHMETIC, split="tuning", max_problems=problems)
+    for name in names.split(","):
+        models = _models(rewards, name)
+        for proposal, sweep in SWEEP.items():
+            best = START | {"proposal": proposal}
+            for setting, values in sweep.items():
+                found = {}
+                for value in values:
+                    config = arithmetic.CONFIG.replace(**best | {setting: value})
+                    folder = work / "tune" / name / f"{proposal}-{setting}-{value}"
+                    found[value] = _accuracy(run(folder, models, task, [("nabla", ROLLOUTS)], config, seeds=(0,)))
+                best[setting] = max(found, key=lambda value: found[value])
+            (work / "tuned" / name).mkdir(parents=True, exist_ok=True)
+            write_json(work / "tuned" / name / f"{proposal}.json", best)
+
+
+@app.command()
+def measure(
+    work: Work,
+    rewards: Rewards,
+    names: Names = NAMES,
+    threads: Threads = 2,
+    problems: Problems = 500,
+    seeds: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(map(str, SEEDS)),
+) -> None:
+    """Every proposal and Best-of-N with every reward on held-out problems."""
+    torch.set_num_threads(threads)
+    task = load_task(ARITHMETIC, max_problems=problems)
+    for name in names.split(","):
+        how = {"seeds": tuple(map(int, seeds.split(",")))}
+        _measure(work / "measure" / name, work, rewards, name, task, how)
+
+
+@app.command()
+def timing(work: Work, rewards: Rewards, names: Names = NAMES, threads: Threads = 2, problems: Problems = 128) -> None:
+    """Seconds of the same, nothing shared; on a machine that does nothing else."""
+    torch.set_num_threads(threads)
+    task = load_task(ARITHMETIC, max_problems=problems)
+    for name in names.split(","):
+        _measure(work / "timing" / name, work, rewards, name, task, {"seeds": (0,), "anew": True})
+
+
+@app.command("report")
+def write_report(
+    work: Work, output: Annotated[Path, typer.Option(help="Directory of the JSON files.")], names: Names = NAMES
+) -> None:
+    """Writes a JSON file for each reward, and one with the tuning."""
+    tuned: dict[str, Any] = {}
+    for name in names.split(","):
+        for kind, prefix in (("measure", "proposals"), ("timing", "proposals-timing")):
+            folders = {folder.name: folder for folder in sorted((work / kind / name).glob("*"))}
+            if folders:
+                told = {"reward": name, **_versions(), **merged(folders), "against_control": _against(folders)}
+                write(output / f"{prefix}-{name}.json", told)
+        tuned[name] = {
+            "settings": {proposal: _settings(work, name, proposal) for proposal in PROPOSALS},
+            "accuracy": {
+                folder.name: _accuracy(report.summarise(*report.read_run(folder)))
+                for folder in sorted((work / "tune" / name).glob("*"))
+            },
+        }
+    write(output / "proposals-tuning.json", {**_versions(), "rewards": tuned})
+
+
+def _measure(folder: Path, work: Path, rewards: Path, name: str, task: Any, how: dict[str, Any]) -> None:
+    models = _models(rewards, name)
+    samples = [("greedy", 1), *(("best-of-n", n) for n in SAMPLES)]
+    run(folder / "baselines", models, task, samples, arithmetic.CONFIG, **how)
+    for proposal in PROPOSALS:
+        config = arithmetic.CONFIG.replace(**_settings(work, name, proposal))
+        run(folder / proposal, models, task, [("nabla", ROLLOUTS)], config, **how)
+        if proposal == "dto":
+            run(folder / "blind", models, task, [(BLIND, ROLLOUTS)], config, **how)
+
+
+def _settings(work: Path, name: str, proposal: str) -> dict[str, Any]:
+    """What was tuned, or where tuning starts: the settings that were tuned for the bundled reward model."""
+    tuned = work / "tuned" / name / f"{proposal}.json"
+    return read_json(tuned) if tuned.exists() else START | {"proposal": proposal}
+
+
+def _models(rewards: Path, name: str) -> methods.Models:
+    return methods.load(*arithmetic.load_policy(), *load(rewards, name), arithmetic.CONFIG)
+
+
+def _against(folders: dict[str, Path]) -> dict[str, Any]:
+    """Proposal → accuracy and costs minus those of the control, problem by problem."""
+    (control,) = report.read_run(folders[CONTROL])[1].values()
+    found = {}
+    for name, folder in folders.items():
+        if name not in ("baselines", CONTROL):
+            (own,) = report.read_run(folder)[1].values()
+            found[name] = report.paired(control, own)
+    return found
+
+
+def _versions() -> dict[str, Any]:
+    import transformers
+
+    return {"machine": machine(), "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+
+
+if __name__ == "__main__":
+    app()
