@@ -108,6 +108,19 @@ class ModelChoice:
             *load_reward_model(self.reward_model, **reward, argument="--reward-model"),
         )
 
+    def load_some(self) -> tuple[Any, ...]:
+        """What `load` gives, without the reward model where none is named."""
+        if self.pair or self.reward_model:
+            return self.load()
+        if not self.model:
+            self.require()
+        self.describe()
+        quiet_transformers()
+        from nabla_fast.models.loading import load_language_model
+
+        assert self.model is not None
+        return load_language_model(self.model, **self._where, argument="--model")
+
     @property
     def _where(self) -> dict[str, str]:
         return {"device": self.device, "dtype": self.dtype, "attn_implementation": self.attn_implementation}

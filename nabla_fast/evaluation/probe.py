@@ -37,17 +37,19 @@ class Candidate:
     Attributes:
         token: its id.
         log_prob: log-likelihood under the language model.
-        prefix_reward: reward of the response so far with the token behind it.
+        prefix_reward: reward of the response so far with the token behind it; None where no proposal was asked.
         reward: of the response that it was rolled out to; of the present token, that of the response as it was drawn.
         right: whether the grader takes that response as right; None without a grader.
+        response: all tokens of that response.
         tokens: how many were drawn for it.
     """
 
     token: int
     log_prob: float
-    prefix_reward: float
+    prefix_reward: float | None
     reward: float
     right: bool | None
+    response: tuple[int, ...]
     tokens: int
 
 
@@ -91,12 +93,20 @@ class Fork:
 
 @dataclass(frozen=True)
 class Drawn:
-    """An answer as it was drawn: reward, whether it is right (None without a grader), length and forks found."""
+    """An answer as it was drawn.
+
+    Attributes:
+        problem: id.
+        reward: of it.
+        right: whether the grader takes it as right; None without a grader.
+        response: its tokens.
+        forks: how many were looked at.
+    """
 
     problem: str
     reward: float
     right: bool | None
-    length: int
+    response: tuple[int, ...]
     forks: int
 
 
@@ -116,6 +126,7 @@ def probe(
     forks: int = 3,
     labels: bool = True,
     batch_size: int = 8,
+    proposals: Sequence[str] = tuple(PROPOSALS),
     on_problems: Callable[[int], None] = lambda _: None,
 ) -> Probe:
     """Draws an answer to each problem, and tries every candidate out at its first uncertain positions.
@@ -126,6 +137,7 @@ def probe(
         forks: most positions of an answer.
         labels: have the task's grader say what is right; False leaves it unasked.
         batch_size: most problems, and most rollouts, at once.
+        proposals: which are asked; none where the candidates alone are wanted, whose prefixes are not scored then.
         on_problems: hears how many problems more are done.
 
     Raises:
@@ -148,7 +160,7 @@ def probe(
         torch.no_grad(),
         Objective(pair.language_model, pair.reward_model, config) as objective,
     ):
-        prober = _Prober(models, task, objective, labels)
+        prober = _Prober(models, task, objective, labels, proposals)
         for first in range(0, len(task.problems), batch_size):
             some = slice(first, first + batch_size)
             prober.look(task.problems[some], seeds[some], forks, found)
@@ -156,11 +168,18 @@ def probe(
     return found
 
 
+_Ended = tuple[float, bool | None, tuple[int, ...], int]
+"""Reward, whether it is right, all tokens, and how many of them were drawn."""
+
+
 class _Prober:
     """Looks at the forks of some problems at a time."""
 
-    def __init__(self, models: Models, task: Task, objective: Objective, labels: bool) -> None:
+    def __init__(
+        self, models: Models, task: Task, objective: Objective, labels: bool, proposals: Sequence[str]
+    ) -> None:
         self.models, self.task, self.objective, self.labels = models, task, objective, labels
+        self.proposals = proposals
         self.config = objective.config
         self.stop: StopRule = stop_rule(models.pair, self.config)
         self.rollouts: RolloutBackend = models.pair.rollouts(self.config)
@@ -173,8 +192,9 @@ class _Prober:
         rights = {response: self._right(problems[response.index], response.current.tokens) for response in responses}
         positions = {response: response.current.uncertain.nonzero().flatten().tolist() for response in responses}
         for response in responses:
-            told = problems[response.index].id, response.current.reward, rights[response], len(response.current.tokens)
-            found.answers.append(Drawn(*told, min(forks, len(positions[response]))))
+            told = problems[response.index].id, response.current.reward, rights[response]
+            tokens = tuple(response.current.tokens.tolist())
+            found.answers.append(Drawn(*told, tokens, min(forks, len(positions[response]))))
         for rank in range(forks):
             live = [response for response in responses if len(positions[response]) > rank]
             for response in live:
@@ -210,12 +230,15 @@ class _Prober:
             others = [token for token in likely[i] if token != present][: self.config.candidates]
             tokens.append(list(dict.fromkeys([present, *others, *(own[i] for own in chosen.values())])))
         prefixes = [response.current.tokens[: response.position] for response in live]
-        before = self.objective.prefix_rewards(live, prefixes, tokens)
+        before: list[Any] = [[None] * len(own) for own in tokens]
+        if self.proposals:
+            before = self.objective.prefix_rewards(live, prefixes, tokens)
         ended = self._roll_out(problems, live, [own[1:] for own in tokens])
         forks = []
         for i, (problem, response) in enumerate(zip(problems, live, strict=True)):
             own = log_probs[i, torch.tensor(tokens[i], device=log_probs.device)].tolist()
-            tried = [(response.current.reward, rights[i], 0), *ended[i]]
+            drawn = tuple(response.current.tokens.tolist())
+            tried = [(response.current.reward, rights[i], drawn, 0), *ended[i]]
             forks.append(
                 Fork(
                     problem.id,
@@ -236,27 +259,27 @@ class _Prober:
         """Proposal → for each response the token, the model calls and the seconds."""
         by = Proposer(self.objective, self.models.pair.sampler, self._phase)
         chosen, calls, seconds = {}, {}, {}
-        for name, propose in PROPOSALS.items():
+        for name in self.proposals:
             for response in live:
                 # Counters of its own, so that they are what this proposal takes.
                 response.stats = SequenceStats()
             start = time.perf_counter()
-            chosen[name] = propose(live, by)
+            chosen[name] = PROPOSALS[name](live, by)
             seconds[name] = [(time.perf_counter() - start) / len(live)] * len(live)
             calls[name] = [response.stats.model_calls for response in live]
         return chosen, calls, seconds
 
     def _roll_out(
         self, problems: Sequence[Problem], live: Sequence[Response], tokens: Sequence[Sequence[int]]
-    ) -> list[list[tuple[float, bool | None, int]]]:
-        """For each response and token: the reward of its rollout, whether it is right, and the tokens drawn."""
+    ) -> list[list[_Ended]]:
+        """What each token of each response was rolled out to."""
         # The noise of a position is that of the response, as in a decode.
         rows = [
             (i, Response(r.prompt_ids, (*r.committed, token), r.seed, r.limit, r.frame, index=r.index))
             for i, r in enumerate(live)
             for token in tokens[i]
         ]
-        ended: list[list[tuple[float, bool | None, int]]] = [[] for _ in live]
+        ended: list[list[_Ended]] = [[] for _ in live]
         for first in range(0, len(rows), self.config.max_batch_size):
             some = rows[first : first + self.config.max_batch_size]
             own = [row for _, row in some]
@@ -264,7 +287,8 @@ class _Prober:
             responses = [torch.cat([d.tokens.new_tensor(r.prefix), d.tokens]) for r, d in zip(own, drawn, strict=True)]
             rewards = self.objective.rewards(own, responses)
             for (i, row), new, response, reward in zip(some, drawn, responses, rewards, strict=True):
-                ended[i].append((reward, self._right(problems[i], response), len(new.tokens)))
+                right = self._right(problems[i], response)
+                ended[i].append((reward, right, tuple(response.tolist()), len(new.tokens)))
                 row.release()
         return ended
 

@@ -206,10 +206,15 @@ def _concordances(forks: Sequence[Fork], *, labels: bool) -> dict[str, dict[str,
 
     return {
         "reward": of(lambda c: c.reward, target) if labels else None,
-        "prefix_reward": of(lambda c: c.prefix_reward, target),
-        "prefix_reward_of_reward": of(lambda c: c.prefix_reward, lambda c: c.reward),
+        "prefix_reward": of(_prefix_reward, target),
+        "prefix_reward_of_reward": of(_prefix_reward, lambda c: c.reward),
         "log_prob": of(lambda c: c.log_prob, target),
     }
+
+
+def _prefix_reward(candidate: Candidate) -> float:
+    assert candidate.prefix_reward is not None, "the probe asked no proposal"
+    return candidate.prefix_reward
 
 
 def _concordance(

@@ -136,7 +136,7 @@ def test_numbers_below_one_are_refused(models):
 def fork(problem, present, others, chosen, calls=None):
     """A fork from (reward, right, prefix reward) of the present token 0 and of the others 1, 2, …"""
     candidates = [
-        Candidate(i, -float(i + 1), prefix, reward, right, 5 * (i > 0))
+        Candidate(i, -float(i + 1), prefix, reward, right, (i,), 5 * (i > 0))
         for i, (reward, right, prefix) in enumerate([present, *others])
     ]
     names = ("likeliest", "prefix_reward", "first_order", "dto")
@@ -155,7 +155,7 @@ def test_figures_by_hand():
         # Wrong, and nothing mends it.
         fork("b", (0.0, False, 0.0), [(-1.0, False, 0.5), (1.0, False, 1.0)], (1, 2, 0, 1)),
     ]
-    answers = [Drawn("a", 0.0, False, 10, 1), Drawn("b", 0.0, True, 10, 2), Drawn("c", 0.0, False, 10, 0)]
+    answers = [Drawn("a", 0.0, False, (), 1), Drawn("b", 0.0, True, (), 2), Drawn("c", 0.0, False, (), 0)]
     told = probe_report.figures(Probe(answers, forks), labels=True)
     assert told["accuracy"]["mean"] == pytest.approx(1 / 3)
     assert (told["forks"], told["mendable_forks"]) == (3, 1)
@@ -178,7 +178,7 @@ def test_figures_by_hand():
 
 def test_guided_takes_what_the_reward_would_reject():
     forks = [fork("a", (2.0, True, 0.0), [(1.0, False, 1.0)], (1, 1, 0, 0))]
-    told = probe_report.figures(Probe([Drawn("a", 2.0, True, 10, 1)], forks), labels=True)
+    told = probe_report.figures(Probe([Drawn("a", 2.0, True, (), 1)], forks), labels=True)
     assert told["proposals"]["prefix_reward"]["gain"]["mean"] == 0
     assert told["proposals"]["guided"]["gain"]["mean"] == -1
 
@@ -187,7 +187,7 @@ def many(chosen, judges=True):
     """Twenty wrong answers that token 2 mends."""
     good, bad = (1.0, -1.0) if judges else (-1.0, 1.0)
     forks = [fork(f"p{i}", (0.0, False, 0.0), [(bad, False, 0.5), (good, True, 1.0)], chosen) for i in range(20)]
-    answers = [Drawn(f"p{i}", 0.0, False, 10, 1) for i in range(20)]
+    answers = [Drawn(f"p{i}", 0.0, False, (), 1) for i in range(20)]
     return probe_report.figures(Probe(answers, forks), labels=True)["recommendation"]
 
 
@@ -205,7 +205,7 @@ def test_a_certain_difference_is_needed():
     """One fork in twenty at which the gradient is better says nothing."""
     forks = [fork(f"p{i}", (0.0, False, 0.0), [(1.0, True, 0.5), (1.0, True, 1.0)], (1, 1, 2, 2)) for i in range(19)]
     forks.append(fork("p19", (0.0, False, 0.0), [(-1.0, False, 0.5), (1.0, True, 1.0)], (1, 1, 2, 2)))
-    found = probe_report.figures(Probe([Drawn(f.problem, 0, False, 10, 1) for f in forks], forks), labels=True)
+    found = probe_report.figures(Probe([Drawn(f.problem, 0, False, (), 1) for f in forks], forks), labels=True)
     assert found["proposals"]["first_order"]["gain_over_control"]["mean"] == pytest.approx(0.05)
     assert found["recommendation"]["proposal"] == "likeliest"
 

@@ -1,0 +1,153 @@
+"""`nabla-fast train-reward`: a reward model for one's own policy and task, taught to judge and to point."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nabla_fast.cli.console import ERR, OUT, status
+from nabla_fast.cli.models import ModelChoice, chosen_models
+from nabla_fast.cli.options import configured, with_shared_options
+
+if TYPE_CHECKING:
+    from nabla_fast.config import NablaConfig
+    from nabla_fast.evaluation.tasks import Task
+    from nabla_fast.reward_training.training import Step
+
+_task = partial(typer.Option, rich_help_panel="Task")
+_training = partial(typer.Option, rich_help_panel="Training")
+
+
+@partial(with_shared_options, without=("max_batch_size", "proposal", "gradient_cache"))
+def command(
+    out: Annotated[Path, typer.Option(help="Directory of examples, state and adapter; a stopped run goes on in it.")],
+    task: Annotated[str | None, _task(help="As of nabla-fast eval; its verifier labels.", metavar="TASK")] = None,
+    task_option: Annotated[list[str] | None, _task(help="As of nabla-fast eval.", metavar="NAME=VALUE")] = None,
+    problems: Annotated[int, _task(help="Problems to train on.")] = 400,
+    validation: Annotated[int, _task(help="Problems after them that the result is probed on.")] = 100,
+    split: Annotated[str | None, _task(help="Split of a hub data set or of arithmetic.")] = None,
+    prompt_column: Annotated[str | None, _task(help="Column or key of the questions.")] = None,
+    answer_column: Annotated[str | None, _task(help="Column or key of the reference answers.")] = None,
+    base: Annotated[
+        str | None,
+        _training(
+            help="What the adapter goes on: a language model or classifier. Default: the policy.", metavar="PATH"
+        ),
+    ] = None,
+    steps: Annotated[int, _training(help="Steps of the optimizer.")] = 400,
+    rows: Annotated[int, _training(help="Problems a step.")] = 8,
+    train_rate: Annotated[float, _training(help="Peak learning rate.")] = 5e-4,
+    rank: Annotated[int, _training(help="Of the LoRA adapter.")] = 16,
+    prefix: Annotated[float, _training(help="Weight of the loss of prefixes.")] = 0.5,
+    point: Annotated[float, _training(help="Weight of the loss of the gradient; 0 trains a judge.")] = 0.5,
+    forks: Annotated[int, _training(help="Most uncertain positions of an answer that are tried out.")] = 3,
+    batch_size: Annotated[int, _training(help="Most answers and rollouts drawn together.")] = 16,
+    **settings: Any,
+) -> None:
+    """Trains a LoRA adapter on the policy's own answers, labelled by the task's verifier, and probes it.
+
+    It is taught to judge whole answers and prefixes, and that its gradient points at the better token at the positions
+    where the policy was uncertain. --reward-model, if given, is probed on the same problems for comparison.
+    """
+    choice = chosen_models(settings)
+    if not (choice.model or choice.pair):
+        raise ValueError("--model is missing; give the policy whose answers are to be judged, or use --pair")
+    name = task or (None if choice.demo is None else choice.demo.task)
+    if name is None:
+        raise ValueError("--task is missing; give the task whose verifier labels the answers")
+    for option, value in (("--problems", problems), ("--validation", validation)):
+        if value < 1:
+            raise ValueError(f"{option} is {value}; give at least 1")
+    from nabla_fast.evaluation.tasks import GYM_PREFIX, load_task, parse_options
+    from nabla_fast.reward_training.training import Recipe
+
+    recipe = Recipe(
+        steps=steps,
+        batch_size=rows,
+        learning_rate=train_rate,
+        rank=rank,
+        prefix=prefix,
+        point=point,
+        seed=settings["seed"] or 0,
+    )
+    own = {} if choice.demo is None else choice.demo.task_options.get(name.removeprefix(GYM_PREFIX), {})
+    columns = {"prompt_column": prompt_column, "answer_column": answer_column, "split": split}
+    with status("preparing the problems"):
+        whole = load_task(
+            name, {**own, **parse_options(task_option or [])}, max_problems=problems + validation, **columns
+        )
+    if len(whole.problems) <= problems:
+        raise ValueError(
+            f"--problems is {problems}, but {name} has {len(whole.problems)}, and --validation is {validation}; give "
+            "fewer"
+        )
+    trained, held_out = (
+        replace(whole, problems=part) for part in (whole.problems[:problems], whole.problems[problems:])
+    )
+    _run(choice, configured(choice.config, settings), trained, held_out, out, base, recipe, forks, batch_size)
+
+
+def _run(
+    choice: ModelChoice,
+    config: NablaConfig,
+    trained: Task,
+    held_out: Task,
+    out: Path,
+    base: str | None,
+    recipe: Any,
+    forks: int,
+    batch_size: int,
+) -> None:
+    from nabla_fast.evaluation import methods, probe_report
+    from nabla_fast.evaluation.probe import probe
+    from nabla_fast.models.loading import load_reward_model
+    from nabla_fast.reward_training import card, examples, training
+
+    out.mkdir(parents=True, exist_ok=True)
+    with status("loading the policy"):
+        model, tokenizer, *reward = choice.load_some()
+    base = base or str(model.config.name_or_path)
+    with _bars() as bars:
+        bar = bars.add_task("examples", total=len(trained.problems))
+        advance = partial(bars.advance, bar)
+        found = examples.collect(
+            model, tokenizer, trained, config, out, forks=forks, batch_size=batch_size, on_problems=advance
+        )
+        steps = bars.add_task("steps", total=recipe.steps)
+
+        def stepped(step: Step) -> None:
+            bars.update(steps, completed=step.number, description=f"steps, loss {step.judge:.2f}")
+
+        adapter = training.train(base, tokenizer, found, out, recipe, device=model.device, on_step=stepped)
+        figures = []
+        rewards = {"trained": load_reward_model(adapter, device=model.device)}
+        if reward:
+            rewards = {"before": (reward[0], reward[1]), **rewards}
+        for label, own in rewards.items():
+            advance = partial(bars.advance, bars.add_task(f"probe, {label}", total=len(held_out.problems)))
+            loaded = methods.load(model, tokenizer, *own, config)
+            looked = probe(loaded, held_out, config, forks=forks, batch_size=batch_size, on_problems=advance)
+            figures.append(probe_report.figures(looked, labels=True))
+    *before, after = figures
+    told = {"base": base, "task": trained.description, "examples": len(found), "recipe": training.as_dict(recipe)}
+    card.write_card(adapter, told, before[0] if before else None, after)
+    from nabla_fast.cli.probe import show
+
+    show({**after, "task": held_out.description})
+    OUT.print(f"the adapter and its card are in {adapter}; use it as --reward-model", soft_wrap=True)
+
+
+def _bars() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=ERR,
+    )
