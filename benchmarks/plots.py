@@ -164,7 +164,8 @@ def table(which: str) -> str:
     if which == QUALITY_IN_BRIEF:
         return quality_report.in_brief(RESULTS / "quality")
     if which.startswith(QUALITY) and (RESULTS / "quality" / f"{suite}.json").exists():
-        return quality_report.of_task(RESULTS / "quality" / f"{suite}.json")
+        made = quality_report.of_proposals if suite.startswith("proposals") else quality_report.of_task
+        return made(RESULTS / "quality" / f"{suite}.json")
     raise ValueError(
         f"the marker {which!r} must name one of {KINDS} and one of {tuple(SUITES)}, or be one of "
         f"{*whole, QUALITY_IN_BRIEF}, or {QUALITY!r} and a task in {RESULTS / 'quality'}"

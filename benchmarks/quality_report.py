@@ -47,6 +47,14 @@ BRIEF = {
         *("greedy", "best-of-n 4", "best-of-n 8", "latents-rollout 8", "latents-rollout-control 8"),
     ),
 }
+# Proposals, and what the tables call them: as `NablaConfig.proposal` does.
+PROPOSED = {
+    "likeliest": '`"likeliest"` (control)',
+    "dto": '`"dto"`',
+    "first_order": '`"first_order"`',
+    "prefix_reward": '`"prefix_reward"`',
+    "guided": '`"guided"`',
+}
 # Runs that differ in one thing: what it is → (with, without).
 PAIRS = {
     "the reward's gradient, latents, anchor rollout": ("latents-rollout", "latents-rollout-control"),
@@ -184,6 +192,25 @@ def of_task(file: Path) -> str:
         if arm["method"] in WHOLE or arm["n"] == max(a["n"] for _, a in arms if a["method"] == arm["method"]):
             against = summary["against_best_of_n"].get(label, {}).get("model_calls")
             lines += _row([_shown_name(arm), *_figures(arm), _points(against)])
+    return "\n".join(lines)
+
+
+def of_proposals(file: Path) -> str:
+    """The table of one reward model, from a JSON file that `quality_proposals.py report` wrote."""
+    summary = json.loads(file.read_text())
+    header = ["method", "accuracy", "95 %", "minus the likeliest other token, points", "model calls", "FLOPs"]
+    header += [f"minus Best-of-N at equal {cost}, points" for cost in ("calls", "FLOPs")]
+    lines = _row(header) + _row(["---"] * len(header))
+    order = [*("greedy", "best-of-n", "blind"), *PROPOSED]
+    arms = [(label, arm) for label, arm in summary["arms"].items() if arm["method"] in order]
+    for label, arm in sorted(arms, key=lambda item: order.index(item[1]["method"])):
+        own = summary["against_control"].get(arm["method"], {}).get("accuracy")
+        against = summary["against_best_of_n"].get(label, {})
+        costs = [_points(against.get(cost)) for cost in ("model_calls", "flops")]
+        name = PROPOSED.get(arm["method"], "resampled without optimization" if arm["method"] == "blind" else None)
+        shown = name or arm["method"] + (f", n = {arm['n']}" if arm["method"] == "best-of-n" else "")
+        accuracy, interval, *cost = _figures(arm)
+        lines += _row([shown, accuracy, interval, _points(own), *cost, *costs])
     return "\n".join(lines)
 
 
