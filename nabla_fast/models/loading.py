@@ -315,8 +315,8 @@ def _load_process(
     chosen = convention.separator if separator is None else separator
     if chosen is None:
         raise ValueError(
-            f"{argument} is {source}, a token classifier, and where it is to be read it does not say; give as "
-            "step_separator what ended a step when it was trained (trl's default is a line break)"
+            f"{argument} is {source}, a token classifier, and where it is to be read it does not say; give "
+            "step_separator (--step-separator), what ended a step when it was trained: a line break is trl's default"
         )
     with reading(argument, source):
         model, missing = _load(convention.auto_class, source, place, **convention.options)
