@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -117,7 +118,9 @@ def load_reward_model(
 
     adapter = (Path(source) / _ADAPTER_CONFIG).is_file()
     convention = None
-    if not adapter:
+    if adapter:
+        _refuse_token_adapter(source, argument)
+    else:
         with reading(argument, source):
             check_config(source)
             convention = recognised(source)
@@ -307,6 +310,17 @@ def _load_adapter(folder: str, base: str | os.PathLike[str] | None, place: Place
     with reading(argument, with_tokenizer):
         tokenizer = _load_tokenizer(with_tokenizer)
     return merged.to(place.dtype).eval().requires_grad_(False), tokenizer
+
+
+def _refuse_token_adapter(folder: str, argument: str) -> None:
+    with reading(argument, folder):
+        config = json.loads((Path(folder) / _ADAPTER_CONFIG).read_bytes())
+        task = config.get("task_type")
+    if task == "TOKEN_CLS":
+        raise ValueError(
+            f"{argument} is {folder}, a peft adapter of a token classifier; merge it into its base model "
+            "(merge_and_unload, save_pretrained) and give that folder"
+        )
 
 
 def _load_process(

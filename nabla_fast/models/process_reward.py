@@ -33,8 +33,8 @@ class Steps(Inputs):
 class ProcessRewardModel(RewardModel):
     """Wraps a `ProcessReward`.
 
-    A conversation ends with the last separator: the template's closing tokens could not change a score before them.
-    Nor could an end token of the response, so it is not shown either.
+    A conversation ends with the last separator. In a causal model, the template's closing tokens could not change a
+    score before them; nor could an end token of the response, so it is not shown either.
 
     With a text as separator, cached prefixes are continued where the model allows it. With an inserted one they are
     not: tokens of the response and of the conversation are not the same there, and every call takes whole
@@ -124,17 +124,19 @@ class ProcessRewardModel(RewardModel):
             whole = joined([frame.opening, inputs]) if start is None else inputs
             return Steps(whole.ids, whole.embeds, tuple(reads), places)
         assert start is None, "a conversation with inserted tokens has no cached prefix"
-        last = before + len(shown)
+        marked, separator = set(ends), before + len(shown)
+        if unfinished:
+            marked.add(len(shown) - 1)
         order, rows, reads = list(range(before)), [], []
+        if not len(shown):
+            reads.append(len(order))
+            order.append(separator)
         for i in range(len(shown)):
             rows.append(len(order))
             order.append(before + i)
-            if i in ends or (unfinished and i == len(shown) - 1):
+            if i in marked:
                 reads.append(len(order))
-                order.append(last)
-        if not len(shown):
-            reads.append(len(order))
-            order.append(last)
+                order.append(separator)
         apart = joined([frame.opening, self.table.inputs(shown), self._separator])
         chosen = torch.tensor(order, device=apart.device)
         return Steps(apart.ids[chosen], apart.embeds[chosen], tuple(reads), (*rows, *left_out))

@@ -375,6 +375,47 @@ def test_inserted_separators_have_room_in_the_context() -> None:
     assert 0 <= float(reward) <= 1
 
 
+def test_every_prompt_gets_in_a_batch_what_it_gets_alone() -> None:
+    for kind, tokenizer in ((trl("mean", separator="s"), TOKENIZER), (qwen("min", after="s"), MARKED)):
+        arguments = (tiny_language_model("llama"), TOKENIZER, kind.process, tokenizer)
+        together = nf.generate(*arguments, PROMPTS, DECODE)
+        for i, prompt in enumerate(PROMPTS):
+            alone = nf.generate(*arguments, prompt, DECODE)
+            assert alone.sequences[0].tolist() == together.sequences[i].tolist()
+            assert alone.rewards[0] == pytest.approx(together.rewards[i], abs=1e-9)
+
+
+def test_the_drop_in_shows_the_models_own_prompt() -> None:
+    kind = qwen("last", after="s")
+    model = tiny_language_model("llama")
+    prompt = prompt_ids(TOKENIZER)
+    drop_in = nf.custom_generate(TOKENIZER, kind.process, MARKED, DECODE)
+    out = model.generate(
+        torch.tensor([prompt]), custom_generate=drop_in, max_new_tokens=8, do_sample=True, return_dict_in_generate=True
+    )
+    response = out.sequences[0, len(prompt) :].tolist()
+    opening = kind.tokenizer.convert_tokens_to_ids(TOKENIZER.convert_ids_to_tokens(prompt))
+    expected = float(kind.reward(opening, response, kind.table[response]))
+    assert float(out.rewards[0]) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_dtypes_are_those_of_float64_but_for_rounding(dtype: torch.dtype) -> None:
+    response = torch.tensor(ids("at 12\n24\n36 it"))
+
+    def evaluated(precision: torch.dtype) -> Any:
+        process = nf.ProcessReward(tiny_process_model("qwen3", dtype=precision), "\n", "mean")
+        language_model = LanguageModel(tiny_language_model("llama", dtype=precision), TOKENIZER)
+        objective = Objective(language_model, ProcessRewardModel(process, None, language_model, TOKENIZER), CONFIG)
+        return objective.evaluate([Request(new_sequence(objective), response, 2)])[0]
+
+    exact, rounded = evaluated(torch.float64), evaluated(dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    assert rounded.reward == pytest.approx(exact.reward, abs=tolerance)
+    apart = (rounded.factors[2].double() - exact.factors[2]).norm() / exact.factors[2].norm()
+    assert apart < (1e-4 if dtype == torch.float32 else 0.2)
+
+
 # Models that are run as they are
 
 
@@ -529,6 +570,12 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(saved: Callable[..., Pat
         load_reward_model(folder, device="cpu", step_separator="\n")
     with pytest.raises(ValueError, match=r"step_aggregation is 'best'; use one of min, product, last, mean"):
         load_reward_model(folder, device="cpu", step_aggregation="best")
+
+
+def test_an_adapter_of_a_token_classifier_is_to_be_merged_first(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "task_type": "TOKEN_CLS"}))
+    with pytest.raises(ValueError, match=r"path is .*, a peft adapter of a token classifier; merge it into its base"):
+        load_reward_model(tmp_path, device="cpu", step_separator="\n")
 
 
 def test_a_gradient_that_is_cut_off_is_refused() -> None:
