@@ -34,6 +34,7 @@ class ModelChoice:
     reward_device: str | None = None
     step_separator: str | None = None
     step_aggregation: str | None = None
+    step_insert_after: str | None = None
 
     @property
     def demo(self) -> DemoPair | None:
@@ -53,12 +54,11 @@ class ModelChoice:
             raise ValueError(
                 f"--pair {self.pair} brings its own models; leave out --model and --reward-model, or leave out --pair"
             )
-        steps = (("--step-separator", self.step_separator), ("--step-aggregation", self.step_aggregation))
-        for option, value in steps:
-            if self.pair and value is not None:
+        for name, given in self._steps.items():
+            if self.pair:
                 raise ValueError(
-                    f"{option} is {value!r}, and the reward model of --pair {self.pair} scores whole answers; leave it "
-                    "out, or give a process reward model as --reward-model"
+                    f"--{name.replace('_', '-')} is {given!r}, and the reward model of --pair {self.pair} scores whole "
+                    "answers; leave it out, or give a process reward model as --reward-model"
                 )
         for option, value in (("--model", self.model), ("--reward-model", self.reward_model)):
             if not (value or self.pair):
@@ -128,8 +128,8 @@ class ModelChoice:
     @property
     def _steps(self) -> dict[str, str]:
         """How a process reward model is read, as far as it is given."""
-        given = {"step_separator": self.step_separator, "step_aggregation": self.step_aggregation}
-        return {name: value for name, value in given.items() if value is not None}
+        names = ("step_separator", "step_aggregation", "step_insert_after")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 def chosen_models(settings: Mapping[str, Any]) -> ModelChoice:

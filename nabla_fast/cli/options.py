@@ -80,6 +80,10 @@ def _model_options() -> list[inspect.Parameter]:
         "token classifier has none."
     )
     aggregation = f"Reward of the scores of an answer's steps: {', '.join(AGGREGATIONS)}. Default: min."
+    insert_after = (
+        "Text behind which the separator is put into what a process reward model reads, if answers do not have it. "
+        "Default: a blank line for added tokens of its tokenizer such as <extra_0>, else none is put in."
+    )
     option = partial(_option, panel="Models")
     named = "Language model: GGUF file, safetensors directory or hub id."
     return [
@@ -91,6 +95,7 @@ def _model_options() -> list[inspect.Parameter]:
         option("reward_device", str | None, reward_device, metavar="TEXT"),
         option("step_separator", Any, separator, parser=_escaped, metavar="TEXT"),
         option("step_aggregation", str | None, aggregation, metavar="|".join(AGGREGATIONS)),
+        option("step_insert_after", Any, insert_after, parser=_escaped, metavar="TEXT"),
     ]
 
 

@@ -83,6 +83,7 @@ def load_reward_model(
     base: str | os.PathLike[str] | None = None,
     step_separator: str | None = None,
     step_aggregation: str | None = None,
+    step_insert_after: str | None = None,
     argument: str = "path",
 ) -> tuple[Any, Any]:
     """Loads a reward model and its tokenizer: a sequence classifier with one label, or a process reward model.
@@ -98,6 +99,8 @@ def load_reward_model(
         step_separator: what a process reward model is read at. None takes that of its kind: ``<extra_0>`` for Qwen's, a
             line break behind a value head; a token classifier has to be given one.
         step_aggregation: "min", "product", "last" or "mean" of the scores of the steps; None is "min".
+        step_insert_after: what ends a step in the language model's words, where the separator is a token that has to be
+            inserted; None inserts added tokens of the reward tokenizer after blank lines, and no others.
         argument: what messages call ``path``.
 
     Returns:
@@ -125,8 +128,14 @@ def load_reward_model(
             check_config(source)
             convention = recognised(source)
     if convention is not None:
-        return _load_process(source, convention, place, step_separator, step_aggregation or "min", argument)
-    for name, value in (("step_separator", step_separator), ("step_aggregation", step_aggregation)):
+        steps = {"aggregation": step_aggregation or "min", "insert_after": step_insert_after}
+        return _load_process(source, convention, place, step_separator, steps, argument)
+    given = {
+        "step_separator": step_separator,
+        "step_aggregation": step_aggregation,
+        "step_insert_after": step_insert_after,
+    }
+    for name, value in given.items():
         if value is not None:
             raise ValueError(
                 f"{name} is {value!r}, and {argument} is {source}, which is no process reward model of a known kind (a "
@@ -324,7 +333,7 @@ def _refuse_token_adapter(folder: str, argument: str) -> None:
 
 
 def _load_process(
-    source: str, convention: Convention, place: Place, separator: str | None, aggregation: str, argument: str
+    source: str, convention: Convention, place: Place, separator: str | None, steps: dict[str, Any], argument: str
 ) -> tuple[Any, Any]:
     chosen = convention.separator if separator is None else separator
     if chosen is None:
@@ -339,7 +348,7 @@ def _load_process(
         raise ValueError(f"{argument} is {source}, a process reward model without weights for {_listed(missing)}")
     if convention.chat_template is not None:
         tokenizer.chat_template = convention.chat_template
-    return ProcessReward(model, chosen, aggregation), tokenizer
+    return ProcessReward(model, chosen, **steps), tokenizer
 
 
 def _require_one_label(source: str, argument: str) -> None:

@@ -305,6 +305,13 @@ def test_a_process_reward_model_is_read_as_the_options_say(pair, tmp_path, capsy
     run_of = ["eval", "--task", str(tmp_path / "task.jsonl"), "--methods", "nabla", "--n", "2", "--out"]
     code, _, err = called(*run_of, str(tmp_path / "run"), *models, *steps)
     assert code == 0, err
+    # What is inserted must be one token.
+    code, _, err = called(
+        "generate", *models, "--step-separator", "the user", "--step-insert-after", "\\n", "--prompt", "x"
+    )
+    assert code == 2
+    assert "separator is 'the user'" in err
+    assert "and is to be inserted (insert_after); give a single token" in err
     # A run that is read in another way does not go on in it.
     code, _, err = called(*run_of, str(tmp_path / "run"), *models, *steps[:2])
     assert code == 2, err

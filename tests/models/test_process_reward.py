@@ -416,6 +416,17 @@ def test_other_dtypes_are_those_of_float64_but_for_rounding(dtype: torch.dtype) 
     assert apart < (1e-4 if dtype == torch.float32 else 0.2)
 
 
+def test_an_ordinary_token_can_be_inserted() -> None:
+    kind = Kind(nf.ProcessReward(tiny_process_model(), "+", "mean", "."), TOKENIZER, ".", True)
+    objective = objective_of(kind)
+    response = ids("at 12. it is 24")
+    conversation = objective.reward_model.conversation(new_sequence(objective).frame, torch.tensor(response))
+    assert TOKENIZER.decode(conversation.ids).endswith("at 12.+ it is 24+")
+    (reward,) = objective.rewards([new_sequence(objective)], [torch.tensor(response)])
+    expected = kind.reward(prompt_ids(TOKENIZER), response, kind.table[response])
+    assert reward == pytest.approx(float(expected), abs=1e-12)
+
+
 # Models that are run as they are
 
 
@@ -486,6 +497,8 @@ def test_a_token_classifier_is_loaded_with_its_separator(saved: Callable[..., Pa
     torch.testing.assert_close(process.model(input_ids=probe).logits, model(input_ids=probe).logits)
     out = nf.generate(tiny_language_model("llama", dtype=torch.float32), TOKENIZER, process, tokenizer, "it", DECODE)
     assert 0 <= out.rewards[0] <= 1
+    inserted, _ = load_reward_model(folder, device="cpu", step_separator="+", step_insert_after=".")
+    assert inserted.insert_after == "."
     with pytest.raises(ValueError, match=r"path is .*, a token classifier, and where it is to be read it does not say"):
         load_reward_model(folder, device="cpu")
 
