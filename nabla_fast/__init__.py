@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from nabla_fast.drop_in import NablaGenerateOutput, custom_generate
     from nabla_fast.dto import DTOResult
     from nabla_fast.generate import NablaOutput, generate
+    from nabla_fast.models.steps import ProcessReward
     from nabla_fast.stats import Revision, SequenceStats, Stats
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "NablaConfig",
     "NablaGenerateOutput",
     "NablaOutput",
+    "ProcessReward",
     "Revision",
     "Sampling",
     "SequenceStats",
@@ -38,6 +40,7 @@ _MODULE_OF = {
     "NablaConfig": "config",
     "NablaGenerateOutput": "drop_in",
     "NablaOutput": "generate",
+    "ProcessReward": "models.steps",
     "Revision": "stats",
     "Sampling": "config",
     "SequenceStats": "stats",

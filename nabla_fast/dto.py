@@ -16,7 +16,7 @@ from nabla_fast.config import NablaConfig
 from nabla_fast.gradient_cache import Evaluation
 from nabla_fast.models.chat import generation_prompt_ids
 from nabla_fast.models.language_model import LanguageModel
-from nabla_fast.models.reward_model import RewardModel
+from nabla_fast.models.process_reward import reward_model_of
 from nabla_fast.objective import Objective, Request
 from nabla_fast.sampling import anchor_noise, gumbel, sequence_seeds
 from nabla_fast.sequence import Sequence, Trajectory
@@ -97,7 +97,7 @@ def optimize(
     Args:
         model: a transformers causal language model in ``eval()``.
         tokenizer: its tokenizer, with a chat template.
-        reward_model: a sequence classifier with one label, or a callable (see `nabla_fast.generate`).
+        reward_model: a sequence classifier with one label, or another one (see `nabla_fast.generate`).
         reward_tokenizer: its tokenizer; None takes ``tokenizer``.
         messages: the chat so far, without the response.
         prefix_ids: (n,) committed response ids, may be empty.
@@ -113,7 +113,7 @@ def optimize(
     language_model = LanguageModel(model, tokenizer)
     ops.resolve("dto_step", config.backend, language_model.device.type)
     eos_token_ids = language_model.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
-    rewards = RewardModel(reward_model, reward_tokenizer, language_model, tokenizer, eos_token_ids)
+    rewards = reward_model_of(reward_model, reward_tokenizer, language_model, tokenizer, eos_token_ids)
     prefix = _check_prefix(prefix_ids, language_model)
     _check_start(start, language_model, config)
     _check_messages(messages)

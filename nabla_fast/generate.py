@@ -20,6 +20,7 @@ from nabla_fast.decoder import Decoder, Observer
 from nabla_fast.graphs import usable
 from nabla_fast.models.chat import Chat, ChatTemplateError, as_chats, generation_prompt_ids
 from nabla_fast.models.language_model import LanguageModel
+from nabla_fast.models.process_reward import reward_model_of
 from nabla_fast.models.reward_model import RewardFrame, RewardModel
 from nabla_fast.objective import Objective
 from nabla_fast.processors import model_sampler
@@ -146,9 +147,10 @@ def generate(
     Args:
         model: a transformers causal language model in ``eval()``.
         tokenizer: its tokenizer, with a chat template.
-        reward_model: a sequence classifier with one label in ``eval()``; or a differentiable callable that maps
-            (inputs_embeds (B, T, d_r), attention_mask (B, T)) to rewards (B,). Either model may be on a device of its
-            own, or on several by accelerate's ``device_map``.
+        reward_model: a sequence classifier with one label in ``eval()``; or a `ProcessReward`, a model that scores the
+            steps of an answer; or a differentiable callable that maps (inputs_embeds (B, T, d_r), attention_mask
+            (B, T)) to rewards (B,). Either model may be on a device of its own, or on several by accelerate's
+            ``device_map``.
         reward_tokenizer: its tokenizer, with a chat template; None takes ``tokenizer``.
         prompts: a string, a chat (list of ``{"role", "content"}``), or a list of either. A chat that ends with an
             assistant's message has it continued: the answer holds what follows, the reward model sees both as one.
@@ -179,7 +181,7 @@ def make_pair(model: Any, tokenizer: Any, reward_model: Any, reward_tokenizer: A
     """Checks two models and their tokenizers, and wraps them as a pair."""
     language_model = LanguageModel(model, tokenizer)
     eos_token_ids = end_tokens(language_model, config)
-    rewards = RewardModel(reward_model, reward_tokenizer, language_model, tokenizer, eos_token_ids)
+    rewards = reward_model_of(reward_model, reward_tokenizer, language_model, tokenizer, eos_token_ids)
     return Pair(language_model, tokenizer, rewards, eos_token_ids, vllm.chosen(language_model, config))
 
 
@@ -253,10 +255,11 @@ def response_limit(pair: Pair, index: int, prompt_ids: tuple[int, ...], frame: R
         raise ValueError(f"prompts[{index}] is empty; give at least one token")
     limit = config.max_new_tokens
     reward_tokens = len(frame.opening) + len(frame.closing)
-    for model, used in ((pair.language_model, len(prompt_ids)), (pair.reward_model, reward_tokens)):
+    models = ((pair.language_model, len(prompt_ids), 1), (pair.reward_model, reward_tokens, pair.reward_model.spread))
+    for model, used, spread in models:
         if model.context_length is None:
             continue
-        room = model.context_length - used
+        room = (model.context_length - used) // spread
         if room < 1:
             raise ValueError(
                 f"prompts[{index}] has {used} tokens, and {model.name} takes at most {model.context_length} tokens of "

@@ -338,9 +338,11 @@ class Objective:
                 "inputs_embeds"
             )
         grads = torch.autograd.grad(rewards.sum(), [x.embeds for x in inputs])
-        for request, own, cache, grad, skip in zip(requests, known, after, grads, skipped, strict=True):
-            own.keep(request.response, cache)
-            factors.append(_factor(grad[request.start - skip : len(request.response) - skip], scale))
+        for request, own, cache, x, grad, skip in zip(requests, known, after, inputs, grads, skipped, strict=True):
+            own.keep(model.shown(request.response), cache)
+            factors.append(
+                _factor(model.response_rows(x, grad, slice(request.start, len(request.response)), skip), scale)
+            )
         return _Part(factors, rewards.detach())
 
     def _read(self, sequences: Seq[Sequence], prefixes: Seq[Tensor]) -> None:
@@ -373,7 +375,7 @@ class Objective:
             rewards, after = model.rewards(inputs, caches) if out is None else (out.values[: len(known)], [])
             for i, (own, response) in enumerate(zip(known, responses, strict=True)):
                 if own.cache is None:
-                    own.keep(response, after[i] if out is None else out.cache(i))
+                    own.keep(model.shown(response), after[i] if out is None else out.cache(i))
             self._require_finite([rewards], model.name)
             scored: list[float] = rewards.tolist()
         return scored

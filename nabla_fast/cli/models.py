@@ -32,6 +32,9 @@ class ModelChoice:
     dtype: str
     attn_implementation: str
     reward_device: str | None = None
+    step_separator: str | None = None
+    step_aggregation: str | None = None
+    step_insert_after: str | None = None
 
     @property
     def demo(self) -> DemoPair | None:
@@ -51,6 +54,12 @@ class ModelChoice:
             raise ValueError(
                 f"--pair {self.pair} brings its own models; leave out --model and --reward-model, or leave out --pair"
             )
+        for name, given in self._steps.items():
+            if self.pair:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {given!r}, and the reward model of --pair {self.pair} scores whole "
+                    "answers; leave it out, or give a process reward model as --reward-model"
+                )
         for option, value in (("--model", self.model), ("--reward-model", self.reward_model)):
             if not (value or self.pair):
                 raise ValueError(
@@ -62,15 +71,18 @@ class ModelChoice:
         """Where the models come from and how they are run, as two runs must share it to share a directory.
 
         Raises:
-            ValueError: if a device, the dtype or the attention is unknown.
+            ValueError: if a device, the dtype, the attention or the aggregation is unknown.
         """
         from nabla_fast.models.loading import choose_attention, choose_device, choose_dtype
+        from nabla_fast.models.steps import require_aggregation
 
         chosen = choose_device(self.device)
         kind = choose_dtype(self.dtype, chosen)
         # Refused here if it is unknown; what "auto" comes to may differ from one machine of a cluster to another.
         choose_attention(self.attn_implementation, chosen, kind)
         own = choose_device(self.device if self.reward_device is None else self.reward_device, "reward_device")
+        if self.step_aggregation is not None:
+            require_aggregation(self.step_aggregation, "step_aggregation")
         # Left out where it is the same, as runs had it before there were two.
         reward = {} if own == chosen else {"reward_device": str(own)}
         return {
@@ -80,6 +92,7 @@ class ModelChoice:
             "dtype": str(kind).removeprefix("torch."),
             "attn_implementation": self.attn_implementation,
             **reward,
+            **self._steps,
         }
 
     def absolute(self) -> ModelChoice:
@@ -105,7 +118,7 @@ class ModelChoice:
         reward = self._where if self.reward_device is None else {**self._where, "device": self.reward_device}
         return (
             *load_language_model(self.model, **self._where, argument="--model"),
-            *load_reward_model(self.reward_model, **reward, argument="--reward-model"),
+            *load_reward_model(self.reward_model, **reward, **self._steps, argument="--reward-model"),
         )
 
     def load_some(self) -> tuple[Any, ...]:
@@ -124,6 +137,12 @@ class ModelChoice:
     @property
     def _where(self) -> dict[str, str]:
         return {"device": self.device, "dtype": self.dtype, "attn_implementation": self.attn_implementation}
+
+    @property
+    def _steps(self) -> dict[str, str]:
+        """How a process reward model is read, as far as it is given."""
+        names = ("step_separator", "step_aggregation", "step_insert_after")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 def chosen_models(settings: Mapping[str, Any]) -> ModelChoice:

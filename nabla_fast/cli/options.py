@@ -14,6 +14,7 @@ import typer
 
 from nabla_fast.cli.models import OLD_PAIR_OPTIONS, PAIR_NAMES
 from nabla_fast.config import PRESETS, NablaConfig, Sampling
+from nabla_fast.models.steps import AGGREGATIONS
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
@@ -60,7 +61,7 @@ def configured(base: NablaConfig | None, settings: dict[str, Any]) -> NablaConfi
 
 
 def _model_options() -> list[inspect.Parameter]:
-    reward = "Reward model: sequence classifier with one label, or a peft adapter."
+    reward = "Reward model: sequence classifier with one label, a peft adapter, or a process reward model."
     pair = (
         "smollm2: SmolLM2-135M with its reward model; arithmetic: the small models that ship with the package, for "
         "arithmetic alone. Either brings settings, a question and tasks of its own."
@@ -74,6 +75,15 @@ def _model_options() -> list[inspect.Parameter]:
         ),
     }
     reward_device = "The reward model's, where it is another: cpu, cuda or cuda:N. Default: as --device."
+    separator = (
+        "What a process reward model is read at, the end of a step; \\n is a line break. Default: that of its kind; a "
+        "token classifier has none."
+    )
+    aggregation = f"Reward of the scores of an answer's steps: {', '.join(AGGREGATIONS)}. Default: min."
+    insert_after = (
+        "Text behind which the separator is put into what a process reward model reads, if answers do not have it. "
+        "Default: a blank line for added tokens of its tokenizer such as <extra_0>, else none is put in."
+    )
     option = partial(_option, panel="Models")
     named = "Language model: GGUF file, safetensors directory or hub id."
     return [
@@ -83,6 +93,9 @@ def _model_options() -> list[inspect.Parameter]:
         *(option(old, bool, f"Old name of --pair {new}.", False, hidden=True) for old, new in OLD_PAIR_OPTIONS.items()),
         *(option(name, str, text, "auto") for name, text in how.items()),
         option("reward_device", str | None, reward_device, metavar="TEXT"),
+        option("step_separator", Any, separator, parser=_escaped, metavar="TEXT"),
+        option("step_aggregation", str | None, aggregation, metavar="|".join(AGGREGATIONS)),
+        option("step_insert_after", Any, insert_after, parser=_escaped, metavar="TEXT"),
     ]
 
 
@@ -138,6 +151,11 @@ def _or_none(kind: type) -> Callable[[str], Any]:
             raise typer.BadParameter(f"must be a number or 'none', got {text!r}") from error
 
     return parse
+
+
+def _escaped(text: str) -> str:
+    """``text`` with line breaks and tabs, which shells hardly let one type."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _json_object(text: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import get_ident
 from typing import Any
 
@@ -49,7 +49,7 @@ class Inputs:
 
     def differentiable(self) -> Inputs:
         """The same, with embeddings that ask for a gradient of their own."""
-        return Inputs(self.ids, self.embeds.detach().requires_grad_())
+        return replace(self, embeds=self.embeds.detach().requires_grad_())
 
 
 def joined(parts: Sequence[Inputs]) -> Inputs:

@@ -153,7 +153,10 @@ def head_settings(model: LanguageModel) -> tuple[Hashable, ...]:
 
 
 def graphed_rewards(model: RewardModel, wanted: bool, compiled: bool = False) -> Graphed:
-    """Rewards (B,). Its argument: the index (B, 1) of the state that is scored, see `pooled_states`."""
+    """Rewards (B,). Its argument: the index (B, 1) of the state that is scored, see `pooled_states`.
+
+    A process reward model, which is read at several states, some of them in its prefix, runs without.
+    """
 
     def value(states: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         assert model.head is not None
@@ -161,7 +164,8 @@ def graphed_rewards(model: RewardModel, wanted: bool, compiled: bool = False) ->
         rewards = model.head.score(pooled).squeeze(-1)
         return rewards.sum(), rewards.to(torch.promote_types(rewards.dtype, torch.float32))
 
-    return Graphed(model.backbone, value, ("rewards",), wanted, compiled)
+    backbone = None if model.head is None else model.head.backbone
+    return Graphed(backbone, value, ("rewards",), wanted, compiled)
 
 
 def pooled_states(model: RewardModel, conversations: Sequence[Inputs]) -> list[Any]:

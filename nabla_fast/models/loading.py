@@ -5,30 +5,27 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from nabla_fast.models.checkpoint import check_config, check_gguf, hub_source, in_short, reading
+from nabla_fast.models.placement import Place, placed
+from nabla_fast.models.placement import choose_attention as choose_attention
+from nabla_fast.models.placement import choose_device as choose_device
+from nabla_fast.models.placement import choose_dtype as choose_dtype
+from nabla_fast.models.process_checkpoint import Convention, recognised
+from nabla_fast.models.steps import ProcessReward, require_aggregation
 
-_DTYPES: dict[str, torch.dtype] = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
-_ATTENTIONS = ("auto", "flash_attention_2", "sdpa", "eager")  # known without loading transformers
 _ADAPTER_CONFIG = "adapter_config.json"
 _WRAPPED = "base_model.model."  # what peft puts before a weight's name
 _SHOWN = 3  # names of a long list
-# As transformers recognises one: owner/name, and perhaps a revision and a function.
-_HUB_KERNEL = re.compile(r"[^/:@\s]+/[^/:@\s]+(@[^/:\s]+)?(:[^/:\s]+)?")
 
 
 def load_language_model(
@@ -65,7 +62,7 @@ def load_language_model(
         ImportError: if a package is not installed that ``attn_implementation`` needs, or gguf or accelerate, which a
             GGUF file needs.
     """
-    place = _place(device, dtype, attn_implementation)
+    place = placed(device, dtype, attn_implementation)
     source = _resolve(path, argument)
     from transformers import AutoModelForCausalLM
 
@@ -84,29 +81,67 @@ def load_reward_model(
     dtype: str | torch.dtype = "auto",
     attn_implementation: str = "auto",
     base: str | os.PathLike[str] | None = None,
+    step_separator: str | None = None,
+    step_aggregation: str | None = None,
+    step_insert_after: str | None = None,
     argument: str = "path",
 ) -> tuple[Any, Any]:
-    """Loads a sequence classifier with one label, the reward model, and its tokenizer.
+    """Loads a reward model and its tokenizer: a sequence classifier with one label, or a process reward model.
+
+    A token classifier, Qwen's ``ForProcessRewardModel`` and a causal language model with a value head
+    (``v_head.summary``) are process reward models; see `nabla_fast.ProcessReward`.
 
     Args:
         path: as for ``load_language_model``, or a folder that holds a peft adapter (``adapter_config.json``): the base
             model is then loaded, the adapter merged into it in float32, and the result cast to ``dtype``.
         device, dtype, attn_implementation: as for ``load_language_model``.
         base: the adapter's base model, where it is not what the adapter itself names.
+        step_separator: what a process reward model is read at. None takes that of its kind: ``<extra_0>`` for Qwen's, a
+            line break behind a value head; a token classifier has to be given one.
+        step_aggregation: "min", "product", "last" or "mean" of the scores of the steps; None is "min".
+        step_insert_after: what ends a step in the language model's words, where the separator is a token that has to be
+            inserted; None inserts added tokens of the reward tokenizer after blank lines, and no others.
         argument: what messages call ``path``.
 
     Returns:
-        The model, in ``eval()`` and with ``requires_grad`` False throughout, and its tokenizer.
+        The model, in ``eval()`` and with ``requires_grad`` False throughout, and its tokenizer. A process reward model
+        is a `ProcessReward`. The tokenizer of one with a value head gets the chat template that these were trained
+        with: the messages, a line break behind each.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: as for ``load_language_model``; ValueError also if the model has
-            several labels; ImportError also if an adapter is given and peft is not installed.
+        FileNotFoundError, ValueError, ImportError: as for ``load_language_model``; ValueError also if a sequence
+            classifier has several labels or is given a separator or an aggregation, or a token classifier is given no
+            separator; ImportError also if an adapter is given and peft is not installed.
     """
-    place = _place(device, dtype, attn_implementation)
+    place = placed(device, dtype, attn_implementation)
+    if step_aggregation is not None:
+        require_aggregation(step_aggregation, "step_aggregation")
     source = _resolve(path, argument)
     from transformers import AutoModelForSequenceClassification
 
-    if (Path(source) / _ADAPTER_CONFIG).is_file():
+    adapter = (Path(source) / _ADAPTER_CONFIG).is_file()
+    convention = None
+    if adapter:
+        _refuse_token_adapter(source, argument)
+    else:
+        with reading(argument, source):
+            check_config(source)
+            convention = recognised(source)
+    if convention is not None:
+        steps = {"aggregation": step_aggregation or "min", "insert_after": step_insert_after}
+        return _load_process(source, convention, place, step_separator, steps, argument)
+    given = {
+        "step_separator": step_separator,
+        "step_aggregation": step_aggregation,
+        "step_insert_after": step_insert_after,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} is {value!r}, and {argument} is {source}, which is no process reward model of a known kind (a "
+                "token classifier, ForProcessRewardModel or a value head v_head.summary); leave it out"
+            )
+    if adapter:
         return _load_adapter(source, base, place, argument)
     _require_one_label(source, argument)
     with reading(argument, source):
@@ -118,77 +153,6 @@ def load_reward_model(
             "sequence classifier with one label), not a language model"
         )
     return model, tokenizer
-
-
-def choose_device(device: str | torch.device, argument: str = "device") -> torch.device:
-    """The device that ``device`` names, "auto" being CUDA where there is one; messages call it ``argument``.
-
-    Raises:
-        ValueError: if ``device`` is unknown, or CUDA is asked for and absent.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    accepted = 'use "auto", "cpu", "cuda" or "cuda:N"'
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{argument} is {device!r}, which torch does not know; {accepted}") from error
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"{argument} is {str(device)!r}, but torch sees {torch.cuda.device_count()} CUDA devices; {accepted}"
-        )
-    return chosen
-
-
-def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that ``dtype`` names, "auto" being bfloat16 on CUDA and float32 elsewhere.
-
-    Raises:
-        ValueError: if ``dtype`` is unknown.
-    """
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in _DTYPES.values():
-        raise ValueError(f'dtype is {dtype!r}; use "auto" or one of {", ".join(_DTYPES)} (or the torch dtype)')
-    return chosen
-
-
-def choose_attention(attn_implementation: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The attention that ``attn_implementation`` names, "auto" being the fastest this device and dtype can run.
-
-    Raises:
-        ValueError: if ``attn_implementation`` is unknown.
-    """
-    if attn_implementation not in _ATTENTIONS:
-        from transformers import AttentionInterface
-
-        registered = sorted(set(AttentionInterface().valid_keys()) - set(_ATTENTIONS))
-        if attn_implementation not in registered and not _HUB_KERNEL.fullmatch(attn_implementation):
-            raise ValueError(
-                f"attn_implementation is {attn_implementation!r}; use one of {', '.join([*_ATTENTIONS, *registered])}, "
-                "or a kernel of the hub such as kernels-community/flash-attn3"
-            )
-    if attn_implementation != "auto":
-        return attn_implementation
-    half = dtype in (torch.float16, torch.bfloat16)
-    flash = half and device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else "sdpa"
-
-
-class _Place(NamedTuple):
-    """Device, dtype and attention of a model to be loaded; ``attention`` "auto" leaves the choice to us."""
-
-    device: torch.device
-    dtype: torch.dtype
-    attention: str
-
-
-def _place(device: str | torch.device, dtype: str | torch.dtype, attn_implementation: str) -> _Place:
-    chosen = choose_device(device)
-    kind = choose_dtype(dtype, chosen)
-    choose_attention(attn_implementation, chosen, kind)
-    return _Place(chosen, kind, attn_implementation)
 
 
 def cache_directory() -> Path:
@@ -271,7 +235,7 @@ def _looks_like_path(text: str) -> bool:
     return text.startswith((".", "~", os.sep)) or os.path.isabs(text) or text.count("/") > 1 or text.endswith(".gguf")
 
 
-def _load(auto_class: Any, source: str, place: _Place, **options: Any) -> tuple[Any, set[str]]:
+def _load(auto_class: Any, source: str, place: Place, **options: Any) -> tuple[Any, set[str]]:
     """The model, ready for inference, and the names of the weights that the checkpoint does not hold."""
     check_config(source)
     options |= {"dtype": place.dtype, "output_loading_info": True, "trust_remote_code": False}
@@ -324,7 +288,7 @@ def _load_tokenizer(source: str) -> Any:
     return tokenizer
 
 
-def _load_adapter(folder: str, base: str | os.PathLike[str] | None, place: _Place, argument: str) -> tuple[Any, Any]:
+def _load_adapter(folder: str, base: str | os.PathLike[str] | None, place: Place, argument: str) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification
 
     try:
@@ -355,6 +319,36 @@ def _load_adapter(folder: str, base: str | os.PathLike[str] | None, place: _Plac
     with reading(argument, with_tokenizer):
         tokenizer = _load_tokenizer(with_tokenizer)
     return merged.to(place.dtype).eval().requires_grad_(False), tokenizer
+
+
+def _refuse_token_adapter(folder: str, argument: str) -> None:
+    with reading(argument, folder):
+        config = json.loads((Path(folder) / _ADAPTER_CONFIG).read_bytes())
+        task = config.get("task_type")
+    if task == "TOKEN_CLS":
+        raise ValueError(
+            f"{argument} is {folder}, a peft adapter of a token classifier; merge it into its base model "
+            "(merge_and_unload, save_pretrained) and give that folder"
+        )
+
+
+def _load_process(
+    source: str, convention: Convention, place: Place, separator: str | None, steps: dict[str, Any], argument: str
+) -> tuple[Any, Any]:
+    chosen = convention.separator if separator is None else separator
+    if chosen is None:
+        raise ValueError(
+            f"{argument} is {source}, a token classifier, and where it is to be read it does not say; give "
+            "step_separator (--step-separator), what ended a step when it was trained: a line break is trl's default"
+        )
+    with reading(argument, source):
+        model, missing = _load(convention.auto_class, source, place, **convention.options)
+        tokenizer = _load_tokenizer(source)
+    if missing:
+        raise ValueError(f"{argument} is {source}, a process reward model without weights for {_listed(missing)}")
+    if convention.chat_template is not None:
+        tokenizer.chat_template = convention.chat_template
+    return ProcessReward(model, chosen, **steps), tokenizer
 
 
 def _require_one_label(source: str, argument: str) -> None:

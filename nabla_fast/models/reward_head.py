@@ -104,7 +104,8 @@ def own_score(model: Any, ids: Tensor, name: str) -> Tensor:
     raise ValueError(
         f"{name} gives a score for every token of a conversation (shape {tuple(out.shape)} for {ids.shape[1]} tokens), "
         "as a token classifier, a process reward model or a language model does; give a model with one score per "
-        "conversation, or a callable that makes one of them"
+        "conversation, a callable that makes one of them, or nabla_fast.ProcessReward(model, separator), which reads "
+        "them at the end of each step"
         if per_token
         else f"{name} has {labels}"
     )

@@ -60,6 +60,7 @@ class RewardModel:
         table: the reward model's input embeddings in the language model's token order (V, d_r).
         alignment: which token is which; its ``share`` says how many have a partner.
         name: what errors call the model.
+        spread: most tokens of a conversation that a token of a response becomes.
         backbone: a classifier's, whose passes continue cached prefixes; None for what takes whole conversations.
 
     Raises:
@@ -79,12 +80,13 @@ class RewardModel:
         self.tokenizer = language_tokenizer if tokenizer is None else tokenizer
         self._language_tokenizer = language_tokenizer
         self.context_length: int | None = None
+        self.spread = 1
         self.head: RewardHead | None = None
         self._function: RewardFunction | OwnForward | None = None
         own_table: EmbeddingTable = language_model.embedding
         if hasattr(model, "base_model") and hasattr(model, "config"):
             self.name = f"reward_model ({model.config.name_or_path or type(model).__name__})"
-            self.head, self._function = reward_head(model, own, self.name, self.tokenizer)
+            self._examine(model, own)
             own_table = embedding_table(model, self.name)
             self.context_length = context_length(model)
         elif callable(model):
@@ -148,6 +150,20 @@ class RewardModel:
         response = self.table.inputs(tokens[start:])
         return joined([response, closing] if start is not None else [frame.opening, response, closing])
 
+    def shown(self, tokens: Tensor) -> Tensor:
+        """The tokens of a response (n,) that its conversation has, one behind the other, if it `supports_prefix_cache`;
+        the first ones, and mostly all."""
+        return tokens
+
+    def response_rows(self, conversation: Inputs, gradient: Tensor, part: slice, covered: int) -> Tensor:
+        """The rows of a gradient (T, d_r) with respect to a conversation that are those of response positions.
+
+        Args:
+            part: the positions; start and stop are given.
+            covered: the response position of the conversation's first token; negative if it begins with the opening.
+        """
+        return gradient[part.start - covered : part.stop - covered]
+
     def rewards(
         self, conversations: Sequence[Inputs], caches: Sequence[Cache | None] | None = None
     ) -> tuple[Tensor, list[Cache | None]]:
@@ -199,6 +215,9 @@ class RewardModel:
                 f"{self.name} takes at most {self.context_length} tokens, got a conversation of {max(lengths)}"
             )
         return lengths
+
+    def _examine(self, model: Any, own: Any) -> None:
+        self.head, self._function = reward_head(model, own, self.name, self.tokenizer)
 
     def _template_closing(self) -> tuple[int, ...]:
         if not getattr(self.tokenizer, "chat_template", None):

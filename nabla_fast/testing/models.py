@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerFast
 from transformers.masking_utils import eager_mask
 
+from nabla_fast.models.process_checkpoint import two_layer_classifier
+
 DEVICE = torch.device(os.environ.get("NABLA_FAST_TEST_DEVICE") or "cpu")
 """Where the models are; benchmarks/gpu.sh has whole decodes tested on its GPU."""
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt_neox", "gpt2")
@@ -125,6 +127,28 @@ def tiny_reward_model(
     config = _config(family, config_class, tied=True, vocab_rows=vocab_rows)
     config.num_labels = labels
     return _build(getattr(transformers, model_class), config, dtype, seed)
+
+
+def tiny_process_model(
+    family: str = "llama",
+    *,
+    labels: int = 2,
+    two_layers: bool = False,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 2,
+    vocab_rows: int | None = None,
+) -> Any:
+    """A token classifier in ``eval()`` for `tiny_tokenizer`.
+
+    Args:
+        two_layers: whether its head has two layers, as Qwen's process reward models do.
+        family, dtype, seed, vocab_rows: as for `tiny_language_model`.
+    """
+    config_class, _, model_class = _MODEL_CLASSES[family]
+    config = _config(family, config_class, tied=True, vocab_rows=vocab_rows)
+    config.num_labels = labels
+    own = getattr(transformers, model_class.replace("ForSequence", "ForToken"))
+    return _build(two_layer_classifier(config) if two_layers else own, config, dtype, seed)
 
 
 def save_pair(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import nabla_fast as nf
@@ -19,7 +20,7 @@ from nabla_fast import cli
 from nabla_fast.cli import console, generate, options
 from nabla_fast.cli.models import ModelChoice
 from nabla_fast.models import loading
-from nabla_fast.testing.models import save_pair, tiny_tokenizer
+from nabla_fast.testing.models import save_pair, tiny_process_model, tiny_tokenizer
 
 FAST = ("--max-new-tokens", "6", "--max-rollouts", "2", "--max-iters", "2", "--gradient-threshold", "none")
 
@@ -237,6 +238,14 @@ def test_json_holds_what_the_library_returns(pair, tmp_path):
             ["generate", "--pair=arithmetic", "--rollout-backend=vllm", "--vllm-gpu-memory-utilization", "1.5"],
             "vllm_gpu_memory_utilization must be above 0 and at most 1, got 1.5",
         ),
+        (
+            ["generate", "--model=a/b", "--reward-model=c/d", "--prompt=x", "--step-aggregation=max"],
+            "step_aggregation is 'max'; use one of min, product, last, mean",
+        ),
+        (
+            ["eval", "--pair=arithmetic", "--out=/no/out", "--step-separator=x"],
+            "--step-separator is 'x', and the reward model of --pair arithmetic scores whole answers",
+        ),
         (["generate", "--pair=arithmetic", "--prompt", "caf\udce9"], "is not text in this terminal's encoding"),
     ],
 )
@@ -271,6 +280,42 @@ def test_each_model_is_loaded_on_its_device_with_the_attention_that_was_asked_fo
     run = CliRunner().invoke(cli.app, ["generate", *models, "--device", "cpu", "--attn-implementation", kernel, *given])
     assert str(run.exception) == "both are known"
     assert where == [("cpu", kernel), (given[-1] if given else "cpu", kernel)]
+
+
+def test_a_process_reward_model_is_read_as_the_options_say(pair, tmp_path, capsys, monkeypatch):
+    tiny_process_model(dtype=torch.float32).save_pretrained(tmp_path / "process")
+    tiny_tokenizer().save_pretrained(tmp_path / "process")
+    (tmp_path / "task.jsonl").write_text(json.dumps({"prompt": "is it on", "answer": "12"}))
+    models = ["--model", str(pair[0]), "--reward-model", str(tmp_path / "process"), "--device", "cpu", *FAST]
+
+    def called(*arguments):
+        monkeypatch.setattr(sys, "argv", ["nabla-fast", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code, *capsys.readouterr()
+
+    code, out, err = called("generate", *models, "--prompt", "is it on")
+    assert code == 2
+    assert "a token classifier, and where it is to be read it does not say; give step_separator" in err
+    steps = ["--step-separator", "\\n", "--step-aggregation", "mean"]
+    code, out, err = called("generate", *models, *steps, "--prompt", "is it on", "--json")
+    assert code == 0, err
+    (answer,) = json.loads(out)["answers"]
+    assert 0 < answer["reward"] < 1
+    run_of = ["eval", "--task", str(tmp_path / "task.jsonl"), "--methods", "nabla", "--n", "2", "--out"]
+    code, _, err = called(*run_of, str(tmp_path / "run"), *models, *steps)
+    assert code == 0, err
+    # What is inserted must be one token.
+    code, _, err = called(
+        "generate", *models, "--step-separator", "the user", "--step-insert-after", "\\n", "--prompt", "x"
+    )
+    assert code == 2
+    assert "separator is 'the user'" in err
+    assert "and is to be inserted (insert_after); give a single token" in err
+    # A run that is read in another way does not go on in it.
+    code, _, err = called(*run_of, str(tmp_path / "run"), *models, *steps[:2])
+    assert code == 2, err
+    assert "step_aggregation" in err
 
 
 def test_a_run_says_where_its_reward_model_is_only_if_that_is_elsewhere():

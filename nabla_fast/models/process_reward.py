@@ -1,0 +1,202 @@
+"""A process reward model as a reward model: rewards of conversations from the scores of a response's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nabla_fast.models.backbone import Backbone, Cache, Inputs, joined
+from nabla_fast.models.chat import Chat, encode
+from nabla_fast.models.language_model import LanguageModel
+from nabla_fast.models.reward_model import RewardFrame, RewardModel
+from nabla_fast.models.step_head import StepHead, log_scores, right_label, step_head
+from nabla_fast.models.steps import AGGREGATIONS, BLANK_LINE, ProcessReward, step_ends
+
+
+@dataclass(frozen=True)
+class Steps(Inputs):
+    """A conversation, or what of it follows a cached prefix.
+
+    Attributes:
+        reads: where it is scored, positions of the whole conversation.
+        places: the row of each of its response tokens; -1 for one that it does not show.
+    """
+
+    reads: tuple[int, ...]
+    places: tuple[int, ...]
+
+
+class ProcessRewardModel(RewardModel):
+    """Wraps a `ProcessReward`.
+
+    A conversation ends with the last separator. In a causal model, the template's closing tokens could not change a
+    score before them; nor could an end token of the response, so it is not shown either.
+
+    With a text as separator, cached prefixes are continued where the model allows it. With an inserted one they are
+    not: tokens of the response and of the conversation are not the same there, and every call takes whole
+    conversations.
+
+    Args:
+        process: the model, and how it is read.
+        tokenizer, language_model, language_tokenizer, eos_token_ids: as for `RewardModel`.
+
+    Attributes:
+        inserts: whether the separator is a token that is put into the conversation.
+
+    Raises:
+        ValueError: as `nabla_fast.models.step_head` does; also if the separator is no text of the reward tokenizer, or
+            is to be inserted and is no single token, and if the label cannot be told.
+    """
+
+    _head: StepHead
+
+    def __init__(
+        self,
+        process: ProcessReward,
+        tokenizer: Any,
+        language_model: LanguageModel,
+        language_tokenizer: Any,
+        eos_token_ids: Collection[int] = (),
+    ) -> None:
+        if not (hasattr(process.model, "config") and hasattr(process.model, "base_model")):
+            raise TypeError(
+                f"ProcessReward takes a transformers model with logits for every token, got a "
+                f"{type(process.model).__name__}"
+            )
+        super().__init__(process.model, tokenizer, language_model, language_tokenizer, eos_token_ids)
+        self._label = right_label(process.model, self._head.labels, process.label, self.name)
+        self._aggregate = AGGREGATIONS[process.aggregation]
+        self._ends_turn = frozenset(eos_token_ids)
+        self._text: dict[int, str] = {}
+        separator = self._separator_ids(process.separator)
+        self._separator = self._read(separator)
+        added = process.separator in self.tokenizer.get_added_vocab()
+        self.inserts = process.insert_after is not None or added
+        self._marker = (process.insert_after or BLANK_LINE) if self.inserts else process.separator
+        if self.inserts and len(separator) != 1:
+            raise ValueError(
+                f"separator is {process.separator!r}, {len(separator)} tokens of reward_tokenizer, and is to be "
+                "inserted (insert_after); give a single token, or leave insert_after out"
+            )
+        # Behind every token of a response, at the most.
+        self.spread = 2 if self.inserts else 1
+
+    @property
+    def backbone(self) -> Backbone | None:
+        return self._head.backbone
+
+    @property
+    def supports_prefix_cache(self) -> bool:
+        # A cache of another kind keeps the last hidden state alone, and earlier steps are read too.
+        backbone = self.backbone
+        cached = backbone is not None and backbone.supports_prefix_cache and backbone.cache_kind == "prefix"
+        return cached and not self.inserts
+
+    def chat_frame(self, chat: Chat, template_kwargs: Mapping[str, Any] | None = None) -> RewardFrame:
+        frame = super().chat_frame(chat, template_kwargs)
+        return RewardFrame(frame.opening, self._separator, frame.key)
+
+    def prompt_frame(self, prompt_ids: Sequence[int]) -> RewardFrame:
+        frame = super().prompt_frame(prompt_ids)
+        return RewardFrame(frame.opening, self._separator, frame.key)
+
+    def shown(self, tokens: Tensor) -> Tensor:
+        # One at the most: a cached prefix may reach to the last token, and has to be of tokens that are shown.
+        return tokens[:-1] if len(tokens) and int(tokens[-1]) in self._ends_turn else tokens
+
+    def conversation(
+        self, frame: RewardFrame, tokens: Tensor, start: int | None = None, *, ended: bool = True
+    ) -> Steps:
+        """As `RewardModel.conversation`, with what is read and where the response's tokens are.
+
+        A response that goes on is read as one that has ended: its last step is closed, as those were that the model was
+        trained on.
+        """
+        shown = self.shown(tokens)
+        ends, unfinished = step_ends([self._piece(token) for token in shown.tolist()], self._marker)
+        left_out = (-1,) * (len(tokens) - len(shown))
+        before = len(frame.opening)
+        if not self.inserts:
+            reads = [before + end for end in ends]
+            if unfinished:
+                reads.append(before + len(shown) + len(self._separator) - 1)
+            inputs = joined([self.table.inputs(shown[start:]), self._separator])
+            first = before if start is None else 0
+            places = tuple(range(first, first + len(shown) - (start or 0))) + left_out
+            whole = joined([frame.opening, inputs]) if start is None else inputs
+            return Steps(whole.ids, whole.embeds, tuple(reads), places)
+        assert start is None, "a conversation with inserted tokens has no cached prefix"
+        marked, separator = set(ends), before + len(shown)
+        if unfinished:
+            marked.add(len(shown) - 1)
+        order, rows, reads = list(range(before)), [], []
+        if not len(shown):
+            reads.append(len(order))
+            order.append(separator)
+        for i in range(len(shown)):
+            rows.append(len(order))
+            order.append(before + i)
+            if i in marked:
+                reads.append(len(order))
+                order.append(separator)
+        apart = joined([frame.opening, self.table.inputs(shown), self._separator])
+        chosen = torch.tensor(order, device=apart.device)
+        return Steps(apart.ids[chosen], apart.embeds[chosen], tuple(reads), (*rows, *left_out))
+
+    def response_rows(self, conversation: Inputs, gradient: Tensor, part: slice, covered: int) -> Tensor:
+        assert isinstance(conversation, Steps)
+        # Of whole conversations, none of the response is covered, and all of the opening is there.
+        places = torch.tensor(conversation.places, device=gradient.device)
+        places = places[part.start - max(covered, 0) : part.stop - max(covered, 0)]
+        return gradient[places.clamp(min=0)] * (places >= 0).unsqueeze(1)
+
+    def rewards(
+        self, conversations: Sequence[Inputs], caches: Sequence[Cache | None] | None = None
+    ) -> tuple[Tensor, list[Cache | None]]:
+        """As `RewardModel.rewards`; conversations are those of `conversation`."""
+        caches = [None] * len(conversations) if caches is None else caches
+        self.lengths(conversations, caches)
+        reads = []
+        for conversation in conversations:
+            assert isinstance(conversation, Steps)
+            reads.append(conversation.reads)
+        logits, after = self._head(caches, conversations, reads)
+        scores = log_scores(torch.cat(logits), self._label).split([len(at) for at in reads])
+        rewards = torch.stack([self._aggregate(own) for own in scores])
+        return rewards, after if self.supports_prefix_cache else [None] * len(conversations)
+
+    def _examine(self, model: Any, own: Any) -> None:
+        self._head = step_head(model, own, self.name, self.tokenizer)
+
+    def _piece(self, token: int) -> str:
+        """The text of a token of the language model."""
+        if token not in self._text:
+            self._text[token] = self._language_tokenizer.decode([token])
+        return self._text[token]
+
+    def _separator_ids(self, separator: str) -> list[int]:
+        ids = encode(self.tokenizer, separator)
+        unknown = self.tokenizer.unk_token_id
+        if not ids or unknown in ids or max(ids) >= len(self._own_table.weight):
+            raise ValueError(
+                f"separator is {separator!r}, which reward_tokenizer has no token for; give what {self.name} was "
+                "trained with"
+            )
+        return ids
+
+
+def reward_model_of(
+    model: Any,
+    tokenizer: Any,
+    language_model: LanguageModel,
+    language_tokenizer: Any,
+    eos_token_ids: Collection[int] = (),
+) -> RewardModel:
+    """Wraps whatever a caller gives as reward model; see `RewardModel` and `ProcessRewardModel`."""
+    if isinstance(model, ProcessReward):
+        return ProcessRewardModel(model, tokenizer, language_model, language_tokenizer, eos_token_ids)
+    return RewardModel(model, tokenizer, language_model, language_tokenizer, eos_token_ids)
