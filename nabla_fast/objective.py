@@ -103,8 +103,12 @@ class Objective:
         if out_of_memory:
             clear_graphs()
 
-    def rewards(self, sequences: Seq[Sequence], responses: Seq[Tensor]) -> list[float]:
+    def rewards(self, sequences: Seq[Sequence], responses: Seq[Tensor], *, keep: bool = False) -> list[float]:
         """Rewards of complete responses (n_b,) int64 on the CPU: from the cache, and one batched call for the rest.
+
+        Args:
+            keep: whether the reward model's cache of a sequence is that of its response afterwards; otherwise only a
+                first one is kept.
 
         Raises:
             FloatingPointError: if a reward is NaN or infinite.
@@ -114,7 +118,7 @@ class Objective:
         if missing:
             asked = [sequences[i] for i in missing]
             with self.clock.phase("reward", [s.stats for s in asked]), torch.inference_mode(False), torch.no_grad():
-                scored = self._score(asked, [responses[i] for i in missing])
+                scored = self._score(asked, [responses[i] for i in missing], keep)
             for i, reward in zip(missing, scored, strict=True):
                 found[i] = reward
                 sequences[i].stats.reward_calls += 1
@@ -136,7 +140,7 @@ class Objective:
         Raises:
             FloatingPointError: if a reward is NaN or infinite.
         """
-        self._read(sequences, prefixes)
+        self.read(sequences, prefixes)
         asked = [i for i, own in enumerate(candidates) for _ in own]
         ends = [torch.tensor([token]) for own in candidates for token in own]
         responses = [torch.cat([prefixes[i], end]) for i, end in zip(asked, ends, strict=True)]
@@ -339,8 +343,9 @@ class Objective:
             factors.append(_factor(grad[request.start - skip : len(request.response) - skip], scale))
         return _Part(factors, rewards.detach())
 
-    def _read(self, sequences: Seq[Sequence], prefixes: Seq[Tensor]) -> None:
-        """Makes the reward model's caches reach to the end of their prefixes (n_b,)."""
+    def read(self, sequences: Seq[Sequence], prefixes: Seq[Tensor]) -> None:
+        """Makes the reward model's caches reach to the end of their prefixes (n_b,) int64, on the CPU, where it has
+        any."""
         model = self.reward_model
         if not model.supports_prefix_cache:
             return
@@ -351,7 +356,7 @@ class Objective:
             with self._side.joined(), self._side.active(), frozen(self._parameters), fast:
                 reach(model.backbone, model.table, known, prefixes)
 
-    def _score(self, sequences: Seq[Sequence], responses: Seq[Tensor]) -> list[float]:
+    def _score(self, sequences: Seq[Sequence], responses: Seq[Tensor], keep: bool) -> list[float]:
         model = self.reward_model
         fast = fast_kernels(model.device, *self._fused)
         with self._side.joined(), self._side.active(), frozen(self._parameters), fast:
@@ -367,7 +372,7 @@ class Objective:
             out = self._rewards_by_graph(caches, inputs, gradient=False)
             rewards, after = model.rewards(inputs, caches) if out is None else (out.values[: len(known)], [])
             for i, (own, response) in enumerate(zip(known, responses, strict=True)):
-                if own.cache is None:
+                if keep or own.cache is None:
                     own.keep(response, after[i] if out is None else out.cache(i))
             self._require_finite([rewards], model.name)
             scored: list[float] = rewards.tolist()

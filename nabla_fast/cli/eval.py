@@ -35,7 +35,15 @@ _TASK_HELP = (
     "aime2024, aime2025 or amc; or a hub data set id with its columns."
 )
 _OPTION_HELP = "A parameter of a reasoning-gym task, such as min_digits=2; give the option again for another one."
-_N_HELP = "Samples of self-consistency and best-of-n, and max_rollouts of nabla; several separated by commas."
+_METHODS = "greedy,self-consistency,best-of-n,nabla,likeliest"
+_METHODS_HELP = (
+    "Separated by commas: greedy, self-consistency, best-of-n; nabla with the proposal that is configured, or with "
+    "another one, likeliest (the control, without gradients), first-order, prefix-reward or guided."
+)
+_N_HELP = (
+    "Samples of self-consistency and best-of-n, and max_rollouts of nabla and its other proposals; several separated "
+    "by commas. greedy and guided draw once."
+)
 _PROFILE_HELP = (
     "Directory for a trace of the first 2 problems, which every method decodes once more for it at its smallest n and "
     "with 64 tokens at most, and for the seconds per phase of the whole run."
@@ -51,7 +59,7 @@ def command(
     prompt_column: Annotated[str | None, _task(help="Column or key of the questions.")] = None,
     answer_column: Annotated[str | None, _task(help="Column or key of the reference answers.")] = None,
     split: Annotated[str | None, _task(help="Split of a hub data set or of arithmetic. Default: test.")] = None,
-    methods: Annotated[str, _run(help="Separated by commas.")] = "greedy,self-consistency,best-of-n,nabla",
+    methods: Annotated[str, _run(help=_METHODS_HELP)] = _METHODS,
     n: Annotated[str, _run(help=_N_HELP, metavar="N,N,...")] = "8",
     seeds: Annotated[str, _run(help="Separated by commas; greedy takes the first.", metavar="SEED,...")] = "0",
     out: Annotated[
@@ -79,7 +87,7 @@ def command(
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
-    """Measures accuracy and cost of greedy decoding, self-consistency, Best-of-N and ∇-Reasoner on a task."""
+    """Measures accuracy and cost of ∇-Reasoner, and of the methods to compare it with, on a task."""
     if compare is not None:
         _refuse_others(context)
         _compare(*compare, as_json)

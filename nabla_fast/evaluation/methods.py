@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -21,8 +22,21 @@ from nabla_fast.models.reward_model import RewardFrame
 from nabla_fast.sampling import Sampler
 from nabla_fast.stats import SequenceStats
 
-MAX_ROLLOUTS = "nabla"
-"""The method whose n is `NablaConfig.max_rollouts`; to the others that have one it is the number of samples."""
+NABLA = "nabla"
+PROPOSALS = {
+    NABLA: None,
+    "likeliest": "likeliest",
+    "first-order": "first_order",
+    "prefix-reward": "prefix_reward",
+    "guided": "guided",
+}
+"""Method of the decode loop → its `NablaConfig.proposal`; None takes the one that is configured."""
+
+ONE_N = ("greedy", "guided")
+"""Methods that draw one response, so that they have one n."""
+
+MAX_ROLLOUTS = tuple(method for method in PROPOSALS if method not in ONE_N)
+"""Methods whose n is `NablaConfig.max_rollouts`; to the others that have one it is the number of samples."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,7 @@ class Batch:
         seeds: (B) of their noise.
         grader: says which answers are the same.
         config: settings.
-        n: see `MAX_ROLLOUTS`.
+        n: see `MAX_ROLLOUTS`; what has one n does not look at it.
         size: most sequences to decode together.
         on_answer: hears of a problem, by its index, and its answer while others are under way.
     """
@@ -149,9 +163,14 @@ def self_consistency(batch: Batch, groups: Sequence[baselines.Samples] | None = 
     return _of_samples(batch, groups, batch.config, vote, scored=False)
 
 
-def nabla(batch: Batch, sampler: Sampler | None = None) -> list[Answer]:
-    """∇-Reasoner with n rollouts at most: `nabla_fast.generate`, its models made ready once."""
-    config = batch.config.replace(max_rollouts=batch.n)
+def nabla(batch: Batch, sampler: Sampler | None = None, proposal: str | None = None) -> list[Answer]:
+    """∇-Reasoner with n rollouts at most: `nabla_fast.generate`, its models made ready once.
+
+    Args:
+        sampler: as in `nabla_fast.generate.run`.
+        proposal: replaces that of the settings; "likeliest" is the control, which takes no gradient.
+    """
+    config = batch.config.replace(max_rollouts=batch.n, proposal=proposal or batch.config.proposal)
     pair = batch.models.pair
     answers: dict[int, Answer] = {}
 
@@ -171,7 +190,7 @@ METHODS: dict[str, Callable[[Batch], list[Answer]]] = {
     "greedy": greedy,
     "self-consistency": self_consistency,
     "best-of-n": best_of_n,
-    MAX_ROLLOUTS: nabla,
+    **{method: partial(nabla, proposal=proposal) for method, proposal in PROPOSALS.items()},
 }
 
 

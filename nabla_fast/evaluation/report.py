@@ -12,6 +12,7 @@ from typing import Any
 from nabla_fast.evaluation import equal_cost, plots
 from nabla_fast.evaluation.bootstrap import LEVEL, RESAMPLES, interval, paired_difference
 from nabla_fast.evaluation.journal import Record, read_records
+from nabla_fast.evaluation.methods import PROPOSALS, SEARCHES
 from nabla_fast.evaluation.records import COUNTERS, latest, require_records
 from nabla_fast.evaluation.runner import CONFIG, RESULTS, SUMMARY, read_json
 from nabla_fast.whole_files import write_json
@@ -137,7 +138,7 @@ def _arm(arm: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
     looked_up = _total(good, "cache_hits") + _total(good, "cache_misses")
     positions = _total(good, "skipped_positions") + _total(good, "optimised_positions")
     figures["cache_hit_rate"] = _ratio(_total(good, "cache_hits"), looked_up)
-    if arm["method"] == "nabla":
+    if arm["method"] in PROPOSALS:
         proposals = _total(good, "rollouts") - len(good)
         figures["rejection_rate"] = _ratio(_total(good, "rejections"), proposals)
         figures["skipped_share"] = _ratio(_total(good, "skipped_positions"), positions)
@@ -145,13 +146,13 @@ def _arm(arm: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _against_best_of_n(told: Mapping[str, Any], arms: Arms) -> dict[str, dict[str, dict[str, float] | None]]:
-    """Label of each nabla arm → cost → accuracy minus that of Best-of-N at this cost; empty without Best-of-N."""
+    """Label of an arm that searches by the reward → cost → accuracy minus Best-of-N's at it; {} without Best-of-N."""
     good = {label: [r for r in records if r["error"] is None] for label, records in arms.items()}
     good = {label: records for label, records in good.items() if records}
     found: dict[str, dict[str, dict[str, float] | None]] = {}
     curve = [label for label in good if told[label]["method"] == "best-of-n"]
     for label in good if curve else ():
-        if told[label]["method"] == "nabla":
+        if told[label]["method"] in (*PROPOSALS, *SEARCHES):
             found[label] = {}
             for cost in _COSTS:
                 difference = equal_cost.difference(_point(good[label], cost), [_point(good[n], cost) for n in curve])

@@ -14,7 +14,7 @@ from torch.profiler import record_function
 from nabla_fast import profiling
 from nabla_fast.config import NablaConfig
 from nabla_fast.evaluation.journal import Journal, Record
-from nabla_fast.evaluation.methods import MAX_ROLLOUTS, METHODS, Models
+from nabla_fast.evaluation.methods import MAX_ROLLOUTS, METHODS, ONE_N, PROPOSALS, Models
 from nabla_fast.evaluation.plots import FILES as PLOTS
 from nabla_fast.evaluation.records import Key, key, latest, require_records
 from nabla_fast.evaluation.tasks import Problem, Task
@@ -75,10 +75,11 @@ def make_plan(
     """A plan of every method at every n.
 
     Args:
-        max_rollouts: run nabla at this n alone; None runs it at every n.
+        max_rollouts: run the methods of `MAX_ROLLOUTS` at this n alone; None runs them at every n.
 
     Raises:
-        ValueError: for an unknown method, an empty list, or a number below 1; the message names the option.
+        ValueError: for an unknown method, one that the settings do not allow, an empty list, or a number below 1; the
+            message names the option.
     """
     unknown = [method for method in methods if method not in METHODS]
     if unknown or not methods:
@@ -93,10 +94,12 @@ def make_plan(
         raise ValueError(f"--batch-size is {batch_size}; give at least 1")
     arms: list[Arm] = []
     for method in dict.fromkeys(methods):
+        if PROPOSALS.get(method) is not None:
+            config.replace(proposal=PROPOSALS[method])  # raises here what would fail every problem
         own = list(dict.fromkeys(n))
-        if method == "greedy":
+        if method in ONE_N:
             own = [1]
-        elif method == MAX_ROLLOUTS and max_rollouts is not None:
+        elif method in MAX_ROLLOUTS and max_rollouts is not None:
             own = [max_rollouts]
         arms += [Arm(method, value) for value in own]
     config = config.replace(max_batch_size=batch_size)
@@ -267,8 +270,8 @@ def pieces(plan: Plan, seed: int, problems: Sequence[Problem], done: Collection[
     for first in range(0, len(problems), plan.batch_size):
         chunk = problems[first : first + plan.batch_size]
         for arm in plan.runs(seed):
-            # A nabla sequence is one sequence whatever its n.
-            most = plan.batch_size if arm.method == MAX_ROLLOUTS else max(1, plan.batch_size // arm.n)
+            # A sequence of the decode loop is one sequence whatever its n.
+            most = plan.batch_size if arm.method in PROPOSALS else max(1, plan.batch_size // arm.n)
             left = [problem for problem in chunk if (arm.method, arm.n, seed, problem.id) not in done]
             for batch in _with_distinct_prompts(left, most):
                 yield Piece(arm, seed, tuple(batch))

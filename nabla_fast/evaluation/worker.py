@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 from nabla_fast.config import NablaConfig
 from nabla_fast.evaluation.journal import Record
-from nabla_fast.evaluation.methods import METHODS, Answer, Models, make_batch
+from nabla_fast.evaluation.methods import METHODS, ONE_N, Answer, Models, make_batch
 from nabla_fast.evaluation.tasks import Problem, Task
 from nabla_fast.rollout import ServerLostError
 from nabla_fast.sampling import sequence_seeds
@@ -15,7 +15,7 @@ from nabla_fast.sampling import sequence_seeds
 
 @dataclass(frozen=True)
 class Arm:
-    """A method at one n: samples of self-consistency and best-of-n, rollouts of nabla, 1 for greedy."""
+    """A method at one n: samples, or rollouts at most of the decode loop's methods; 1 for those that draw once."""
 
     method: str
     n: int
@@ -23,7 +23,7 @@ class Arm:
     @property
     def label(self) -> str:
         """What tables and plots call it."""
-        return self.method if self.method == "greedy" else f"{self.method} {self.n}"
+        return self.method if self.method in ONE_N else f"{self.method} {self.n}"
 
 
 @dataclass(frozen=True)
