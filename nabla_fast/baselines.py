@@ -51,6 +51,12 @@ class Samples:
         rewards = None if self.rewards is None else self.rewards[:n]
         return Samples(self.texts[:n], self.sequences[:n], rewards, self.records[:n])
 
+    def with_more(self, later: Samples) -> Samples:
+        """These, and those of a later call behind them; both are scored, or neither is."""
+        rewards = None if self.rewards is None or later.rewards is None else [*self.rewards, *later.rewards]
+        sequences, records = [*self.sequences, *later.sequences], [*self.records, *later.records]
+        return Samples([*self.texts, *later.texts], sequences, rewards, records)
+
 
 def greedy(
     model: Any,
@@ -146,6 +152,7 @@ def sample(
     *,
     scored: bool,
     seeds: Seq[int] | None = None,
+    drawn_before: int = 0,
     batch_size: int | None = None,
     on_group: Callable[[int, Samples], None] = lambda *_: None,
 ) -> list[Samples]:
@@ -156,6 +163,7 @@ def sample(
     Args:
         frames: (B) what the reward model sees around a response.
         seeds: (B) of the prompts; None takes those of ``config.seed``.
+        drawn_before: samples of each prompt that an earlier call has drawn; these are the ones that follow.
         batch_size: most answers that are decoded together; None decodes all together.
         on_group: hears of a prompt, by its index, and its samples when the last of them has ended.
 
@@ -169,7 +177,7 @@ def sample(
     rows = [
         Sequence(prompt.prompt_ids, (), seed, prompt.limit, prompt.frame, index=prompt.index * n + j)
         for prompt in pair.sequences(prompt_ids, frames, config, seeds)
-        for j, seed in enumerate(_sample_seeds(prompt.seed, prompt.prompt_ids, n))
+        for j, seed in enumerate(_sample_seeds(prompt.seed, prompt.prompt_ids, drawn_before + n)[drawn_before:])
     ]
     drawn: dict[int, Tensor] = {}
     rewards: dict[int, float] = {}

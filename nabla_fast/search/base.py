@@ -8,7 +8,6 @@ their rewards share forward passes, and each continuation begins behind the KV c
 from __future__ import annotations
 
 import copy
-import math
 from collections import deque
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as Seq
@@ -16,7 +15,6 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from nabla_fast.config import NablaConfig
 from nabla_fast.generate import Pair, stop_rule
@@ -25,37 +23,9 @@ from nabla_fast.models.sequence_cache import SequenceCache, reach
 from nabla_fast.objective import Objective
 from nabla_fast.rollout import Rollout, RolloutStream, StopRule
 from nabla_fast.sampling import sequence_seeds
+from nabla_fast.search_config import SearchConfig
 from nabla_fast.sequence import Sequence
 from nabla_fast.stats import SequenceStats
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """Settings of the searches.
-
-    Attributes:
-        step_separator: a step ends with the token that completes it; white space that a step begins with does not
-            count. Empty for steps of ``step_tokens`` tokens.
-        step_tokens: longest step, in tokens.
-        width: continuations of a partial response: M of beam search, and the children of a node of MCTS.
-        exploration: MCTS's exploration constant c; rewards of a problem are scaled to [0, 1].
-    """
-
-    step_separator: str = "\n"
-    step_tokens: int = 64
-    width: int = 4
-    exploration: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.step_separator, str):
-            raise TypeError(f"step_separator must be a string, got {self.step_separator!r}")
-        for name in ("step_tokens", "width"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        known = isinstance(self.exploration, (int, float)) and not isinstance(self.exploration, bool)
-        if not known or not (math.isfinite(self.exploration) and self.exploration >= 0):
-            raise ValueError(f"exploration must be a number of at least 0, got {self.exploration!r}")
 
 
 @dataclass(frozen=True)
@@ -137,8 +107,8 @@ class Prompt:
         rule: when a step is.
         language_tokens, reward_tokens: that went through each model: new ones, and those before them that no cache
             held. A rollout's last token counts, though nothing is predicted behind it.
-        rewards: of every response scored so far, so that none is scored twice.
-        first: the first complete response.
+        rewards: of every response scored so far, in order, so that none is scored twice.
+        empty: the response that searches begin with.
     """
 
     sequence: Sequence
@@ -148,7 +118,6 @@ class Prompt:
     reward_tokens: int = 0
     rewards: dict[tuple[int, ...], float] = field(default_factory=dict)
     empty: Response = field(default_factory=lambda: Response(()))
-    first: Response | None = None
 
     @property
     def stats(self) -> SequenceStats:
@@ -371,8 +340,8 @@ class _Driver:
             for (prompt, _, response), reward in zip(some, rewards, strict=True):
                 prompt.rewards[response.tokens] = reward
         for one in complete:
-            known = one.prompt.rewards
-            one.drawn = [(replace(response, reward=known.get(response.tokens)), own) for response, own in one.responses]
+            found = one.prompt.rewards
+            one.drawn = [(replace(response, reward=found.get(response.tokens)), own) for response, own in one.responses]
 
     def _unscored(self, sequence: Sequence, response: Response) -> int:
         """Tokens of a conversation that the reward model has to read."""

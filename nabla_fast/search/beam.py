@@ -11,7 +11,8 @@ from collections.abc import Sequence as Seq
 from itertools import count
 
 from nabla_fast.sampling import sequence_seeds
-from nabla_fast.search.base import Draw, Prompt, Response, Search, SearchConfig
+from nabla_fast.search.base import Draw, Prompt, Response, Search
+from nabla_fast.search_config import SearchConfig
 
 
 def shape(n: int, settings: SearchConfig) -> tuple[int, int]:
@@ -46,7 +47,9 @@ def beam_search(
             drawn = yield [Draw(one, own) for one in open_ for own in prompt.seeds(one.tokens, each, seed)]
             ended = [one.bare() for one in drawn if one.finished]
             complete += ended
-            kept = _best([*(one for one in kept if one.finished), *ended, *(one for one in drawn if not one.finished)], beams)
+            kept = _best(
+                [*(one for one in kept if one.finished), *ended, *(one for one in drawn if not one.finished)], beams
+            )
         if enough and enough(prompt):
             break
     if not complete:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import count
 
-from nabla_fast.search.base import Draw, Prompt, Response, Search, SearchConfig
+from nabla_fast.search.base import Draw, Prompt, Response, Search
+from nabla_fast.search_config import SearchConfig
 
 
 @dataclass(eq=False)
@@ -54,9 +54,7 @@ def mcts(prompt: Prompt, n: int, settings: SearchConfig, enough: Callable[[Promp
     """
     root, rewards = Node(prompt.empty), list[float]()
     best: Response | None = None
-    for number in count():
-        if best is not None and (number >= n if enough is None else enough(prompt)):
-            return best
+    while best is None or not (len(rewards) >= n if enough is None else enough(prompt)):
         path = selected(root, settings, rewards)
         leaf = path[-1]
         leaf.draws += 1
@@ -68,7 +66,7 @@ def mcts(prompt: Prompt, n: int, settings: SearchConfig, enough: Callable[[Promp
             node.total += response.score
         if best is None or response.score > best.score:
             best = response.bare()
-    raise AssertionError("the loop above has no end")
+    return best
 
 
 def selected(root: Node, settings: SearchConfig, rewards: list[float]) -> list[Node]:
