@@ -21,14 +21,14 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     for label, arm in summary["arms"].items():
         reward = [_number(_mean(arm[name]), "+.3f") for name in ("reward_before", "reward")]
         failed = Text(str(arm["failed"]), style="red" if arm["failed"] else "")
-        quality.append((label, _number(_mean(arm["accuracy"]), ".1%"), _percent(arm["accuracy"]), *reward, failed))
+        share = (_number(arm["budget_share"], ".0%"),) if budget else ()
+        accuracy = _number(_mean(arm["accuracy"]), ".1%"), _percent(arm["accuracy"])
+        quality.append((label, *accuracy, *reward, *share, failed))
         counters, ends = arm["counters"], arm["finish_reasons"]
         cut = ends.get("length", 0) / sum(ends.values()) if ends else None
-        share = (_number(arm["budget_share"], ".0%"),) if budget else ()
         cost.append(
             (
                 label,
-                *share,
                 _number(_mean(arm["model_calls"]), ".0f"),
                 _number(counters["generated_tokens"], ".0f"),
                 _number(cut, ".0%"),
@@ -40,9 +40,10 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         )
     told = f", budget {budget['kind']}={budget['amount']:g}" if budget else ""
     title = f"{summary['task']['name']}{told}: means per problem, 95 % bootstrap intervals"
-    print_table(title, ("method", "accuracy", "interval", "reward\nbefore", "reward", "failed"), quality)
+    columns = ("accuracy", "interval", "reward\nbefore", "reward", *(("of\nbudget",) if budget else ()), "failed")
+    print_table(title, ("method", *columns), quality)
     columns = ("model\ncalls", "tokens", "finish:\nlength", "gradients", "cache\nhits", "seconds", "FLOPs")
-    print_table("cost per problem", ("method", *(("of\nbudget",) if budget else ()), *columns), cost)
+    print_table("cost per problem", ("method", *columns), cost)
     if with_this := summary.get("against_best_of_n_with_budget"):
         title = "accuracy minus Best-of-N's with the same budget, in points, 95 % intervals"
         print_table(title, ("method", "difference"), [(label, points(found)) for label, found in with_this.items()])

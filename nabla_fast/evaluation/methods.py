@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -49,8 +50,9 @@ SEARCHES = ("beam-search", "mcts")
 
 
 def greedy(batch: Batch) -> list[Answer]:
-    """Greedy decoding, scored once."""
+    """Greedy decoding, scored once, whatever the budget."""
     config = batch.config.replace(rollout=Sampling(temperature=0.0))
+    batch = replace(batch, n=1, budget=None)
     return _of_samples(batch, None, config, lambda _, group: baselines.best(group), scored=True)
 
 
