@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from other_models import other_language_model
 
 import nabla_fast as nf
 from nabla_fast import baselines
@@ -191,7 +192,7 @@ def test_with_steps_as_long_as_responses_both_are_best_of_n(pair, method):
     for group, (prompt, found) in zip(samples, searched(pair, method, 4, settings=settings), strict=True):
         assert found.tokens == tuple(group.sequences[baselines.best(group)].tolist())
         assert prompt.stats.generated_tokens == group.stats.generated_tokens
-        assert list(prompt.rewards.values())[0] == pytest.approx(group.rewards[0])
+        assert next(iter(prompt.rewards.values())) == pytest.approx(group.rewards[0])
 
 
 @pytest.mark.parametrize("method", ["beam", "mcts"])
@@ -200,9 +201,9 @@ def test_tokens_are_counted_as_the_models_read_them(pair, method, monkeypatch):
     read = {"language": 0, "reward": 0}
     for name, backbone in (("language", pair.language_model.backbone), ("reward", pair.reward_model.backbone)):
 
-        def extend(caches, inputs, own=type(backbone)._extend_batch, backbone=backbone, name=name):
+        def extend(caches, inputs, backbone=backbone, name=name):
             read[name] += sum(len(x) for x in inputs)
-            return own(backbone, caches, inputs)
+            return type(backbone)._extend_batch(backbone, caches, inputs)
 
         monkeypatch.setattr(backbone, "_extend_batch", extend, raising=False)
     ((prompt, _),) = searched(pair, method, 6, prompts=PROMPTS[:1])
@@ -224,7 +225,7 @@ def frame_tokens(pair, text):
 @pytest.mark.parametrize("family", ["llama", "mamba"])
 def test_models_without_a_cache_that_can_be_cropped_find_the_same(method, family):
     """A function as reward model reads whole conversations; a recurrent model cannot go back."""
-    model = shared_language_model(family)
+    model = other_language_model(family) if family == "mamba" else shared_language_model(family)
     seven = model.get_input_embeddings().weight[7]
 
     def score(inputs_embeds, attention_mask):
@@ -267,23 +268,24 @@ def test_the_bookkeeping_of_a_tree():
     prompt = Prompt(Sequence((9,), (), 0, 4), rule, rule)
     settings = SearchConfig(width=2, exploration=0.5)
     search = mcts(prompt, 5, settings)
-    script = [((1, 1, 1, 1), 1.0), ((2, 2, 1, 1), 3.0), ((2, 2, 2, 2), 0.0), ((2, 2, 3, 3), 4.0), ((1, 1, 5, 5), 2.0)]
-    # The root has two children after two draws. 2 has the better mean, so it is tried; then its mean is (3 + 0) / 2,
-    # scaled 0.5, with two visits; 1 has 1/3 and one visit: 0.5 + 0.5 sqrt(ln 3 / 2) = 0.87, 1/3 + 0.5 sqrt(ln 3) = 0.86.
-    # So 2 once more; then 2 has (3 + 0 + 4) / 3 / 4 = 0.58 + 0.5 sqrt(ln 4 / 3) = 0.92, 1 has 0.25 + 0.5 sqrt(ln 4)
-    # = 0.84, and 2 it would be again, by a third draw, since its children are complete.
-    parents = [(), (), (2, 2), (2, 2), (2, 2)]
-    script[4] = ((2, 2, 5, 5), 2.0)
-    asked = next(search)
-    for number, (tokens, reward) in enumerate(script):
+    # The root has two children after two draws. Of these 2 has the better mean, so that it is continued. Then its mean
+    # is (3 + 0) / 2, scaled 0.5, and it has two visits; 1 has 1/3 and one. 0.5 + 0.5 sqrt(ln 3 / 2) = 0.87 is more
+    # than 1/3 + 0.5 sqrt(ln 3) = 0.86. So 2 once more. Then it has (3 + 0 + 4) / 3 / 4 + 0.5 sqrt(ln 4 / 3) = 0.92, and
+    # 1 has 0.25 + 0.5 sqrt(ln 4) = 0.84; since both children of 2 are complete, it draws a third.
+    script = [((), 11, 1.0), ((), 22, 3.0), ((2, 2), 22, 0.0), ((2, 2), 33, 4.0), ((2, 2), 55, 2.0)]
+    asked, seeds = next(search), []
+    for parent, more, reward in script:
         (draw,) = asked
-        assert draw.parent.tokens == parents[number]
-        try:
-            asked = search.send([Response(tokens, finished=True, reward=reward)])
-        except StopIteration as end:
-            assert number == 4
-            assert end.value.tokens == (2, 2, 3, 3)
-    assert len({draw.seed for draw in [asked[0]]}) == 1
+        assert draw.parent.tokens == parent
+        seeds.append(draw.seed)
+        tokens = (*(parent or (more // 10,) * 2), more // 10, more % 10)
+        response = Response(tokens, finished=True, reward=reward)
+        if len(seeds) < len(script):
+            asked = search.send([response])
+    with pytest.raises(StopIteration) as end:
+        search.send([response])
+    assert end.value.value.tokens == (2, 2, 3, 3)
+    assert len(set(seeds)) == 5
 
 
 def test_seeds_differ_between_expansions():

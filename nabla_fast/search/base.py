@@ -354,8 +354,9 @@ class _Driver:
 
 
 def _covered(cache: SequenceCache | None, tokens: tuple[int, ...]) -> int:
-    """Tokens of prompt and response that a cache of this response, or of a longer one that begins so, holds."""
+    """Tokens of prompt and response that a cache holds, which may be that of a response that only begins alike."""
     if cache is None:
         return 0
-    length = min(len(cache.tokens), len(tokens))
+    pairs = zip(cache.tokens.tolist(), tokens, strict=False)
+    length = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(cache.tokens), len(tokens)))
     return 0 if cache.before(length) is None else len(cache.prompt) + length
