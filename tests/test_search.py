@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENIZER = tiny_tokenizer()
 PROMPTS = ["what is 3 times 4", "is it on", "the user"]
 CONFIG = nf.NablaConfig(max_new_tokens=9, rollout=nf.Sampling(temperature=1.0), seed=3)
-STEPS = SearchConfig(step_separator="", step_tokens=3, width=2)
+STEPS = SearchConfig(step_separator="", step_tokens=3, step_width=2)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ class Plain:
         return [self.seed, *sequence_seeds(self.seed, [self.prompt] * (count - 1))]
 
     def beam_search(self, n):
-        beams, width = max(1, n // self.settings.width), n // max(1, n // self.settings.width)
+        beams, width = max(1, n // self.settings.step_width), n // max(1, n // self.settings.step_width)
         kept, complete, draws = [()], [], 0
         while any(not (one and self.finished(one)) for one in kept):
             candidates = [one for one in kept if one and self.finished(one)]
@@ -114,7 +114,7 @@ class Plain:
             while True:
                 node = tree[path[-1]]
                 going = [child for child in node["children"] if not tree[child]["ends"]]
-                if node["draws"] < self.settings.width or not going:
+                if node["draws"] < self.settings.step_width or not going:
                     break
                 low, high = min(rewards), max(rewards)
 
@@ -186,7 +186,7 @@ def test_an_answer_does_not_depend_on_the_batch(pair, method):
 
 @pytest.mark.parametrize("method", ["beam", "mcts"])
 def test_with_steps_as_long_as_responses_both_are_best_of_n(pair, method):
-    settings = SearchConfig(step_separator="", step_tokens=9, width=2)
+    settings = SearchConfig(step_separator="", step_tokens=9, step_width=2)
     ids, frames = pair.prompts(as_chats(PROMPTS), CONFIG)
     samples = baselines.sample(pair, ids, frames, 4, CONFIG, scored=True)
     for group, (prompt, found) in zip(samples, searched(pair, method, 4, settings=settings), strict=True):
@@ -242,7 +242,7 @@ def test_models_without_a_cache_that_can_be_cropped_find_the_same(method, family
 
 
 def test_shapes_of_beams():
-    settings = SearchConfig(width=4)
+    settings = SearchConfig(step_width=4)
     assert [shape(n, settings) for n in (1, 3, 4, 7, 8, 16, 18)] == [
         (1, 1),
         (1, 3),
@@ -266,7 +266,7 @@ def test_the_bookkeeping_of_a_tree():
     """Four simulations with made-up rollouts: a step is two tokens, a response four."""
     rule = StepRule(frozenset(), separator="", most=2)
     prompt = Prompt(Sequence((9,), (), 0, 4), rule, rule)
-    settings = SearchConfig(width=2, exploration=0.5)
+    settings = SearchConfig(step_width=2, exploration=0.5)
     search = mcts(prompt, 5, settings)
     # The root has two children after two draws. Of these 2 has the better mean, so that it is continued. Then its mean
     # is (3 + 0) / 2, scaled 0.5, and it has two visits; 1 has 1/3 and one. 0.5 + 0.5 sqrt(ln 3 / 2) = 0.87 is more
@@ -339,7 +339,7 @@ def ended(pair, tokens):
     ("change", "message"),
     [
         ({"step_tokens": 0}, "step_tokens must be"),
-        ({"width": 0}, "width must be"),
+        ({"step_width": 0}, "step_width must be"),
         ({"exploration": -1.0}, "exploration must be"),
         ({"step_separator": 3}, "step_separator must be a string, got 3"),
     ],

@@ -82,9 +82,9 @@ def command(
     profile: Annotated[Path | None, _run(help=_PROFILE_HELP, metavar="DIR")] = None,
     step_separator: Annotated[str, _steps(help=_SEPARATOR_HELP)] = r"\n",
     step_tokens: Annotated[int, _steps(help="Longest step, in tokens.")] = _STEPS.step_tokens,
-    search_width: Annotated[
+    step_width: Annotated[
         int, _steps(help="Continuations of each beam, and children of a node of the tree.")
-    ] = _STEPS.width,
+    ] = _STEPS.step_width,
     exploration: Annotated[
         float, _steps(help="Exploration constant of mcts, for rewards scaled to [0, 1].")
     ] = _STEPS.exploration,
@@ -121,7 +121,7 @@ def command(
     from nabla_fast.evaluation import driver, runner
     from nabla_fast.evaluation.budget import Budget
 
-    search = SearchConfig(step_separator.replace(r"\n", "\n"), step_tokens, search_width, exploration)
+    search = SearchConfig(step_separator.replace(r"\n", "\n"), step_tokens, step_width, exploration)
     columns = {"prompt_column": prompt_column, "answer_column": answer_column, "split": split}
     problems = partial(_problems, task, task_option or [], choice, max_problems=max_problems, **columns)
     cluster = driver.choose_cluster(engine, ray_address, workers, cpus_per_worker, choice.device, choice.reward_device)

@@ -50,7 +50,7 @@ def read_run(directory: Path) -> tuple[dict[str, Any], Arms]:
         arms: Arms = {label: [] for label in config["arms"]}
         _ = config["models"], config["seeds"], [config["task"][name] for name in ("name", "problems", "fingerprint")]
         _ = (budget := config.get("budget")) and (COSTS[budget["kind"]], 1 / budget["amount"])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{directory} holds a {CONFIG} that nabla-fast eval did not write: {error!r}") from error
     for number, record in enumerate(records, start=1):
         if (record["method"], record["n"]) not in labels:

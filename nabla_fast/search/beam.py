@@ -16,9 +16,12 @@ from nabla_fast.search_config import SearchConfig
 
 
 def shape(n: int, settings: SearchConfig) -> tuple[int, int]:
-    """Beams, and continuations of each, for ``n`` candidates a step: n // M and M = ``settings.width``, as published;
-    for n below M one beam of n. Where n is no multiple of the beams, a few candidates fewer."""
-    beams = max(1, n // settings.width)
+    """Beams, and continuations of each, for ``n`` candidates a step.
+
+    As published, n // M beams with M = ``settings.step_width``; for n below M one beam of n. Where n is no multiple of
+    the beams, a few candidates fewer.
+    """
+    beams = max(1, n // settings.step_width)
     return beams, n // beams
 
 
