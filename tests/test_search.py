@@ -184,6 +184,20 @@ def test_an_answer_does_not_depend_on_the_batch(pair, method):
         assert one.stats.counters() == other.stats.counters()
 
 
+@pytest.mark.parametrize("name", ["beam_search", "mcts"])
+def test_the_function_for_a_pair_of_models_is_the_search(pair, name):
+    models = shared_language_model("llama"), TOKENIZER, shared_reward_model("qwen3"), TOKENIZER
+    out = getattr(baselines, name)(*models, PROMPTS, 4, CONFIG, STEPS)
+    for i, (prompt, found) in enumerate(searched(pair, name.removesuffix("_search"), 4)):
+        assert tuple(out.sequences[i].tolist()) == found.tokens
+        assert out.rewards[i] == pytest.approx(found.reward)
+        assert out.texts[i] == TOKENIZER.decode(found.tokens, skip_special_tokens=True)
+        assert out.stats.sequences[i].counters() == prompt.stats.counters()
+        assert out.stats.sequences[i].finish_reason == ("stop" if found.tokens[-1] in pair.eos_token_ids else "length")
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        getattr(baselines, name)(*models, PROMPTS, 0, CONFIG, STEPS)
+
+
 @pytest.mark.parametrize("method", ["beam", "mcts"])
 def test_with_steps_as_long_as_responses_both_are_best_of_n(pair, method):
     settings = SearchConfig(step_separator="", step_tokens=9, step_width=2)

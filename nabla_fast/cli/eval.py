@@ -183,7 +183,8 @@ def _evaluate(
         show_summary(summary)
     failed = [record for record in records if record["error"] is not None]
     for record in failed[:_SHOWN_FAILURES]:
-        where = f"{record['method']} {record['n']}, seed {record['seed']}, {record['problem']}"
+        arm = f"{record['method']} {record['n'] or ''}".strip()
+        where = f"{arm}, seed {record['seed']}, {record['problem']}"
         ERR.print(Text.assemble((f"failed: {where}: ", "red"), plain(record["error"])), soft_wrap=True)
     if failed:
         told = f"{len(failed)} of {counted(len(records), 'answer')} failed; {runner.RESULTS} has them all"

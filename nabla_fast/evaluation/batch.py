@@ -83,7 +83,8 @@ class Batch:
         seeds: (B) of their noise.
         grader: says which answers are the same.
         config: settings.
-        n: see `MAX_ROLLOUTS`; what has one n does not look at it. 0 with a budget, which says how many.
+        n: samples, rollouts at most, candidates a step or simulations; what has one n does not look at it. 0 with a
+            budget, which says how many.
         size: most sequences to decode together.
         on_answer: hears of a problem, by its index, and its answer while others are under way.
         budget: what each problem may cost; None leaves that to ``n``.

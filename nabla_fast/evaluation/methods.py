@@ -239,7 +239,6 @@ def _of_search(batch: Batch, find: Callable[..., search.Search], *, steps: bool)
 
     def end(prompt: search.Prompt, response: search.Response) -> None:
         i, tokens = prompt.sequence.index, torch.tensor(response.tokens, dtype=torch.long)
-        prompt.stats.finish_reason = prompt.stop.finish_reason(prompt.sequence, response.tokens)
         # What is scored first are prefixes, where rollouts end with a step.
         before = None if steps else next(iter(prompt.rewards.values()))
         answers[i] = answer_of(batch, i, tokens, (before, response.score), prompt.stats, flops(prompt))

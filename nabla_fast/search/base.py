@@ -105,8 +105,8 @@ class Prompt:
         sequence: prompt, seed, limit, frame, counters.
         stop: when a response is complete.
         rule: when a step is.
-        language_tokens, reward_tokens: that went through each model: new ones, and those before them that no cache
-            held. A rollout's last token counts, though nothing is predicted behind it.
+        language_tokens, reward_tokens: that went through each model, or counted as if: those of rollouts, each of which
+            feeds the token before its first one and not its last, and those before them that no cache held.
         rewards: of every response scored so far, in order, so that none is scored twice.
         empty: the response that searches begin with.
     """
@@ -211,6 +211,7 @@ def run(
     ):
         driver = _Driver(pair, objective, stream, steps, batch_size)
         for prompt, answer in driver.answers(prompts, search):
+            prompt.stats.finish_reason = stop.finish_reason(prompt.sequence, answer.tokens)
             answers[prompt.sequence.index] = answer
             on_end(prompt, answer)
     return [(prompt, answers[prompt.sequence.index]) for prompt in prompts]
