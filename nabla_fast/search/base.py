@@ -105,8 +105,8 @@ class Prompt:
         sequence: prompt, seed, limit, frame, counters.
         stop: when a response is complete.
         rule: when a step is.
-        language_tokens, reward_tokens: that went through each model, or counted as if: those of rollouts, each of which
-            feeds the token before its first one and not its last, and those before them that no cache held.
+        language_tokens, reward_tokens: that went through each model. A rollout of k tokens counts k, since it feeds the
+            token before its first one and not its last; those before it count where no cache holds them.
         rewards: of every response scored so far, in order, so that none is scored twice.
         empty: the response that searches begin with.
     """
