@@ -15,7 +15,7 @@ import torch
 
 from nabla_fast.baselines import Samples
 from nabla_fast.evaluation import methods
-from nabla_fast.evaluation.methods import MAX_ROLLOUTS, Answer, Batch
+from nabla_fast.evaluation.methods import NABLA, Answer, Batch
 from nabla_fast.sampling import Sampler
 from nabla_fast.sequence import Sequence
 
@@ -65,7 +65,7 @@ def thrifty() -> dict[str, Method]:
         "greedy": methods.greedy,
         "best-of-n": lambda batch: methods.best_of_n(batch, groups(batch)),
         "self-consistency": lambda batch: methods.self_consistency(batch, [_unscored(g) for g in groups(batch)]),
-        MAX_ROLLOUTS: _once(methods.nabla),
+        NABLA: _once(methods.nabla),
         FRESH: _once(fresh),
         BLIND: _once(blind),
     }

@@ -6,11 +6,13 @@ from collections.abc import Callable, Generator
 from collections.abc import Sequence as Seq
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from nabla_fast import search
 from nabla_fast.config import NablaConfig, Sampling
 from nabla_fast.decoder import Observer
 from nabla_fast.generate import NablaOutput, Pair, generate, make_pair, stop_rule
@@ -19,6 +21,7 @@ from nabla_fast.models.reward_model import RewardFrame
 from nabla_fast.objective import Objective
 from nabla_fast.rollout import StopRule
 from nabla_fast.sampling import sequence_seeds
+from nabla_fast.search_config import SearchConfig
 from nabla_fast.sequence import Sequence
 from nabla_fast.stats import SequenceStats, Stats
 
@@ -50,6 +53,12 @@ class Samples:
         """The first ``n``: what drawing only so many would have given."""
         rewards = None if self.rewards is None else self.rewards[:n]
         return Samples(self.texts[:n], self.sequences[:n], rewards, self.records[:n])
+
+    def with_more(self, later: Samples) -> Samples:
+        """These, and those of a later call behind them; both are scored, or neither is."""
+        rewards = None if self.rewards is None or later.rewards is None else [*self.rewards, *later.rewards]
+        sequences, records = [*self.sequences, *later.sequences], [*self.records, *later.records]
+        return Samples([*self.texts, *later.texts], sequences, rewards, records)
 
 
 def greedy(
@@ -112,6 +121,44 @@ def self_consistency(
     return _chosen(groups, [vote([answer(text) for text in group.texts], same) for group in groups])
 
 
+def beam_search(
+    model: Any,
+    tokenizer: Any,
+    reward_model: Any,
+    reward_tokenizer: Any,
+    prompts: Any,
+    n: int,
+    config: NablaConfig | None = None,
+    steps: SearchConfig | None = None,
+) -> NablaOutput:
+    """The answer of a beam search over reasoning steps, with ``n`` candidates a step: `nabla_fast.search.beam_search`.
+
+    Args:
+        n: at least 1.
+        steps: what a step is, and how many continue one; None takes the defaults.
+
+    The others as in `best_of_n`.
+    """
+    return _search(search.beam_search, (model, tokenizer, reward_model, reward_tokenizer), prompts, n, config, steps)
+
+
+def mcts(
+    model: Any,
+    tokenizer: Any,
+    reward_model: Any,
+    reward_tokenizer: Any,
+    prompts: Any,
+    n: int,
+    config: NablaConfig | None = None,
+    steps: SearchConfig | None = None,
+) -> NablaOutput:
+    """The best answer of ``n`` simulations of a Monte-Carlo tree search: `nabla_fast.search.mcts`.
+
+    Arguments as in `beam_search`.
+    """
+    return _search(search.mcts, (model, tokenizer, reward_model, reward_tokenizer), prompts, n, config, steps)
+
+
 def best(group: Samples) -> int:
     """Index of the highest reward, the first of equals."""
     assert group.rewards is not None, "the samples were not scored"
@@ -146,6 +193,7 @@ def sample(
     *,
     scored: bool,
     seeds: Seq[int] | None = None,
+    drawn_before: int = 0,
     batch_size: int | None = None,
     on_group: Callable[[int, Samples], None] = lambda *_: None,
 ) -> list[Samples]:
@@ -156,6 +204,7 @@ def sample(
     Args:
         frames: (B) what the reward model sees around a response.
         seeds: (B) of the prompts; None takes those of ``config.seed``.
+        drawn_before: samples of each prompt that an earlier call has drawn; these are the ones that follow.
         batch_size: most answers that are decoded together; None decodes all together.
         on_group: hears of a prompt, by its index, and its samples when the last of them has ended.
 
@@ -169,7 +218,7 @@ def sample(
     rows = [
         Sequence(prompt.prompt_ids, (), seed, prompt.limit, prompt.frame, index=prompt.index * n + j)
         for prompt in pair.sequences(prompt_ids, frames, config, seeds)
-        for j, seed in enumerate(_sample_seeds(prompt.seed, prompt.prompt_ids, n))
+        for j, seed in enumerate(_sample_seeds(prompt.seed, prompt.prompt_ids, drawn_before + n)[drawn_before:])
     ]
     drawn: dict[int, Tensor] = {}
     rewards: dict[int, float] = {}
@@ -230,6 +279,30 @@ def _draw(
 def _samples(pair: Pair, sequences: list[Tensor], rewards: list[float] | None, records: list[SequenceStats]) -> Samples:
     texts = [pair.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in sequences]
     return Samples(texts, sequences, rewards, records)
+
+
+def _search(
+    method: Callable[..., search.Search],
+    models: tuple[Any, Any, Any, Any],
+    prompts: Any,
+    n: int,
+    config: NablaConfig | None,
+    steps: SearchConfig | None,
+) -> NablaOutput:
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    config, steps = config or NablaConfig(), steps or SearchConfig()
+    pair = make_pair(*models, config)
+    ids, frames = pair.prompts(as_chats(prompts), config)
+    begin = partial(method, n=n, settings=steps)
+    found = search.run(pair, ids, frames, config, steps, begin, steps=method is search.beam_search)
+    tokens = [torch.tensor(response.tokens, dtype=torch.long) for _, response in found]
+    return NablaOutput(
+        texts=[pair.tokenizer.decode(y, skip_special_tokens=True) for y in tokens],
+        sequences=tokens,
+        rewards=[response.score for _, response in found],
+        stats=Stats([prompt.stats for prompt, _ in found]),
+    )
 
 
 def _chosen(groups: Seq[Samples], indices: Seq[int]) -> NablaOutput:

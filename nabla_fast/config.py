@@ -45,13 +45,13 @@ class Sampling:
     top_k: int | None = None
 
     def __post_init__(self) -> None:
-        _require_number("temperature", self.temperature, minimum=0.0)
+        require_number("temperature", self.temperature, minimum=0.0)
         if 0 < self.temperature < _LEAST_TEMPERATURE:
             raise ValueError(f"temperature must be 0 or at least {_LEAST_TEMPERATURE:g}, got {self.temperature!r}")
         if self.top_p is not None:
-            _require_number("top_p", self.top_p, minimum=0.0, maximum=1.0, open_minimum=True)
+            require_number("top_p", self.top_p, minimum=0.0, maximum=1.0, open_minimum=True)
         if self.top_k is not None:
-            _require_int("top_k", self.top_k, minimum=1)
+            require_int("top_k", self.top_k, minimum=1)
 
 
 @dataclass(frozen=True)
@@ -162,19 +162,19 @@ class NablaConfig:
 
     def __post_init__(self) -> None:
         _require_choice("proposal", self.proposal, PROPOSALS)
-        _require_int("candidates", self.candidates, minimum=1)
-        _require_int("max_iters", self.max_iters, minimum=0)
-        _require_number("learning_rate", self.learning_rate, minimum=0.0)
-        _require_number("min_lr_ratio", self.min_lr_ratio, minimum=0.0, maximum=1.0)
+        require_int("candidates", self.candidates, minimum=1)
+        require_int("max_iters", self.max_iters, minimum=0)
+        require_number("learning_rate", self.learning_rate, minimum=0.0)
+        require_number("min_lr_ratio", self.min_lr_ratio, minimum=0.0, maximum=1.0)
         _require_choice("lr_schedule", self.lr_schedule, SCHEDULES)
-        _require_int("warmup_iters", self.warmup_iters, minimum=0)
+        require_int("warmup_iters", self.warmup_iters, minimum=0)
         if self.warmup_iters > self.max_iters:
             raise ValueError(f"warmup_iters must be at most max_iters ({self.max_iters}), got {self.warmup_iters}")
-        _require_number("weight_decay", self.weight_decay, minimum=0.0)
-        _require_number("tau", self.tau, minimum=0.0, open_minimum=True)
-        _require_number("gumbel_noise", self.gumbel_noise, minimum=0.0)
-        _require_number("reward_coeff", self.reward_coeff)
-        _require_number("nll_coeff", self.nll_coeff)
+        require_number("weight_decay", self.weight_decay, minimum=0.0)
+        require_number("tau", self.tau, minimum=0.0, open_minimum=True)
+        require_number("gumbel_noise", self.gumbel_noise, minimum=0.0)
+        require_number("reward_coeff", self.reward_coeff)
+        require_number("nll_coeff", self.nll_coeff)
         _require_choice("parameterization", self.parameterization, PARAMETERIZATIONS)
         _require_choice("anchor", self.anchor, ANCHORS)
         for name in _SWITCHES:
@@ -183,20 +183,20 @@ class NablaConfig:
         if self.compile and self.checkpoint_activations:
             raise ValueError("compile must be False with checkpoint_activations=True, which runs layers once more")
         if self.confidence_threshold is not None:
-            _require_number("confidence_threshold", self.confidence_threshold, minimum=0.0, maximum=1.0)
+            require_number("confidence_threshold", self.confidence_threshold, minimum=0.0, maximum=1.0)
         if self.entropy_threshold is not None:
-            _require_number("entropy_threshold", self.entropy_threshold, minimum=0.0)
+            require_number("entropy_threshold", self.entropy_threshold, minimum=0.0)
         if self.gradient_threshold is not None:
-            _require_number("gradient_threshold", self.gradient_threshold, minimum=0.0)
-        _require_int("max_rollouts", self.max_rollouts, minimum=1)
-        _require_int("max_new_tokens", self.max_new_tokens, minimum=1)
-        _require_int("max_batch_size", self.max_batch_size, minimum=1)
-        _require_int("draft_tokens", self.draft_tokens, minimum=0)
-        _require_int("gradient_cache_bytes", self.gradient_cache_bytes, minimum=0, maximum=_MOST_BYTES)
+            require_number("gradient_threshold", self.gradient_threshold, minimum=0.0)
+        require_int("max_rollouts", self.max_rollouts, minimum=1)
+        require_int("max_new_tokens", self.max_new_tokens, minimum=1)
+        require_int("max_batch_size", self.max_batch_size, minimum=1)
+        require_int("draft_tokens", self.draft_tokens, minimum=0)
+        require_int("gradient_cache_bytes", self.gradient_cache_bytes, minimum=0, maximum=_MOST_BYTES)
         _require_choice("backend", self.backend, BACKENDS)
         _require_choice("rollout_backend", self.rollout_backend, ROLLOUT_BACKENDS)
         self._check_server()
-        _require_int("seed", self.seed)
+        require_int("seed", self.seed)
         for name in ("rollout", "resample"):
             if not isinstance(getattr(self, name), Sampling):
                 raise TypeError(f"{name} must be a Sampling, got {getattr(self, name)!r}")
@@ -231,7 +231,7 @@ class NablaConfig:
                 "proposal is 'guided', which chooses tokens while they are drawn, and vLLM draws them by itself; use "
                 "rollout_backend='hf', or another proposal"
             )
-        _require_number("vllm_timeout", self.vllm_timeout, minimum=0.0, maximum=_MOST_SECONDS, open_minimum=True)
+        require_number("vllm_timeout", self.vllm_timeout, minimum=0.0, maximum=_MOST_SECONDS, open_minimum=True)
         if self.vllm_model is not None and not (isinstance(self.vllm_model, str) and self.vllm_model):
             raise TypeError(f"vllm_model must be a name or None, got {self.vllm_model!r}")
         if self.vllm_api_key is not None:
@@ -347,14 +347,14 @@ def require_api_key(name: str, key: object) -> None:
 
 def require_share(name: str, value: object) -> None:
     """Raises an error unless ``value`` is a number above 0 and at most 1."""
-    _require_number(name, value, minimum=0.0, maximum=1.0, open_minimum=True)
+    require_number(name, value, minimum=0.0, maximum=1.0, open_minimum=True)
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _require_int(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> None:
+def require_int(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> None:
     if not _is_int(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if minimum is not None and value < minimum:  # type: ignore[operator]
@@ -363,7 +363,7 @@ def _require_int(name: str, value: object, minimum: int | None = None, maximum: 
         raise ValueError(f"{name} must be at most {maximum}, got {value!r}")
 
 
-def _require_number(
+def require_number(
     name: str,
     value: object,
     minimum: float = -math.inf,

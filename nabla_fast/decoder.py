@@ -6,7 +6,7 @@ The steps are numbered as in the design: 1 roll out, 2 select, 3 optimize, 4 res
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, closing
 from typing import Protocol
@@ -44,6 +44,7 @@ class Decoder:
         sampler: draws the resampled token.
         stop: when a response has ended.
         observer: hears of progress; None for nobody.
+        enough: asked before each token that a sequence would try; True ends the sequence as having no rollouts left.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Decoder:
         sampler: Sampler,
         stop: StopRule,
         observer: Observer | None = None,
+        enough: Callable[[Sequence], bool] | None = None,
     ) -> None:
         self.objective = objective
         self.config: NablaConfig = objective.config
@@ -60,6 +62,7 @@ class Decoder:
         self.sampler = sampler
         self.stop = stop
         self.observer = observer
+        self.enough = enough
 
     def decode(self, sequences: Seq[Sequence]) -> None:
         """Runs every sequence to its end; the results are in the sequences. Raises what `finishing` raises."""
@@ -177,7 +180,8 @@ class Decoder:
     def stop_spent(self, sequences: Seq[Sequence]) -> list[Sequence]:
         """Commits all tokens ahead where no rollouts are left; returns the sequences still to be decoded."""
         for sequence in sequences:
-            if sequence.stats.rollouts >= self.config.most_rollouts:
+            spent = self.enough is not None and self.enough(sequence)
+            if spent or sequence.stats.rollouts >= self.config.most_rollouts:
                 self._commit(sequence, len(sequence.current.tokens))
         return [sequence for sequence in sequences if not sequence.finished]
 

@@ -202,12 +202,14 @@ def run(
     observer: Observer | None = None,
     seeds: Seq[int] | None = None,
     on_end: Callable[[Sequence], None] = lambda _: None,
+    enough: Callable[[Sequence], bool] | None = None,
 ) -> NablaOutput:
     """Decodes token prompts (B), each with its reward frame, together.
 
     Args:
         seeds: (B) of their noise; None takes those of `config.seed`.
         on_end: hears of each sequence when it has come to its end, while others are under way.
+        enough: see `nabla_fast.decoder.Decoder`.
     """
     ops.resolve("relaxed_stats", config.backend, pair.language_model.device.type)
     sampler = pair.sampler if sampler is None else sampler
@@ -216,7 +218,7 @@ def run(
     outside = (torch.inference_mode(False), torch.no_grad())
     with outside[0], outside[1], Objective(pair.language_model, pair.reward_model, config) as objective:
         rollouts = pair.rollouts(config, sampler_of(sampler, objective))
-        decoder = Decoder(objective, rollouts, sampler, stop, observer)
+        decoder = Decoder(objective, rollouts, sampler, stop, observer, enough)
         # Closed here, so that an error of on_end does not keep its rollouts, and their graphs, under way.
         with closing(decoder.finishing(sequences)) as finishing:
             for ended in finishing:

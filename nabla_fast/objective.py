@@ -103,22 +103,39 @@ class Objective:
         if out_of_memory:
             clear_graphs()
 
-    def rewards(self, sequences: Seq[Sequence], responses: Seq[Tensor]) -> list[float]:
-        """Rewards of complete responses (n_b,) int64 on the CPU: from the cache, and one batched call for the rest.
+    def rewards(
+        self,
+        sequences: Seq[Sequence],
+        responses: Seq[Tensor],
+        *,
+        keep: bool = False,
+        ended: Seq[bool] | None = None,
+    ) -> list[float]:
+        """Rewards of responses (n_b,) int64 on the CPU: from the cache, and one batched call for the rest.
+
+        Args:
+            keep: whether the reward model's cache of a sequence is that of its response afterwards; otherwise only a
+                first one is kept.
+            ended: whether each is complete, None for all. One that goes on is read at its last token: its turn is not
+                closed, unless by that token.
 
         Raises:
             FloatingPointError: if a reward is NaN or infinite.
         """
-        found = [self._known_reward(s, y) for s, y in zip(sequences, responses, strict=True)]
+        ended = [True] * len(responses) if ended is None else ended
+        # The cache has the rewards of complete responses alone.
+        asked = list(zip(sequences, responses, ended, strict=True))
+        found = [self._known_reward(s, y) if whole else None for s, y, whole in asked]
         missing = [i for i, reward in enumerate(found) if reward is None]
         if missing:
-            asked = [sequences[i] for i in missing]
-            with self.clock.phase("reward", [s.stats for s in asked]), torch.inference_mode(False), torch.no_grad():
-                scored = self._score(asked, [responses[i] for i in missing])
+            own = [sequences[i] for i in missing]
+            with self.clock.phase("reward", [s.stats for s in own]), torch.inference_mode(False), torch.no_grad():
+                scored = self._score(own, [responses[i] for i in missing], keep=keep, ended=[ended[i] for i in missing])
             for i, reward in zip(missing, scored, strict=True):
                 found[i] = reward
                 sequences[i].stats.reward_calls += 1
-                if self.cache is not None:
+                sequences[i].stats.prefix_rewards += not ended[i]
+                if self.cache is not None and ended[i]:
                     self.cache.insert_reward(sequences[i].cache_key(responses[i]), reward)
         return [reward for reward in found if reward is not None]
 
@@ -137,17 +154,11 @@ class Objective:
         Raises:
             FloatingPointError: if a reward is NaN or infinite.
         """
-        self._read(sequences, prefixes)
+        self.read(sequences, prefixes)
         asked = [i for i, own in enumerate(candidates) for _ in own]
         ends = [torch.tensor([token]) for own in candidates for token in own]
         responses = [torch.cat([prefixes[i], end]) for i, end in zip(asked, ends, strict=True)]
-        of = [sequences[i] for i in asked]
-        # Not by way of the cache, whose rewards are those of complete responses.
-        with self.clock.phase("reward", [s.stats for s in of]), torch.inference_mode(False), torch.no_grad():
-            rewards = iter(self._score(of, responses, ended=False))
-        for sequence in of:
-            sequence.stats.reward_calls += 1
-            sequence.stats.prefix_rewards += 1
+        rewards = iter(self.rewards([sequences[i] for i in asked], responses, ended=[False] * len(asked)))
         return [[next(rewards) for _ in own] for own in candidates]
 
     def evaluate(self, requests: Seq[Request]) -> list[Evaluation]:
@@ -345,8 +356,9 @@ class Objective:
             )
         return _Part(factors, rewards.detach())
 
-    def _read(self, sequences: Seq[Sequence], prefixes: Seq[Tensor]) -> None:
-        """Makes the reward model's caches reach to the end of their prefixes (n_b,)."""
+    def read(self, sequences: Seq[Sequence], prefixes: Seq[Tensor]) -> None:
+        """Makes the reward model's caches reach to the end of their prefixes (n_b,) int64, on the CPU, where it has
+        any."""
         model = self.reward_model
         if not model.supports_prefix_cache:
             return
@@ -357,24 +369,25 @@ class Objective:
             with self._side.joined(), self._side.active(), frozen(self._parameters), fast:
                 reach(model.backbone, model.table, known, prefixes)
 
-    def _score(self, sequences: Seq[Sequence], responses: Seq[Tensor], *, ended: bool = True) -> list[float]:
+    def _score(self, sequences: Seq[Sequence], responses: Seq[Tensor], *, keep: bool, ended: Seq[bool]) -> list[float]:
         model = self.reward_model
         fast = fast_kernels(model.device, *self._fused)
         with self._side.joined(), self._side.active(), frozen(self._parameters), fast:
             known = [self._reward_cache(s) for s in sequences]
             caches, inputs = [], []
             common = common_lengths(known, responses) if model.supports_prefix_cache else [0] * len(known)
-            for sequence, own, response, shared in zip(sequences, known, responses, common, strict=True):
+            each = zip(sequences, known, responses, common, ended, strict=True)
+            for sequence, own, response, shared, whole in each:
                 start = min(shared, len(response) - 1)
                 cache = own.before(start) if start >= 0 else None
                 caches.append(cache)
                 behind = None if cache is None else start
-                inputs.append(model.conversation(_frame(sequence), response, behind, ended=ended))
+                inputs.append(model.conversation(_frame(sequence), response, behind, ended=whole))
             # A proposal is mostly rejected, and what it shares with the trajectory stays; so only the first is kept.
             out = self._rewards_by_graph(caches, inputs, gradient=False)
             rewards, after = model.rewards(inputs, caches) if out is None else (out.values[: len(known)], [])
             for i, (own, response) in enumerate(zip(known, responses, strict=True)):
-                if own.cache is None:
+                if keep or own.cache is None:
                     own.keep(model.shown(response), after[i] if out is None else out.cache(i))
             self._require_finite([rewards], model.name)
             scored: list[float] = rewards.tolist()

@@ -14,6 +14,7 @@ from nabla_fast.cli.eval_tables import show_comparison, show_summary
 from nabla_fast.cli.models import ModelChoice, chosen_models
 from nabla_fast.cli.options import AsJson, configured, with_shared_options
 from nabla_fast.config import NablaConfig
+from nabla_fast.search_config import SearchConfig
 from nabla_fast.stopping import StoppedError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ _SHOWN_FAILURES = 5
 
 _task = partial(typer.Option, rich_help_panel="Task")
 _run = partial(typer.Option, rich_help_panel="Run")
+_steps = partial(typer.Option, rich_help_panel="Searches over steps")
 _engine = partial(typer.Option, rich_help_panel="Engine")
 
 _TASK_HELP = (
@@ -35,7 +37,24 @@ _TASK_HELP = (
     "aime2024, aime2025 or amc; or a hub data set id with its columns."
 )
 _OPTION_HELP = "A parameter of a reasoning-gym task, such as min_digits=2; give the option again for another one."
-_N_HELP = "Samples of self-consistency and best-of-n, and max_rollouts of nabla; several separated by commas."
+_N, _STEPS = "8", SearchConfig()
+_METHODS = "greedy,self-consistency,best-of-n,nabla,likeliest"
+_METHODS_HELP = (
+    "Separated by commas: greedy, self-consistency, best-of-n; nabla with the proposal that is configured, or with "
+    "another one, likeliest (the control, without gradients), first-order, prefix-reward or guided; beam-search and "
+    "mcts (Monte-Carlo tree search)."
+)
+_N_HELP = (
+    "Samples of self-consistency and best-of-n, max_rollouts of nabla and its other proposals, candidates a step of "
+    "beam-search, simulations of mcts; several separated by commas. greedy and guided draw once. Default: 8."
+)
+_BUDGET_HELP = (
+    "What every method may spend on a problem, instead of --n: calls=N (model calls), flops=X or seconds=S. It begins "
+    "another sample, rollout, step or simulation while it has spent less. --max-rollouts still limits rollouts."
+)
+_SEPARATOR_HELP = (
+    "A step of beam-search and mcts ends where this is complete; \\n is a line break. Empty: steps of --step-tokens."
+)
 _PROFILE_HELP = (
     "Directory for a trace of the first 2 problems, which every method decodes once more for it at its smallest n and "
     "with 64 tokens at most, and for the seconds per phase of the whole run."
@@ -51,8 +70,9 @@ def command(
     prompt_column: Annotated[str | None, _task(help="Column or key of the questions.")] = None,
     answer_column: Annotated[str | None, _task(help="Column or key of the reference answers.")] = None,
     split: Annotated[str | None, _task(help="Split of a hub data set or of arithmetic. Default: test.")] = None,
-    methods: Annotated[str, _run(help="Separated by commas.")] = "greedy,self-consistency,best-of-n,nabla",
-    n: Annotated[str, _run(help=_N_HELP, metavar="N,N,...")] = "8",
+    methods: Annotated[str, _run(help=_METHODS_HELP)] = _METHODS,
+    n: Annotated[str | None, _run(help=_N_HELP, metavar="N,N,...")] = None,
+    budget: Annotated[str | None, _run(help=_BUDGET_HELP, metavar="COST=AMOUNT")] = None,
     seeds: Annotated[str, _run(help="Separated by commas; greedy takes the first.", metavar="SEED,...")] = "0",
     out: Annotated[
         Path | None, _run(help="Directory of the results; a run that was stopped goes on in it.", metavar="DIR")
@@ -60,6 +80,14 @@ def command(
     batch_size: Annotated[int, _run(help="Most sequences decoded together.")] = 8,
     retry_failed: Annotated[bool, _run("--retry-failed", help="Try problems again that failed before.")] = False,
     profile: Annotated[Path | None, _run(help=_PROFILE_HELP, metavar="DIR")] = None,
+    step_separator: Annotated[str, _steps(help=_SEPARATOR_HELP)] = r"\n",
+    step_tokens: Annotated[int, _steps(help="Longest step, in tokens.")] = _STEPS.step_tokens,
+    step_width: Annotated[
+        int, _steps(help="Continuations of each beam, and children of a node of the tree.")
+    ] = _STEPS.step_width,
+    exploration: Annotated[
+        float, _steps(help="Exploration constant of mcts, for rewards scaled to [0, 1].")
+    ] = _STEPS.exploration,
     engine: Annotated[str, _engine(help="local (this process) or ray (workers on a Ray cluster).")] = "local",
     ray_address: Annotated[
         str | None,
@@ -79,7 +107,7 @@ def command(
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
-    """Measures accuracy and cost of greedy decoding, self-consistency, Best-of-N and ∇-Reasoner on a task."""
+    """Measures accuracy and cost of ∇-Reasoner, and of the methods to compare it with, on a task."""
     if compare is not None:
         _refuse_others(context)
         _compare(*compare, as_json)
@@ -91,14 +119,26 @@ def command(
         raise ValueError(f"{'--task' if task is None else '--out'} is missing; give --task and --out, or --compare")
     choice.require()
     from nabla_fast.evaluation import driver, runner
+    from nabla_fast.evaluation.budget import Budget
 
+    search = SearchConfig(step_separator.replace(r"\n", "\n"), step_tokens, step_width, exploration)
     columns = {"prompt_column": prompt_column, "answer_column": answer_column, "split": split}
     problems = partial(_problems, task, task_option or [], choice, max_problems=max_problems, **columns)
     cluster = driver.choose_cluster(engine, ray_address, workers, cpus_per_worker, choice.device, choice.reward_device)
     driver.prepare_profile(profile, cluster)
     config = driver.with_key(configured(choice.config, settings))
-    arms = _names(methods), _integers("--n", n), _integers("--seeds", seeds)
-    plan = runner.make_plan(*arms, config, batch_size=batch_size, max_rollouts=settings["max_rollouts"])
+    most = None if budget is None else Budget.parse(budget)
+    numbers = None if n is None and most is not None else _integers("--n", _N if n is None else n)
+    plan = runner.make_plan(
+        _names(methods),
+        numbers,
+        _integers("--seeds", seeds),
+        config,
+        batch_size=batch_size,
+        max_rollouts=settings["max_rollouts"],
+        budget=most,
+        search=search,
+    )
     failed = _evaluate(choice, problems, plan, out, cluster, profile, retry_failed=retry_failed, as_json=as_json)
     raise typer.Exit(1 if failed else 0)
 
@@ -143,7 +183,8 @@ def _evaluate(
         show_summary(summary)
     failed = [record for record in records if record["error"] is not None]
     for record in failed[:_SHOWN_FAILURES]:
-        where = f"{record['method']} {record['n']}, seed {record['seed']}, {record['problem']}"
+        arm = f"{record['method']} {record['n'] or ''}".strip()
+        where = f"{arm}, seed {record['seed']}, {record['problem']}"
         ERR.print(Text.assemble((f"failed: {where}: ", "red"), plain(record["error"])), soft_wrap=True)
     if failed:
         told = f"{len(failed)} of {counted(len(records), 'answer')} failed; {runner.RESULTS} has them all"

@@ -17,10 +17,13 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     from nabla_fast.evaluation.report import points
 
     quality, cost = [], []
+    budget = summary.get("budget")
     for label, arm in summary["arms"].items():
         reward = [_number(_mean(arm[name]), "+.3f") for name in ("reward_before", "reward")]
         failed = Text(str(arm["failed"]), style="red" if arm["failed"] else "")
-        quality.append((label, _number(_mean(arm["accuracy"]), ".1%"), _percent(arm["accuracy"]), *reward, failed))
+        share = (_number(arm["budget_share"], ".0%"),) if budget else ()
+        accuracy = _number(_mean(arm["accuracy"]), ".1%"), _percent(arm["accuracy"])
+        quality.append((label, *accuracy, *reward, *share, failed))
         counters, ends = arm["counters"], arm["finish_reasons"]
         cut = ends.get("length", 0) / sum(ends.values()) if ends else None
         cost.append(
@@ -35,10 +38,15 @@ def show_summary(summary: Mapping[str, Any]) -> None:
                 _number(_mean(arm["flops"]), ".1e"),
             )
         )
-    title = f"{summary['task']['name']}: means per problem, 95 % bootstrap intervals"
-    print_table(title, ("method", "accuracy", "interval", "reward\nbefore", "reward", "failed"), quality)
+    told = f", budget {budget['kind']}={budget['amount']:g}" if budget else ""
+    title = f"{summary['task']['name']}{told}: means per problem, 95 % bootstrap intervals"
+    columns = ("accuracy", "interval", "reward\nbefore", "reward", *(("of\nbudget",) if budget else ()), "failed")
+    print_table(title, ("method", *columns), quality)
     columns = ("model\ncalls", "tokens", "finish:\nlength", "gradients", "cache\nhits", "seconds", "FLOPs")
     print_table("cost per problem", ("method", *columns), cost)
+    if with_this := summary.get("against_best_of_n_with_budget"):
+        title = "accuracy minus Best-of-N's with the same budget, in points, 95 % intervals"
+        print_table(title, ("method", "difference"), [(label, points(found)) for label, found in with_this.items()])
     if summary["against_best_of_n"]:
         title = "accuracy minus Best-of-N's at equal cost, in points, 95 % intervals; - where no N costs as much"
         found = summary["against_best_of_n"].items()

@@ -12,8 +12,8 @@ from typing import Any
 from nabla_fast import profiling
 from nabla_fast.config import NablaConfig
 from nabla_fast.evaluation import ray_engine, report, runner
+from nabla_fast.evaluation.batch import Models
 from nabla_fast.evaluation.journal import Journal, Record
-from nabla_fast.evaluation.methods import Models
 from nabla_fast.evaluation.ray_engine import Cluster
 from nabla_fast.evaluation.runner import Plan
 from nabla_fast.evaluation.tasks import Task

@@ -7,10 +7,14 @@
 P are parameters without the input embedding (a look-up), the output head included; attention over the context is left
 out, as is usual. T_lm counts every generated token and, for every rollout, the tokens before it that are filled in
 anew; T_rm the tokens of every scored conversation, the part that a proposal shares with the first one left out, and
-one for every scored prefix, the rest of which is read with its conversation. A
-gradient evaluation is charged for all n tokens of the answer though it runs over those ahead only, which favours
-methods without gradients. Its backward pass costs one forward pass, not two as in training: frozen weights get no
-gradient.
+one for every scored prefix, the rest of which is read with its conversation. A gradient evaluation is charged for all
+n tokens of the answer though it runs over those ahead only, which favours methods without gradients. Its backward pass
+costs one forward pass, not two as in training: frozen weights get no gradient.
+
+Samples and rollouts of the decode loop are charged for the prompt each, a search over steps for the tokens that no KV
+cache holds (`nabla_fast.search.Prompt`): prompt and opening once, of a continuation and a scored prefix what is new.
+Where a model's cache cannot be cropped or shared, searches are charged for what is then read again; with rollouts from
+vLLM, for what this process would have read.
 """
 
 from __future__ import annotations
@@ -82,6 +86,11 @@ def estimate(sizes: Sizes, work: Work, config: NablaConfig) -> float:
     return 2.0 * (
         sizes.language * language + sizes.reward * reward + (sizes.language + sizes.reward) * gradients + head
     )
+
+
+def forward(sizes: Sizes, language: int, reward: int) -> float:
+    """The FLOPs of forward passes over so many tokens of each model."""
+    return 2.0 * (sizes.language * language + sizes.reward * reward)
 
 
 def _without_tables(model: Any) -> int:

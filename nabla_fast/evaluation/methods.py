@@ -2,135 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
-from torch import Tensor
+import torch
 
-from nabla_fast import baselines
+from nabla_fast import baselines, search
 from nabla_fast.config import NablaConfig, Sampling
 from nabla_fast.decoder import Sequence as Response
-from nabla_fast.evaluation.flops import Sizes, Work, estimate, sizes
-from nabla_fast.evaluation.grading import Grader
-from nabla_fast.evaluation.tasks import Problem
-from nabla_fast.evaluation.thoughts import spoken
-from nabla_fast.generate import Pair, make_pair, run, stop_rule
-from nabla_fast.models.chat import generation_prompt_ids
-from nabla_fast.models.reward_model import RewardFrame
+from nabla_fast.evaluation.batch import (
+    Answer,
+    Batch,
+    Models,
+    answer_of,
+    flops_of,
+    load,
+    make_batch,
+    spoken_of,
+)
+from nabla_fast.evaluation.budget import Budget
+from nabla_fast.evaluation.flops import forward
+from nabla_fast.generate import run, stop_rule
 from nabla_fast.sampling import Sampler
-from nabla_fast.stats import SequenceStats
 
-MAX_ROLLOUTS = "nabla"
-"""The method whose n is `NablaConfig.max_rollouts`; to the others that have one it is the number of samples."""
+__all__ = ["METHODS", "Answer", "Batch", "Models", "draw", "load", "make_batch"]
 
+NABLA = "nabla"
+PROPOSALS = {
+    NABLA: None,
+    "likeliest": "likeliest",
+    "first-order": "first_order",
+    "prefix-reward": "prefix_reward",
+    "guided": "guided",
+}
+"""Method of the decode loop → its `NablaConfig.proposal`; None takes the one that is configured."""
 
-@dataclass(frozen=True)
-class Models:
-    """A pair of models, how large they are, and the further arguments of their chat templates."""
+ONE_N = ("greedy", "guided")
+"""Methods that draw one response, so that they have one n."""
 
-    pair: Pair
-    sizes: Sizes
-    template_kwargs: Mapping[str, Any] | None = None
+MAX_ROLLOUTS = tuple(method for method in PROPOSALS if method not in ONE_N)
+"""Methods whose n is `NablaConfig.max_rollouts`; to others it is the number of samples, or that of `SEARCHES`."""
 
-    def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
-        """The language model's prompt."""
-        return tuple(generation_prompt_ids(self.pair.tokenizer, problem.chat, self.template_kwargs))
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a method makes of a problem.
-
-    Attributes:
-        text: the response.
-        spoken: the response without its thoughts, which is what is graded.
-        tokens: its length.
-        reward: of the response; None where the method scores nothing.
-        reward_before: of the first response drawn.
-        stats: counters and seconds of all samples, and why this one ended.
-        flops: estimated, see `nabla_fast.evaluation.flops`.
-    """
-
-    text: str
-    tokens: int
-    reward: float | None
-    reward_before: float | None
-    stats: SequenceStats
-    flops: float
-    spoken: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for a line of the results."""
-        return {
-            "text": self.text,
-            "tokens": self.tokens,
-            "reward": self.reward,
-            "reward_before": self.reward_before,
-            "finish_reason": self.stats.finish_reason,
-            **self.stats.counters(),
-            "flops": self.flops,
-            "seconds": sum(self.stats.seconds.values()),
-            "phases": dict(self.stats.seconds),
-        }
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Problems, with distinct prompts, that are decoded together.
-
-    Attributes:
-        models: decode them.
-        problems: B of them.
-        prompt_ids: (B) of the language model.
-        frames: (B) of the reward model.
-        seeds: (B) of their noise.
-        grader: says which answers are the same.
-        config: settings.
-        n: see `MAX_ROLLOUTS`.
-        size: most sequences to decode together.
-        on_answer: hears of a problem, by its index, and its answer while others are under way.
-    """
-
-    models: Models
-    problems: Sequence[Problem]
-    prompt_ids: Sequence[tuple[int, ...]]
-    frames: Sequence[RewardFrame]
-    seeds: Sequence[int]
-    grader: Grader
-    config: NablaConfig
-    n: int
-    size: int
-    on_answer: Callable[[int, Answer], None] = lambda *_: None
-
-
-def load(
-    model: Any, tokenizer: Any, reward_model: Any, reward_tokenizer: Any, config: NablaConfig | None = None
-) -> Models:
-    """Makes two models ready for an evaluation. Arguments and errors as in `nabla_fast.generate`."""
-    config = config or NablaConfig()
-    pair = make_pair(model, tokenizer, reward_model, reward_tokenizer, config)
-    return Models(pair, sizes(pair), config.chat_template_kwargs)
-
-
-def make_batch(
-    models: Models,
-    problems: Sequence[Problem],
-    seeds: Sequence[int],
-    grader: Grader,
-    config: NablaConfig,
-    n: int,
-    size: int,
-    on_answer: Callable[[int, Answer], None] = lambda *_: None,
-) -> Batch:
-    """Prepares problems for a method."""
-    ids, frames = models.pair.prompts([problem.chat for problem in problems], config)
-    return Batch(models, problems, ids, frames, seeds, grader, config, n, size, on_answer)
+SEARCHES = ("beam-search", "mcts")
+"""Searches over steps: n is the number of candidates a step, and that of simulations."""
 
 
 def greedy(batch: Batch) -> list[Answer]:
-    """Greedy decoding, scored once."""
+    """Greedy decoding, scored once, whatever the budget."""
     config = batch.config.replace(rollout=Sampling(temperature=0.0))
+    batch = replace(batch, n=1, budget=None)
     return _of_samples(batch, None, config, lambda _, group: baselines.best(group), scored=True)
 
 
@@ -143,15 +65,23 @@ def self_consistency(batch: Batch, groups: Sequence[baselines.Samples] | None = 
     """The majority of n samples; nothing is scored. ``groups`` as in `best_of_n`."""
 
     def vote(i: int, group: baselines.Samples) -> int:
-        spoken = [_spoken(batch, i, tokens) for tokens in group.sequences]
+        spoken = [spoken_of(batch, i, tokens) for tokens in group.sequences]
         return baselines.vote([batch.grader.answer(batch.problems[i].id, text) for text in spoken], batch.grader.same)
 
     return _of_samples(batch, groups, batch.config, vote, scored=False)
 
 
-def nabla(batch: Batch, sampler: Sampler | None = None) -> list[Answer]:
-    """∇-Reasoner with n rollouts at most: `nabla_fast.generate`, its models made ready once."""
-    config = batch.config.replace(max_rollouts=batch.n)
+def nabla(batch: Batch, sampler: Sampler | None = None, proposal: str | None = None) -> list[Answer]:
+    """∇-Reasoner with n rollouts at most: `nabla_fast.generate`, its models made ready once.
+
+    With a budget, a position is looked at while it is not spent, and rollouts are as many as the settings allow.
+
+    Args:
+        sampler: as in `nabla_fast.generate.run`.
+        proposal: replaces that of the settings; "likeliest" is the control, which takes no gradient.
+    """
+    most = batch.config.max_rollouts if batch.budget else batch.n
+    config = batch.config.replace(max_rollouts=most, proposal=proposal or batch.config.proposal)
     pair = batch.models.pair
     answers: dict[int, Answer] = {}
 
@@ -159,19 +89,37 @@ def nabla(batch: Batch, sampler: Sampler | None = None) -> list[Answer]:
         reward, stats = response.current.reward, response.stats
         first = stats.revisions[0].old_reward if stats.revisions else reward
         tokens = response.current.tokens
-        answers[response.index] = _answer(batch, response.index, tokens, (first, reward), stats, conversations=1)
+        answers[response.index] = answer_of(batch, response.index, tokens, (first, reward), stats, flops(response))
         batch.on_answer(response.index, answers[response.index])
 
+    def flops(response: Response) -> float:
+        return flops_of(batch, response.index, response.stats, len(response.current.tokens), conversations=1)
+
+    def enough(response: Response) -> bool:
+        return batch.enough(response.stats, lambda: flops(response))
+
     rule = stop_rule(pair, config)
-    run(pair, batch.prompt_ids, batch.frames, config, rule, sampler, seeds=batch.seeds, on_end=end)
+    run(pair, batch.prompt_ids, batch.frames, config, rule, sampler, seeds=batch.seeds, on_end=end, enough=enough)
     return [answers[i] for i in range(len(batch.problems))]
+
+
+def beam_search(batch: Batch) -> list[Answer]:
+    """Reward-guided beam search over steps with n candidates a step; ``step_width ** 2`` of them with a budget."""
+    return _of_search(batch, search.beam_search, steps=True)
+
+
+def mcts(batch: Batch) -> list[Answer]:
+    """Reward-guided Monte-Carlo tree search with n simulations."""
+    return _of_search(batch, search.mcts, steps=False)
 
 
 METHODS: dict[str, Callable[[Batch], list[Answer]]] = {
     "greedy": greedy,
     "self-consistency": self_consistency,
     "best-of-n": best_of_n,
-    MAX_ROLLOUTS: nabla,
+    **{method: partial(nabla, proposal=proposal) for method, proposal in PROPOSALS.items()},
+    "beam-search": beam_search,
+    "mcts": mcts,
 }
 
 
@@ -182,18 +130,72 @@ def draw(
     scored: bool,
     on_group: Callable[[int, baselines.Samples], None] = lambda *_: None,
 ) -> list[baselines.Samples]:
-    """n samples of each problem."""
+    """n samples of each problem; with a budget, those that are begun while it is not spent.
+
+    Args:
+        on_group: hears of a problem, by its index, and its samples when it has all.
+    """
+    if batch.budget is not None:
+        return _drawn_in_rounds(batch, batch.budget, config, scored=scored, on_group=on_group)
+    everyone = list(range(len(batch.problems)))
+    return _samples(batch, everyone, batch.n, config, scored=scored, on_group=on_group)
+
+
+def _samples(
+    batch: Batch,
+    rows: Sequence[int],
+    n: int,
+    config: NablaConfig,
+    *,
+    scored: bool,
+    drawn_before: int = 0,
+    on_group: Callable[[int, baselines.Samples], None] = lambda *_: None,
+) -> list[baselines.Samples]:
     return baselines.sample(
         batch.models.pair,
-        batch.prompt_ids,
-        batch.frames,
-        batch.n,
+        [batch.prompt_ids[i] for i in rows],
+        [batch.frames[i] for i in rows],
+        n,
         config,
         scored=scored,
-        seeds=batch.seeds,
+        seeds=[batch.seeds[i] for i in rows],
+        drawn_before=drawn_before,
         batch_size=batch.size,
         on_group=on_group,
     )
+
+
+def _drawn_in_rounds(
+    batch: Batch,
+    budget: Budget,
+    config: NablaConfig,
+    *,
+    scored: bool,
+    on_group: Callable[[int, baselines.Samples], None],
+) -> list[baselines.Samples]:
+    """Samples in rounds, since nobody knows what one will cost. What is drawn beyond the budget is not counted, so that
+    an answer does not depend on how many a round has."""
+    drawn: dict[int, baselines.Samples] = {}
+    groups: dict[int, baselines.Samples] = {}
+    left, done, n = list(range(len(batch.problems))), 0, 1
+    while left:
+        for i, more in zip(left, _samples(batch, left, n, config, scored=scored, drawn_before=done), strict=True):
+            drawn[i] = drawn[i].with_more(more) if i in drawn else more
+        done, expected = done + n, 1
+        for i in list(left):
+            costs = [
+                budget.spent(one, flops_of(batch, i, one, len(tokens), conversations=one.reward_calls))
+                for one, tokens in zip(drawn[i].records, drawn[i].sequences, strict=True)
+            ]
+            if sum(costs) < budget.amount:
+                expected = max(expected, math.ceil((budget.amount / sum(costs) - 1) * done))
+                continue
+            left.remove(i)
+            groups[i] = drawn.pop(i).first(budget.within(costs))
+            on_group(i, groups[i])
+        # As many as are decoded together, but no more than will be needed.
+        n = max(1, min(expected, batch.size // max(1, len(left))))
+    return [groups[i] for i in range(len(batch.problems))]
 
 
 def _of_samples(
@@ -211,7 +213,9 @@ def _of_samples(
         chosen, stats = choose(i, group), group.stats
         rewards = None if group.rewards is None else (group.rewards[0], group.rewards[chosen])
         stats.finish_reason = group.records[chosen].finish_reason
-        answers[i] = _answer(batch, i, group.sequences[chosen], rewards, stats, conversations=stats.reward_calls)
+        tokens = group.sequences[chosen]
+        flops = flops_of(batch, i, stats, len(tokens), conversations=stats.reward_calls)
+        answers[i] = answer_of(batch, i, tokens, rewards, stats, flops)
         batch.on_answer(i, answers[i])
 
     if groups is None:
@@ -222,22 +226,37 @@ def _of_samples(
     return [answers[i] for i in range(len(batch.problems))]
 
 
-def _answer(
-    batch: Batch,
-    i: int,
-    tokens: Tensor,
-    rewards: tuple[float, float] | None,
-    stats: SequenceStats,
-    *,
-    conversations: int,
-) -> Answer:
-    frame = (len(batch.frames[i].opening), len(batch.frames[i].closing))
-    work = Work(stats, len(batch.prompt_ids[i]), frame, len(tokens), conversations)
-    flops = estimate(batch.models.sizes, work, batch.config)
-    before, after = rewards or (None, None)
-    text = batch.models.pair.tokenizer.decode(tokens, skip_special_tokens=True)
-    return Answer(text, len(tokens), after, before, stats, flops, _spoken(batch, i, tokens))
+def _of_search(batch: Batch, find: Callable[..., search.Search], *, steps: bool) -> list[Answer]:
+    """The answers of a search over steps."""
+    sizes = batch.models.sizes
+    answers: dict[int, Answer] = {}
 
+    def flops(prompt: search.Prompt) -> float:
+        return forward(sizes, prompt.language_tokens, prompt.reward_tokens)
 
-def _spoken(batch: Batch, i: int, tokens: Tensor) -> str:
-    return spoken(batch.models.pair.tokenizer, batch.prompt_ids[i], tokens.tolist())
+    def enough(prompt: search.Prompt) -> bool:
+        return batch.enough(prompt.stats, lambda: flops(prompt))
+
+    def end(prompt: search.Prompt, response: search.Response) -> None:
+        i, tokens = prompt.sequence.index, torch.tensor(response.tokens, dtype=torch.long)
+        # What is scored first are prefixes, where rollouts end with a step.
+        before = None if steps else next(iter(prompt.rewards.values()))
+        answers[i] = answer_of(batch, i, tokens, (before, response.score), prompt.stats, flops(prompt))
+        batch.on_answer(i, answers[i])
+
+    own = batch.n or batch.search.step_width**2
+    begin = partial(find, n=own, settings=batch.search, enough=enough if batch.budget else None)
+    pair, config = batch.models.pair, batch.config
+    search.run(
+        pair,
+        batch.prompt_ids,
+        batch.frames,
+        config,
+        batch.search,
+        begin,
+        steps=steps,
+        seeds=batch.seeds,
+        batch_size=batch.size,
+        on_end=end,
+    )
+    return [answers[i] for i in range(len(batch.problems))]

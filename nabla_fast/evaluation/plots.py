@@ -8,12 +8,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from nabla_fast.evaluation.budget import COSTS
 from nabla_fast.whole_files import write_file
 
 STYLES = {
     "greedy": ("#8A8A8A", "D"),
     "self-consistency": ("#7FB08A", "s"),
     "best-of-n": ("#6E93C4", "^"),
+    "beam-search": ("#8C6D46", "<"),
+    "mcts": ("#4F6D7A", ">"),
+    "likeliest": ("#E08A5B", "p"),
+    "first-order": ("#9467BD", "h"),
+    "prefix-reward": ("#3F8F5B", "d"),
+    "guided": ("#333333", "*"),
     "best-of-n, a reward taught to judge alone": ("#A48CC8", "v"),
     "∇-Reasoner, reward's gradient off": ("#DDA63A", "P"),
     "∇-Reasoner, published anchor": ("#5BB5B8", "X"),
@@ -35,6 +42,7 @@ SPEED_COLOURS = {
 # For methods of other names, such as runs with other settings, in the order in which they come.
 _OTHER_STYLES = (("#3F6FA8", "<"), ("#B5651D", ">"), ("#4F8F5B", "p"), ("#6B4FA0", "h"), ("#333333", "*"))
 _BEFORE = "#8A8A8A"
+_ONE_N = ("greedy", "guided")
 # What ∇-Reasoner is called: by `nabla-fast eval`, and in the reports of several runs.
 _OURS = ("nabla", "∇-Reasoner")
 _COSTS = {
@@ -60,12 +68,16 @@ def draw(summary: Mapping[str, Any], directory: Path) -> list[Path]:
         raise ImportError('the plots need matplotlib; run pip install "nabla_fast[eval]"') from error
     arms = {label: arm for label, arm in summary["arms"].items() if arm["accuracy"] is not None}
     files = []
-    for name, drawing in zip(FILES, (*map(_accuracy_over, _COSTS), _rewards, _hit_rates), strict=True):
+    budget = summary.get("budget")
+    over = [_accuracy_over(cost, budget if budget and COSTS[budget["kind"]] == cost else None) for cost in _COSTS]
+    for name, drawing in zip(FILES, (*over, _rewards, _hit_rates), strict=True):
         # A figure of its own, without pyplot: no window, no state that belongs to the caller.
         figure = Figure(figsize=(7.5, 5.2), layout="constrained")
         axes = figure.add_subplot()
         if drawing(axes, arms):
-            axes.set_title(f"{summary['task']['name']}, {summary['task']['problems']} problems", loc="left")
+            told = f"{summary['task']['name']}, {summary['task']['problems']} problems"
+            told += f", {budget['kind']}={budget['amount']:g} each" if budget else ""
+            axes.set_title(told, loc="left")
             axes.spines[["top", "right"]].set_visible(False)
             files.append(directory / name)
             drawn = BytesIO()
@@ -74,7 +86,9 @@ def draw(summary: Mapping[str, Any], directory: Path) -> list[Path]:
     return files
 
 
-def _accuracy_over(cost: str) -> Any:
+def _accuracy_over(cost: str, budget: Mapping[str, Any] | None) -> Any:
+    """What draws accuracy over ``cost``, with a line at the budget that is of this cost."""
+
     def drawing(axes: Any, arms: Mapping[str, Any]) -> bool:
         from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -101,13 +115,15 @@ def _accuracy_over(cost: str) -> Any:
                 capsize=2,
                 zorder=4 if ours else 3,
             )
-            labels += [(text, place, colour) for text, place in _labels(found, x, y) if method != "greedy"]
+            labels += [(text, place, colour) for text, place in _labels(found, x, y) if method not in _ONE_N]
+        if budget is not None:
+            axes.axvline(budget["amount"], color=_BEFORE, linestyle=":", label="budget", zorder=1)
         axes.set_xscale("log")
         axes.margins(x=0.08)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel(f"{_COSTS[cost]}, log scale; beside a point: n")
+        axes.set_xlabel(f"{_COSTS[cost]}, log scale{'; beside a point: n' if labels else ''}")
         axes.set_ylabel("accuracy, 95 % intervals")
         ends = [arm["accuracy"][end] for arm in arms.values() for end in ("low", "high")]
         axes.set_ylim(max(min(ends) - 0.06, -0.02), min(max(ends) + 0.06, 1.02))
@@ -173,11 +189,14 @@ def _rewards(axes: Any, arms: Mapping[str, Any]) -> bool:
     for row, arm in enumerate(scored.values()):
         ours = _style(arm["method"], grouped)[0]
         before, after = arm["reward_before"], arm["reward"]
-        axes.plot([before["mean"], after["mean"]], [row, row], color="#BBBBBB", zorder=1)
-        for measure, colour, shift in ((before, _BEFORE, 0.12), (after, ours, -0.12)):
+        drawn = [(after, ours, -0.12)]
+        if before is not None:  # beam search draws no response that would be the first
+            drawn.append((before, _BEFORE, 0.12))
+            axes.plot([before["mean"], after["mean"]], [row, row], color="#BBBBBB", zorder=1)
+            # A ring, which a dot in the same place leaves to be seen.
+            axes.scatter(before["mean"], row, s=90, facecolors="white", edgecolors=_BEFORE, linewidths=2, zorder=2)
+        for measure, colour, shift in drawn:
             axes.plot([measure["low"], measure["high"]], [row + shift] * 2, color=colour, alpha=0.5, zorder=1)
-        # A ring, which a dot in the same place leaves to be seen.
-        axes.scatter(before["mean"], row, s=90, facecolors="white", edgecolors=_BEFORE, linewidths=2, zorder=2)
         axes.scatter(after["mean"], row, s=30, color=ours, zorder=3)
     handles = [axes.scatter([], [], s=90, facecolors="white", edgecolors=_BEFORE, linewidths=2)]
     handles.append(axes.scatter([], [], s=30, color="black"))
@@ -230,6 +249,8 @@ def _labels(arms: list[dict[str, Any]], x: list[float], y: list[float]) -> list[
     """The n of each point; one label for neighbours that lie on each other."""
     labels: list[tuple[list[int], tuple[float, float]]] = []
     for arm, left, top in zip(arms, x, y, strict=True):
+        if not arm["n"]:  # as many as the budget allowed
+            continue
         if labels and abs(left / labels[-1][1][0] - 1) < 0.03 and abs(top - labels[-1][1][1]) < 0.02:
             labels[-1][0].append(arm["n"])
         else:

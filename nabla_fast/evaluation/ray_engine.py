@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
+from nabla_fast.evaluation.batch import Models
 from nabla_fast.evaluation.journal import Journal, Record
-from nabla_fast.evaluation.methods import Models
 from nabla_fast.evaluation.records import latest
-from nabla_fast.evaluation.runner import Plan, left_to_do
+from nabla_fast.evaluation.runner import Plan, left_to_do, make_worker
 from nabla_fast.evaluation.tasks import Task
-from nabla_fast.evaluation.worker import Piece, Worker
+from nabla_fast.evaluation.worker import Piece
 from nabla_fast.stopping import kept_handlers
 
 # A piece that was running on so many workers when they died is taken to be what kills them.
@@ -85,7 +85,7 @@ def evaluate(
     """
     with _connected(cluster) as (ray, size, cpus):
         actor = ray.remote(_Actor).options(num_cpus=cpus, num_gpus=1 if cluster.gpu else 0, max_restarts=0)
-        shared = ray.put((load, task, plan.config, plan.batch_size, cpus))
+        shared = ray.put((load, task, plan, cpus))
         todo = left_to_do(plan, task, journal, retry_failed=retry_failed)
         with closing(_results(ray, lambda: actor.remote(shared), size, todo)) as records:
             for record in records:
@@ -98,14 +98,14 @@ def evaluate(
 class _Actor:
     """A `Worker` in a process of its own."""
 
-    def __init__(self, shared: tuple[Callable[[], Models], Task, Any, int, int]) -> None:
+    def __init__(self, shared: tuple[Callable[[], Models], Task, Plan, int]) -> None:
         import torch
 
-        load, task, config, size, cpus = shared
+        load, task, plan, cpus = shared
         torch.set_num_threads(cpus)
         self._error: str | None = None
         try:
-            self._worker = Worker(load(), task, config, size)
+            self._worker = make_worker(load(), task, plan)
         except Exception as error:
             self._error = f"{type(error).__name__}: {error}"
 

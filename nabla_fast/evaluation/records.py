@@ -106,7 +106,9 @@ _ANSWERED: dict[str, _Field] = {
     **dict.fromkeys(("reward", "reward_before"), (_or_null(_is_amount), "a number or null")),
     "phases": (_are_phases, f"seconds of {', '.join(PHASES)}"),
 }
-# Records of version 0.1.0 before its release have none.
 _OPTIONAL: dict[str, _Field] = {
+    # Only where there is one.
+    "budget": _TEXT,
+    # Records of version 0.1.0 before its release have none.
     "finish_reason": (_or_null(lambda value: value in ("stop", "length")), '"stop", "length" or null'),
 }

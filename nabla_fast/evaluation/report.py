@@ -11,7 +11,9 @@ from typing import Any
 
 from nabla_fast.evaluation import equal_cost, plots
 from nabla_fast.evaluation.bootstrap import LEVEL, RESAMPLES, interval, paired_difference
+from nabla_fast.evaluation.budget import COSTS
 from nabla_fast.evaluation.journal import Record, read_records
+from nabla_fast.evaluation.methods import PROPOSALS, SEARCHES
 from nabla_fast.evaluation.records import COUNTERS, latest, require_records
 from nabla_fast.evaluation.runner import CONFIG, RESULTS, SUMMARY, read_json
 from nabla_fast.whole_files import write_json
@@ -47,7 +49,8 @@ def read_run(directory: Path) -> tuple[dict[str, Any], Arms]:
         labels = {(arm["method"], arm["n"]): label for label, arm in config["arms"].items()}
         arms: Arms = {label: [] for label in config["arms"]}
         _ = config["models"], config["seeds"], [config["task"][name] for name in ("name", "problems", "fingerprint")]
-    except (KeyError, TypeError, AttributeError) as error:
+        _ = (budget := config.get("budget")) and (COSTS[budget["kind"]], 1 / budget["amount"])
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{directory} holds a {CONFIG} that nabla-fast eval did not write: {error!r}") from error
     for number, record in enumerate(records, start=1):
         if (record["method"], record["n"]) not in labels:
@@ -63,15 +66,24 @@ def summarise(config: Mapping[str, Any], arms: Arms) -> dict[str, Any]:
     """Figures of every method and n, as plain data.
 
     A measure is the mean over problems of its mean over seeds, with a 95 % bootstrap interval over problems. Failed
-    problems are counted, and are in no mean.
+    problems are counted, and are in no mean. Of a run with a budget, arms say what share of it they have spent, and
+    are compared with Best-of-N as they are: its budget is the same.
     """
+    budget: Mapping[str, Any] | None = config.get("budget")
+    figures = {label: _arm(config["arms"][label], records) for label, records in arms.items()}
+    if budget:
+        for arm in figures.values():
+            cost = arm[COSTS[budget["kind"]]]
+            arm["budget_share"] = None if cost is None else cost["mean"] / budget["amount"]
     return {
         "task": config["task"],
         "models": config["models"],
         "seeds": config["seeds"],
         "interval": {"level": LEVEL, "resamples": RESAMPLES, "over": "problems"},
-        "arms": {label: _arm(config["arms"][label], records) for label, records in arms.items()},
-        "against_best_of_n": _against_best_of_n(config["arms"], arms),
+        "budget": budget,
+        "arms": figures,
+        "against_best_of_n": {} if budget else _against_best_of_n(config["arms"], arms),
+        "against_best_of_n_with_budget": _with_this_budget(config["arms"], arms) if budget else {},
     }
 
 
@@ -137,7 +149,7 @@ def _arm(arm: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
     looked_up = _total(good, "cache_hits") + _total(good, "cache_misses")
     positions = _total(good, "skipped_positions") + _total(good, "optimised_positions")
     figures["cache_hit_rate"] = _ratio(_total(good, "cache_hits"), looked_up)
-    if arm["method"] == "nabla":
+    if arm["method"] in PROPOSALS:
         proposals = _total(good, "rollouts") - len(good)
         figures["rejection_rate"] = _ratio(_total(good, "rejections"), proposals)
         figures["skipped_share"] = _ratio(_total(good, "skipped_positions"), positions)
@@ -145,18 +157,25 @@ def _arm(arm: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _against_best_of_n(told: Mapping[str, Any], arms: Arms) -> dict[str, dict[str, dict[str, float] | None]]:
-    """Label of each nabla arm → cost → accuracy minus that of Best-of-N at this cost; empty without Best-of-N."""
+    """Label of an arm that searches by the reward → cost → accuracy minus Best-of-N's at it; {} without Best-of-N."""
     good = {label: [r for r in records if r["error"] is None] for label, records in arms.items()}
     good = {label: records for label, records in good.items() if records}
     found: dict[str, dict[str, dict[str, float] | None]] = {}
     curve = [label for label in good if told[label]["method"] == "best-of-n"]
     for label in good if curve else ():
-        if told[label]["method"] == "nabla":
+        if told[label]["method"] in (*PROPOSALS, *SEARCHES):
             found[label] = {}
             for cost in _COSTS:
                 difference = equal_cost.difference(_point(good[label], cost), [_point(good[n], cost) for n in curve])
                 found[label][cost] = None if difference is None else asdict(difference)
     return found
+
+
+def _with_this_budget(told: Mapping[str, Any], arms: Arms) -> dict[str, dict[str, float] | None]:
+    """Label of an arm that searches by the reward → accuracy minus Best-of-N's; None without a problem in common."""
+    theirs = [records for label, records in arms.items() if told[label]["method"] == "best-of-n"]
+    compared = [label for label in arms if told[label]["method"] in (*PROPOSALS, *SEARCHES)]
+    return {label: paired(theirs[0], arms[label]).get("accuracy") for label in compared if theirs}
 
 
 def _point(records: Sequence[Record], cost: str) -> equal_cost.Point:

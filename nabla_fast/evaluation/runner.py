@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,15 @@ from torch.profiler import record_function
 
 from nabla_fast import profiling
 from nabla_fast.config import NablaConfig
+from nabla_fast.evaluation.batch import Models
+from nabla_fast.evaluation.budget import Budget
 from nabla_fast.evaluation.journal import Journal, Record
-from nabla_fast.evaluation.methods import MAX_ROLLOUTS, METHODS, Models
+from nabla_fast.evaluation.methods import MAX_ROLLOUTS, METHODS, ONE_N, PROPOSALS, SEARCHES
 from nabla_fast.evaluation.plots import FILES as PLOTS
 from nabla_fast.evaluation.records import Key, key, latest, require_records
 from nabla_fast.evaluation.tasks import Problem, Task
 from nabla_fast.evaluation.worker import Arm, Piece, Worker
+from nabla_fast.search_config import SearchConfig
 from nabla_fast.stats import PHASES
 from nabla_fast.whole_files import part_of, require_own_files, write_json
 
@@ -42,16 +45,28 @@ class Plan:
         seeds: of the noise. Greedy decoding has none and is run for the first seed alone.
         config: settings of all methods; ``seed`` and ``max_rollouts`` are replaced.
         batch_size: most sequences decoded together.
+        budget: what each problem may cost; arms that draw more than once then have the n 0, and ``max_rollouts`` of
+            ``config`` counts.
+        search: settings of the searches over steps.
     """
 
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     config: NablaConfig
     batch_size: int
+    budget: Budget | None = None
+    search: SearchConfig = field(default_factory=SearchConfig)
 
     def runs(self, seed: int) -> list[Arm]:
         """The arms that are run for ``seed``."""
         return [arm for arm in self.arms if arm.method != "greedy" or seed == self.seeds[0]]
+
+    def sequences(self, arm: Arm) -> int:
+        """Most sequences of one problem that an arm has under way together."""
+        if arm.method == SEARCHES[0]:
+            return arm.n or self.search.step_width**2
+        # A sequence of the decode loop is one sequence whatever its n, and so is a simulation.
+        return 1 if arm.method in (*PROPOSALS, *SEARCHES) else max(1, arm.n)
 
     def keys(self, problems: Sequence[Problem]) -> list[Key]:
         """Everything that there is to do."""
@@ -65,42 +80,62 @@ class Plan:
 
 def make_plan(
     methods: Sequence[str],
-    n: Sequence[int],
+    n: Sequence[int] | None,
     seeds: Sequence[int],
     config: NablaConfig,
     *,
     batch_size: int = 8,
     max_rollouts: int | None = None,
+    budget: Budget | None = None,
+    search: SearchConfig | None = None,
 ) -> Plan:
-    """A plan of every method at every n.
+    """A plan of every method at every n, or of every method with a budget.
 
     Args:
-        max_rollouts: run nabla at this n alone; None runs it at every n.
+        n: None with a budget, and only then.
+        max_rollouts: run the methods of `MAX_ROLLOUTS` at this n alone; None runs them at every n. With a budget, the
+            most rollouts that they draw; None sets no limit.
+        budget: what each problem may cost.
+        search: settings of the searches over steps; None takes the defaults.
 
     Raises:
-        ValueError: for an unknown method, an empty list, or a number below 1; the message names the option.
+        ValueError: for an unknown method, one that the settings do not allow, an empty list, a number below 1, or an n
+            beside a budget; the message names the option.
     """
     unknown = [method for method in methods if method not in METHODS]
     if unknown or not methods:
         raise ValueError(f"--methods is {', '.join(unknown) or 'empty'}; use some of {', '.join(METHODS)}")
-    if not n or min(n) < 1:
-        raise ValueError(f"--n is {', '.join(map(str, n)) or 'empty'}; give whole numbers of at least 1, such as 2,4,8")
-    if max(n) > MOST_SAMPLES:
-        raise ValueError(f"--n is {', '.join(map(str, n))}; give at most {MOST_SAMPLES}")
+    if budget is not None and n is not None:
+        raise ValueError(
+            f"--n is {', '.join(map(str, n))}, but --budget is {budget}, which says how many there are; leave out one"
+        )
+    numbers = list(dict.fromkeys(n or ()))
+    if budget is None:
+        told = ", ".join(map(str, numbers)) or "empty"
+        if not numbers or min(numbers) < 1:
+            raise ValueError(f"--n is {told}; give whole numbers of at least 1, such as 2,4,8")
+        if max(numbers) > MOST_SAMPLES:
+            raise ValueError(f"--n is {told}; give at most {MOST_SAMPLES}")
     if not seeds:
         raise ValueError("--seeds is empty; give whole numbers, such as 0,1,2")
     if batch_size < 1:
         raise ValueError(f"--batch-size is {batch_size}; give at least 1")
     arms: list[Arm] = []
     for method in dict.fromkeys(methods):
-        own = list(dict.fromkeys(n))
-        if method == "greedy":
+        if PROPOSALS.get(method) is not None:
+            config.replace(proposal=PROPOSALS[method])  # raises here what would fail every problem
+        own = numbers
+        if method in ONE_N:
             own = [1]
-        elif method == MAX_ROLLOUTS and max_rollouts is not None:
+        elif budget is not None:
+            own = [0]
+        elif method in MAX_ROLLOUTS and max_rollouts is not None:
             own = [max_rollouts]
         arms += [Arm(method, value) for value in own]
     config = config.replace(max_batch_size=batch_size)
-    return Plan(tuple(arms), tuple(dict.fromkeys(seeds)), config, batch_size)
+    if budget is not None:
+        config = config.replace(max_rollouts=MOST_SAMPLES if max_rollouts is None else max_rollouts)
+    return Plan(tuple(arms), tuple(dict.fromkeys(seeds)), config, batch_size, budget, search or SearchConfig())
 
 
 def describe(plan: Plan, task: Task, source: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,6 +168,11 @@ def describe(plan: Plan, task: Task, source: Mapping[str, Any]) -> dict[str, Any
         "models": dict(source),
         "settings": settings,
     }
+    # Only where they count, so that runs of earlier versions can be continued.
+    if plan.budget is not None:
+        told["budget"] = {**asdict(plan.budget), "max_rollouts": plan.config.max_rollouts}
+    if any(arm.method in SEARCHES for arm in plan.arms):
+        told["search"] = asdict(plan.search)
     plain: dict[str, Any] = json.loads(json.dumps(told))
     return plain
 
@@ -218,7 +258,7 @@ def evaluate(
     Returns:
         The latest record of every piece of work.
     """
-    worker = Worker(models, task, plan.config, plan.batch_size)
+    worker = make_worker(models, task, plan)
 
     def tell(record: Record) -> None:
         journal.append(record)
@@ -230,6 +270,11 @@ def evaluate(
     return latest(journal.records)
 
 
+def make_worker(models: Models, task: Task, plan: Plan) -> Worker:
+    """Who does the pieces of a plan."""
+    return Worker(models, task, plan.config, plan.batch_size, plan.budget, plan.search)
+
+
 def trace(models: Models, task: Task, plan: Plan, directory: Path) -> None:
     """Writes a profile of the first problems by every method at its smallest n, their answers cut short.
 
@@ -238,7 +283,7 @@ def trace(models: Models, task: Task, plan: Plan, directory: Path) -> None:
     smallest = {arm.method: arm for arm in sorted(plan.arms, key=lambda arm: -arm.n)}
     config = plan.config.replace(max_new_tokens=min(PROFILED_TOKENS, plan.config.max_new_tokens))
     few = replace(plan, arms=tuple(smallest.values()), config=config)
-    worker = Worker(models, task, config, plan.batch_size)
+    worker = make_worker(models, task, few)
     with profiling.tracing(directory):
         for piece in pieces(few, plan.seeds[0], task.problems[:PROFILED_PROBLEMS], ()):
             with record_function(piece.arm.label):
@@ -267,8 +312,7 @@ def pieces(plan: Plan, seed: int, problems: Sequence[Problem], done: Collection[
     for first in range(0, len(problems), plan.batch_size):
         chunk = problems[first : first + plan.batch_size]
         for arm in plan.runs(seed):
-            # A nabla sequence is one sequence whatever its n.
-            most = plan.batch_size if arm.method == MAX_ROLLOUTS else max(1, plan.batch_size // arm.n)
+            most = max(1, plan.batch_size // plan.sequences(arm))
             left = [problem for problem in chunk if (arm.method, arm.n, seed, problem.id) not in done]
             for batch in _with_distinct_prompts(left, most):
                 yield Piece(arm, seed, tuple(batch))

@@ -6,16 +6,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from nabla_fast.config import NablaConfig
+from nabla_fast.evaluation.batch import Answer, Models, make_batch
+from nabla_fast.evaluation.budget import Budget
 from nabla_fast.evaluation.journal import Record
-from nabla_fast.evaluation.methods import METHODS, Answer, Models, make_batch
+from nabla_fast.evaluation.methods import METHODS, ONE_N
 from nabla_fast.evaluation.tasks import Problem, Task
 from nabla_fast.rollout import ServerLostError
 from nabla_fast.sampling import sequence_seeds
+from nabla_fast.search_config import SearchConfig
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A method at one n: samples of self-consistency and best-of-n, rollouts of nabla, 1 for greedy."""
+    """A method at one n.
+
+    Attributes:
+        method: of `nabla_fast.evaluation.methods.METHODS`.
+        n: see `nabla_fast.evaluation.batch.Batch`; 1 for a method that draws once, 0 where a budget says how many.
+    """
 
     method: str
     n: int
@@ -23,7 +31,7 @@ class Arm:
     @property
     def label(self) -> str:
         """What tables and plots call it."""
-        return self.method if self.method == "greedy" else f"{self.method} {self.n}"
+        return self.method if self.method in ONE_N or not self.n else f"{self.method} {self.n}"
 
 
 @dataclass(frozen=True)
@@ -56,10 +64,21 @@ class Worker:
         task: problems and their grader.
         config: settings; the seed is a piece's own.
         size: most sequences to decode together.
+        budget: what each problem may cost, where arms have no n.
+        search: settings of the searches over steps.
     """
 
-    def __init__(self, models: Models, task: Task, config: NablaConfig, size: int) -> None:
+    def __init__(
+        self,
+        models: Models,
+        task: Task,
+        config: NablaConfig,
+        size: int,
+        budget: Budget | None = None,
+        search: SearchConfig | None = None,
+    ) -> None:
         self._models = models
+        self._more = budget, search
         self._task = task
         self._config = config
         self._size = size
@@ -101,6 +120,8 @@ class Worker:
 
         def answered(i: int, answer: Answer) -> None:
             record = self._graded(piece, problems[i], answer)
+            if self._more[0] is not None:
+                record["budget"] = str(self._more[0])
             try:
                 tell(record)
             except Exception as error:
@@ -112,7 +133,7 @@ class Worker:
             config = self._config.replace(seed=piece.seed)
             seeds = [self._seeds(piece.seed)[problem.id] for problem in problems]
             grader, n = self._task.grader, piece.arm.n
-            batch = make_batch(self._models, problems, seeds, grader, config, n, self._size, answered)
+            batch = make_batch(self._models, problems, seeds, grader, config, n, self._size, answered, *self._more)
             for i, answer in enumerate(METHODS[piece.arm.method](batch)):
                 if i not in told:
                     answered(i, answer)

@@ -62,9 +62,10 @@ def test_a_run_killed_in_the_middle_goes_on(pair, problems, tmp_path):
     command = ("--task", problems, "--n", "2", "--seeds", "0,1", "--batch-size", "2", *pair, *FAST, "--json")
     whole = invoke(*command, "--out", tmp_path / "whole")
     assert whole.exit_code == 0, whole.output
-    assert set(json.loads(whole.stdout)["arms"]) == {"greedy", "self-consistency 2", "best-of-n 2", "nabla 2"}
+    methods = {"greedy", *(f"{name} 2" for name in ("self-consistency", "best-of-n", "nabla", "likeliest"))}
+    assert set(json.loads(whole.stdout)["arms"]) == methods
     expected = lines(tmp_path / "whole")
-    assert len(expected) == 10 + 3 * 2 * 10
+    assert len(expected) == 10 + 4 * 2 * 10
 
     out = tmp_path / "killed"
     arguments = [sys.executable, "-m", "nabla_fast", "eval", *command, "--out", str(out)]
@@ -104,6 +105,22 @@ def test_a_table_bars_and_plots(pair, tmp_path):
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["settings"]["max_iters"] == 2
     assert config["models"]["dtype"] == "float64"
+
+
+def test_a_budget_stands_in_the_table_and_steps_where_they_count(pair, problems, tmp_path):
+    command = ("--task", problems, "--methods", "best-of-n,likeliest,beam-search,mcts", "--budget", "calls=40")
+    steps = ("--step-separator", r"\n\n", "--step-tokens", "4", "--step-width", "2", "--exploration", "0.5")
+    done = invoke(*command, *steps, "--out", tmp_path / "a", *pair, *FAST)
+    assert done.exit_code == 0, done.output
+    for expected in ("budget calls=40", "best-of-n", "likeliest", "beam-search", "mcts", "with the same budget"):
+        assert expected in done.stdout
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["budget"] == {"kind": "calls", "amount": 40.0, "max_rollouts": 100_000}
+    assert config["search"] == {"step_separator": "\n\n", "step_tokens": 4, "step_width": 2, "exploration": 0.5}
+    records = [record for record in lines_of_all(tmp_path / "a") if record["method"] != "likeliest"]
+    assert all(40 <= record["model_calls"] < 40 + 50 and record["budget"] == "calls=40" for record in records)
+    other = invoke(*command[:-1], "calls=41", *steps, "--out", tmp_path / "a", *pair, *FAST)
+    assert "budget.amount was 40.0, is 41.0" in str(other.exception)
 
 
 def test_a_failing_problem_is_told_and_the_exit_code_is_1(pair, tmp_path):
@@ -163,6 +180,15 @@ def test_a_lost_server_is_told_how_to_go_on(pair, problems, tmp_path, monkeypatc
         ),
         (("--task", "x", "--out", "o", "--pair=smollm2", "--n", "2,x"), "--n is '2,x'; give whole numbers"),
         (("--task", "x", "--out", "o", "--pair=smollm2", "--n", "0"), "--n is 0"),
+        (
+            ("--task", "x", "--out", "o", "--pair=smollm2", "--budget", "calls=9", "--n", "8"),
+            "--n is 8, but --budget is calls=9, which says how many there are; leave out one",
+        ),
+        (
+            ("--task", "x", "--out", "o", "--pair=smollm2", "--budget", "9"),
+            "--budget is '9', which names no cost; give",
+        ),
+        (("--task", "x", "--out", "o", "--pair=smollm2", "--step-tokens", "0"), "step_tokens must be at least 1"),
         (("--task", "x", "--out", "o", "--pair=smollm2", "--seeds", "one"), "--seeds is 'one'"),
         (("--task", "x", "--out", "o", "--pair=smollm2", "--max-iters", "-1"), "max_iters must be at least 0"),
         (("--task", "x", "--out", "o", "--pair=smollm2", "--device", "tpu9x"), "device is 'tpu9x'"),
@@ -208,6 +234,11 @@ def test_help_names_every_option_and_setting():
         "task-option",
         "methods",
         "n",
+        "budget",
+        "step-separator",
+        "step-tokens",
+        "step-width",
+        "exploration",
         "seeds",
         "max-problems",
         "out",
@@ -232,7 +263,7 @@ def test_the_bundled_pair_is_evaluated_on_its_own_task(tmp_path):
     assert summary["task"]["name"] == "arithmetic"
     assert summary["arms"]["best-of-n 4"]["reward"]["mean"] > summary["arms"]["greedy"]["reward"]["mean"] - 1
     assert 0.1 < summary["arms"]["greedy"]["accuracy"]["mean"] < 1
-    assert set(summary["against_best_of_n"]) == {"nabla 4"}
+    assert set(summary["against_best_of_n"]) == {"nabla 4", "likeliest 4"}
     both = invoke("--bundled", "--demo", "--out", tmp_path / "b")
     assert both.exit_code != 0
     assert "--pair is smollm2 and arithmetic; give one of them" in str(both.exception)

@@ -86,7 +86,7 @@ def made_up(monkeypatch):
     def method(name):
         return lambda batch: options.answer(SimpleNamespace(**vars(batch), method=name, delay=options.delay))
 
-    def make_batch(models, problems, seeds, grader, config, n, size, on_answer):
+    def make_batch(models, problems, seeds, grader, config, n, size, on_answer, *more):
         return SimpleNamespace(problems=problems, seeds=seeds, n=n, size=size, on_answer=on_answer)
 
     monkeypatch.setattr(worker, "make_batch", make_batch)
