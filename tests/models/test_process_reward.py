@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from dense_dto import DensePair, dense_dto, partners
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig, BertForTokenClassification
@@ -425,6 +426,22 @@ def test_an_ordinary_token_can_be_inserted() -> None:
     (reward,) = objective.rewards([new_sequence(objective)], [torch.tensor(response)])
     expected = kind.reward(prompt_ids(TOKENIZER), response, kind.table[response])
     assert reward == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_an_adapter_around_a_token_classifier_is_read_with_its_changes() -> None:
+    torch.manual_seed(0)
+    settings = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="TOKEN_CLS", init_lora_weights=False)
+    model = get_peft_model(tiny_process_model("qwen3"), settings).double().eval()
+    kind = Kind(nf.ProcessReward(model, "\n", "mean"), TOKENIZER, "\n", False)
+    objective = objective_of(kind)
+    response = ids("at 12\n24\nit")
+    (reward,) = objective.rewards([new_sequence(objective)], [torch.tensor(response)])
+    with torch.no_grad():
+        expected = float(kind.reward(prompt_ids(TOKENIZER), response, kind.table[response]))
+        with model.disable_adapter():
+            without = float(kind.reward(prompt_ids(TOKENIZER), response, kind.table[response]))
+    assert reward == pytest.approx(expected, abs=1e-9)
+    assert abs(expected - without) > 1e-3
 
 
 # Models that are run as they are
