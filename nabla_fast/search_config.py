@@ -12,21 +12,21 @@ class SearchConfig:
     """Settings of the searches over steps that ∇-Reasoner is compared with (`nabla_fast.search`).
 
     Attributes:
-        step_separator: a step ends with the token that completes it; white space that a step begins with does not
-            count. Empty for steps of ``step_tokens`` tokens.
-        step_tokens: longest step, in tokens.
-        step_width: continuations of a partial response: M of beam search, and the children of a node of MCTS.
+        search_separator: a step ends with the token that completes it; white space that a step begins with does not
+            count. Empty for steps of ``search_tokens`` tokens.
+        search_tokens: longest step, in tokens.
+        search_width: continuations of a partial response: M of beam search, and the children of a node of MCTS.
         exploration: MCTS's exploration constant, for rewards scaled to [0, 1].
     """
 
-    step_separator: str = "\n"
-    step_tokens: int = 64
-    step_width: int = 4
+    search_separator: str = "\n"
+    search_tokens: int = 64
+    search_width: int = 4
     exploration: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.step_separator, str):
-            raise TypeError(f"step_separator must be a string, got {self.step_separator!r}")
-        require_int("step_tokens", self.step_tokens, minimum=1)
-        require_int("step_width", self.step_width, minimum=1)
+        if not isinstance(self.search_separator, str):
+            raise TypeError(f"search_separator must be a string, got {self.search_separator!r}")
+        require_int("search_tokens", self.search_tokens, minimum=1)
+        require_int("search_width", self.search_width, minimum=1)
         require_number("exploration", self.exploration, minimum=0.0)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENIZER = tiny_tokenizer()
 PROMPTS = ["what is 3 times 4", "is it on", "the user"]
 CONFIG = nf.NablaConfig(max_new_tokens=9, rollout=nf.Sampling(temperature=1.0), seed=3)
-STEPS = SearchConfig(step_separator="", step_tokens=3, step_width=2)
+STEPS = SearchConfig(search_separator="", search_tokens=3, search_width=2)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,8 @@ class Plain:
 
     def is_step(self, step):
         text = TOKENIZER.decode(list(step)).lstrip()
-        separator = self.settings.step_separator
-        return len(step) >= self.settings.step_tokens or (separator != "" and separator in text)
+        separator = self.settings.search_separator
+        return len(step) >= self.settings.search_tokens or (separator != "" and separator in text)
 
     def draw(self, prefix, seed, *, whole=False):
         """A step behind a response, or all the rest."""
@@ -89,7 +89,7 @@ class Plain:
         return [self.seed, *sequence_seeds(self.seed, [self.prompt] * (count - 1))]
 
     def beam_search(self, n):
-        beams, width = max(1, n // self.settings.step_width), n // max(1, n // self.settings.step_width)
+        beams, width = max(1, n // self.settings.search_width), n // max(1, n // self.settings.search_width)
         kept, complete, draws = [()], [], 0
         while any(not (one and self.finished(one)) for one in kept):
             candidates = [one for one in kept if one and self.finished(one)]
@@ -115,7 +115,7 @@ class Plain:
             while True:
                 node = tree[path[-1]]
                 going = [child for child in node["children"] if not tree[child]["ends"]]
-                if node["draws"] < self.settings.step_width or not going:
+                if node["draws"] < self.settings.search_width or not going:
                     break
                 low, high = min(rewards), max(rewards)
 
@@ -147,7 +147,7 @@ class Plain:
 @pytest.mark.parametrize("separator", ["", "e"])
 @pytest.mark.parametrize(("method", "n"), [("beam", 1), ("beam", 3), ("beam", 6), ("mcts", 1), ("mcts", 9)])
 def test_a_search_is_a_plain_loop(pair, method, n, separator):
-    settings = replace(STEPS, step_separator=separator)
+    settings = replace(STEPS, search_separator=separator)
     for text, (prompt, found) in zip(PROMPTS, searched(pair, method, n, settings=settings), strict=True):
         plain = Plain(pair, text, CONFIG, settings)
         response, draws = getattr(plain, "beam_search" if method == "beam" else method)(n)
@@ -163,7 +163,7 @@ def test_a_search_is_a_plain_loop(pair, method, n, separator):
 
 def test_separators_end_steps_in_these_responses(pair):
     """Otherwise the test above would not see them."""
-    settings = replace(STEPS, step_separator="e", step_tokens=9)
+    settings = replace(STEPS, search_separator="e", search_tokens=9)
     plain = Plain(pair, PROMPTS[0], CONFIG, settings)
     steps = [plain.draw((), seed) for seed in plain.seeds((), 12)]
     assert any(len(step) < 9 and not plain.finished(step) for step in steps)
@@ -201,7 +201,7 @@ def test_the_function_for_a_pair_of_models_is_the_search(pair, name):
 
 @pytest.mark.parametrize("method", ["beam", "mcts"])
 def test_with_steps_as_long_as_responses_both_are_best_of_n(pair, method):
-    settings = SearchConfig(step_separator="", step_tokens=9, step_width=2)
+    settings = SearchConfig(search_separator="", search_tokens=9, search_width=2)
     ids, frames = pair.prompts(as_chats(PROMPTS), CONFIG)
     samples = baselines.sample(pair, ids, frames, 4, CONFIG, scored=True)
     for group, (prompt, found) in zip(samples, searched(pair, method, 4, settings=settings), strict=True):
@@ -257,7 +257,7 @@ def test_models_without_a_cache_that_can_be_cropped_find_the_same(method, family
 
 
 def test_shapes_of_beams():
-    settings = SearchConfig(step_width=4)
+    settings = SearchConfig(search_width=4)
     assert [shape(n, settings) for n in (1, 3, 4, 7, 8, 16, 18)] == [
         (1, 1),
         (1, 3),
@@ -281,7 +281,7 @@ def test_the_bookkeeping_of_a_tree():
     """Four simulations with made-up rollouts: a step is two tokens, a response four."""
     rule = StepRule(frozenset(), separator="", most=2)
     prompt = Prompt(Sequence((9,), (), 0, 4), rule, rule)
-    settings = SearchConfig(step_width=2, exploration=0.5)
+    settings = SearchConfig(search_width=2, exploration=0.5)
     search = mcts(prompt, 5, settings)
     # The root has two children after two draws. Of these 2 has the better mean, so that it is continued. Then its mean
     # is (3 + 0) / 2, scaled 0.5, and it has two visits; 1 has 1/3 and one. 0.5 + 0.5 sqrt(ln 3 / 2) = 0.87 is more
@@ -353,10 +353,10 @@ def ended(pair, tokens):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"step_tokens": 0}, "step_tokens must be"),
-        ({"step_width": 0}, "step_width must be"),
+        ({"search_tokens": 0}, "search_tokens must be"),
+        ({"search_width": 0}, "search_width must be"),
         ({"exploration": -1.0}, "exploration must be"),
-        ({"step_separator": 3}, "step_separator must be a string, got 3"),
+        ({"search_separator": 3}, "search_separator must be a string, got 3"),
     ],
 )
 def test_settings_out_of_range_are_refused(change, message):

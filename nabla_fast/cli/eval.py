@@ -53,7 +53,7 @@ _BUDGET_HELP = (
     "another sample, rollout, step or simulation while it has spent less. --max-rollouts still limits rollouts."
 )
 _SEPARATOR_HELP = (
-    "A step of beam-search and mcts ends where this is complete; \\n is a line break. Empty: steps of --step-tokens."
+    "A step of beam-search and mcts ends where this is complete; \\n is a line break. Empty: steps of --search-tokens."
 )
 _PROFILE_HELP = (
     "Directory for a trace of the first 2 problems, which every method decodes once more for it at its smallest n and "
@@ -80,11 +80,11 @@ def command(
     batch_size: Annotated[int, _run(help="Most sequences decoded together.")] = 8,
     retry_failed: Annotated[bool, _run("--retry-failed", help="Try problems again that failed before.")] = False,
     profile: Annotated[Path | None, _run(help=_PROFILE_HELP, metavar="DIR")] = None,
-    step_separator: Annotated[str, _steps(help=_SEPARATOR_HELP)] = r"\n",
-    step_tokens: Annotated[int, _steps(help="Longest step, in tokens.")] = _STEPS.step_tokens,
-    step_width: Annotated[
+    search_separator: Annotated[str, _steps(help=_SEPARATOR_HELP)] = r"\n",
+    search_tokens: Annotated[int, _steps(help="Longest step, in tokens.")] = _STEPS.search_tokens,
+    search_width: Annotated[
         int, _steps(help="Continuations of each beam, and children of a node of the tree.")
-    ] = _STEPS.step_width,
+    ] = _STEPS.search_width,
     exploration: Annotated[
         float, _steps(help="Exploration constant of mcts, for rewards scaled to [0, 1].")
     ] = _STEPS.exploration,
@@ -121,7 +121,7 @@ def command(
     from nabla_fast.evaluation import driver, runner
     from nabla_fast.evaluation.budget import Budget
 
-    search = SearchConfig(step_separator.replace(r"\n", "\n"), step_tokens, step_width, exploration)
+    search = SearchConfig(search_separator.replace(r"\n", "\n"), search_tokens, search_width, exploration)
     columns = {"prompt_column": prompt_column, "answer_column": answer_column, "split": split}
     problems = partial(_problems, task, task_option or [], choice, max_problems=max_problems, **columns)
     cluster = driver.choose_cluster(engine, ray_address, workers, cpus_per_worker, choice.device, choice.reward_device)

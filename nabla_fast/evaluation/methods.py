@@ -104,7 +104,7 @@ def nabla(batch: Batch, sampler: Sampler | None = None, proposal: str | None = N
 
 
 def beam_search(batch: Batch) -> list[Answer]:
-    """Reward-guided beam search over steps with n candidates a step; ``step_width ** 2`` of them with a budget."""
+    """Reward-guided beam search over steps with n candidates a step; ``search_width ** 2`` of them with a budget."""
     return _of_search(batch, search.beam_search, steps=True)
 
 
@@ -244,7 +244,7 @@ def _of_search(batch: Batch, find: Callable[..., search.Search], *, steps: bool)
         answers[i] = answer_of(batch, i, tokens, (before, response.score), prompt.stats, flops(prompt))
         batch.on_answer(i, answers[i])
 
-    own = batch.n or batch.search.step_width**2
+    own = batch.n or batch.search.search_width**2
     begin = partial(find, n=own, settings=batch.search, enough=enough if batch.budget else None)
     pair, config = batch.models.pair, batch.config
     search.run(

@@ -64,7 +64,7 @@ class Plan:
     def sequences(self, arm: Arm) -> int:
         """Most sequences of one problem that an arm has under way together."""
         if arm.method == SEARCHES[0]:
-            return arm.n or self.search.step_width**2
+            return arm.n or self.search.search_width**2
         # A sequence of the decode loop is one sequence whatever its n, and so is a simulation.
         return 1 if arm.method in (*PROPOSALS, *SEARCHES) else max(1, arm.n)
 

@@ -33,7 +33,7 @@ class StepRule(StopRule):
     """Ends a rollout at the end of a step, too.
 
     Attributes:
-        separator, most: ``step_separator`` and ``step_tokens`` of `SearchConfig`.
+        separator, most: ``search_separator`` and ``search_tokens`` of `SearchConfig`.
     """
 
     separator: str = ""
@@ -198,7 +198,7 @@ def run(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     stop = stop_rule(pair, config)
     parts = (stop.eos_token_ids, stop.stop_strings, stop.tokenizer, stop.criteria)
-    rule = StepRule(*parts, settings.step_separator, settings.step_tokens)
+    rule = StepRule(*parts, settings.search_separator, settings.search_tokens)
     prompts = [Prompt(sequence, stop, rule) for sequence in pair.sequences(prompt_ids, frames, config, seeds)]
     answers: dict[int, Response] = {}
     # Without the gradient cache, as in `nabla_fast.baselines.sample`: others in the batch make no reward known.

@@ -18,10 +18,10 @@ from nabla_fast.search_config import SearchConfig
 def shape(n: int, settings: SearchConfig) -> tuple[int, int]:
     """Beams, and continuations of each, for ``n`` candidates a step.
 
-    As published, n // M beams with M = ``settings.step_width``; for n below M one beam of n. Where n is no multiple of
-    the beams, a few candidates fewer.
+    As published, n // M beams with M = ``settings.search_width``; for n below M one beam of n. Where n is no multiple
+    of the beams, a few candidates fewer.
     """
-    beams = max(1, n // settings.step_width)
+    beams = max(1, n // settings.search_width)
     return beams, n // beams
 
 

@@ -41,8 +41,8 @@ class Node:
 def mcts(prompt: Prompt, n: int, settings: SearchConfig, enough: Callable[[Prompt], bool] | None = None) -> Search:
     """The complete response of the highest reward among those of a tree search's simulations, the first of equals.
 
-    A simulation goes down from the prompt: at a node with ``settings.step_width`` draws it takes the open child of the
-    highest UCT, and one with fewer, or without open children, it rolls out to the end of the response. The first step
+    A simulation goes down from the prompt: at a node with ``settings.search_width`` draws it takes the open child of
+    the highest UCT, and one with fewer, or without open children, it rolls out to the end of the response. The first step
     of the rollout is the child that is added (drawing a step and then the rest by the same policy is the same), and the
     reward of the whole is added to all nodes on the way. So a simulation costs one rollout and one reward, and the
     first ones are those that Best-of-N draws.
@@ -76,7 +76,7 @@ def selected(root: Node, settings: SearchConfig, rewards: list[float]) -> list[N
         rewards: of all simulations so far, by which values are scaled.
     """
     path = [root]
-    while path[-1].draws >= settings.step_width and path[-1].open:
+    while path[-1].draws >= settings.search_width and path[-1].open:
         parent = path[-1]
         path.append(max(parent.open, key=lambda child: uct(child, parent, rewards, settings.exploration)))
     return path

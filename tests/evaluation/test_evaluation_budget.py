@@ -28,7 +28,7 @@ from nabla_fast.whole_files import write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SEARCH = SearchConfig(step_separator="", step_tokens=2, step_width=2)
+SEARCH = SearchConfig(search_separator="", search_tokens=2, search_width=2)
 SAMPLED = ("best-of-n", "self-consistency")
 MANY = CONFIG.replace(max_rollouts=50)
 
@@ -216,7 +216,7 @@ def test_a_run_with_another_budget_or_other_steps_is_another_run(tmp_path):
         (told("calls=40"), r"budget\.amount was 30\.0, is 40\.0"),
         (told("flops=30"), r'budget\.kind was "calls", is "flops"'),
         (told("calls=30", max_rollouts=3), r"budget\.max_rollouts was 100000, is 3"),
-        (told("calls=30", search=SearchConfig(step_width=3)), r"search\.step_separator was"),
+        (told("calls=30", search=SearchConfig(search_width=3)), r"search\.search_separator was"),
         (told(), "budget is left out"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -109,14 +109,14 @@ def test_a_table_bars_and_plots(pair, tmp_path):
 
 def test_a_budget_stands_in_the_table_and_steps_where_they_count(pair, problems, tmp_path):
     command = ("--task", problems, "--methods", "best-of-n,likeliest,beam-search,mcts", "--budget", "calls=40")
-    steps = ("--step-separator", r"\n\n", "--step-tokens", "4", "--step-width", "2", "--exploration", "0.5")
+    steps = ("--search-separator", r"\n\n", "--search-tokens", "4", "--search-width", "2", "--exploration", "0.5")
     done = invoke(*command, *steps, "--out", tmp_path / "a", *pair, *FAST)
     assert done.exit_code == 0, done.output
     for expected in ("budget calls=40", "best-of-n", "likeliest", "beam-search", "mcts", "with the same budget"):
         assert expected in done.stdout
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["budget"] == {"kind": "calls", "amount": 40.0, "max_rollouts": 100_000}
-    assert config["search"] == {"step_separator": "\n\n", "step_tokens": 4, "step_width": 2, "exploration": 0.5}
+    assert config["search"] == {"search_separator": "\n\n", "search_tokens": 4, "search_width": 2, "exploration": 0.5}
     records = [record for record in lines_of_all(tmp_path / "a") if record["method"] != "likeliest"]
     assert all(40 <= record["model_calls"] < 40 + 50 and record["budget"] == "calls=40" for record in records)
     other = invoke(*command[:-1], "calls=41", *steps, "--out", tmp_path / "a", *pair, *FAST)
@@ -188,7 +188,7 @@ def test_a_lost_server_is_told_how_to_go_on(pair, problems, tmp_path, monkeypatc
             ("--task", "x", "--out", "o", "--pair=smollm2", "--budget", "9"),
             "--budget is '9', which names no cost; give",
         ),
-        (("--task", "x", "--out", "o", "--pair=smollm2", "--step-tokens", "0"), "step_tokens must be at least 1"),
+        (("--task", "x", "--out", "o", "--pair=smollm2", "--search-tokens", "0"), "search_tokens must be at least 1"),
         (("--task", "x", "--out", "o", "--pair=smollm2", "--seeds", "one"), "--seeds is 'one'"),
         (("--task", "x", "--out", "o", "--pair=smollm2", "--max-iters", "-1"), "max_iters must be at least 0"),
         (("--task", "x", "--out", "o", "--pair=smollm2", "--device", "tpu9x"), "device is 'tpu9x'"),
@@ -235,9 +235,9 @@ def test_help_names_every_option_and_setting():
         "methods",
         "n",
         "budget",
-        "step-separator",
-        "step-tokens",
-        "step-width",
+        "search-separator",
+        "search-tokens",
+        "search-width",
         "exploration",
         "seeds",
         "max-problems",
