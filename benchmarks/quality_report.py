@@ -106,7 +106,7 @@ def write_reports(work: Path, output: Path, page: Path) -> None:
 def draw(file: Path, docs: Path) -> list[Path]:
     """Plots of a JSON file that `write_reports` wrote, into ``docs``; nothing for other files."""
     summary = json.loads(file.read_text())
-    if "against_best_of_n" not in summary:
+    if "against_best_of_n" not in summary or "against_control" in summary:
         return []
     directory = docs / "assets" / "quality" / file.stem
     directory.mkdir(parents=True, exist_ok=True)

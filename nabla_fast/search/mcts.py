@@ -42,10 +42,10 @@ def mcts(prompt: Prompt, n: int, settings: SearchConfig, enough: Callable[[Promp
     """The complete response of the highest reward among those of a tree search's simulations, the first of equals.
 
     A simulation goes down from the prompt: at a node with ``settings.search_width`` draws it takes the open child of
-    the highest UCT, and one with fewer, or without open children, it rolls out to the end of the response. The first step
-    of the rollout is the child that is added (drawing a step and then the rest by the same policy is the same), and the
-    reward of the whole is added to all nodes on the way. So a simulation costs one rollout and one reward, and the
-    first ones are those that Best-of-N draws.
+    the highest UCT, and one with fewer, or without open children, it rolls out to the end of the response. The first
+    step of the rollout is the child that is added (drawing a step and then the rest by the same policy is the same),
+    and the reward of the whole is added to all nodes on the way. So a simulation costs one rollout and one reward, and
+    the first ones are those that Best-of-N draws.
 
     Args:
         n: simulations.
