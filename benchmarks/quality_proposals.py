@@ -4,6 +4,7 @@
     python benchmarks/quality_proposals.py tune --work DIR --rewards REWARDS       settings, on the tuning split
     python benchmarks/quality_proposals.py measure --work DIR --rewards REWARDS    500 held-out problems, three seeds
     python benchmarks/quality_proposals.py timing --work DIR --rewards REWARDS     seconds, on a machine that rests
+    python benchmarks/quality_proposals.py probes --work DIR --rewards REWARDS     what nabla-fast probe says of each
     python benchmarks/quality_proposals.py report --work DIR --output benchmarks/results/quality
     python benchmarks/plots.py                                                    the tables of docs/quality.md
 
@@ -25,7 +26,8 @@ from quality_report import merged
 
 from nabla_fast.config import PROPOSALS
 from nabla_fast.demo import arithmetic
-from nabla_fast.evaluation import methods, report
+from nabla_fast.evaluation import methods, probe_report, report
+from nabla_fast.evaluation.probe import probe
 from nabla_fast.evaluation.runner import read_json
 from nabla_fast.evaluation.tasks import ARITHMETIC, load_task
 from nabla_fast.whole_files import write_json
@@ -102,6 +104,25 @@ def timing(work: Work, rewards: Rewards, names: Names = NAMES, threads: Threads 
         _measure(work / "timing" / name, work, rewards, name, task, {"seeds": (0,), "anew": True})
 
 
+@app.command()
+def probes(work: Work, rewards: Rewards, names: Names = NAMES, threads: Threads = 2, problems: Problems = 100) -> None:
+    """What a probe of the tuning split says of each reward model, with a verifier's labels and without."""
+    torch.set_num_threads(threads)
+    task = load_task(ARITHMETIC, split="tuning", max_problems=problems)
+    (work / "probes").mkdir(parents=True, exist_ok=True)
+    for name in names.split(","):
+        file = work / "probes" / f"{name}.json"
+        if not file.exists():
+            models = _models(rewards, name)
+            found = probe(models, task, arithmetic.CONFIG.replace(**START), forks=2, batch_size=32)
+            told = {
+                kind: probe_report.figures(found, labels=labels)
+                for kind, labels in (("with_labels", True), ("without", False))
+            }
+            write_json(file, {"task": task.description, **told})
+            print(name, *(own["recommendation"]["why"] for own in told.values()), sep="\n  ", flush=True)
+
+
 @app.command("report")
 def write_report(
     work: Work, output: Annotated[Path, typer.Option(help="Directory of the JSON files.")], names: Names = NAMES
@@ -121,6 +142,9 @@ def write_report(
                 for folder in sorted((work / "tune" / name).glob("*"))
             },
         }
+    probed = {file.stem: read_json(file) for file in sorted((work / "probes").glob("*.json"))}
+    if probed:
+        write(output / "proposals-probes.json", {**_versions(), "rewards": probed})
     write(output / "proposals-tuning.json", {**_versions(), "rewards": tuned})
 
 

@@ -55,6 +55,7 @@ PROPOSED = {
     "prefix_reward": '`"prefix_reward"`',
     "guided": '`"guided"`',
 }
+NEAR = 0.02
 # Runs that differ in one thing: what it is → (with, without).
 PAIRS = {
     "the reward's gradient, latents, anchor rollout": ("latents-rollout", "latents-rollout-control"),
@@ -212,6 +213,38 @@ def of_proposals(file: Path) -> str:
         accuracy, interval, *cost = _figures(arm)
         lines += _row([shown, accuracy, interval, _points(own), *cost, *costs])
     return "\n".join(lines)
+
+
+def of_probes(results: Path) -> str:
+    """What probes said of each reward model, beside what whole evaluations say, where there are some."""
+    probed = json.loads((results / "proposals-probes.json").read_text())["rewards"]
+    header = [
+        "reward model",
+        "judges (concordance)",
+        *(f"{PROPOSED[name]}, gain" for name in PROPOSED if name != "guided"),
+    ]
+    header += ["recommended", "recommended without labels", "best when evaluated"]
+    lines = _row(header) + _row(["---"] * len(header))
+    for name, both in probed.items():
+        told = both["with_labels"]
+        judges = told["concordance"]["reward"]
+        gains = [_points(told["proposals"][own]["gain"]) for own in PROPOSED if own != "guided"]
+        said = [str(both[kind]["recommendation"]["proposal"] or "none") for kind in ("with_labels", "without")]
+        lines += _row(
+            [name, "{mean:.2f} ({low:.2f} to {high:.2f})".format(**judges), *gains, *said, _best(results, name)]
+        )
+    return "\n".join(lines)
+
+
+def _best(results: Path, reward: str) -> str:
+    """The proposals within two points of the best one with a reward model, by `quality_proposals.py measure`."""
+    file = results / f"proposals-{reward}.json"
+    if not file.exists():
+        return "not measured"
+    arms = [arm for arm in json.loads(file.read_text())["arms"].values() if arm["method"] in PROPOSED]
+    most = max(arm["accuracy"]["mean"] for arm in arms)
+    near = [arm["method"] for arm in arms if arm["accuracy"]["mean"] >= most - NEAR]
+    return ", ".join(name for name in PROPOSED if name in near)
 
 
 def in_brief(results: Path) -> str:

@@ -9,7 +9,8 @@ out, as is usual. T_lm counts every generated token and, for every rollout, the 
 anew; T_rm the tokens of every scored conversation, the part that a proposal shares with the first one left out, and
 one for every scored prefix, the rest of which is read with its conversation. A gradient evaluation is charged for all
 n tokens of the answer though it runs over those ahead only, which favours methods without gradients. Its backward pass
-costs one forward pass, not two as in training: frozen weights get no gradient.
+costs one forward pass, not two as in training: frozen weights get no gradient. A reward model that takes whole
+conversations is charged for the whole answer and what stands around it, in every score and gradient.
 
 Samples and rollouts of the decode loop are charged for the prompt each, a search over steps for the tokens that no KV
 cache holds (`nabla_fast.search.Prompt`): prompt and opening once, of a continuation and a scored prefix what is new.
@@ -37,11 +38,13 @@ class Sizes:
         language: of the language model, its head included.
         reward: of the reward model; 0 for a function, whose size is unknown.
         head: of the language model's head alone.
+        continues: whether the reward model continues cached prefixes; otherwise it takes whole conversations.
     """
 
     language: int
     reward: int
     head: int
+    continues: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ def sizes(pair: Pair) -> Sizes:
     head = pair.language_model.head.weight.numel()
     backbone = pair.reward_model.backbone
     language = _without_tables(pair.language_model.model) + head
-    return Sizes(language, 0 if backbone is None else _without_tables(backbone.model), head)
+    reward = 0 if backbone is None else _without_tables(backbone.model)
+    return Sizes(language, reward, head, backbone is None or pair.reward_model.supports_prefix_cache)
 
 
 def estimate(sizes: Sizes, work: Work, config: NablaConfig) -> float:
@@ -81,6 +85,9 @@ def estimate(sizes: Sizes, work: Work, config: NablaConfig) -> float:
     responses = whole / max(stats.rollouts, 1) * stats.generated_tokens + stats.prefix_rewards
     reward = work.conversations * opening + responses + whole * closing
     gradients = (1 + _BACKWARD_PER_FORWARD) * work.response * stats.gradient_evaluations
+    if not sizes.continues:
+        reward = stats.reward_calls * (opening + work.response) + whole * closing
+        reward += (1 + _BACKWARD_PER_FORWARD) * (opening + closing) * stats.gradient_evaluations
     rows = work.response if config.update_postfix else 1
     head = 2 * sizes.head * rows * stats.dto_iterations if config.parameterization == "latents" else 0
     return 2.0 * (

@@ -81,13 +81,13 @@ def recommendation(told: Mapping[str, Any]) -> dict[str, Any]:
         largest = max(proposals[name]["gain"]["mean"] for name in better)
         name = next(own for own in better if proposals[own]["gain"]["mean"] >= NEARLY * largest)
         gained = _difference(proposals[name]["gain_over_control"], *unit)
-        return {"proposal": name, "why": f"Use {name}: over the likeliest other token it gains {gained} a fork."}
+        return {"proposal": name, "why": f"Use {name}: beside the likeliest other token it brings {gained} a fork."}
     first, prefix = (
         _difference(proposals[name]["gain_over_control"], *unit) for name in ("first_order", "prefix_reward")
     )
     why = (
-        f"Use likeliest: over the likeliest other token, this reward's gradient gains {first} a fork and its score of "
-        f"prefixes {prefix}, neither of them for certain."
+        f"Use likeliest: beside the likeliest other token, this reward's gradient brings {first} a fork and its score "
+        f"of prefixes {prefix}, neither of them a gain for certain."
     )
     return {"proposal": CONTROL, "why": why}
 

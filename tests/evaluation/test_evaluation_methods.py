@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -172,6 +174,10 @@ def test_flops_by_hand(loaded):
     gradients = 2 * 2 * (100 + 10) * 5 * 3
     head = 4 * 40 * 5
     assert flops.estimate(size, work, CONFIG) == rollouts + rewards + gradients + head
+    # A reward model that takes whole conversations reads opening, answer and closing for every score and gradient.
+    whole = flops.estimate(replace(size, continues=False), work, CONFIG)
+    read = stats.reward_calls * (6 + 5 + 1) + 2 * stats.gradient_evaluations * (6 + 1)
+    assert whole == rollouts + 2 * 10 * read + gradients + head
     without = flops.estimate(size, work, CONFIG.replace(parameterization="logits"))
     assert without == rollouts + rewards + gradients
     every_row = flops.estimate(size, work, CONFIG.replace(update_postfix=True))

@@ -13,7 +13,7 @@ import nabla_fast as nf
 from nabla_fast import cli
 from nabla_fast.evaluation.tasks import Problem, Task
 from nabla_fast.models.loading import load_reward_model
-from nabla_fast.reward_training import examples, losses, training
+from nabla_fast.reward_training import card, examples, losses, training
 from nabla_fast.reward_training.examples import Answer, Example, Swap
 from nabla_fast.reward_training.losses import Pointer, Row, reward_loss
 from nabla_fast.reward_training.training import Recipe, draw_rows, train
@@ -241,3 +241,38 @@ def test_the_command(base, tmp_path):
     # Nothing that a tiny model writes is right.
     assert "all answers are wrong" in str(found.exception)
     assert "--model is missing" in str(invoke("--task", problems, "--out", tmp_path / "other").exception)
+
+
+def test_the_command_leaves_an_adapter_with_a_card(base, tmp_path, monkeypatch):
+    chats = [({"role": "user", "content": text},) for text in ("what is 3", "is it on", "the user", "what is it")]
+    whole = Task("tiny", [Problem(f"p{i}", chat, "1") for i, chat in enumerate(chats)], Grader(), {"name": "tiny"})
+    monkeypatch.setattr("nabla_fast.evaluation.tasks.load_task", lambda *_, **__: whole)
+    arguments = [
+        *("train-reward", "--model", base, "--task", "tiny", "--out", tmp_path, "--problems", 3, "--validation", 1),
+        *("--steps", 2, "--rows", 2, "--max-new-tokens", 6, "--confidence-threshold", "none", "--max-iters", 1),
+    ]  # fmt: skip
+    found = CliRunner().invoke(cli.app, list(map(str, arguments)), env={"COLUMNS": "200"})
+    assert found.exit_code == 0, (found.output, found.exception)
+    assert "precision" in found.output
+    assert "use it as --reward-model" in found.output
+    adapter = tmp_path / training.ADAPTER
+    model, _ = load_reward_model(adapter)
+    assert model.config.num_labels == 1
+    figures = json.loads((adapter / card.FIGURES).read_text())
+    assert figures["before"] is None
+    assert figures["after"]["answers"] == 1
+    text = (adapter / card.CARD).read_text()
+    for part in (
+        "base_model:",
+        "| precision at 1 of likeliest |",
+        figures["after"]["recommendation"]["why"],
+        '"steps": 2',
+    ):
+        assert part in text
+    # Again, with a reward model to compare with: nothing is drawn or trained anew.
+    before = (tmp_path / examples.EXAMPLES).read_text()
+    again = [*arguments, "--reward-model", adapter]
+    found = CliRunner().invoke(cli.app, list(map(str, again)), env={"COLUMNS": "200"})
+    assert found.exit_code == 0, (found.output, found.exception)
+    assert (tmp_path / examples.EXAMPLES).read_text() == before
+    assert "| figure | before | trained |" in (adapter / card.CARD).read_text()
