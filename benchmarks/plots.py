@@ -37,7 +37,7 @@ PICTURES = DOCS / "assets" / "speed"
 KINDS = ("cpu", "gpu")
 IMPROVEMENTS = "improvements"
 SPEED_IN_BRIEF, QUALITY_IN_BRIEF, QUALITY = "speed in brief", "quality in brief", "quality "
-PROBES = "quality probes"
+QUALITY_TABLES = {"quality probes": quality_report.of_probes, "quality seconds": quality_report.of_seconds}
 NOT_MEASURED = "not measured"
 
 
@@ -164,8 +164,8 @@ def table(which: str) -> str:
         return section(kind, suite)
     if which == QUALITY_IN_BRIEF:
         return quality_report.in_brief(RESULTS / "quality")
-    if which == PROBES:
-        return quality_report.of_probes(RESULTS / "quality")
+    if which in QUALITY_TABLES:
+        return QUALITY_TABLES[which](RESULTS / "quality")
     if which.startswith(QUALITY) and (RESULTS / "quality" / f"{suite}.json").exists():
         made = quality_report.of_proposals if suite.startswith("proposals") else quality_report.of_task
         return made(RESULTS / "quality" / f"{suite}.json")

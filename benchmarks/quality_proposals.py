@@ -155,7 +155,7 @@ def _measure(folder: Path, work: Path, rewards: Path, name: str, task: Any, how:
     for proposal in PROPOSALS:
         config = arithmetic.CONFIG.replace(**_settings(work, name, proposal))
         run(folder / proposal, models, task, [("nabla", ROLLOUTS)], config, **how)
-        if proposal == "dto":
+        if proposal == "dto" and not how.get("anew"):  # the evaluation itself has no such method
             run(folder / "blind", models, task, [(BLIND, ROLLOUTS)], config, **how)
 
 

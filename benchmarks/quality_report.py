@@ -215,6 +215,21 @@ def of_proposals(file: Path) -> str:
     return "\n".join(lines)
 
 
+def of_seconds(results: Path) -> str:
+    """What the proposals and Best-of-N take, by `quality_proposals.py timing`."""
+    header = ["reward model", "method", "accuracy", "seconds", "minus Best-of-N at equal seconds, points"]
+    lines = _row(header) + _row(["---"] * len(header))
+    for file in sorted(results.glob("proposals-timing-*.json")):
+        summary = json.loads(file.read_text())
+        for label, arm in summary["arms"].items():
+            shown = PROPOSED.get(arm["method"]) or (label if arm["method"] == "best-of-n" and arm["n"] > 2 else None)
+            if shown:
+                against = summary["against_best_of_n"].get(label, {}).get("seconds")
+                told = [_percent(arm["accuracy"]["mean"]), f"{arm['seconds']['mean']:.2f}"]
+                lines += _row([summary["reward"], shown, *told, _points(against)])
+    return "\n".join(lines)
+
+
 def of_probes(results: Path) -> str:
     """What probes said of each reward model, beside what whole evaluations say, where there are some."""
     probed = json.loads((results / "proposals-probes.json").read_text())["rewards"]

@@ -21,6 +21,7 @@ RESULTS, PLOT = "probe.json", "probe.png"
 BY_COST = (CONTROL, "prefix_reward", "first_order", "dto")
 CHANCE = 0.5
 NEARLY = 0.95
+UNLABELLED = "Without a verifier this says what the reward likes, not what is right."
 
 
 def figures(probe: Probe, *, labels: bool) -> dict[str, Any]:
@@ -56,7 +57,10 @@ def figures(probe: Probe, *, labels: bool) -> dict[str, Any]:
         "concordance": concordance,
         "mistakes": _mistakes(probe, mendable, labels=labels),
     }
-    return {**told, "recommendation": recommendation(told)}
+    recommended = recommendation(told)
+    if not labels:
+        recommended["why"] += f" {UNLABELLED}"
+    return {**told, "recommendation": recommended}
 
 
 def recommendation(told: Mapping[str, Any]) -> dict[str, Any]:

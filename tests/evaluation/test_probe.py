@@ -125,7 +125,7 @@ def test_without_labels_the_grader_is_not_asked(models):
     told = probe_report.figures(found, labels=False)
     assert told["accuracy"] is None
     assert told["concordance"]["reward"] is None
-    assert told["recommendation"]["why"]
+    assert told["recommendation"]["why"].endswith("what the reward likes, not what is right.")
 
 
 def test_numbers_below_one_are_refused(models):
