@@ -123,7 +123,7 @@ def command(
 
     search = SearchConfig(search_separator.replace(r"\n", "\n"), search_tokens, search_width, exploration)
     columns = {"prompt_column": prompt_column, "answer_column": answer_column, "split": split}
-    problems = partial(_problems, task, task_option or [], choice, max_problems=max_problems, **columns)
+    problems = partial(choice.load_task, task, task_option or [], max_problems=max_problems, **columns)
     cluster = driver.choose_cluster(engine, ray_address, workers, cpus_per_worker, choice.device, choice.reward_device)
     driver.prepare_profile(profile, cluster)
     config = driver.with_key(configured(choice.config, settings))
@@ -199,16 +199,6 @@ def _load(choice: ModelChoice, config: NablaConfig) -> Models:
     from nabla_fast.evaluation import methods
 
     return methods.load(*choice.load(), config)
-
-
-def _problems(name: str, options: list[str], choice: ModelChoice, **more: Any) -> Task:
-    from nabla_fast.evaluation.tasks import GYM_PREFIX, load_task, parse_options
-
-    own = {} if choice.demo is None else choice.demo.task_options.get(name.removeprefix(GYM_PREFIX), {})
-    task = load_task(name, {**own, **parse_options(options)}, **more)
-    if choice.demo is not None:
-        choice.demo.require([problem.chat for problem in task.problems])
-    return task
 
 
 def _refuse_others(context: typer.Context) -> None:

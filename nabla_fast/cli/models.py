@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from nabla_fast.cli.console import print_warning
 if TYPE_CHECKING:
     from nabla_fast.config import NablaConfig
     from nabla_fast.demo.pairs import DemoPair
+    from nabla_fast.evaluation.tasks import Task
 
 PAIR_NAMES = ("smollm2", "arithmetic")
 # Names of options that ``--pair`` took the place of, until the release after 0.1.
@@ -133,6 +134,24 @@ class ModelChoice:
 
         assert self.model is not None
         return load_language_model(self.model, **self._where, argument="--model")
+
+    def load_task(self, name: str, options: Sequence[str], **more: Any) -> Task:
+        """The task of a command, with the parameters that belong to the pair where ``options`` give none.
+
+        Args:
+            options: ``NAME=VALUE`` each.
+            more: as `nabla_fast.evaluation.tasks.load_task` takes it.
+
+        Raises:
+            ValueError: as that does; also if a problem is none for the pair.
+        """
+        from nabla_fast.evaluation.tasks import GYM_PREFIX, load_task, parse_options
+
+        own = {} if self.demo is None else self.demo.task_options.get(name.removeprefix(GYM_PREFIX), {})
+        task = load_task(name, {**own, **parse_options(options)}, **more)
+        if self.demo is not None:
+            self.demo.require([problem.chat for problem in task.problems])
+        return task
 
     @property
     def _where(self) -> dict[str, str]:

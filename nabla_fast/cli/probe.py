@@ -53,17 +53,12 @@ def command(
         raise ValueError("--task is missing; give the task whose problems are to be looked at")
     from nabla_fast.evaluation import driver, methods, probe_report
     from nabla_fast.evaluation.probe import probe
-    from nabla_fast.evaluation.tasks import GYM_PREFIX, load_task, parse_options
 
     if out is not None:
         probe_report.prepare(out)
-    own = {} if choice.demo is None else choice.demo.task_options.get(name.removeprefix(GYM_PREFIX), {})
     columns = {"prompt_column": prompt_column, "answer_column": answer_column, "split": split}
-    options = {**own, **parse_options(task_option or [])}
     with status("preparing the problems"):
-        problems = load_task(name, options, max_problems=max_problems, **columns)
-    if choice.demo is not None:
-        choice.demo.require([problem.chat for problem in problems.problems])
+        problems = choice.load_task(name, task_option or [], max_problems=max_problems, **columns)
     config = driver.with_key(configured(choice.config, settings))
     with status("loading the models"):
         models = methods.load(*choice.load(), config)

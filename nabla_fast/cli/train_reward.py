@@ -63,7 +63,6 @@ def command(
     for option, value in (("--problems", problems), ("--validation", validation)):
         if value < 1:
             raise ValueError(f"{option} is {value}; give at least 1")
-    from nabla_fast.evaluation.tasks import GYM_PREFIX, load_task, parse_options
     from nabla_fast.reward_training.training import Recipe
 
     recipe = Recipe(
@@ -75,12 +74,9 @@ def command(
         point=point,
         seed=settings["seed"] or 0,
     )
-    own = {} if choice.demo is None else choice.demo.task_options.get(name.removeprefix(GYM_PREFIX), {})
     columns = {"prompt_column": prompt_column, "answer_column": answer_column, "split": split}
     with status("preparing the problems"):
-        whole = load_task(
-            name, {**own, **parse_options(task_option or [])}, max_problems=problems + validation, **columns
-        )
+        whole = choice.load_task(name, task_option or [], max_problems=problems + validation, **columns)
     if len(whole.problems) <= problems:
         raise ValueError(
             f"--problems is {problems}, but {name} has {len(whole.problems)}, and --validation is {validation}; give "

@@ -8,6 +8,7 @@ the same rollouts. `nabla_fast.evaluation.probe_report` makes figures of it.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from nabla_fast.config import NablaConfig
 from nabla_fast.decoder import Decoder
+from nabla_fast.evaluation.grading import GradingError
 from nabla_fast.evaluation.methods import Models
 from nabla_fast.evaluation.tasks import Problem, Task
 from nabla_fast.evaluation.thoughts import spoken
@@ -144,6 +146,9 @@ def probe(
         ValueError: if ``forks`` or ``batch_size`` is below 1, or a prompt leaves no room for a response.
         GradingError: if a problem cannot be graded.
         FloatingPointError: if a model gives NaN or infinite values.
+
+    Warns:
+        UserWarning: for an answer that the grader fails on; it counts as wrong.
     """
     for name, value in (("forks", forks), ("batch_size", batch_size)):
         if value < 1:
@@ -297,7 +302,11 @@ class _Prober:
             return None
         text = spoken(self.models.pair.tokenizer, self.models.prompt_ids(problem), tokens.tolist())
         grader = self.task.grader
-        return grader.right(problem.id, problem.reference, grader.answer(problem.id, text))
+        try:
+            return grader.right(problem.id, problem.reference, grader.answer(problem.id, text))
+        except GradingError as error:
+            warnings.warn(f"an answer to {problem.id} counts as wrong: {error}", stacklevel=2)
+            return False
 
     def _phase(self, name: str, sequences: Sequence[Response]) -> AbstractContextManager[None]:
         return self.objective.clock.phase(name, [sequence.stats for sequence in sequences])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +13,13 @@ from torch import Tensor
 
 from nabla_fast.config import NablaConfig
 from nabla_fast.evaluation import methods
+from nabla_fast.evaluation.journal import Journal
 from nabla_fast.evaluation.probe import Fork, probe
+from nabla_fast.evaluation.runner import read_json
 from nabla_fast.evaluation.tasks import Problem, Task
+from nabla_fast.whole_files import write_json
 
-EXAMPLES = "examples.jsonl"
+EXAMPLES, SETTINGS = "examples.jsonl", "examples.json"
 
 
 @dataclass(frozen=True)
@@ -92,55 +94,63 @@ def collect(
 
     Raises:
         GradingError: if a problem cannot be graded.
-        ValueError: if ``folder`` holds the examples of other problems.
+        ValueError: if ``folder`` holds examples of other problems, or drawn with other settings or another policy.
+        BlockingIOError: if another process is writing to it.
     """
+    _require_same(folder, {"policy": str(model.config.name_or_path), "forks": forks, **_drawing(config)})
     file = folder / EXAMPLES
-    known = read(file)
     chats = {problem.id: _plain(problem.chat) for problem in task.problems}
-    for example in known.values():
-        if chats.get(example.problem) != _plain(example.chat):
-            raise ValueError(
-                f"{file} has the problem {example.problem!r}, which is none of this task; use another folder"
-            )
-    on_problems(len(known))
-    left = [problem for problem in task.problems if problem.id not in known]
-    models = methods.load(model, tokenizer, _no_reward, None, config)
-    with file.open("a", encoding="utf-8") as lines:
+    with Journal(file) as journal:
+        known = {example.problem: example for example in _examples(file, journal.records)}
+        for example in known.values():
+            if chats.get(example.problem) != _plain(example.chat):
+                told = f"{file} has the problem {example.problem!r}, which is none of this task"
+                raise ValueError(f"{told}; use another folder")
+        on_problems(len(known))
+        left = [problem for problem in task.problems if problem.id not in known]
+        models = methods.load(model, tokenizer, _no_reward, None, config)
         for first in range(0, len(left), batch_size):
             some = left[first : first + batch_size]
             part = Task(task.name, some, task.grader, task.description)
             found = probe(models, part, config, forks=forks, batch_size=batch_size, proposals=())
             for problem, drawn in zip(some, found.answers, strict=True):
                 own = [fork for fork in found.forks if fork.problem == problem.id]
-                example = _example(problem, Answer(drawn.response, bool(drawn.right)), own)
-                known[problem.id] = example
-                lines.write(json.dumps(asdict(example), ensure_ascii=False) + "\n")
-            lines.flush()
-            os.fsync(lines.fileno())
+                known[problem.id] = _example(problem, Answer(drawn.response, bool(drawn.right)), own)
+                journal.append(asdict(known[problem.id]))
             on_problems(len(some))
     return [known[problem.id] for problem in task.problems]
 
 
-def read(file: Path) -> dict[str, Example]:
-    """Problem id → example, of a file that `collect` wrote; a last line that was cut off is left out, and removed.
-
-    Raises:
-        ValueError: if another line is none of an example.
-    """
-    if not file.exists():
-        return {}
-    text = file.read_bytes()
-    whole = text.rfind(b"\n") + 1
-    if whole < len(text):
-        os.truncate(file, whole)
-    found = {}
-    for number, line in enumerate(text[:whole].decode().splitlines(), start=1):
+def _examples(file: Path, records: Sequence[Mapping[str, Any]]) -> list[Example]:
+    found = []
+    for number, record in enumerate(records, start=1):
         try:
-            example = Example.from_dict(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"line {number} of {file} is no example ({error!r}); remove the file") from error
-        found[example.problem] = example
+            found.append(Example.from_dict(record))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"line {number} of {file} is no example ({error!r}); use another folder") from error
     return found
+
+
+def _drawing(config: NablaConfig) -> dict[str, Any]:
+    """The settings that examples depend on."""
+    told = config.to_dict()
+    sampling = ("rollout", "max_new_tokens", "seed", "eos_token_ids", "stop_strings", "chat_template_kwargs")
+    forks = ("candidates", "entropy_threshold", "confidence_threshold")
+    return {name: told[name] for name in (*sampling, *forks)}
+
+
+def _require_same(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Keeps what examples are drawn with, or refuses those that were drawn with something else."""
+    file = folder / SETTINGS
+    plain = json.loads(json.dumps(settings))
+    if file.exists():
+        found = read_json(file)
+        for name in plain:
+            if found.get(name) != plain[name]:
+                told = f"{folder} holds examples drawn with {name} {found.get(name)!r}, not {plain[name]!r}"
+                raise ValueError(f"{told}; use another folder")
+    else:
+        write_json(file, plain)
 
 
 def _example(problem: Problem, drawn: Answer, forks: Sequence[Fork]) -> Example:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import nabla_fast as nf
 from nabla_fast import cli
 from nabla_fast.evaluation import methods, probe_report
+from nabla_fast.evaluation.grading import GradingError
 from nabla_fast.evaluation.probe import Candidate, Drawn, Fork, Probe, probe
 from nabla_fast.evaluation.tasks import Problem, Task
 from nabla_fast.generate import run, stop_rule
@@ -126,6 +127,17 @@ def test_without_labels_the_grader_is_not_asked(models):
     assert told["accuracy"] is None
     assert told["concordance"]["reward"] is None
     assert told["recommendation"]["why"].endswith("what the reward likes, not what is right.")
+
+
+def test_an_answer_that_cannot_be_graded_counts_as_wrong_and_ends_nothing(models):
+    class Fails(Grader):
+        def right(self, problem_id, reference, answer):
+            raise GradingError("no")
+
+    asked = task()
+    with pytest.warns(UserWarning, match="counts as wrong: no"):
+        found = probe(models, Task(asked.name, asked.problems, Fails(), {}), CONFIG, forks=1)
+    assert {candidate.right for fork in found.forks for candidate in fork.candidates} == {False}
 
 
 def test_numbers_below_one_are_refused(models):

@@ -204,7 +204,12 @@ def test_examples_are_what_the_grader_says_and_are_kept(tmp_path):
     assert again == found
     other = Task("tiny", [Problem("p0", chats[1], "1")], Grader(), {})
     with pytest.raises(ValueError, match="none of this task"):
-        examples.collect(model, TOKENIZER, other, config, tmp_path)
+        examples.collect(model, TOKENIZER, other, config, tmp_path, forks=2)
+    # Examples that were drawn in another way are not taken for these.
+    with pytest.raises(ValueError, match="drawn with forks 2, not 3"):
+        examples.collect(model, TOKENIZER, task, config, tmp_path, forks=3)
+    with pytest.raises(ValueError, match="drawn with max_new_tokens 6, not 7"):
+        examples.collect(model, TOKENIZER, task, config.replace(max_new_tokens=7), tmp_path, forks=2)
 
 
 def test_answers_of_one_kind_are_refused(base, labelled, tmp_path):
