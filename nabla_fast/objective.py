@@ -328,24 +328,25 @@ class Objective:
         model = self.reward_model
         known = [self._reward_cache(r.sequence) for r in requests]
         frames = [_frame(r.sequence) for r in requests]
+        readings = [model.reading(r.response, frame) for r, frame in zip(requests, frames, strict=True)]
         factors: list[Tensor] = []
         if model.supports_prefix_cache:
             assert model.backbone is not None
-            responses, starts = [r.response for r in requests], [r.start for r in requests]
-            skipped = catch_up(model.backbone, model.table, known, responses, starts)
-            inputs = [model.conversation(f, y, n) for f, y, n in zip(frames, responses, skipped, strict=True)]
+            starts = [reading.first(r.start) for reading, r in zip(readings, requests, strict=True)]
+            skipped = catch_up(model.backbone, model.reading_table, known, [r.tokens for r in readings], starts)
+            inputs = [model.conversation(f, y, n) for f, y, n in zip(frames, readings, skipped, strict=True)]
         else:
             skipped = [-len(frame.opening) for frame in frames]
-            inputs = [model.conversation(f, r.response) for f, r in zip(frames, requests, strict=True)]
+            inputs = [model.conversation(f, y) for f, y in zip(frames, readings, strict=True)]
         scale = -self.config.reward_coeff * model.table.scale
         caches = [own.cache for own in known] if model.supports_prefix_cache else [None] * len(known)
         out = self._rewards_by_graph(caches, inputs, gradient=True)
         if out is not None:
             assert out.gradient is not None
-            for i, (request, own) in enumerate(zip(requests, known, strict=True)):
-                own.keep(request.response, out.cache(i))
-                ahead = slice(request.start - skipped[i], len(request.response) - skipped[i])
-                factors.append(_factor(out.gradient[i, ahead], scale))
+            for i, (request, own, reading) in enumerate(zip(requests, known, readings, strict=True)):
+                own.keep(reading.tokens, out.cache(i))
+                rows = model.response_rows(reading, inputs[i], out.gradient[i], request.start, skipped[i])
+                factors.append(_factor(rows, scale))
             return _Part(factors, out.values[: len(requests)].clone())
         inputs = [x.differentiable() for x in inputs]
         rewards, after = model.rewards(inputs, caches)
@@ -355,11 +356,10 @@ class Objective:
                 "inputs_embeds"
             )
         grads = torch.autograd.grad(rewards.sum(), [x.embeds for x in inputs])
-        for request, own, cache, x, grad, skip in zip(requests, known, after, inputs, grads, skipped, strict=True):
-            own.keep(model.shown(request.response), cache)
-            factors.append(
-                _factor(model.response_rows(x, grad, slice(request.start, len(request.response)), skip), scale)
-            )
+        each = zip(requests, known, readings, after, inputs, grads, skipped, strict=True)
+        for request, own, reading, cache, x, grad, skip in each:
+            own.keep(reading.tokens, cache)
+            factors.append(_factor(model.response_rows(reading, x, grad, request.start, skip), scale))
         return _Part(factors, rewards.detach())
 
     def read(self, sequences: Seq[Sequence], prefixes: Seq[Tensor]) -> None:
@@ -370,31 +370,34 @@ class Objective:
             return
         assert model.backbone is not None
         known = [self._reward_cache(sequence) for sequence in sequences]
+        tokens = [model.reading(y, _frame(s)).tokens for y, s in zip(prefixes, sequences, strict=True)]
         fast = fast_kernels(model.device, *self._fused)
         with self.clock.phase("reward", [s.stats for s in sequences]), torch.inference_mode(False), torch.no_grad():  # noqa: SIM117
             with self._side.joined(), self._side.active(), frozen(self._parameters), fast:
-                reach(model.backbone, model.table, known, prefixes)
+                reach(model.backbone, model.reading_table, known, tokens)
 
     def _score(self, sequences: Seq[Sequence], responses: Seq[Tensor], *, keep: bool, ended: Seq[bool]) -> list[float]:
         model = self.reward_model
         fast = fast_kernels(model.device, *self._fused)
         with self._side.joined(), self._side.active(), frozen(self._parameters), fast:
             known = [self._reward_cache(s) for s in sequences]
+            readings = [model.reading(y, _frame(s)) for y, s in zip(responses, sequences, strict=True)]
             caches, inputs = [], []
-            common = common_lengths(known, responses) if model.supports_prefix_cache else [0] * len(known)
-            each = zip(sequences, known, responses, common, ended, strict=True)
-            for sequence, own, response, shared, whole in each:
-                start = min(shared, len(response) - 1)
+            tokens = [reading.tokens for reading in readings]
+            common = common_lengths(known, tokens) if model.supports_prefix_cache else [0] * len(known)
+            each = zip(sequences, known, readings, common, ended, strict=True)
+            for sequence, own, reading, shared, whole in each:
+                start = min(shared, len(reading.tokens) - 1)
                 cache = own.before(start) if start >= 0 else None
                 caches.append(cache)
                 behind = None if cache is None else start
-                inputs.append(model.conversation(_frame(sequence), response, behind, ended=whole))
+                inputs.append(model.conversation(_frame(sequence), reading, behind, ended=whole))
             # A proposal is mostly rejected, and what it shares with the trajectory stays; so only the first is kept.
             out = self._rewards_by_graph(caches, inputs, gradient=False)
             rewards, after = model.rewards(inputs, caches) if out is None else (out.values[: len(known)], [])
-            for i, (own, response) in enumerate(zip(known, responses, strict=True)):
+            for i, (own, read) in enumerate(zip(known, tokens, strict=True)):
                 if keep or own.cache is None:
-                    own.keep(model.shown(response), after[i] if out is None else out.cache(i))
+                    own.keep(read, after[i] if out is None else out.cache(i))
             self._require_finite([rewards], model.name)
             scored: list[float] = rewards.tolist()
         return scored

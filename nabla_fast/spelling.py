@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_UNFINISHED = "\ufffd"  # what decoders write for bytes that are no whole character
+UNFINISHED = "\ufffd"  # what decoders write for bytes that are no whole character
 _LONGEST = 8  # tokens; no character takes more, so longer runs are bytes that never become one
 
 
@@ -44,7 +44,7 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[Piece]:
         last = end - 1 if is_special else end
         if start < last:
             text = _added(tokenizer, ids[context:last], start - context)
-            unfinished = text.endswith(_UNFINISHED) and last - start < _LONGEST
+            unfinished = text.endswith(UNFINISHED) and last - start < _LONGEST
             if unfinished and not is_special and end < len(ids):
                 continue
             found.append(Piece(start, last, text))
@@ -58,7 +58,7 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[Piece]:
 def spelled(tokenizer: Any, token: int) -> str:
     """One token alone; its name in the vocabulary where its bytes are no whole character, or it has no text."""
     text = "" if token in tokenizer.all_special_ids else _decoded(tokenizer, [token])
-    return _name(tokenizer, token) if not text or _UNFINISHED in text else text
+    return _name(tokenizer, token) if not text or UNFINISHED in text else text
 
 
 def _added(tokenizer: Any, ids: Sequence[int], known: int) -> str:

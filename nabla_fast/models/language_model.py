@@ -49,6 +49,10 @@ class EmbeddingTable:
         """Where the model takes its inputs."""
         return self.weight.device
 
+    def own_id(self, row: int | Tensor) -> int:
+        """The id that the model itself has for a row."""
+        return int(row if self.own_ids is None else self.own_ids[row])
+
     def inputs(self, ids: Tensor) -> Inputs:
         """The model's inputs for tokens (n,) on any device; they are on `device`."""
         ids = ids.to(self.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from nabla_fast.models.backbone import Backbone, Cache, Inputs, joined
 from nabla_fast.models.chat import Chat, encode
 from nabla_fast.models.language_model import LanguageModel
+from nabla_fast.models.reading import Reading
 from nabla_fast.models.reward_model import RewardFrame, RewardModel
 from nabla_fast.models.step_head import StepHead, log_scores, right_label, step_head
 from nabla_fast.models.steps import AGGREGATIONS, BLANK_LINE, ProcessReward, step_ends
@@ -23,7 +24,7 @@ class Steps(Inputs):
 
     Attributes:
         reads: where it is scored, positions of the whole conversation.
-        places: the row of each of its response tokens; -1 for one that it does not show.
+        places: the row of each of its response tokens.
     """
 
     reads: tuple[int, ...]
@@ -83,7 +84,7 @@ class ProcessRewardModel(RewardModel):
                 "inserted (insert_after); give a single token, or leave insert_after out"
             )
         # Behind every token of a response, at the most.
-        self.spread = 2 if self.inserts else 1
+        self.spread *= 2 if self.inserts else 1
 
     @property
     def backbone(self) -> Backbone | None:
@@ -104,29 +105,29 @@ class ProcessRewardModel(RewardModel):
         frame = super().prompt_frame(prompt_ids)
         return RewardFrame(frame.opening, self._separator, frame.key)
 
-    def shown(self, tokens: Tensor) -> Tensor:
-        # One at the most: a cached prefix may reach to the last token, and has to be of tokens that are shown.
-        return tokens[:-1] if len(tokens) and int(tokens[-1]) in self._ends_turn else tokens
+    def reading(self, tokens: Tensor, frame: RewardFrame) -> Reading:
+        # An end token is not shown. One at the most: a cached prefix may reach to the last token.
+        shown = tokens[:-1] if len(tokens) and int(tokens[-1]) in self._ends_turn else tokens
+        return replace(super().reading(shown, frame), size=len(tokens))
 
     def conversation(
-        self, frame: RewardFrame, tokens: Tensor, start: int | None = None, *, ended: bool = True
+        self, frame: RewardFrame, response: Tensor | Reading, start: int | None = None, *, ended: bool = True
     ) -> Steps:
         """As `RewardModel.conversation`, with what is read and where the response's tokens are.
 
         A response that goes on is read as one that has ended: its last step is closed, as those were that the model was
         trained on.
         """
-        shown = self.shown(tokens)
+        shown = self._reading_of(response, frame).tokens
         ends, unfinished = step_ends([self._piece(token) for token in shown.tolist()], self._marker)
-        left_out = (-1,) * (len(tokens) - len(shown))
         before = len(frame.opening)
         if not self.inserts:
             reads = [before + end for end in ends]
             if unfinished:
                 reads.append(before + len(shown) + len(self._separator) - 1)
-            inputs = joined([self.table.inputs(shown[start:]), self._separator])
+            inputs = joined([self.reading_table.inputs(shown[start:]), self._separator])
             first = before if start is None else 0
-            places = tuple(range(first, first + len(shown) - (start or 0))) + left_out
+            places = tuple(range(first, first + len(shown) - (start or 0)))
             whole = joined([frame.opening, inputs]) if start is None else inputs
             return Steps(whole.ids, whole.embeds, tuple(reads), places)
         assert start is None, "a conversation with inserted tokens has no cached prefix"
@@ -143,16 +144,17 @@ class ProcessRewardModel(RewardModel):
             if i in marked:
                 reads.append(len(order))
                 order.append(separator)
-        apart = joined([frame.opening, self.table.inputs(shown), self._separator])
+        apart = joined([frame.opening, self.reading_table.inputs(shown), self._separator])
         chosen = torch.tensor(order, device=apart.device)
-        return Steps(apart.ids[chosen], apart.embeds[chosen], tuple(reads), (*rows, *left_out))
+        return Steps(apart.ids[chosen], apart.embeds[chosen], tuple(reads), tuple(rows))
 
-    def response_rows(self, conversation: Inputs, gradient: Tensor, part: slice, covered: int) -> Tensor:
+    def response_rows(
+        self, reading: Reading, conversation: Inputs, gradient: Tensor, position: int, covered: int
+    ) -> Tensor:
         assert isinstance(conversation, Steps)
         # Of whole conversations, none of the response is covered, and all of the opening is there.
-        places = torch.tensor(conversation.places, device=gradient.device)
-        places = places[part.start - max(covered, 0) : part.stop - max(covered, 0)]
-        return gradient[places.clamp(min=0)] * (places >= 0).unsqueeze(1)
+        places = torch.tensor(conversation.places, dtype=torch.long, device=gradient.device)
+        return reading.rows(gradient[places], position, max(covered, 0))
 
     def rewards(
         self, conversations: Sequence[Inputs], caches: Sequence[Cache | None] | None = None
@@ -173,9 +175,10 @@ class ProcessRewardModel(RewardModel):
         self._head = step_head(model, own, self.name, self.tokenizer)
 
     def _piece(self, token: int) -> str:
-        """The text of a token of the language model."""
+        """The text of a token of a reading."""
         if token not in self._text:
-            self._text[token] = self._language_tokenizer.decode([token])
+            writer = self._language_tokenizer if self.cross is None else self.tokenizer
+            self._text[token] = writer.decode([token])
         return self._text[token]
 
     def _separator_ids(self, separator: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,9 @@ from torch import Tensor
 from nabla_fast.models import checks
 from nabla_fast.models.backbone import Backbone, Cache, Inputs, joined
 from nabla_fast.models.chat import Chat, conversation_frame
+from nabla_fast.models.cross_tokenizer import CrossTokenizer
 from nabla_fast.models.language_model import EmbeddingTable, LanguageModel, context_length, embedding_table
+from nabla_fast.models.reading import Reading
 from nabla_fast.models.reward_head import OwnForward, RewardHead, require_embeddings_argument, reward_head
 from nabla_fast.models.tokenizer_agreement import require_same_tokenization
 from nabla_fast.models.vocabulary import Alignment, align, aligned_table
@@ -58,14 +61,21 @@ class RewardModel:
 
     Attributes:
         table: the reward model's input embeddings in the language model's token order (V, d_r).
+        reading_table: those of the tokens that it reads a response in: `table`, or its own where tokenizers differ.
         alignment: which token is which; its ``share`` says how many have a partner.
+        cross: reads responses where the vocabularies are not `Alignment.close`; else None.
         name: what errors call the model.
-        spread: most tokens of a conversation that a token of a response becomes.
+        spread: tokens of a conversation that a token of a response becomes: at the most, or with ``cross`` about.
         backbone: a classifier's, whose passes continue cached prefixes; None for what takes whole conversations.
 
     Raises:
         TypeError: if ``model`` is nothing that could be called.
-        ValueError: if it gives more than one number per sequence, or its gradient is not that of its forward pass.
+        ValueError: if it gives more than one number per sequence, or its gradient is not that of its forward pass; also
+            if tokenizers cut text differently though their vocabularies agree, or the reward model's cannot be used
+            where they do not.
+
+    Warns:
+        UserWarning: if the vocabularies are not the same, with what that means.
     """
 
     def __init__(
@@ -108,7 +118,17 @@ class RewardModel:
         self._own_table = own_table
         self._closing = self._template_closing()
         self.alignment = self._align(language_tokenizer, language_model.vocab_size, eos_token_ids)
-        self.table = aligned_table(self.alignment, own_table, language_tokenizer, self.tokenizer)
+        self.cross: CrossTokenizer | None = None
+        if self.alignment.close:
+            self.table = self.reading_table = aligned_table(
+                self.alignment, own_table, language_tokenizer, self.tokenizer
+            )
+        else:
+            ends = eos_token_ids or language_model.eos_token_ids
+            vocab_size, end = language_model.vocab_size, self._end_token()
+            self.cross = CrossTokenizer(language_tokenizer, self.tokenizer, vocab_size, own_table, ends, end)
+            self.table, self.reading_table, self.spread = self.cross.table, own_table, self.cross.spread
+            self._warn_of_crossing()
 
     @property
     def device(self) -> torch.device:
@@ -125,44 +145,65 @@ class RewardModel:
         return RewardFrame(self._read(frame.opening), self._read(frame.closing), tuple(frame.opening))
 
     def prompt_frame(self, prompt_ids: Sequence[int]) -> RewardFrame:
-        """A frame of the language model's own prompt ids, with the reward tokenizer's closing tokens."""
-        return RewardFrame(self.table.inputs(self._ids(prompt_ids)), self._read(self._closing), ())
+        """A frame of the language model's own prompt ids, with the reward tokenizer's closing tokens.
+
+        Raises:
+            ValueError: if the prompt has special tokens, such as those of a chat template, and the tokenizers differ.
+        """
+        if self.cross is None:
+            return RewardFrame(self.table.inputs(self._ids(prompt_ids)), self._read(self._closing), ())
+        special = sorted(set(prompt_ids[1:]) & set(self._language_tokenizer.all_special_ids))
+        if special:
+            raise ValueError(
+                f"the prompt's token ids hold {self._language_tokenizer.convert_ids_to_tokens(special[0])!r}, which "
+                "reward_tokenizer has no such token for; give the prompt as text or as a chat, so that the reward "
+                "model's own template is written"
+            )
+        opening = self.cross.encode(self._language_tokenizer.decode(list(prompt_ids), skip_special_tokens=True))
+        return RewardFrame(self._read(opening), self._read(self._closing), tuple(opening))
 
     @property
     def supports_prefix_cache(self) -> bool:
         """Whether `rewards` continues cached prefixes."""
         return self.backbone is not None and self.backbone.supports_prefix_cache
 
+    def reading(self, tokens: Tensor, frame: RewardFrame) -> Reading:
+        """A response (n,) int64 on the CPU, ids of the language model, in the tokens that its conversation has."""
+        if self.cross is None:
+            return Reading(len(tokens), tokens)
+        taken = len(frame.opening) + len(frame.closing)
+        return self.cross.read(tokens, None if self.context_length is None else self.context_length - taken)
+
     def conversation(
-        self, frame: RewardFrame, tokens: Tensor, start: int | None = None, *, ended: bool = True
+        self, frame: RewardFrame, response: Tensor | Reading, start: int | None = None, *, ended: bool = True
     ) -> Inputs:
-        """The inputs (T tokens) of a conversation whose response is ``tokens`` (n,) int64 on the CPU, ids of the
-        language model.
+        """The inputs (T tokens) of a conversation.
 
         A response that ends with the token that the template would write next keeps one of the two.
 
         Args:
-            start: leaves out everything before this response position; None leaves out nothing.
+            response: (n,) int64 on the CPU, ids of the language model; or what `reading` makes of them.
+            start: leaves out everything before this token of the reading; None leaves out nothing.
             ended: False for a response that goes on: it is closed only where its last token closes it.
         """
-        ends_turn = len(tokens) > 0 and self._closing and int(self.alignment.partner[tokens[-1]]) == self._closing[0]
+        tokens = self._reading_of(response, frame).tokens
+        ends_turn = len(tokens) > 0 and self._closing and self.reading_table.own_id(tokens[-1]) == self._closing[0]
         closing = frame.closing[1:] if ends_turn else frame.closing if ended else frame.closing[:0]
-        response = self.table.inputs(tokens[start:])
-        return joined([response, closing] if start is not None else [frame.opening, response, closing])
+        behind = self.reading_table.inputs(tokens[start:])
+        return joined([behind, closing] if start is not None else [frame.opening, behind, closing])
 
-    def shown(self, tokens: Tensor) -> Tensor:
-        """The tokens of a response (n,) that its conversation has, one behind the other, if it `supports_prefix_cache`;
-        the first ones, and mostly all."""
-        return tokens
-
-    def response_rows(self, conversation: Inputs, gradient: Tensor, part: slice, covered: int) -> Tensor:
-        """The rows of a gradient (T, d_r) with respect to a conversation that are those of response positions.
+    def response_rows(
+        self, reading: Reading, conversation: Inputs, gradient: Tensor, position: int, covered: int
+    ) -> Tensor:
+        """The gradient (n - position, d_r) at response positions ``position`` and later, of that (T, d_r) with respect
+        to a conversation.
 
         Args:
-            part: the positions; start and stop are given.
-            covered: the response position of the conversation's first token; negative if it begins with the opening.
+            reading: of the conversation's response.
+            covered: the token of the reading that the conversation begins with; negative if it begins with the opening.
         """
-        return gradient[part.start - covered : part.stop - covered]
+        first = max(covered, 0)
+        return reading.rows(gradient[first - covered : len(reading.tokens) - covered], position, first)
 
     def rewards(
         self, conversations: Sequence[Inputs], caches: Sequence[Cache | None] | None = None
@@ -216,6 +257,9 @@ class RewardModel:
             )
         return lengths
 
+    def _reading_of(self, response: Tensor | Reading, frame: RewardFrame) -> Reading:
+        return response if isinstance(response, Reading) else self.reading(response, frame)
+
     def _examine(self, model: Any, own: Any) -> None:
         self.head, self._function = reward_head(model, own, self.name, self.tokenizer)
 
@@ -226,12 +270,34 @@ class RewardModel:
 
     def _align(self, language_tokenizer: Any, vocab_size: int, eos_token_ids: Collection[int]) -> Alignment:
         alignment = align(language_tokenizer, self.tokenizer, vocab_size, self._own_table.weight.shape[0])
-        if self.tokenizer is not language_tokenizer:
+        if self.tokenizer is not language_tokenizer and alignment.close:
             require_same_tokenization(language_tokenizer, self.tokenizer, alignment)
         for token in eos_token_ids:
             if self._closing and alignment.partner[token] < 0:
                 alignment.partner[token] = self._closing[0]
         return alignment
+
+    def _end_token(self) -> int:
+        """What the reward model is shown for an end token of the language model with another vocabulary."""
+        own = self.tokenizer
+        found = [*self._closing[:1], own.eos_token_id, own.sep_token_id]
+        end = next((token for token in found if token is not None), None)
+        if end is None:
+            raise ValueError(
+                f"reward_tokenizer ({type(own).__name__}) has neither a chat template nor an end token (eos_token), "
+                "and another vocabulary than tokenizer; set reward_tokenizer.eos_token"
+            )
+        return int(end)
+
+    def _warn_of_crossing(self) -> None:
+        assert self.cross is not None
+        warnings.warn(
+            f"reward_tokenizer has {self.alignment.share:.1%} of the tokens of tokenizer, which has "
+            f"{self.alignment.reverse_share:.1%} of its tokens; {self.name} reads responses in tokens of its own, so "
+            "rewards are exact, and its gradient is carried over by the text that tokens share, an approximation "
+            f"({self.cross.single:.1%} of tokens are a single one there)",
+            stacklevel=4,
+        )
 
     def _ids(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long)

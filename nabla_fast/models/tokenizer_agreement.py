@@ -54,7 +54,7 @@ def require_same_tokenization(tokenizer: Any, reward_tokenizer: Any, alignment: 
         pair = cuts(text)
         return pair is not None and pair[0] != pair[1]
 
-    texts = [*_TEXTS, *_rows_of_tokens(tokenizer, partner)]
+    texts = [*_TEXTS, *rows_of_tokens(tokenizer, [i for i, theirs in enumerate(partner) if theirs >= 0])]
     different = [text for text in texts if differ(text)]
     if not different:
         return
@@ -73,10 +73,10 @@ def require_same_tokenization(tokenizer: Any, reward_tokenizer: Any, alignment: 
     warnings.warn(message, stacklevel=2)
 
 
-def _rows_of_tokens(tokenizer: Any, partner: Sequence[int]) -> list[str]:
-    """Random texts of tokens of the vocabulary, the same ones every time."""
+def rows_of_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Random texts of some tokens of the vocabulary, special and added ones left out; the same ones every time."""
     apart = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    words = [i for i, theirs in enumerate(partner) if theirs >= 0 and i not in apart]
+    words = [i for i in ids if i not in apart]
     rng = random.Random(0)
     return [tokenizer.decode(rng.choices(words, k=_LENGTH)) for _ in range(_ROWS)] if words else []
 

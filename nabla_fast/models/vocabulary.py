@@ -23,12 +23,22 @@ class Alignment:
     Attributes:
         partner: (V,) int64, the reward model's id of each token; -1 where it has none.
         share: share of the language model's tokens that have a partner.
+        reverse_share: share of the reward model's tokens that are one.
         unmatched: some of the tokens without one, for messages.
     """
 
     partner: Tensor
     share: float
+    reverse_share: float
     unmatched: tuple[str, ...]
+
+    @property
+    def close(self) -> bool:
+        """Whether the two have so much in common that responses are read token by token.
+
+        A reward model with many tokens more would read text in other ones.
+        """
+        return min(self.share, self.reverse_share) >= MINIMUM_SHARE
 
     @property
     def identical(self) -> bool:
@@ -43,11 +53,8 @@ def align(tokenizer: Any, reward_tokenizer: Any, vocab_size: int, reward_vocab_s
         tokenizer: of the language model, ``vocab_size`` ids.
         reward_tokenizer: of the reward model, ``reward_vocab_size`` ids.
 
-    Raises:
-        ValueError: if fewer than 90 % of the language model's tokens have a partner.
-
     Warns:
-        UserWarning: if some tokens have none, with their number.
+        UserWarning: if some tokens of vocabularies that are `Alignment.close` have no partner, with their number.
     """
     theirs = {token: i for token, i in reward_tokenizer.get_vocab().items() if i < reward_vocab_size}
     partner = torch.full((vocab_size,), -1, dtype=torch.long)
@@ -59,19 +66,15 @@ def align(tokenizer: Any, reward_tokenizer: Any, vocab_size: int, reward_vocab_s
             unmatched.append(token)
     share = 1.0 - len(unmatched) / len(ours)
     examples = tuple(sorted(unmatched)[:5])
-    if share < MINIMUM_SHARE:
-        raise ValueError(
-            f"reward_tokenizer shares only {share:.1%} of the tokens of tokenizer ({len(unmatched)} of {len(ours)} "
-            f"have no partner, among them {', '.join(map(repr, examples))}); give a reward model whose vocabulary "
-            f"holds at least {MINIMUM_SHARE:.0%} of them"
-        )
-    if unmatched:
+    reverse_share = (len(ours) - len(unmatched)) / max(len(theirs), 1)
+    alignment = Alignment(partner, share, reverse_share, examples)
+    if unmatched and alignment.close:
         warnings.warn(
             f"{len(unmatched)} of {len(ours)} tokens ({1 - share:.2%}) have no partner in the reward model's "
             f"vocabulary, among them {', '.join(map(repr, examples))}; the reward model sees the mean of their pieces",
             stacklevel=2,
         )
-    return Alignment(partner, share, examples)
+    return alignment
 
 
 def aligned_table(alignment: Alignment, table: EmbeddingTable, tokenizer: Any, reward_tokenizer: Any) -> EmbeddingTable:

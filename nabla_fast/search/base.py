@@ -348,9 +348,11 @@ class _Driver:
         """Tokens of a conversation that the reward model has to read."""
         frame = sequence.frame
         assert frame is not None, "a sequence without a frame is not scored"
-        length = len(frame.opening) + len(response.tokens)
+        tokens = torch.tensor(response.tokens, dtype=torch.long)
+        read = tuple(self._reward.reading(tokens, frame).tokens.tolist())
+        length = len(frame.opening) + len(read)
         closing = len(frame.closing) if response.finished else 0
-        covered = _covered(sequence.reward_cache, response.tokens) if self._reward.supports_prefix_cache else 0
+        covered = _covered(sequence.reward_cache, read) if self._reward.supports_prefix_cache else 0
         return length + closing - min(length, covered)
 
 

@@ -98,15 +98,18 @@ def test_the_table_it_comes_from_is_left_as_it_is() -> None:
     assert torch.equal(own.weight, before)
 
 
-def test_less_than_nine_tenths_in_common_is_an_error_that_says_how_much() -> None:
+def test_vocabularies_are_close_with_nine_tenths_in_common() -> None:
     merged = [t for t in TOKENIZER.get_vocab() if len(t) > 1 and not t.startswith("<|")]
     few = tiny_tokenizer(missing=merged[: V // 10 + 1])
-    share = len(few) / V
-    with pytest.raises(ValueError, match=rf"^reward_tokenizer shares only {share:.1%} .*\({V // 10 + 1} of {V} have"):
-        align(TOKENIZER, few, V, len(few))
+    with warnings.catch_warnings():
+        # Who takes such a pair tells what it means.
+        warnings.simplefilter("error")
+        alignment = align(TOKENIZER, few, V, len(few))
+    assert not alignment.close
+    assert alignment.share == pytest.approx(len(few) / V)
     enough = tiny_tokenizer(missing=merged[: V // 10])
     with pytest.warns(UserWarning, match=re.escape(f"{V // 10} of {V} tokens")):
-        assert align(TOKENIZER, enough, V, len(enough)).share >= 0.9
+        assert align(TOKENIZER, enough, V, len(enough)).close
 
 
 def test_padding_rows_of_the_reward_model_have_no_part() -> None:

@@ -1,0 +1,208 @@
+"""A reward model whose tokenizer cuts text into other tokens than the language model's.
+
+The reward model reads the text of a response in its own tokens, as it would on its own, so rewards are exact. Gradients
+are carried over by the text that tokens have in common: the gradient at a reward token belongs to the response tokens
+whose text it holds, in proportion to how much of it, and a language model's token has the mean embedding of the reward
+tokens that its text is cut into. To first order, that is what the reward changes by if those embeddings change, exact
+for every token that both tokenizers have where both cut alike, and an approximation elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from nabla_fast.models.language_model import EmbeddingTable
+from nabla_fast.models.reading import Reading, Spans
+from nabla_fast.models.tokenizer_agreement import rows_of_tokens
+from nabla_fast.ops import upcast
+from nabla_fast.spelling import UNFINISHED, pieces
+
+# Texts stand behind it: some tokenizers write a token otherwise at the beginning of a text, or put a space there. Most
+# tokenizers end a token with a line, whatever follows.
+_BEFORE = "\n"
+_CHUNK = 8192
+
+
+class CrossTokenizer:
+    """Reads responses in a reward model's tokens, and has its embeddings for the language model's vocabulary.
+
+    Args:
+        tokenizer: of the language model, V ids.
+        reward_tokenizer: of the reward model; a fast one, which tells where in a text its tokens are.
+        vocab_size: V.
+        table: the reward model's input embeddings.
+        ends: end tokens of the language model; at the end of a response, they are read as ``closing``.
+        closing: the reward model's token that ends a turn.
+
+    Attributes:
+        table: (V, d_r) the mean embedding of the tokens that each token's text is cut into; 0 for a token without text,
+            and for one that is no whole character.
+        single: share of the V tokens whose text is one token of the reward model's.
+        spread: how many tokens of the reward model one of the language model is counted as where room is to be left for
+            a response: half more than the mean.
+
+    Raises:
+        ValueError: if ``reward_tokenizer`` does not tell where its tokens are, or cannot read texts of its own tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        reward_tokenizer: Any,
+        vocab_size: int,
+        table: EmbeddingTable,
+        ends: Collection[int],
+        closing: int,
+    ) -> None:
+        if not getattr(reward_tokenizer, "is_fast", False):
+            raise ValueError(
+                f"reward_tokenizer is a {type(reward_tokenizer).__name__}, which does not tell where in a text its "
+                "tokens are, as it has to if it is not the language model's; give a fast tokenizer (one with a "
+                "tokenizer.json)"
+            )
+        self._tokenizer, self._reward_tokenizer = tokenizer, reward_tokenizer
+        self._ends, self._closing = frozenset(ends), closing
+        self._require_readable()
+        known = len(table.weight)
+        cuts = [[i for i in ids if i < known] for ids in self._cut_tokens(vocab_size)]
+        for end in self._ends:
+            cuts[end] = [closing]
+        counts = [len(own) for own in cuts if own]
+        self.single = counts.count(1) / vocab_size
+        self.spread = math.ceil(1.5 * sum(counts) / max(len(counts), 1))
+        self.table = EmbeddingTable(_means(table.weight, cuts), table.scale)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of ``text``, which does not begin a conversation."""
+        return self._located([text])[0][0]
+
+    def read(self, tokens: Tensor, room: int | None = None) -> Reading:
+        """A response (n,) int64 in the reward model's tokens.
+
+        Special tokens have no text and are not shown, but for an end token at the end of a response.
+
+        Args:
+            room: tokens that the reward model takes; None for any number.
+
+        Warns:
+            UserWarning: if it has no room for all of them; it is shown the first ones.
+        """
+        ids = tokens.tolist()
+        parts = [part for part in pieces(self._tokenizer, ids) if not part.special and part.text]
+        text = "".join(part.text for part in parts)
+        ((read, offsets),) = self._located([text])
+        shares: list[list[tuple[int, float]]] = [[] for _ in ids]
+        ends = list(accumulate(len(part.text) for part in parts))
+        at = 0
+        for j, (start, end) in enumerate(offsets):
+            # Both lists are in the order of the text, and several tokens can share a character.
+            while at < len(parts) - 1 and ends[at] <= start:
+                at += 1
+            for i in range(at, len(parts)):
+                begin = ends[i] - len(parts[i].text)
+                if begin >= max(end, start + 1):
+                    break
+                # A token without text of its own belongs to what stands there.
+                common = (min(end, ends[i]) - max(start, begin)) / (end - start) if end > start else 1.0
+                members = range(parts[i].start, parts[i].end)
+                for member in members:
+                    shares[member].append((j, common / len(members)))
+        if ids and ids[-1] in self._ends:
+            shares[-1].append((len(read), 1.0))
+            read = [*read, self._closing]
+        if room is not None and len(read) > room:
+            warnings.warn(
+                f"a response of {len(ids)} tokens has {len(read)} in the reward model, which has room for {room}: the "
+                "rest is not scored; lower max_new_tokens",
+                stacklevel=2,
+            )
+            read = read[:room]
+            shares = [[(j, w) for j, w in own if j < room] for own in shares]
+        most = max([1, *map(len, shares)])
+        padded = [[*own, *[(0, 0.0)] * (most - len(own))] for own in shares]
+        index = torch.tensor([[j for j, _ in own] for own in padded], dtype=torch.long).view(len(ids), most)
+        share = torch.tensor([[w for _, w in own] for own in padded], dtype=torch.float64).view(len(ids), most)
+        return Reading(len(ids), torch.tensor(read, dtype=torch.long), Spans(index, share))
+
+    def _require_readable(self) -> None:
+        """Raises ValueError if the reward tokenizer leaves out more than 1 % of texts that its own tokens spell, as one
+        does that was loaded with another family's rules."""
+        own = self._reward_tokenizer
+        letters = lost = 0
+        for text in rows_of_tokens(own, list(own.get_vocab().values())):
+            ((ids, offsets),) = self._located([text])
+            read, unknown = set(), set()
+            for i, (start, end) in zip(ids, offsets, strict=True):
+                (unknown if i == own.unk_token_id else read).update(range(start, end))
+            letters += len(text)
+            # Many tokenizers leave out spaces, none has unknown tokens in their place.
+            lost += sum(k in unknown or (k not in read and not letter.isspace()) for k, letter in enumerate(text))
+        if lost > letters / 100:
+            raise ValueError(
+                f"reward_tokenizer leaves out {lost} of {letters} characters of texts that its own tokens spell; give "
+                "one that reads them (PreTrainedTokenizerFast.from_pretrained keeps a checkpoint's own rules where "
+                "AutoTokenizer takes its family's)"
+            )
+
+    def _located(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Tokens of each text, and where in it they start and end."""
+        found = []
+        behind = self._encode([_BEFORE + text for text in texts])
+        apart = [i for i, (_, offsets) in enumerate(behind) if any(a < len(_BEFORE) < b for a, b in offsets)]
+        alone = iter(self._encode([texts[i] for i in apart]) if apart else [])
+        for i, (ids, offsets) in enumerate(behind):
+            if i in set(apart):
+                # A token reaches over the beginning.
+                found.append(next(alone))
+                continue
+            own = [(j, (a - len(_BEFORE), b - len(_BEFORE))) for j, (a, b) in zip(ids, offsets, strict=True)]
+            own = [(j, where) for j, where in own if where[1] > 0]
+            found.append(([j for j, _ in own], [where for _, where in own]))
+        return found
+
+    def _encode(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        out = self._reward_tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+        return list(zip(out["input_ids"], out["offset_mapping"], strict=True))
+
+    def _cut_tokens(self, vocab_size: int) -> list[list[int]]:
+        """The reward model's tokens of each token's text; none for a token without text."""
+        texts = _texts(self._tokenizer, vocab_size)
+        theirs = _texts(self._reward_tokenizer, len(self._reward_tokenizer))
+        # Most are found in the vocabulary, which is faster than cutting them.
+        same = {text: i for i, text in reversed(list(enumerate(theirs))) if text}
+        cuts = [[same[text]] if text in same else [] for text in texts]
+        rest = [i for i, text in enumerate(texts) if text and not cuts[i]]
+        for i, (ids, _) in zip(rest, self._located([texts[i] for i in rest]) if rest else (), strict=True):
+            cuts[i] = ids
+        return cuts
+
+
+def _texts(tokenizer: Any, size: int) -> list[str]:
+    """What each token adds to a text; "" for special tokens, holes of the vocabulary and parts of a character."""
+    before = list(tokenizer(_BEFORE, add_special_tokens=False)["input_ids"])
+    apart = set(tokenizer.all_special_ids)
+    (start,) = tokenizer.batch_decode([before], skip_special_tokens=True)
+    whole = tokenizer.batch_decode([[*before, i] for i in range(size)], skip_special_tokens=True)
+    texts = [text[len(start) :] if text.startswith(start) else "" for text in whole]
+    return ["" if i in apart or UNFINISHED in text else text for i, text in enumerate(texts)]
+
+
+def _means(weight: Tensor, cuts: Sequence[Sequence[int]]) -> Tensor:
+    """The mean of some rows of ``weight`` for each cut (V, d), 0 where there are none."""
+    means = weight.new_empty(len(cuts), weight.shape[1])
+    for first in range(0, len(cuts), _CHUNK):
+        some = cuts[first : first + _CHUNK]
+        ids = torch.tensor([i for own in some for i in own], dtype=torch.long, device=weight.device)
+        starts = torch.tensor([0, *accumulate(len(own) for own in some)][:-1], device=weight.device)
+        rows = upcast(weight[ids])
+        places = torch.arange(len(ids), device=weight.device)
+        means[first : first + len(some)] = embedding_bag(places, rows, starts, mode="mean").to(weight.dtype)
+    return means
