@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from itertools import accumulate
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from nabla_fast.spelling import UNFINISHED, pieces
 # tokenizers end a token with a line, whatever follows.
 _BEFORE = "\n"
 _CHUNK = 8192
+_CUTS: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple[int, ...], list[tuple[int, ...]]]]] = (
+    WeakKeyDictionary()
+)
 
 
 class CrossTokenizer:
@@ -71,10 +75,9 @@ class CrossTokenizer:
         self._tokenizer, self._reward_tokenizer = tokenizer, reward_tokenizer
         self._ends, self._closing = frozenset(ends), closing
         self._require_readable()
-        known = len(table.weight)
-        cuts = [[i for i in ids if i < known] for ids in self._cut_tokens(vocab_size)]
+        cuts = list(_cuts(tokenizer, reward_tokenizer, vocab_size, len(table.weight)))
         for end in self._ends:
-            cuts[end] = [closing]
+            cuts[end] = (closing,)
         counts = [len(own) for own in cuts if own]
         self.single = counts.count(1) / vocab_size
         self.spread = math.ceil(1.5 * sum(counts) / max(len(counts), 1))
@@ -82,7 +85,7 @@ class CrossTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of ``text``, which does not begin a conversation."""
-        return self._located([text])[0][0]
+        return self._located(text)[0]
 
     def read(self, tokens: Tensor, room: int | None = None) -> Reading:
         """A response (n,) int64 in the reward model's tokens.
@@ -98,7 +101,7 @@ class CrossTokenizer:
         ids = tokens.tolist()
         parts = [part for part in pieces(self._tokenizer, ids) if not part.special and part.text]
         text = "".join(part.text for part in parts)
-        ((read, offsets),) = self._located([text])
+        read, offsets = self._located(text)
         shares: list[list[tuple[int, float]]] = [[] for _ in ids]
         ends = list(accumulate(len(part.text) for part in parts))
         at = 0
@@ -138,8 +141,9 @@ class CrossTokenizer:
         own = self._reward_tokenizer
         letters = lost = 0
         for text in rows_of_tokens(own, list(own.get_vocab().values())):
-            ((ids, offsets),) = self._located([text])
-            read, unknown = set(), set()
+            ids, offsets = self._located(text)
+            read: set[int] = set()
+            unknown: set[int] = set()
             for i, (start, end) in zip(ids, offsets, strict=True):
                 (unknown if i == own.unk_token_id else read).update(range(start, end))
             letters += len(text)
@@ -152,37 +156,53 @@ class CrossTokenizer:
                 "AutoTokenizer takes its family's)"
             )
 
-    def _located(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Tokens of each text, and where in it they start and end."""
-        found = []
-        behind = self._encode([_BEFORE + text for text in texts])
-        apart = [i for i, (_, offsets) in enumerate(behind) if any(a < len(_BEFORE) < b for a, b in offsets)]
-        alone = iter(self._encode([texts[i] for i in apart]) if apart else [])
-        for i, (ids, offsets) in enumerate(behind):
-            if i in set(apart):
-                # A token reaches over the beginning.
-                found.append(next(alone))
-                continue
-            own = [(j, (a - len(_BEFORE), b - len(_BEFORE))) for j, (a, b) in zip(ids, offsets, strict=True)]
-            own = [(j, where) for j, where in own if where[1] > 0]
-            found.append(([j for j, _ in own], [where for _, where in own]))
-        return found
+    def _located(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens of a text, and where in it they start and end."""
+        size = len(_BEFORE)
+        ids, offsets = self._encode(_BEFORE + text)
+        if any(start < size < end for start, end in offsets):
+            # A token reaches over the beginning.
+            return self._encode(text)
+        own = [(i, (start - size, end - size)) for i, (start, end) in zip(ids, offsets, strict=True) if end > size]
+        return [i for i, _ in own], [where for _, where in own]
 
-    def _encode(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        out = self._reward_tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
-        return list(zip(out["input_ids"], out["offset_mapping"], strict=True))
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        out = self._reward_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(out["input_ids"]), list(out["offset_mapping"])
 
-    def _cut_tokens(self, vocab_size: int) -> list[list[int]]:
-        """The reward model's tokens of each token's text; none for a token without text."""
-        texts = _texts(self._tokenizer, vocab_size)
-        theirs = _texts(self._reward_tokenizer, len(self._reward_tokenizer))
-        # Most are found in the vocabulary, which is faster than cutting them.
-        same = {text: i for i, text in reversed(list(enumerate(theirs))) if text}
-        cuts = [[same[text]] if text in same else [] for text in texts]
-        rest = [i for i, text in enumerate(texts) if text and not cuts[i]]
-        for i, (ids, _) in zip(rest, self._located([texts[i] for i in rest]) if rest else (), strict=True):
-            cuts[i] = ids
-        return cuts
+
+def _cuts(tokenizer: Any, reward_tokenizer: Any, vocab_size: int, known: int) -> list[tuple[int, ...]]:
+    """The reward model's tokens, of those below ``known``, of each token's text; none for a token without text.
+
+    A large vocabulary takes seconds, so what was found is kept for as long as both tokenizers live.
+    """
+    kept = _CUTS.setdefault(tokenizer, WeakKeyDictionary()).setdefault(reward_tokenizer, {})
+    key = (len(tokenizer), len(reward_tokenizer), vocab_size, known)
+    if key not in kept:
+        kept[key] = _cut(tokenizer, reward_tokenizer, vocab_size, known)
+    return kept[key]
+
+
+def _cut(tokenizer: Any, reward_tokenizer: Any, vocab_size: int, known: int) -> list[tuple[int, ...]]:
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        out = reward_tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False) if texts else {}
+        return out.get("input_ids", [])
+
+    texts = _texts(tokenizer, vocab_size)
+    # Most are found in the vocabulary, which is faster than cutting them.
+    theirs = _texts(reward_tokenizer, min(known, len(reward_tokenizer)))
+    same = {text: i for i, text in reversed(list(enumerate(theirs))) if text}
+    cuts: list[tuple[int, ...]] = [(same[text],) if text in same else () for text in texts]
+    rest = [i for i, text in enumerate(texts) if text and not cuts[i]]
+    (before,) = encode([_BEFORE])
+    behind = encode([_BEFORE + texts[i] for i in rest])
+    # Where a token reaches over the beginning, the text is cut alone.
+    apart = [i for i, ids in zip(rest, behind, strict=True) if ids[: len(before)] != before]
+    found = {i: ids[len(before) :] for i, ids in zip(rest, behind, strict=True)}
+    found |= dict(zip(apart, encode([texts[i] for i in apart]), strict=True))
+    for i, ids in found.items():
+        cuts[i] = tuple(token for token in ids if token < known)
+    return cuts
 
 
 def _texts(tokenizer: Any, size: int) -> list[str]:
