@@ -1,10 +1,11 @@
 """A reward model whose tokenizer cuts text into other tokens than the language model's.
 
 The reward model reads the text of a response in its own tokens, as it would on its own, so rewards are exact. Gradients
-are carried over by the text that tokens have in common: the gradient at a reward token belongs to the response tokens
-whose text it holds, in proportion to how much of it, and a language model's token has the mean embedding of the reward
-tokens that its text is cut into. To first order, that is what the reward changes by if those embeddings change, exact
-for every token that both tokenizers have where both cut alike, and an approximation elsewhere.
+are carried over by the text that tokens have in common. The gradient at a reward token belongs to the response tokens
+whose text it holds, in proportion to how much of it; and a token of the language model has the embeddings of the reward
+tokens that its text is cut into. The first tokens have a slot each, so that 48 and 84 are not the same where the reward
+model reads digits. To first order, that is what the reward changes by where as many tokens take the place of those that
+were there; elsewhere it is an approximation.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from nabla_fast.spelling import UNFINISHED, pieces
 # tokenizers end a token with a line, whatever follows.
 _BEFORE = "\n"
 _CHUNK = 8192
+_MOST_SLOTS = 3
 _CUTS: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple[int, ...], list[tuple[int, ...]]]]] = (
     WeakKeyDictionary()
 )
@@ -47,8 +49,9 @@ class CrossTokenizer:
         closing: the reward model's token that ends a turn.
 
     Attributes:
-        table: (V, d_r) the mean embedding of the tokens that each token's text is cut into; 0 for a token without text,
-            and for one that is no whole character.
+        slots: how many of the tokens that a text is cut into are told apart, at most 3.
+        table: (V, slots * d_r) their embeddings, one after the other. The last slot has the mean of all others; 0 where
+            there are none, as for a token without text, or one that is no whole character.
         single: share of the V tokens whose text is one token of the reward model's.
         spread: how many tokens of the reward model one of the language model is counted as where room is to be left for
             a response: half more than the mean.
@@ -81,7 +84,8 @@ class CrossTokenizer:
         counts = [len(own) for own in cuts if own]
         self.single = counts.count(1) / vocab_size
         self.spread = math.ceil(1.5 * sum(counts) / max(len(counts), 1))
-        self.table = EmbeddingTable(_means(table.weight, cuts), table.scale)
+        self.slots = min(_MOST_SLOTS, max([1, *counts]))
+        self.table = EmbeddingTable(_in_slots(table.weight, cuts, self.slots), table.scale)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of ``text``, which does not begin a conversation."""
@@ -129,11 +133,11 @@ class CrossTokenizer:
             )
             read = read[:room]
             shares = [[(j, w) for j, w in own if j < room] for own in shares]
-        most = max([1, *map(len, shares)])
+        most = max([self.slots, *map(len, shares)])
         padded = [[*own, *[(0, 0.0)] * (most - len(own))] for own in shares]
         index = torch.tensor([[j for j, _ in own] for own in padded], dtype=torch.long).view(len(ids), most)
         share = torch.tensor([[w for _, w in own] for own in padded], dtype=torch.float64).view(len(ids), most)
-        return Reading(len(ids), torch.tensor(read, dtype=torch.long), Spans(index, share))
+        return Reading(len(ids), torch.tensor(read, dtype=torch.long), Spans(index, share, self.slots))
 
     def _require_readable(self) -> None:
         """Raises ValueError if the reward tokenizer leaves out more than 1 % of texts that its own tokens spell, as one
@@ -215,14 +219,17 @@ def _texts(tokenizer: Any, size: int) -> list[str]:
     return ["" if i in apart or UNFINISHED in text else text for i, text in enumerate(texts)]
 
 
-def _means(weight: Tensor, cuts: Sequence[Sequence[int]]) -> Tensor:
-    """The mean of some rows of ``weight`` for each cut (V, d), 0 where there are none."""
-    means = weight.new_empty(len(cuts), weight.shape[1])
-    for first in range(0, len(cuts), _CHUNK):
+def _in_slots(weight: Tensor, cuts: Sequence[tuple[int, ...]], slots: int) -> Tensor:
+    """Rows of ``weight`` for each cut (V, slots * d): those of the first tokens, and the mean of the others."""
+    size, width = len(cuts), weight.shape[1]
+    table = weight.new_empty(size, slots, width)
+    for first in range(0, size, _CHUNK):
         some = cuts[first : first + _CHUNK]
-        ids = torch.tensor([i for own in some for i in own], dtype=torch.long, device=weight.device)
-        starts = torch.tensor([0, *accumulate(len(own) for own in some)][:-1], device=weight.device)
-        rows = upcast(weight[ids])
-        places = torch.arange(len(ids), device=weight.device)
-        means[first : first + len(some)] = embedding_bag(places, rows, starts, mode="mean").to(weight.dtype)
-    return means
+        for slot in range(slots):
+            own = [cut[slot:] if slot == slots - 1 else cut[slot : slot + 1] for cut in some]
+            ids = torch.tensor([i for part in own for i in part], dtype=torch.long, device=weight.device)
+            starts = torch.tensor([0, *accumulate(map(len, own))][:-1], device=weight.device)
+            places = torch.arange(len(ids), device=weight.device)
+            means = embedding_bag(places, upcast(weight[ids]), starts, mode="mean")
+            table[first : first + len(some), slot] = means.to(weight.dtype)
+    return table.view(size, slots * width)

@@ -15,10 +15,12 @@ class Spans:
     Attributes:
         index: (n, k) int64, rows in ascending order.
         share: (n, k) how much of each token belongs to the position, in [0, 1]; 0 where there are fewer than k.
+        slots: of a gradient at a position: one for each of its first tokens, and the last one for all others.
     """
 
     index: Tensor
     share: Tensor
+    slots: int
 
 
 @dataclass(frozen=True)
@@ -44,21 +46,25 @@ class Reading:
         return min([*read.tolist(), max(len(self.tokens) - 1, 0)])
 
     def rows(self, gradient: Tensor, position: int, first: int) -> Tensor:
-        """The gradient (n - position, d) at response positions ``position`` and later: the sum of those at its tokens,
-        by their shares.
+        """The gradient (n - position, slots * d) at response positions ``position`` and later: those at its tokens, by
+        their shares.
 
         Args:
             gradient: (m - first, d) at the tokens from ``first`` on.
         """
-        own = gradient[position - first :] if self.spans is None else self._summed(gradient, position, first)
+        own = gradient[position - first :] if self.spans is None else self._in_slots(gradient, position, first)
         nothing = self.size - position - len(own)
         return torch.cat([own, own.new_zeros(nothing, own.shape[1])]) if nothing else own
 
-    def _summed(self, gradient: Tensor, position: int, first: int) -> Tensor:
-        if self.spans is None or not len(gradient):
-            return gradient[:0]
+    def _in_slots(self, gradient: Tensor, position: int, first: int) -> Tensor:
+        assert self.spans is not None
+        width = self.spans.slots * gradient.shape[1]
+        if not len(gradient):
+            return gradient.new_zeros(0, width)
         index, share = (x[position:].to(gradient.device) for x in (self.spans.index, self.spans.share))
         # What lies before ``first`` has a share of 0 here.
         dtype = torch.promote_types(gradient.dtype, torch.float32)
-        found = gradient[(index - first).clamp(min=0)].to(dtype)
-        return (found * share.to(dtype).unsqueeze(-1)).sum(1).to(gradient.dtype)
+        found = gradient[(index - first).clamp(min=0)].to(dtype) * share.to(dtype).unsqueeze(-1)
+        alone = self.spans.slots - 1
+        rest = found[:, alone:].sum(1, keepdim=True)
+        return torch.cat([found[:, :alone], rest], dim=1).reshape(-1, width).to(gradient.dtype)

@@ -103,15 +103,32 @@ def shares_by_letters(tokenizer: Any, theirs: Any, response: list[int]) -> Tenso
     return share
 
 
+def token_gradient(share: Tensor, gradient: Tensor, pieces: list[list[Tensor]], slots: int) -> Tensor:
+    """The gradient (n, V) of swaps, slot by slot."""
+    found = torch.zeros(len(share), len(pieces), dtype=torch.float64)
+    for t, row in enumerate(share):
+        parts = [row[j] * gradient[j] for j in range(len(gradient)) if row[j] > 0]
+        for v, own in enumerate(pieces):
+            for one, other in zip(parts[: slots - 1], own[: slots - 1], strict=False):
+                found[t, v] += one @ other
+            if len(parts) >= slots and len(own) >= slots:
+                found[t, v] += torch.stack(parts[slots - 1 :]).sum(0) @ torch.stack(own[slots - 1 :]).mean(0)
+    return found
+
+
+def in_one(rows: Tensor, slots: int) -> Tensor:
+    """Rows (n, slots * d) with the slots added up."""
+    return rows.view(len(rows), slots, -1).sum(1)
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma2"])
 @pytest.mark.parametrize("pair", PAIRS)
-def test_gradient_is_that_of_the_shared_letters_and_embeddings_means_of_pieces(pair: str, family: str) -> None:
+def test_gradient_is_that_of_the_shared_letters_and_embeddings_those_of_the_pieces(pair: str, family: str) -> None:
     """Against whole-sequence autograd, from every first position."""
     tokenizer, theirs = PAIRS[pair]
     model = shared_reward_model(family)
     embed = model.get_input_embeddings()
     objective = objective_of(pair, family, reward_coeff=-1.3, gradient_cache=False)
-    scale = objective.reward_model.table.scale
     for text in RESPONSES:
         response = ids(tokenizer, text)
         share = shares_by_letters(tokenizer, theirs, response)
@@ -120,22 +137,20 @@ def test_gradient_is_that_of_the_shared_letters_and_embeddings_means_of_pieces(p
         read = table[torch.tensor(ids(theirs, text))].detach().requires_grad_()
         talk = torch.cat([table[torch.tensor(opening)], read, table[torch.tensor(closing)]]).unsqueeze(0)
         (gradient,) = torch.autograd.grad(1.3 * model(inputs_embeds=talk, use_cache=False).logits[0, 0], read)
-        means = torch.stack(
-            [
-                table[torch.tensor(ids(theirs, tokenizer.decode([v])))].mean(0)
-                if tokenizer.convert_ids_to_tokens(v) not in SPECIAL_TOKENS
-                else torch.zeros_like(table[0])
-                for v in range(len(tokenizer))
-            ]
-        )
-        means[tokenizer.eos_token_id] = table[closing[0]]
-        torch.testing.assert_close(objective.reward_model.table.weight * scale, means.detach(), rtol=0, atol=1e-12)
+        texts = [
+            "" if tokenizer.convert_ids_to_tokens(v) in SPECIAL_TOKENS else tokenizer.decode([v])
+            for v in range(len(tokenizer))
+        ]
+        pieces = [list(table[torch.tensor(ids(theirs, text), dtype=torch.long)].detach()) for text in texts]
+        pieces[tokenizer.eos_token_id] = [table[closing[0]].detach()]
+        slots = min(3, max(map(len, pieces)))
+        assert slots == (3 if pair == "finer" else 1)
+        dense = token_gradient(share, gradient, pieces, slots)
         for start in range(len(response)):
             sequence = Sequence(tuple(prompt_ids(tokenizer)), (), 0, 64, objective.reward_model.chat_frame(MESSAGES))
             (evaluation,) = objective.evaluate([Request(sequence, torch.tensor(response), start)])
             ours = evaluation.factors.reward_embedding @ objective.reward_model.table.weight.T
-            expected = (share @ gradient @ means.T)[start:]
-            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
+            torch.testing.assert_close(ours, dense[start:], rtol=0, atol=1e-9)
 
 
 def test_tokenizers_that_cut_alike_read_alike() -> None:
@@ -169,7 +184,7 @@ def test_an_end_token_is_read_as_the_templates_and_special_tokens_are_not() -> N
     reading = cross.read(torch.tensor([*twelve, start, *twelve, end]))
     letters = ids(FINER, "1212")
     assert reading.tokens.tolist() == [*letters, FINER.eos_token_id]
-    rows = reading.rows(torch.eye(5, dtype=torch.float64), 0, 0)
+    rows = in_one(reading.rows(torch.eye(5, dtype=torch.float64), 0, 0), cross.slots)
     expected = [[1, 1, 0, 0, 0], [0] * 5, [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
     assert rows.tolist() == expected
     # In the middle it ends nothing.
@@ -255,12 +270,12 @@ def test_tokens_of_one_character_share_it_and_those_that_are_none_have_no_embedd
     word = [*ids(BYTES, "ca"), *ids(BYTES, "f"), BYTES.get_vocab()["Ã"], BYTES.get_vocab()["©"], *ids(BYTES, "t")]
     reading = ACROSS.read(torch.tensor(word))
     assert [OTHER_BYTES.convert_ids_to_tokens(i) for i in reading.tokens.tolist()] == ["c", "af", "Ã", "©t"]
-    rows = reading.rows(torch.eye(4, dtype=torch.float64), 0, 0)
+    rows = in_one(reading.rows(torch.eye(4, dtype=torch.float64), 0, 0), ACROSS.slots)
     expected = [[1, 0.5, 0, 0], [0, 0.5, 0, 0], [0, 0, 0.5, 0.25], [0, 0, 0.5, 0.25], [0, 0, 0, 0.5]]
     assert rows.tolist() == expected
-    assert ACROSS.table.weight[BYTES.get_vocab()["Ã"]].tolist() == [0] * 4
-    pieces = TABLE.weight[[OTHER_BYTES.get_vocab()["Ã"], OTHER_BYTES.get_vocab()["©"]]].mean(0)
-    assert torch.equal(ACROSS.table.weight[BYTES.get_vocab()["Ã©"]], pieces)
+    assert not ACROSS.table.weight[BYTES.get_vocab()["Ã"]].any()
+    pieces = TABLE.weight[[OTHER_BYTES.get_vocab()["Ã"], OTHER_BYTES.get_vocab()["©"]]]
+    assert torch.equal(ACROSS.table.weight[BYTES.get_vocab()["Ã©"]], pieces.flatten())
 
 
 # Whole decodes
@@ -317,7 +332,9 @@ def test_process_rewards_equal_those_of_the_text(pair: str, insert: str | None) 
     reading = ours.reading(response, frame)
     gradient = torch.randn(len(talk), 3, dtype=torch.float64)
     rows = ours.response_rows(reading, talk, gradient, 0, -len(frame.opening))
-    assert rows.shape == (len(response), 3)
+    assert ours.cross is not None
+    assert rows.shape == (len(response), 3 * ours.cross.slots)
+    rows = in_one(rows, ours.cross.slots)
     assert not rows[-1].any()
     shown = torch.tensor([i for i in range(len(frame.opening), len(talk)) if not (i in at and (insert or i == at[-1]))])
     share = shares_by_letters(tokenizer, theirs, response[:-1].tolist())
@@ -387,3 +404,14 @@ def test_a_marked_reward_tokenizer_of_another_vocabulary_is_aligned_where_it_can
     ours = RewardModel(shared_reward_model("qwen3"), MARKED, language_model, WORDS)
     assert ours.cross is None
     assert ours.reading_table is ours.table
+
+
+def test_the_order_of_pieces_counts_and_the_last_slot_has_the_mean_of_the_rest() -> None:
+    theirs = PAIRS["finer"][1]
+    own = EmbeddingTable(torch.randn(len(theirs), 4, dtype=torch.float64), 1.0)
+    cross = CrossTokenizer(WORDS, theirs, len(WORDS), own, [], theirs.eos_token_id)
+    slots = cross.table.weight.view(len(WORDS), 3, 4)
+    letter = {c: own.weight[theirs.get_vocab()[c]] for c in "what2"}
+    two, what = slots[WORDS.get_vocab()["2"]], slots[WORDS.get_vocab()["what"]]
+    assert torch.equal(two, torch.stack([letter["2"], *torch.zeros(2, 4, dtype=torch.float64)]))
+    torch.testing.assert_close(what, torch.stack([letter["w"], letter["h"], (letter["a"] + letter["t"]) / 2]))
