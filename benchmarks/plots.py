@@ -4,9 +4,9 @@
     python benchmarks/plots.py --check    # exit status 1 if a table does not say what the results say
 
 A table stands between ``<!-- results: WHICH -->`` and ``<!-- end -->``. WHICH is a kind of machine (cpu or gpu) and a
-suite, as in "cpu operators"; "speed in brief"; "improvements"; "quality in brief"; or "quality" and a task, as in
-"quality arithmetic". A machine's directory may hold several runs; of every case the newest one counts, and quick runs
-never do. Cases that were never measured there are named below the table.
+suite, as in "cpu operators"; "speed in brief"; "improvements"; "quality in brief"; "cross tokenizer"; or "quality" and
+a task, as in "quality arithmetic". A machine's directory may hold several runs; of every case the newest one
+counts, and quick runs never do. Cases that were never measured there are named below the table.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DOCUMENTS = (ROOT / "README.md", DOCS / "speed.md", DOCS / "quality.md")
 PICTURES = DOCS / "assets" / "speed"
 """A folder for each machine; the documents with pictures are in docs/."""
 KINDS = ("cpu", "gpu")
-IMPROVEMENTS = "improvements"
+IMPROVEMENTS, CROSS_TOKENIZER = "improvements", "cross tokenizer"
 SPEED_IN_BRIEF, QUALITY_IN_BRIEF, QUALITY = "speed in brief", "quality in brief", "quality "
 QUALITY_TABLES = {"quality probes": quality_report.of_probes, "quality seconds": quality_report.of_seconds}
 NOT_MEASURED = "not measured"
@@ -120,6 +120,30 @@ def improvements() -> str:
     return f"{markdown(*improvement_rows(found))}\n\n```sh\n{commands}\n```"
 
 
+def cross_tokenizer() -> str:
+    """The table of results/cross_tokenizer.json."""
+    file = RESULTS / "cross_tokenizer.json"
+    if not file.exists():
+        return NOT_MEASURED
+    columns = (
+        "digits in a token",
+        "vocabulary",
+        "swaps",
+        "candidates",
+        "gradient, one slot",
+        "gradient, slots",
+        "rewards",
+    )
+    rows = [
+        [
+            *(str(row[key]) for key in ("digits", "vocabulary", "swaps", "candidates")),
+            *(f"{row['right_first'][key]:.1%}" for key in ("one_slot", "slots", "rewards")),
+        ]
+        for row in json.loads(file.read_text())["rows"]
+    ]
+    return markdown(columns, rows)
+
+
 def described(name: str, some: Sequence[dict[str, Any]], suite: str) -> str:
     """The machine, and the files behind a table with the commits that they measured."""
     behind = [run for run in some if any(record.get("suite") == suite for record in run["records"])]
@@ -156,7 +180,7 @@ def table(which: str) -> str:
     Raises:
         ValueError: if there is no such table.
     """
-    whole = {SPEED_IN_BRIEF: speed_in_brief, IMPROVEMENTS: improvements}
+    whole = {SPEED_IN_BRIEF: speed_in_brief, IMPROVEMENTS: improvements, CROSS_TOKENIZER: cross_tokenizer}
     kind, _, suite = which.partition(" ")
     if which in whole:
         return whole[which]()

@@ -31,7 +31,7 @@ from nabla_fast.spelling import UNFINISHED, pieces
 # tokenizers end a token with a line, whatever follows.
 _BEFORE = "\n"
 _CHUNK = 8192
-_MOST_SLOTS = 3
+MOST_SLOTS = 3
 _CUTS: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple[int, ...], list[tuple[int, ...]]]]] = (
     WeakKeyDictionary()
 )
@@ -47,9 +47,11 @@ class CrossTokenizer:
         table: the reward model's input embeddings.
         ends: end tokens of the language model; at the end of a response, they are read as ``closing``.
         closing: the reward model's token that ends a turn.
+        most_slots: of ``slots``.
 
     Attributes:
-        slots: how many of the tokens that a text is cut into are told apart, at most 3.
+        slots: how many of the tokens that a text is cut into are told apart, at most
+            ``most_slots``.
         table: (V, slots * d_r) their embeddings, one after the other. The last slot has the mean of all others; 0 where
             there are none, as for a token without text, or one that is no whole character.
         single: share of the V tokens whose text is one token of the reward model's.
@@ -68,6 +70,7 @@ class CrossTokenizer:
         table: EmbeddingTable,
         ends: Collection[int],
         closing: int,
+        most_slots: int = MOST_SLOTS,
     ) -> None:
         if not getattr(reward_tokenizer, "is_fast", False):
             raise ValueError(
@@ -84,7 +87,7 @@ class CrossTokenizer:
         counts = [len(own) for own in cuts if own]
         self.single = counts.count(1) / vocab_size
         self.spread = math.ceil(1.5 * sum(counts) / max(len(counts), 1))
-        self.slots = min(_MOST_SLOTS, max([1, *counts]))
+        self.slots = min(most_slots, max([1, *counts]))
         self.table = EmbeddingTable(_in_slots(table.weight, cuts, self.slots), table.scale)
 
     def encode(self, text: str) -> list[int]:
