@@ -9,6 +9,8 @@ A name is a kind and a seed:
     outcome  the end alone, right or wrong
     prefix   at every prefix, whether the answer that it is from ends right
     judge-long  as judge, four times as many steps on twice as many answers: it judges like the bundled reward model
+    steps    a process reward model: a value at the line break behind every step, whether all steps up to it are right.
+             It goes on from judge-long of its seed, and is the one that ships (`nabla_fast.demo.arithmetic`)
     gated    as judge; the token that came stands in a gate that saturates, which leaves the gradient next to nothing.
              Made on purpose, no sample of what people have
 
@@ -18,6 +20,7 @@ score are trained anew. What is done is kept in DIR, one folder a reward model, 
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import time
@@ -31,14 +34,16 @@ from demo_pair_verifier import SMOOTHING, WRONG_WEIGHT, Verifier
 from torch import Tensor, nn
 from torch.nn import functional as F
 from train_demo_pair import sample_policy, save
+from transformers import AutoModelForTokenClassification
 
 from nabla_fast.demo.arithmetic import load_policy, load_reward
 from nabla_fast.evaluation.arithmetic import Arithmetic
 from nabla_fast.models.loading import load_reward_model
 
-KINDS = ("judge", "judge-long", "outcome", "prefix", "gated")
-NAMES = ("judge-long-0", "judge-0", "gated-0", "judge-1", "outcome-0", "prefix-0")
+KINDS = ("judge", "judge-long", "outcome", "prefix", "gated", "steps")
+NAMES = ("judge-long-0", "judge-0", "gated-0", "judge-1", "outcome-0", "prefix-0", "steps-0")
 LEARNING_RATE = 1e-3
+GOING_ON = 3e-4  # from a model that is trained already
 WARMUP_STEPS = 30
 BATCH_SIZE = 32
 # Their frozen features are kept, so that a later pass over them costs the last two layers alone.
@@ -93,14 +98,37 @@ def train(
         sampled = sample_policy(work, policy, tokenizer, recipe["samples"], 0)
         batches = BATCHES * recipe["samples"] // samples
         verifier = _start(policy, kind, int(seed))
+        if kind == "steps":
+            _go_on(verifier, work / f"judge{LONG}-{seed}")
         seconds = _train(verifier, tokenizer, sampled, kind, int(seed), recipe["steps"], batches)
-        save(verifier.classifier.eval(), tokenizer, work / name)
+        model = verifier.classifier.eval()
+        save(as_process_model(model) if kind == "steps" else model, tokenizer, work / name)
         (work / f"{name}.json").write_text(json.dumps({**recipe, "seconds": seconds}))
 
 
 def load(work: Path, name: str) -> tuple[Any, Any]:
     """A reward model that was made, or the bundled one ("taught"), and its tokenizer."""
-    return load_reward() if name == "taught" else load_reward_model(work / name)
+    if name == "taught":
+        return load_reward()
+    return load_reward_model(work / name, step_separator="\n" if name.startswith("steps") else None)
+
+
+def as_process_model(classifier: Any) -> Any:
+    """A sequence classifier with one label as a token classifier: its score at every token."""
+    config = copy.deepcopy(classifier.config)
+    model = AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
+    getattr(model, model.base_model_prefix).load_state_dict(classifier.model.state_dict())
+    with torch.no_grad():
+        model.score.weight.copy_(classifier.score.weight)
+        model.score.bias.zero_()
+    return model.eval()
+
+
+def _go_on(verifier: Verifier, folder: Path) -> None:
+    if not (folder / "config.json").exists():
+        raise typer.BadParameter(f"--names has steps, which goes on from {folder.name}; train that first")
+    trained, _ = load_reward_model(folder, device="cpu", dtype="float32")
+    verifier.classifier.load_state_dict(trained.state_dict())
 
 
 def _start(policy: Any, kind: str, seed: int) -> Verifier:
@@ -150,13 +178,15 @@ def _train(
     mean = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01, fused=True)
     known: dict[int, Features] = {}
+    line_break = tokenizer.convert_tokens_to_ids("\n") if kind == "steps" else None
+    rate = LEARNING_RATE if line_break is None else GOING_ON
     start = time.perf_counter()
     for step in range(steps):
         number = step % batches
         if number not in known:
-            known[number] = _features(verifier, tokenizer, sampled, seed, number)
+            known[number] = _features(verifier, tokenizer, sampled, seed, number, line_break)
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * max(0.05, 1 - step / steps)
+            group["lr"] = rate * min(1.0, (step + 1) / WARMUP_STEPS) * max(0.05, 1 - step / steps)
         loss, score = _loss(verifier, known[number], kind)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -176,10 +206,21 @@ def _train(
 
 @torch.no_grad()
 def _features(
-    verifier: Verifier, tokenizer: Any, sampled: list[tuple[Arithmetic, list[int]]], seed: int, number: int
+    verifier: Verifier,
+    tokenizer: Any,
+    sampled: list[tuple[Arithmetic, list[int]]],
+    seed: int,
+    number: int,
+    line_break: int | None,
 ) -> Features:
+    """Features of a batch of answers; with a ``line_break``, these end in one, and it and all others are labelled."""
     batch = reward_batch(tokenizer, random.Random(f"reward {seed} {number}"), BATCH_SIZE, sampled)
     assert batch.labels is not None
+    last = torch.arange(len(batch.ids)), batch.mask.sum(1) - 1
+    if line_break is not None:
+        batch.ids[last] = line_break
+        batch.labels[last] = (batch.labels[last] > 0.99).float()
+        batch.labels[batch.ids != line_break] = -1
     body, length = verifier.classifier.model, batch.ids.shape[1]
     hidden = body.embed_tokens(batch.ids)
     rotary = body.rotary_emb(hidden, torch.arange(length)[None])
@@ -189,7 +230,7 @@ def _features(
     for layer in body.layers[: verifier.depth]:
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
     end = torch.zeros_like(mask[:, 0, 0])
-    end[torch.arange(len(end)), batch.mask.sum(1) - 1] = True
+    end[last] = True
     return Features(hidden, mask, rotary, batch.labels, end)
 
 
@@ -205,6 +246,8 @@ def _loss(verifier: Verifier, batch: Features, kind: str) -> tuple[Tensor, Tenso
     if kind in ("outcome", "prefix"):
         labels = _outcome(batch).unsqueeze(1).expand_as(labels)
     each = F.binary_cross_entropy_with_logits(score, labels.clamp(SMOOTHING, 1 - SMOOTHING), reduction="none")
+    if kind == "steps":
+        return each[inside].mean(), score.detach()
     if kind == "outcome":
         return each[end].mean(), score.detach()
     loss = (each[end].mean() + each[inside].mean()) / 2

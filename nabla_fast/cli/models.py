@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nabla_fast.demo.pairs import DemoPair
     from nabla_fast.evaluation.tasks import Task
 
-PAIR_NAMES = ("smollm2", "arithmetic")
+PAIR_NAMES = ("smollm2", "arithmetic", "arithmetic-steps")
 # Names of options that ``--pair`` took the place of, until the release after 0.1.
 OLD_PAIR_OPTIONS = {"demo": "smollm2", "bundled": "arithmetic"}
 

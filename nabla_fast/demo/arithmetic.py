@@ -1,4 +1,7 @@
-"""The pair of models that ships with the package, for the problems of `nabla_fast.evaluation.arithmetic`."""
+"""The models that ship with the package, for the problems of `nabla_fast.evaluation.arithmetic`.
+
+A policy, a reward model and a process reward model.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from nabla_fast.config import NablaConfig
 
 POLICY_PATH = Path(__file__).parent / "arithmetic_policy"
 REWARD_PATH = Path(__file__).parent / "arithmetic_reward"
+PROCESS_REWARD_PATH = Path(__file__).parent / "arithmetic_process_reward"
 
 # Of the test split; greedy decoding goes wrong in it.
 QUESTION = "Compute 64 * 4 + 505 - 34 * 7 - 15."
@@ -23,6 +27,9 @@ CONFIG = NablaConfig(
     confidence_threshold=0.7,
     gradient_threshold=None,
 )
+
+# Its gradient was not taught to point: the token is chosen by the value of the answer so far.
+PROCESS_CONFIG = CONFIG.replace(proposal="guided")
 
 
 def load_policy(**where: Any) -> tuple[Any, Any]:
@@ -42,3 +49,17 @@ def load_reward(**where: Any) -> tuple[Any, Any]:
     from nabla_fast.models.loading import load_reward_model
 
     return load_reward_model(REWARD_PATH, **where)
+
+
+def load_process_reward(**where: Any) -> tuple[Any, Any]:
+    """The bundled process reward model and its tokenizer. Arguments as `load_policy`.
+
+    It has the reward model's size and vocabulary, and says at the line break behind every step whether all steps up to
+    it are right: a value head over prefixes.
+
+    Returns:
+        A `nabla_fast.ProcessReward`, whose reward is the lowest value of a step, and the tokenizer.
+    """
+    from nabla_fast.models.loading import load_reward_model
+
+    return load_reward_model(PROCESS_REWARD_PATH, step_separator="\n", **where)

@@ -1,9 +1,9 @@
-"""The two pairs of small models by name, as ``--pair`` takes them, with what belongs to each."""
+"""The pairs of small models by name, as ``--pair`` takes them, with what belongs to each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nabla_fast.config import NablaConfig
@@ -64,6 +64,13 @@ def _both(load_policy: Callable[..., tuple[Any, Any]], load_reward: Callable[...
     return load
 
 
+_ARITHMETIC = DemoPair(
+    _both(arithmetic.load_policy, arithmetic.load_reward),
+    arithmetic.CONFIG,
+    arithmetic.QUESTION,
+    task="arithmetic",
+    refusal=_not_arithmetic,
+)
 PAIRS = {
     "smollm2": DemoPair(
         _both(load_smollm2, load_smollm2_reward),
@@ -71,11 +78,10 @@ PAIRS = {
         example.QUESTION,
         task_options=example.TASKS,
     ),
-    "arithmetic": DemoPair(
-        _both(arithmetic.load_policy, arithmetic.load_reward),
-        arithmetic.CONFIG,
-        arithmetic.QUESTION,
-        task="arithmetic",
-        refusal=_not_arithmetic,
+    "arithmetic": _ARITHMETIC,
+    "arithmetic-steps": replace(
+        _ARITHMETIC,
+        load=_both(arithmetic.load_policy, arithmetic.load_process_reward),
+        config=arithmetic.PROCESS_CONFIG,
     ),
 }

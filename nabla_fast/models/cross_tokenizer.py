@@ -118,10 +118,10 @@ class CrossTokenizer:
                 at += 1
             for i in range(at, len(parts)):
                 begin = ends[i] - len(parts[i].text)
-                if begin >= max(end, start + 1):
+                if begin >= end:
                     break
-                # A token without text of its own belongs to what stands there.
-                common = (min(end, ends[i]) - max(start, begin)) / (end - start) if end > start else 1.0
+                # No tokenizer is known to have tokens without any text; they would belong nowhere.
+                common = (min(end, ends[i]) - max(start, begin)) / max(end - start, 1)
                 members = range(parts[i].start, parts[i].end)
                 for member in members:
                     shares[member].append((j, common / len(members)))

@@ -28,7 +28,7 @@ class Arguments:
     Attributes:
         pretrained, reward: paths or hub ids; or transformers models, with ``tokenizer`` and ``reward_tokenizer``.
         reward_base: base model of an adapter given as ``reward``.
-        pair: "arithmetic" or "smollm2", instead of both.
+        pair: "arithmetic", "arithmetic-steps" or "smollm2", instead of both.
         preset: the published settings that ``config`` starts from.
         method: one of `METHODS`.
         n: samples of "best-of-n"; None takes ``max_rollouts``.
