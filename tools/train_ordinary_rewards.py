@@ -9,8 +9,8 @@ A name is a kind and a seed:
     outcome  the end alone, right or wrong
     prefix   at every prefix, whether the answer that it is from ends right
     judge-long  as judge, four times as many steps on twice as many answers: it judges like the bundled reward model
-    steps    a process reward model: a value at the line break behind every step, whether all steps up to it are right.
-             It goes on from judge-long of its seed, and is the one that ships (`nabla_fast.demo.arithmetic`)
+    steps    a process reward model: a value at every token, and above all at the line break behind a step, of whether
+             all that is there is right. It goes on from judge-long of its seed, and it is the one that ships
     gated    as judge; the token that came stands in a gate that saturates, which leaves the gradient next to nothing.
              Made on purpose, no sample of what people have
 
@@ -61,7 +61,7 @@ class Features(NamedTuple):
         mask: (B, 1, T, T) bool, what attends to what.
         rotary: cosines and sines of the positions.
         labels: (B, T) float32, see `demo_pair_data.Conversations`.
-        end: (B, T) bool, True at the last token.
+        end: (B, T) bool, True at the last token; for steps, at every line break of the answer.
     """
 
     hidden: Tensor
@@ -213,14 +213,13 @@ def _features(
     number: int,
     line_break: int | None,
 ) -> Features:
-    """Features of a batch of answers; with a ``line_break``, these end in one, and it and all others are labelled."""
+    """Features of a batch of answers; with a ``line_break``, these end in one, which says whether all is right."""
     batch = reward_batch(tokenizer, random.Random(f"reward {seed} {number}"), BATCH_SIZE, sampled)
     assert batch.labels is not None
     last = torch.arange(len(batch.ids)), batch.mask.sum(1) - 1
     if line_break is not None:
         batch.ids[last] = line_break
         batch.labels[last] = (batch.labels[last] > 0.99).float()
-        batch.labels[batch.ids != line_break] = -1
     body, length = verifier.classifier.model, batch.ids.shape[1]
     hidden = body.embed_tokens(batch.ids)
     rotary = body.rotary_emb(hidden, torch.arange(length)[None])
@@ -231,6 +230,8 @@ def _features(
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
     end = torch.zeros_like(mask[:, 0, 0])
     end[last] = True
+    if line_break is not None:
+        end |= (batch.ids == line_break) & (batch.labels >= 0)
     return Features(hidden, mask, rotary, batch.labels, end)
 
 
@@ -246,8 +247,6 @@ def _loss(verifier: Verifier, batch: Features, kind: str) -> tuple[Tensor, Tenso
     if kind in ("outcome", "prefix"):
         labels = _outcome(batch).unsqueeze(1).expand_as(labels)
     each = F.binary_cross_entropy_with_logits(score, labels.clamp(SMOOTHING, 1 - SMOOTHING), reduction="none")
-    if kind == "steps":
-        return each[inside].mean(), score.detach()
     if kind == "outcome":
         return each[end].mean(), score.detach()
     loss = (each[end].mean() + each[inside].mean()) / 2

@@ -5,6 +5,7 @@ A policy, a reward model and a process reward model.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,13 @@ def load_reward(**where: Any) -> tuple[Any, Any]:
 def load_process_reward(**where: Any) -> tuple[Any, Any]:
     """The bundled process reward model and its tokenizer. Arguments as `load_policy`.
 
-    It has the reward model's size and vocabulary, and says at the line break behind every step whether all steps up to
-    it are right: a value head over prefixes.
+    It has the reward model's size and vocabulary, and is a value head over prefixes: at every token, and above all at
+    the line break behind a step, it says whether all that is there is right.
 
     Returns:
         A `nabla_fast.ProcessReward`, whose reward is the lowest value of a step, and the tokenizer.
     """
     from nabla_fast.models.loading import load_reward_model
 
-    return load_reward_model(PROCESS_REWARD_PATH, step_separator="\n", **where)
+    process, tokenizer = load_reward_model(PROCESS_REWARD_PATH, step_separator="\n", **where)
+    return replace(process, values_prefixes=True), tokenizer

@@ -71,6 +71,7 @@ class ProcessRewardModel(RewardModel):
         super().__init__(process.model, tokenizer, language_model, language_tokenizer, eos_token_ids)
         self._label = right_label(process.model, self._head.labels, process.label, self.name)
         self._aggregate = AGGREGATIONS[process.aggregation]
+        self._values_prefixes = process.values_prefixes
         self._ends_turn = frozenset(eos_token_ids)
         self._text: dict[int, str] = {}
         separator = self._separator_ids(process.separator)
@@ -107,8 +108,9 @@ class ProcessRewardModel(RewardModel):
 
     def reading(self, tokens: Tensor, frame: RewardFrame) -> Reading:
         # An end token is not shown. One at the most: a cached prefix may reach to the last token.
-        shown = tokens[:-1] if len(tokens) and int(tokens[-1]) in self._ends_turn else tokens
-        return replace(super().reading(shown, frame), size=len(tokens))
+        ended = len(tokens) > 0 and int(tokens[-1]) in self._ends_turn
+        shown = tokens[:-1] if ended else tokens
+        return replace(super().reading(shown, frame), size=len(tokens), ended=ended)
 
     def conversation(
         self, frame: RewardFrame, response: Tensor | Reading, start: int | None = None, *, ended: bool = True
@@ -116,26 +118,29 @@ class ProcessRewardModel(RewardModel):
         """As `RewardModel.conversation`, with what is read and where the response's tokens are.
 
         A response that goes on is read as one that has ended: its last step is closed, as those were that the model was
-        trained on.
+        trained on; unless it was trained on all prefixes (`ProcessReward.values_prefixes`).
         """
-        shown = self._reading_of(response, frame).tokens
+        reading = self._reading_of(response, frame)
+        shown, ended = reading.tokens, ended or reading.ended
         ends, unfinished = step_ends([self._piece(token) for token in shown.tolist()], self._marker)
         before = len(frame.opening)
+        closed = unfinished and (ended or not self._values_prefixes)
         if not self.inserts:
+            closing = self._separator if closed or not unfinished else self._separator[:0]
             reads = [before + end for end in ends]
             if unfinished:
-                reads.append(before + len(shown) + len(self._separator) - 1)
-            inputs = joined([self.reading_table.inputs(shown[start:]), self._separator])
+                reads.append(before + len(shown) + len(closing) - 1)
+            inputs = joined([self.reading_table.inputs(shown[start:]), closing])
             first = before if start is None else 0
             places = tuple(range(first, first + len(shown) - (start or 0)))
             whole = joined([frame.opening, inputs]) if start is None else inputs
             return Steps(whole.ids, whole.embeds, tuple(reads), places)
         assert start is None, "a conversation with inserted tokens has no cached prefix"
         marked, separator = set(ends), before + len(shown)
-        if unfinished:
+        if closed:
             marked.add(len(shown) - 1)
         order, rows, reads = list(range(before)), [], []
-        if not len(shown):
+        if closed and not len(shown):
             reads.append(len(order))
             order.append(separator)
         for i in range(len(shown)):
@@ -144,6 +149,8 @@ class ProcessRewardModel(RewardModel):
             if i in marked:
                 reads.append(len(order))
                 order.append(separator)
+        if unfinished and not closed:
+            reads.append(len(order) - 1)
         apart = joined([frame.opening, self.reading_table.inputs(shown), self._separator])
         chosen = torch.tensor(order, device=apart.device)
         return Steps(apart.ids[chosen], apart.embeds[chosen], tuple(reads), tuple(rows))

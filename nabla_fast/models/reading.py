@@ -31,11 +31,13 @@ class Reading:
         size: n.
         tokens: (m,) int64, on the CPU, ids of the reward model's ``reading_table``.
         spans: where they are read; None if token i is read at position i. At positions past those nothing is.
+        ended: whether its last token is an end token that is not among ``tokens``.
     """
 
     size: int
     tokens: Tensor
     spans: Spans | None = None
+    ended: bool = False
 
     def first(self, position: int) -> int:
         """The first token that is read at response position ``position`` or later; with spans the last one, if no other

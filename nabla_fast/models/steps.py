@@ -52,6 +52,9 @@ class ProcessReward:
             None: a blank line if the separator is an added token of the reward tokenizer, else nothing is inserted.
         label: index of the label that means a right step; None takes the only one, or of two the one that its name
             says, else the second.
+        values_prefixes: whether the model was trained to score every prefix, not only the ends of steps. A response
+            that goes on (prefix rewards, ``proposal="guided"``) is then read at its last token as it is; otherwise a
+            separator is put behind it, as if its step ended there.
 
     Raises:
         ValueError: for an unknown aggregation, or an empty text.
@@ -62,6 +65,7 @@ class ProcessReward:
     aggregation: str = "min"
     insert_after: str | None = None
     label: int | None = None
+    values_prefixes: bool = False
 
     def __post_init__(self) -> None:
         require_aggregation(self.aggregation, "aggregation")

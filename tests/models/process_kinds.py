@@ -70,11 +70,11 @@ class Kind:
             steps = now
         return found
 
-    def reward(self, opening: list[int], response: list[int], rows: Tensor) -> Tensor:
+    def reward(self, opening: list[int], response: list[int], rows: Tensor, *, ended: bool = True) -> Tensor:
         """The reward of a response whose tokens have the embeddings ``rows`` (n, d)."""
         embed = self.model.get_input_embeddings()
         if response and response[-1] == END:
-            response, rows = response[:-1], rows[:-1]
+            response, rows, ended = response[:-1], rows[:-1], True
         parts, reads = [embed(torch.tensor(opening))], []
         length, ends = len(opening), self.ends(response)
         text = "".join(TOKENIZER.decode([t]) for t in response)
@@ -89,7 +89,9 @@ class Kind:
                 length += 1
             if end:
                 reads.append(length - 1)
-        if unfinished:
+        if unfinished and self.process.values_prefixes and not ended:
+            reads.append(length - 1)
+        elif unfinished:
             parts.append(embed(torch.tensor(self.separator)))
             reads.append(length + len(self.separator) - 1)
         logits = self.model(inputs_embeds=torch.cat(parts).unsqueeze(0), use_cache=False).logits[0, reads]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import islice
 
 import pytest
 import torch
@@ -49,17 +50,30 @@ def score(reward: ProcessRewardModel, problem: Arithmetic, response: str, *, end
 
 
 def test_every_step_is_valued_by_whether_all_steps_up_to_it_are_right(reward: ProcessRewardModel) -> None:
-    some = [problem for problem, _ in zip(problems("test"), range(40), strict=False)]
     told = apart = 0
-    for problem in some:
+    for problem in islice(problems("test"), 30):
         steps = problem.solution.split("\n")
-        for end in range(1, len(steps) + 1):
-            so_far = "\n".join(steps[:end])
-            right = score(reward, problem, so_far, ended=end == len(steps))
-            mistaken = score(reward, problem, wrong(problem, end - 1).split("\n\\boxed")[0], ended=False)
+        for end in range(1, len(steps)):
+            right = score(reward, problem, "\n".join(steps[:end]))
+            mistaken = score(reward, problem, "\n".join(wrong(problem, end - 1).split("\n")[:end]))
             apart += 1
             told += right > 0.5 > mistaken
-    assert told / apart > 0.85
+    assert told / apart > 0.9
+
+
+def test_every_prefix_is_valued_at_its_last_token(reward: ProcessRewardModel) -> None:
+    """Nothing is put behind a step that goes on."""
+    told = apart = 0
+    for problem in islice(problems("test"), 30):
+        first = problem.solution.split("\n")[0]
+        place = first.index("= ") + 2
+        for digit in "0123456789":
+            right = score(reward, problem, first[: place + 1], ended=False)
+            other = score(reward, problem, first[:place] + digit, ended=False)
+            if digit != first[place]:
+                apart += 1
+                told += right > other
+    assert told / apart > 0.9
 
 
 def test_a_decode_with_it_answers_the_question_that_greedy_decoding_gets_wrong(models: tuple) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -170,9 +171,13 @@ def test_dto_equals_dense_autograd(name: str) -> None:
     assert len({sum(kind.ends([*prefix, *tokens])) for tokens in expected.history}) > 1, "no step came or went"
 
 
+@pytest.mark.parametrize("values_prefixes", [False, True])
 @pytest.mark.parametrize("name", KINDS)
-def test_prefix_rewards_are_those_of_responses_that_end_there(name: str) -> None:
+def test_prefix_rewards_are_those_of_responses_that_end_there_or_of_their_last_token(
+    name: str, values_prefixes: bool
+) -> None:
     kind = KINDS[name]("mean")
+    kind.process = replace(kind.process, values_prefixes=values_prefixes)
     objective = objective_of(kind)
     prefixes = [ids("at 12\n\nit"), ids("at 12\n\n"), []]
     candidates = [[*ids("\n"), 9, END], [9, 30], [9, END]]
@@ -181,8 +186,10 @@ def test_prefix_rewards_are_those_of_responses_that_end_there(name: str) -> None
     ], candidates)  # fmt: skip
     opening = prompt_ids(kind.tokenizer)
     for prefix, own, rewards in zip(prefixes, candidates, found, strict=True):
-        expected = [float(kind.reward(opening, [*prefix, t], kind.table[[*prefix, t]])) for t in own]
+        expected = [float(kind.reward(opening, [*prefix, t], kind.table[[*prefix, t]], ended=False)) for t in own]
         assert rewards == pytest.approx(expected, abs=1e-12)
+        (whole,) = objective.rewards([new_sequence(objective)], [torch.tensor([*prefix, own[-1]])])
+        assert whole == pytest.approx(float(kind.reward(opening, [*prefix, own[-1]], kind.table[[*prefix, own[-1]]])))
 
 
 def test_the_separator_is_inserted_into_the_reward_models_conversation_alone() -> None:
