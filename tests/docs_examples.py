@@ -20,7 +20,7 @@ SHELLS = ("sh", "bash", "shell", "console")
 # What is read, not run.
 SHOWN = ("json", "yaml", "mermaid")
 
-_INSTALLS = "installs packages from a network; the extras that it names are checked"
+_INSTALLS = "installs packages from a network; tests/test_packaging.py looks the extras up that it names"
 _MAKE = "sets up environments and runs for minutes; that the target exists is checked"
 _STAYS = "runs until it is stopped"
 

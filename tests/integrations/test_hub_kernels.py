@@ -169,6 +169,19 @@ def test_operators_are_ones_that_pytorch_can_differentiate_and_trace(repository,
         gradient.sum().backward()
 
 
+def test_the_example_of_the_card_runs(repository, kernels, capsys):
+    text = (repository / "README.md").read_text()
+    assert text.startswith("---\nlibrary_name: kernels\nlicense: apache-2.0\n")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    asked = 'get_kernel("THIS_REPOSITORY", version=0, trust_remote_code=True)'
+    assert asked in code
+    exec(code.replace(asked, "local"), {"local": kernels.get_local_kernel(repository)})
+    assert "torch.Size([4, 576])" in capsys.readouterr().out
+    listed = set(re.findall(r"`(\w+)`", "\n".join(line for line in text.splitlines() if line.startswith("| `"))))
+    functions = {name for name in kernels.get_local_kernel(repository).__all__ if name.islower()}
+    assert listed == functions - {"linear_logits", "log_likelihood_gradient", "token_gradient"}
+
+
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
