@@ -15,7 +15,7 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt tools/install_torch.sh $(
 VLLM_STAMP := .venv-vllm/nabla_fast.stamp
 DOCS_STAMP := .venv-docs/nabla_fast.stamp
 
-.PHONY: demo test test-fuzz test-vllm wheels test-torch test-arm64 test-families lint docs bench bench-quick clean help
+.PHONY: demo test test-fuzz test-vllm wheels test-torch test-arm64 test-families hub-kernels lint docs bench bench-quick clean help
 
 help:
 	@echo "make demo    set up .venv and answer a question with the demo models"
@@ -26,6 +26,7 @@ help:
 	@echo "make wheels  one wheel with a native library for each of WHEEL_TORCH, into dist/ (some GB in .venv-torch)"
 	@echo "make test-torch  make the wheel, and test it beside each of them"
 	@echo "make test-arm64  cross-build the native library for arm64 and test it in an emulator; as root, on Debian (some GB in build/arm64)"
+	@echo "make hub-kernels  write the Triton kernels as a repository for Hugging Face's kernels library, into build/hub-kernels"
 	@echo "make lint    check style, format and types"
 	@echo "make docs    build the documentation into site/, in an environment of its own (.venv-docs)"
 	@echo "make bench   measure everything, about an hour on two cores; make bench-quick takes three minutes"
@@ -64,6 +65,10 @@ test-torch: wheels
 
 test-arm64: $(STAMP)
 	tools/test_arm64.sh build/arm64 $(BIN)/cmake
+
+hub-kernels: $(STAMP)
+	rm -rf build/hub-kernels
+	$(BIN)/python tools/make_hub_kernels.py build/hub-kernels
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

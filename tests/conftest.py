@@ -25,7 +25,8 @@ LONGEST = (
     "test_smollm2.py", "test_triton.py", "test_dto_step.py", "test_operators.py", "test_native.py", "test_cuda.py",
     "test_quality.py", "test_static.py", "test_device.py", "test_devices.py", "test_cli.py", "test_demo.py",
     "test_decoder.py", "test_cuda_compile.py", "test_benchmarks.py", "test_lm_eval.py", "test_server_process.py",
-    "test_server_answers.py", "test_examples.py", "test_html_browser.py",
+    "test_hub_kernels.py", "test_docs_examples.py", "test_server_answers.py", "test_examples.py",
+    "test_html_browser.py",
 )  # fmt: skip
 
 

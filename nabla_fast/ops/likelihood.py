@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast.ops import reference
+from nabla_fast.ops.namespace import NAMESPACE
 from nabla_fast.ops.registry import LIBRARY, operator
 from nabla_fast.ops.types import Head, LogLikelihood
 
@@ -18,12 +19,13 @@ LIBRARY.impl(
     "log_likelihood_backward", lambda grad, gradient, h: grad.unsqueeze(-1) * gradient, "CompositeExplicitAutograd"
 )
 torch.library.register_fake(
-    "nabla_fast::log_likelihood_backward", lambda grad, gradient, h: torch.empty_like(gradient), lib=LIBRARY
+    f"{NAMESPACE}::log_likelihood_backward", lambda grad, gradient, h: torch.empty_like(gradient), lib=LIBRARY
 )
+_backward = getattr(torch.ops, NAMESPACE).log_likelihood_backward
 
 
 def _derivative(h: Tensor, head: Head, tokens: Tensor, need_grad: bool, backend: str, result: LogLikelihood) -> Tensor:
-    gradient: Tensor = torch.ops.nabla_fast.log_likelihood_backward(result.log_likelihood, result.gradient, h)
+    gradient: Tensor = _backward(result.log_likelihood, result.gradient, h)
     return gradient
 
 

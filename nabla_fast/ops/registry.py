@@ -23,11 +23,12 @@ from torch.autograd import forward_ad
 
 from nabla_fast.ops import arguments, backends, native
 from nabla_fast.ops.arguments import Array, Leaf, field
+from nabla_fast.ops.namespace import NAMESPACE
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-LIBRARY = torch.library.Library("nabla_fast", "FRAGMENT")
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def operator(
@@ -160,13 +161,13 @@ class Operator:
         self._may_miss = [spelled.startswith("Tensor?") for spelled in given]
         results = ", ".join(given).replace("?", "")
         LIBRARY.define(f"{self.name}({', '.join([*taken, 'str backend'])}) -> ({results})")
-        self._overload = getattr(torch.ops.nabla_fast, self.name).default
+        self._overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         LIBRARY.impl(self.name, self._kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"nabla_fast::{self.name}", self._fake, lib=LIBRARY)
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._fake, lib=LIBRARY)
         if self._derivative is not None:
             self._constant = [i for i, slot in enumerate(self._result.slots) if slot is None or slot.kind != "sum"]
             torch.library.register_autograd(
-                f"nabla_fast::{self.name}", self._backward, setup_context=self._setup, lib=LIBRARY
+                f"{NAMESPACE}::{self.name}", self._backward, setup_context=self._setup, lib=LIBRARY
             )
         if self._written:
             LIBRARY.impl(self.name, self._announce, "ADInplaceOrView", with_keyset=True)

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nabla_fast.ops.namespace import NAMESPACE
 from nabla_fast.ops.registry import LIBRARY
 
 LIBRARY.define("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse=False) -> (Tensor, Tensor)")
+_operator = getattr(torch.ops, NAMESPACE).rotary
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,7 +28,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     Returns:
         Rotated queries and keys, shaped and laid out as they were.
     """
-    rotated: tuple[Tensor, Tensor] = torch.ops.nabla_fast.rotary(q, k, cos, sin)
+    rotated: tuple[Tensor, Tensor] = _operator(q, k, cos, sin)
     return rotated
 
 
@@ -49,7 +51,7 @@ def _turned_back(x: Tensor) -> Tensor:
 
 def _cuda(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
     # Imported when it is needed: Triton is.
-    kernel = importlib.import_module("nabla_fast.ops.triton.rotary")
+    kernel = importlib.import_module(f"{__package__}.triton.rotary")
     rotated: tuple[Tensor, Tensor] = kernel.rotary(q, k, cos, sin, inverse)
     return rotated
 
@@ -65,10 +67,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> Any:
     cos, sin = ctx.saved_tensors
-    return *torch.ops.nabla_fast.rotary(grad_q, grad_k, cos, sin, not ctx.inverse), None, None, None
+    return *_operator(grad_q, grad_k, cos, sin, not ctx.inverse), None, None, None
 
 
 LIBRARY.impl("rotary", reference, "CPU")
 LIBRARY.impl("rotary", _cuda, "CUDA")
-torch.library.register_fake("nabla_fast::rotary", _fake, lib=LIBRARY)
-torch.library.register_autograd("nabla_fast::rotary", _backward, setup_context=_setup, lib=LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::rotary", _fake, lib=LIBRARY)
+torch.library.register_autograd(f"{NAMESPACE}::rotary", _backward, setup_context=_setup, lib=LIBRARY)

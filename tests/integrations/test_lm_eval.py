@@ -141,6 +141,18 @@ def test_other_methods_answer_as_they_do_elsewhere(tasks, models, method):
     assert results["config"]["nabla_fast"]["counters"] == expected.stats.totals.counters()
 
 
+def test_greedy_is_greedy_whatever_the_proposal(tasks, models):
+    # "guided" would choose tokens by the reward of prefixes, which is no greedy decoding.
+    prompts = [problem.question for problem in PROBLEMS[:4]]
+    plain = baselines.greedy(*models, prompts, CONFIG)
+    results = evaluate(tasks, {"pair": "arithmetic", **SETTINGS, "method": "greedy", "proposal": "guided"}, limit=4)
+    assert answers(results) == plain.texts
+    told = results["config"]["nabla_fast"]
+    assert told["method"] == "greedy"
+    assert told["counters"] == plain.stats.totals.counters()
+    assert told["counters"]["gradient_evaluations"] == told["counters"]["rejections"] == 0
+
+
 def test_answers_are_kept_in_lm_evals_cache(tasks):
     arguments = {"pair": "arithmetic", **SETTINGS}
     first = evaluate(tasks, arguments, limit=2, use_cache=str(tasks / "kept"))
