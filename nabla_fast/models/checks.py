@@ -139,8 +139,8 @@ def dense_weight(model: Any, module: Any, name: str, what: str) -> Tensor:
             return weight.detach()
         # transformers ties a head to a table that is not quantised, and leaves the head's layer as it was.
         raise ValueError(
-            f"{name}: its {what} is a {type(module).__name__} tied to a table that is not quantised, which bitsandbytes "
-            "cannot run; leave it out of the quantisation (llm_int8_skip_modules=None, or with the name of the head)"
+            f"{name}: its {what} is a {type(module).__name__} tied to a table that is not quantised, which "
+            "bitsandbytes cannot run; leave it out of the quantisation (llm_int8_skip_modules)"
         )
     dtype = getattr(model, "dtype", torch.float32)
     copy: Tensor | None = None
@@ -155,8 +155,8 @@ def dense_weight(model: Any, module: Any, name: str, what: str) -> Tensor:
     kind = str(copy.dtype).removeprefix("torch.")
     warn_once(
         model,
-        f"{name}: its {what} is quantised, and it is read as numbers in every step; a copy in {kind} takes {size:.0f} MB "
-        "besides. Leave it out of the quantisation to have it once",
+        f"{name}: its {what} is quantised, and it is read as numbers in every step; a copy in {kind} takes "
+        f"{size:.0f} MB besides. Leave it out of the quantisation to have it once",
     )
     return copy
 
