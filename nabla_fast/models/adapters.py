@@ -40,7 +40,7 @@ def find_adapter(source: str, name: str | None, argument: str) -> str | None:
         raise ValueError(f"adapter is {name!r}, and {argument} is {source}, which has no {name}/{_CONFIG}; {has}")
     if names:
         raise ValueError(
-            f"{argument} is {source}, which holds several adapters; give one of {', '.join(names)} as adapter"
+            f"{argument} is {source}, which holds adapters in sub-folders; give one of {', '.join(names)} as adapter"
         )
     return None
 

@@ -169,7 +169,7 @@ def _load_process(
             "step_separator (--step-separator), what ended a step when it was trained: a line break is trl's default"
         )
     with reading(argument, source):
-        model, missing = load(convention.auto_class, source, place, **convention.options)
+        model, missing = load(convention.auto_class, source, place, heads=("score",), **convention.options)
         tokenizer = load_tokenizer(source)
     if missing:
         raise ValueError(f"{argument} is {source}, a process reward model without weights for {listed(missing)}")

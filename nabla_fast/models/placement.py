@@ -95,4 +95,6 @@ def placed(
     chosen = choose_device(device)
     kind = choose_dtype(dtype, chosen)
     choose_attention(attn_implementation, chosen, kind)
+    if kind == torch.float64 and quantization not in (None, "none"):
+        raise ValueError(f"dtype is {dtype}, and quantization {quantization!r}; use float32, bfloat16 or float16")
     return Place(chosen, kind, attn_implementation, quantization)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,13 @@ def _looks_like_path(text: str) -> bool:
     return text.startswith((".", "~", os.sep)) or os.path.isabs(text) or text.count("/") > 1 or text.endswith(".gguf")
 
 
-def load(auto_class: Any, source: str, place: Place, **options: Any) -> tuple[Any, set[str]]:
+def load(
+    auto_class: Any, source: str, place: Place, *, heads: Sequence[str] = (), **options: Any
+) -> tuple[Any, set[str]]:
     """The model, ready for inference, and the names of the weights that the checkpoint does not hold.
+
+    Args:
+        heads: as of `quantization_config`.
 
     Raises:
         ValueError: if a quantisation is asked for and the checkpoint has one; and whatever transformers raises.
@@ -48,8 +54,10 @@ def load(auto_class: Any, source: str, place: Place, **options: Any) -> tuple[An
     quantised = is_quantised(source, place)
     if quantised:
         # On its device from the first: some kernels want weights packed where they run, and not all can be moved.
-        options |= {"device_map": {"": place.device}}
-        options |= {"quantization_config": quantization_config(place.quantization, place.dtype)}
+        options["device_map"] = {"": place.device}
+        recipe = quantization_config(place.quantization, place.dtype, heads)
+        if recipe is not None:  # given as None, it would hide that of the checkpoint
+            options["quantization_config"] = recipe
     attention = choose_attention(place.attention, place.device, place.dtype)
     with quiet_transformers():
         try:
@@ -80,8 +88,6 @@ def is_quantised(source: str, place: Place) -> bool:
             f"its config.json says that it is quantised already, by {stored}, and quantization is "
             f"{place.quantization!r}; leave that out"
         )
-    if asked and place.dtype == torch.float64:
-        raise ValueError(f"quantization is {place.quantization!r}, and dtype float64; use float32, bfloat16 or float16")
     return asked or stored is not None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,21 +44,28 @@ def require_quantization(quantization: Any, argument: str = "quantization") -> N
         )
 
 
-def quantization_config(quantization: Any, dtype: torch.dtype) -> Any:
-    """The configuration for ``from_pretrained``, where layers compute in ``dtype``; None for none."""
+def quantization_config(quantization: Any, dtype: torch.dtype, heads: Sequence[str] = ()) -> Any:
+    """The configuration for ``from_pretrained``, where layers compute in ``dtype``; None for none.
+
+    Args:
+        heads: names of modules that stay as they are; none leaves the choice to transformers, which finds output heads.
+    """
     if quantization in (None, "none"):
         return None
     if not isinstance(quantization, str):
         return quantization
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
+    skipped = list(heads) or None
     if quantization == "int8":
         from torchao.quantization import Int8WeightOnlyConfig
 
-        return TorchAoConfig(Int8WeightOnlyConfig())
+        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=skipped)
     if quantization == "bnb-8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skipped
+    )
 
 
 def stored_quantization(source: str) -> str | None:
