@@ -3,16 +3,16 @@
     python benchmarks/quantised.py
 
 Of each: the bytes of the weights; the processor time, on one thread, of a token that is sampled and of one gradient of
-the objective over a response of 64 tokens; and how far that gradient is from the float32 models'. The models take turns
-in one process. The figures go to results/quantised.json.
+the objective over a response of 32 tokens; and how far that gradient is from the float32 models'. Each takes turns with
+float32 in one process. The figures go to results/quantised.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import statistics
 import time
-from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
@@ -29,7 +29,7 @@ from nabla_fast.objective import Objective, Request
 from nabla_fast.sequence import Sequence
 
 PROMPT = "How many letters r are in the word strawberry?"
-TOKENS = 64
+TOKENS = 32
 CONFIG = nf.NablaConfig(max_new_tokens=TOKENS, max_rollouts=1, gradient_cache=False, draft_tokens=0, seed=0)
 
 
@@ -77,41 +77,39 @@ class Pair:
         return nf.generate(*self.models, PROMPT, CONFIG).stats.totals.generated_tokens
 
 
-def seconds(action: Callable[[], Any]) -> tuple[float, Any]:
+def spent(pair: Pair, what: str) -> float:
+    """Processor seconds of a token, or of a gradient."""
     start = time.process_time()
-    out = action()
-    return time.process_time() - start, out
+    count = pair.sample() if what == "token" else len(pair.gradient()) // TOKENS
+    return (time.process_time() - start) / count
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=positive, default=5)
+    parser.add_argument("--repeats", type=positive, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pairs = {name: Pair(name) for name in QUANTIZATIONS}
-    exact = pairs["none"].gradient()
-    times: dict[str, dict[str, list[float]]] = {name: {"token": [], "gradient": []} for name in pairs}
-    for _ in range(options.repeats):
-        for name, pair in pairs.items():
-            spent, tokens = seconds(pair.sample)
-            times[name]["token"].append(spent / tokens)
-            times[name]["gradient"].append(seconds(pair.gradient)[0])
-    found = []
-    for name, pair in pairs.items():
-        apart = pair.gradient() - exact
-        row = {"quantization": name, "weight_bytes": weight_bytes(pair.models[0], pair.models[2])}
-        row["gradient_relative_difference"] = float(apart.norm() / exact.norm())
-        for what, spent in times[name].items():
-            ratios = [a / b for a, b in zip(spent, times["none"][what], strict=True)]
-            row[f"{what}_over_float32"] = statistics.median(ratios)
-            row[f"{what}_seconds"] = spent
+    plain = Pair("none")
+    exact = plain.gradient()
+    found = [{"quantization": "none", "weight_bytes": weight_bytes(plain.models[0], plain.models[2])}]
+    for name in QUANTIZATIONS[1:]:
+        pair = Pair(name)
+        row: dict[str, Any] = {"quantization": name, "weight_bytes": weight_bytes(pair.models[0], pair.models[2])}
+        row["gradient_relative_difference"] = float((pair.gradient() - exact).norm() / exact.norm())
+        for what in ("token", "gradient"):
+            # Each beside float32 at the same moment.
+            turns = [(spent(plain, what), spent(pair, what)) for _ in range(options.repeats)]
+            row[f"{what}_over_float32"] = statistics.median(own / base for base, own in turns)
+            row[f"{what}_seconds"] = [own for _, own in turns]
+            row[f"{what}_seconds_float32"] = [base for base, _ in turns]
         found.append(row)
-        print({key: value for key, value in row.items() if not isinstance(value, list)})
+        print({key: value for key, value in row.items() if not isinstance(value, list)}, flush=True)
     result = {
         "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(),
-        "versions": versions(),
+        "versions": versions()
+        | {name: importlib.metadata.version(name) for name in ("bitsandbytes", "peft", "torchao")},
         "pair": "smollm2",
         "threads": 1,
         "config": CONFIG.to_dict(),

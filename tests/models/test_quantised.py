@@ -36,9 +36,9 @@ V = len(TOKENIZER)
 CHAT = [{"role": "user", "content": "what is 3 times 4"}]
 PROMPTS = ["what is 3 times 4", "is it on"]
 CONFIG = nf.NablaConfig(
-    max_new_tokens=8,
-    max_rollouts=3,
-    max_iters=3,
+    max_new_tokens=6,
+    max_rollouts=2,
+    max_iters=2,
     learning_rate=0.3,
     nll_coeff=0.4,
     reward_coeff=-1.3,
@@ -75,9 +75,11 @@ KINDS: dict[str, Callable[[], Any]] = {
     "bnb-4bit": lambda: "bnb-4bit",
     "bnb-4bit nested": nested,
 }
-kinds = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=needs_bitsandbytes if "bnb" in kind else ()) for kind in KINDS]
-)
+
+
+def kinds(*names: str) -> list[Any]:
+    """Values of a parameter; all of `KINDS` if none is named."""
+    return [pytest.param(kind, marks=needs_bitsandbytes if "bnb" in kind else ()) for kind in names or KINDS]
 
 
 def config_of(tied: bool) -> LlamaConfig:
@@ -170,7 +172,7 @@ def decode(models: tuple[Any, Any], prompts: Any = PROMPTS, **changes: Any) -> l
     return [tokens.tolist() for tokens in out.sequences]
 
 
-@kinds
+@pytest.mark.parametrize("kind", kinds())
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_are_those_of_the_numbers_that_weights_stand_for(
     kind: str, dtype: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -189,7 +191,7 @@ def test_gradients_are_those_of_the_numbers_that_weights_stand_for(
     assert max(found) < (1e-4 if dtype == "float32" else 0.1)
 
 
-@kinds
+@pytest.mark.parametrize("kind", kinds("int8", "int4", "bnb-8bit", "bnb-4bit"))
 def test_a_decode_is_the_same_again_and_alone(kind: str, folders: dict[str, Path]) -> None:
     models = loaded(folders, kind)
     first = decode(models)
@@ -200,7 +202,7 @@ def test_a_decode_is_the_same_again_and_alone(kind: str, folders: dict[str, Path
     assert not any("forward" in vars(layer) for layer in quantised(models[0]).values())
 
 
-@kinds
+@pytest.mark.parametrize("kind", kinds("int8", "bnb-8bit", "bnb-4bit nested"))
 def test_checkpoints_that_were_saved_quantised(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     models = loaded(folders, kind)
     for model, name in zip(models, ("language", "reward"), strict=True):
@@ -218,7 +220,7 @@ def test_checkpoints_that_were_saved_quantised(kind: str, folders: dict[str, Pat
 LOADERS = ((load_language_model, "language"), (load_reward_model, "reward"))
 
 
-@kinds
+@pytest.mark.parametrize("kind", kinds("int8", "float8", "bnb-4bit"))
 def test_process_reward_models(kind: str, folders: dict[str, Path]) -> None:
     options = {"device": "cpu", "quantization": KINDS[kind](), "step_separator": "\n"}
     process, _ = load_reward_model(folders["process"], **options)
