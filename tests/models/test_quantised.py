@@ -20,11 +20,11 @@ from transformers import (
 )
 
 import nabla_fast as nf
+from nabla_fast import graphs
 from nabla_fast.generate import make_pair
-from nabla_fast.models import checks, linear_layers, quantised_layers
+from nabla_fast.models import linear_layers, quantised_layers
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.loading import load_language_model, load_reward_model
-from nabla_fast.models.torch_kernels import fast_kernels
 from nabla_fast.objective import Objective, Request
 from nabla_fast.sequence import Sequence
 from nabla_fast.testing.models import CLOSING, prompt_ids, tiny_tokenizer
@@ -200,6 +200,18 @@ def test_a_decode_is_the_same_again_and_alone(kind: str, folders: dict[str, Path
     assert decode(models, gradient_cache=False, checkpoint_activations=True) == first
     # Outside of a call, the model is its owner's.
     assert not any("forward" in vars(layer) for layer in quantised(models[0]).values())
+
+
+@needs_bitsandbytes
+def test_graphs_hold_exact_products(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_layers, "_mkl_is_slow", lambda: False)  # oneDNN's products cannot be traced
+    monkeypatch.setattr(graphs, "TRACE_ON_CPU", True)
+    models = loaded(folders, "bnb-8bit")
+    config = CONFIG.replace(backend="reference")
+    out = nf.generate(models[0], TOKENIZER, models[1], TOKENIZER, PROMPTS[0], config)
+    nf.clear_graphs()
+    assert out.stats.graphs["captures"] > 0
+    assert [y.tolist() for y in out.sequences] == decode(models, PROMPTS[:1], backend="reference", graphs=False)
 
 
 @pytest.mark.parametrize("kind", kinds("int8", "bnb-8bit", "bnb-4bit nested"))
@@ -386,14 +398,3 @@ def test_a_missing_package_is_named(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else there(name))
     with pytest.raises(ImportError, match=rf"quantization is '{name}', which needs {package}; run pip install \"nabla"):
         load_language_model(folders["language"], device="cpu", quantization=name)
-
-
-def test_blocks_leave_unquantised_models_alone(folders: dict[str, Path]) -> None:
-    model, _ = load_language_model(folders["language"], device="cpu", quantization="none")
-    assert quantised_layers.find_inexact(model) == ()
-    assert checks.remembered(model, "model", "nothing", lambda: 7) == 7
-    with (
-        quantised_layers.exact(model),
-        fast_kernels(torch.device("cpu"), LanguageModel(model, TOKENIZER).backbone.fused),
-    ):
-        assert quantised(model) == {}
