@@ -13,7 +13,21 @@ import torch
 from nabla_fast.config import VLLM_GPU_MEMORY_UTILIZATION, require_share
 from nabla_fast.ops import backends, measured, native
 
-_PACKAGES = ("torch", "transformers", "triton", "flash-attn", "kernels", "accelerate", "vllm", "numpy", "nabla_fast")
+_PACKAGES = (
+    *(
+        "torch",
+        "transformers",
+        "triton",
+        "flash-attn",
+        "kernels",
+        "accelerate",
+        "peft",
+        "torchao",
+        "bitsandbytes",
+        "vllm",
+    ),
+    *("numpy", "nabla_fast"),
+)
 _NOT_INSTALLED = "not installed"
 # What has to fit where when vLLM is on the GPU of the models.
 _NEEDS = (

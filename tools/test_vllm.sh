@@ -10,7 +10,7 @@ shift 2
 seconds_to_start=600
 
 model=$("$python" -c 'from nabla_fast.demo import smollm2_path
-from nabla_fast.models.loading import converted_gguf
+from nabla_fast.models.gguf import converted_gguf
 print(converted_gguf(smollm2_path()))')
 port=$("$python" -c 'import socket
 with socket.socket() as s:

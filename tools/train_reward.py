@@ -23,7 +23,7 @@ from demo_tasks import TASKS, is_right, load_task, task_chat
 from reward_data import Group, sampled_groups, synthetic_group
 
 from nabla_fast.demo import load_smollm2, smollm2_path
-from nabla_fast.models.loading import converted_gguf
+from nabla_fast.models.gguf import converted_gguf
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 

@@ -33,6 +33,9 @@ class ModelChoice:
     dtype: str
     attn_implementation: str
     reward_device: str | None = None
+    quantization: str = "none"
+    adapter: str | None = None
+    reward_adapter: str | None = None
     step_separator: str | None = None
     step_aggregation: str | None = None
     step_insert_after: str | None = None
@@ -55,6 +58,11 @@ class ModelChoice:
             raise ValueError(
                 f"--pair {self.pair} brings its own models; leave out --model and --reward-model, or leave out --pair"
             )
+        for option, name in (("--adapter", self.adapter), ("--reward-adapter", self.reward_adapter)):
+            if self.pair and name is not None:
+                raise ValueError(
+                    f"{option} is {name!r}, and --pair {self.pair} has no adapters to choose from; leave it out"
+                )
         for name, given in self._steps.items():
             if self.pair:
                 raise ValueError(
@@ -72,27 +80,35 @@ class ModelChoice:
         """Where the models come from and how they are run, as two runs must share it to share a directory.
 
         Raises:
-            ValueError: if a device, the dtype, the attention or the aggregation is unknown.
+            ValueError: if a device, the dtype, the attention, the quantisation or the aggregation is unknown.
+            ImportError: if a package is missing that the quantisation needs.
         """
         from nabla_fast.models.loading import choose_attention, choose_device, choose_dtype
+        from nabla_fast.models.quantization import require_quantization
         from nabla_fast.models.steps import require_aggregation
 
         chosen = choose_device(self.device)
         kind = choose_dtype(self.dtype, chosen)
         # Refused here if it is unknown; what "auto" comes to may differ from one machine of a cluster to another.
         choose_attention(self.attn_implementation, chosen, kind)
+        require_quantization(self.quantization, "--quantization")
         own = choose_device(self.device if self.reward_device is None else self.reward_device, "reward_device")
         if self.step_aggregation is not None:
             require_aggregation(self.step_aggregation, "step_aggregation")
         # Left out where it is the same, as runs had it before there were two.
-        reward = {} if own == chosen else {"reward_device": str(own)}
+        others = {} if own == chosen else {"reward_device": str(own)}
+        if self.quantization != "none":
+            others["quantization"] = self.quantization
+        for name in ("adapter", "reward_adapter"):
+            if getattr(self, name) is not None:
+                others[name] = getattr(self, name)
         return {
             "model": self.pair or self.model,
             "reward_model": self.pair or self.reward_model,
             "device": str(chosen),
             "dtype": str(kind).removeprefix("torch."),
             "attn_implementation": self.attn_implementation,
-            **reward,
+            **others,
             **self._steps,
         }
 
@@ -118,8 +134,14 @@ class ModelChoice:
         assert self.reward_model is not None
         reward = self._where if self.reward_device is None else {**self._where, "device": self.reward_device}
         return (
-            *load_language_model(self.model, **self._where, argument="--model"),
-            *load_reward_model(self.reward_model, **reward, **self._steps, argument="--reward-model"),
+            *load_language_model(self.model, **self._where, adapter=self.adapter, argument="--model"),
+            *load_reward_model(
+                self.reward_model,
+                **reward,
+                **self._steps,
+                adapter=self.reward_adapter,
+                argument="--reward-model",
+            ),
         )
 
     def load_some(self) -> tuple[Any, ...]:
@@ -133,7 +155,7 @@ class ModelChoice:
         from nabla_fast.models.loading import load_language_model
 
         assert self.model is not None
-        return load_language_model(self.model, **self._where, argument="--model")
+        return load_language_model(self.model, **self._where, adapter=self.adapter, argument="--model")
 
     def load_task(self, name: str, options: Sequence[str], **more: Any) -> Task:
         """The task of a command, with the parameters that belong to the pair where ``options`` give none.
@@ -155,7 +177,8 @@ class ModelChoice:
 
     @property
     def _where(self) -> dict[str, str]:
-        return {"device": self.device, "dtype": self.dtype, "attn_implementation": self.attn_implementation}
+        names = ("device", "dtype", "attn_implementation", "quantization")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def _steps(self) -> dict[str, str]:

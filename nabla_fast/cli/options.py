@@ -14,6 +14,7 @@ import typer
 
 from nabla_fast.cli.models import OLD_PAIR_OPTIONS, PAIR_NAMES
 from nabla_fast.config import PRESETS, NablaConfig, Sampling
+from nabla_fast.models.quantization import QUANTIZATIONS
 from nabla_fast.models.steps import AGGREGATIONS
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
@@ -85,7 +86,12 @@ def _model_options() -> list[inspect.Parameter]:
         "Default: a blank line for added tokens of its tokenizer such as <extra_0>, else none is put in."
     )
     option = partial(_option, panel="Models")
-    named = "Language model: GGUF file, safetensors directory or hub id."
+    quantization = (
+        "Of the linear layers of both models: int8 (torchao), bnb-8bit or bnb-4bit (bitsandbytes), or none, which "
+        "leaves a checkpoint as it was saved, quantised or not."
+    )
+    adapter = "Sub-folder of {} that holds the peft adapter, where there are several."
+    named = "Language model: GGUF file, safetensors directory or hub id, also of a peft adapter."
     return [
         option("model", str | None, named, metavar="PATH"),
         option("reward_model", str | None, reward, metavar="PATH"),
@@ -93,6 +99,9 @@ def _model_options() -> list[inspect.Parameter]:
         *(option(old, bool, f"Old name of --pair {new}.", False, hidden=True) for old, new in OLD_PAIR_OPTIONS.items()),
         *(option(name, str, text, "auto") for name, text in how.items()),
         option("reward_device", str | None, reward_device, metavar="TEXT"),
+        option("quantization", str, quantization, "none", metavar="|".join(QUANTIZATIONS)),
+        option("adapter", str | None, adapter.format("--model"), metavar="NAME"),
+        option("reward_adapter", str | None, adapter.format("--reward-model"), metavar="NAME"),
         option("step_separator", Any, separator, parser=_escaped, metavar="TEXT"),
         option("step_aggregation", str | None, aggregation, metavar="|".join(AGGREGATIONS)),
         option("step_insert_after", Any, insert_after, parser=_escaped, metavar="TEXT"),

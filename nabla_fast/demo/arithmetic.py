@@ -37,8 +37,8 @@ def load_policy(**where: Any) -> tuple[Any, Any]:
     """The bundled language model (3.4 million parameters, d 256, 4 layers) and its tokenizer.
 
     Args:
-        where: ``device``, ``dtype`` and ``attn_implementation``, as `nabla_fast.models.loading.load_language_model`
-            takes them; errors are as there.
+        where: ``device``, ``dtype``, ``attn_implementation`` and ``quantization``, as
+            `nabla_fast.models.loading.load_language_model` takes them; errors are as there.
     """
     from nabla_fast.models.loading import load_language_model
 

@@ -18,8 +18,8 @@ class DemoPair:
     """A language model and a reward model.
 
     Attributes:
-        load: both, each with its tokenizer; takes ``device``, ``dtype`` and ``attn_implementation``, and
-            ``reward_device`` where the reward model is to be on another device.
+        load: both, each with its tokenizer; takes ``device``, ``dtype``, ``attn_implementation`` and
+            ``quantization``, and ``reward_device`` where the reward model is to be on another device.
         config: settings that belong to them.
         question: what they are asked where nothing is asked.
         task: the evaluation's task where none is named.

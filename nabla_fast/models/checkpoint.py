@@ -18,7 +18,8 @@ _GGUF_HEADER, _GGUF_TENSOR_BYTES, _GGUF_VALUE_BYTES = "<4sIQQ", 24, 13
 _MOST_CHARACTERS = 300  # of what a library has to say
 _MOST_LAYERS = 10_000
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-_OBJECTS = ("config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json")
+_CONFIGS = ("config.json", "adapter_config.json")
+_OBJECTS = (*_CONFIGS, "tokenizer.json", "tokenizer_config.json")
 _PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
 
 
@@ -49,6 +50,22 @@ def reading(argument: str, source: str) -> Iterator[None]:
             raise ValueError(f"{argument} is {source}, which cannot be loaded: {reason}") from error
 
 
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps progress bars and load reports off the user's screen, and puts back the caller's own settings."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def in_short(error: BaseException) -> str:
     """What a library's error says, in one line of at most 300 characters."""
     text = " ".join(str(error).split())
@@ -70,7 +87,7 @@ def damage(folder: Path) -> str | None:
             return f"{file.name} must hold a JSON object"
         if file.name.endswith(".index.json") and (missing := _missing_shards(folder, value)):
             return f"{file.name} names {missing[0]}, which is not there"
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if not any((folder / name).is_file() for name in _CONFIGS):
         return "it has no config.json"
     return _damaged_weights(folder) or _own_code(folder)
 
@@ -120,11 +137,14 @@ def cached_snapshot(name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    try:
-        file = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:
-        return None
-    return Path(file).parent if isinstance(file, str) else None
+    for config in _CONFIGS:
+        try:
+            file = try_to_load_from_cache(name, config)
+        except HFValidationError:
+            return None
+        if isinstance(file, str):
+            return Path(file).parent
+    return None
 
 
 def check_gguf(file: Path) -> None:

@@ -18,8 +18,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from nabla_fast.models.numerics import gradient_fault, is_close, relative_error, slope
-from nabla_fast.models.temporary import own_attribute
+from nabla_fast.models import quantised_layers
+from nabla_fast.models.fingerprint import fingerprint
+from nabla_fast.models.numerics import bits_of, computed_in, gradient_fault, is_close, relative_error, slope
 
 if TYPE_CHECKING:
     from nabla_fast.models.backbone import Backbone, Inputs
@@ -70,8 +71,11 @@ def remembered(model: Any, name: str, what: str, find: Callable[[], T]) -> T:
     found = _FOUND.setdefault(model, {})
     if what not in found or found[what][0] != state:
         try:
-            with torch.inference_mode(False):
-                found[what] = state, find()
+            inexact = computed_in(quantised_layers.computes_in(model))
+            with torch.inference_mode(False), inexact, quantised_layers.exact(model):
+                answer = find()
+            # Of a model that has run: some note something in their first pass.
+            found[what] = fingerprint(model), answer
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -116,22 +120,57 @@ def unwrapped(model: Any) -> tuple[Any, Any]:
     return (model if isinstance(model, torch.nn.Module) else base), base
 
 
-def require_usable_weight(module: Any, name: str, what: str) -> None:
-    """Raises ValueError for a model whose ``what`` has no dense weight in memory.
+def dense_weight(model: Any, module: Any, name: str, what: str) -> Tensor:
+    """The weight of a model's output head or input embeddings as numbers; a copy of what is quantised.
 
     Raises:
-        ValueError: if the weight of ``module`` is missing, quantised or off-loaded.
+        ValueError: if the weight of ``module`` is missing, off-loaded, or quantised so that its numbers are not known.
+
+    Warns:
+        UserWarning: once per model, of the memory of a copy.
     """
     weight = getattr(module, "weight", None)
-    if weight is None or type(weight) not in (Tensor, torch.nn.Parameter) or not weight.is_floating_point():
+    if weight is not None and quantised_layers.is_plain(weight):
+        if weight.is_meta:
+            raise ValueError(
+                f"{name}: its {what} is off-loaded, and it is read in every step; keep it on a device (device_map)"
+            )
+        if not type(module).__module__.startswith("bitsandbytes."):
+            return weight.detach()
+        # transformers ties a head to a table that is not quantised, and leaves the head's layer as it was.
+        raise ValueError(
+            f"{name}: its {what} is a {type(module).__name__} tied to a table that is not quantised, which "
+            "bitsandbytes cannot run; leave it out of the quantisation (llm_int8_skip_modules)"
+        )
+    dtype = getattr(model, "dtype", torch.float32)
+    copy: Tensor | None = None
+    if weight is not None:
+        copy = remembered(model, name, f"dense {what}", lambda: quantised_layers.dense(module, dtype))
+    if copy is None:
         kind = f"is a {type(module).__name__}" + ("" if weight is None else f" of {type(weight).__name__}")
         raise ValueError(
             f"{name}: its {what} {kind}, which is no table of floating-point numbers; leave it out of the quantisation"
         )
-    if weight.is_meta:
-        raise ValueError(
-            f"{name}: its {what} is off-loaded, and it is read in every step; keep it on a device (device_map)"
-        )
+    size = copy.numel() * copy.element_size() / 1e6
+    kind = str(copy.dtype).removeprefix("torch.")
+    warn_once(
+        model,
+        f"{name}: its {what} is quantised, and it is read as numbers in every step; a copy in {kind} takes "
+        f"{size:.0f} MB besides. Leave it out of the quantisation to have it once",
+    )
+    return copy
+
+
+def require_sound_layers(model: Any, name: str) -> None:
+    """Raises ValueError unless the gradients of quantised linear layers are those of their products."""
+    like = torch.empty(0, dtype=getattr(model, "dtype", None))
+
+    def find() -> str | None:
+        return quantised_layers.gradient_fault(model, like.dtype, bits_of(like))
+
+    fault = remembered(model, name, "quantised layers", find)
+    if fault is not None:
+        raise ValueError(f"{name} cannot be used: {fault}; load it with another quantisation, or with none")
 
 
 def leave_inference_mode(model: Any) -> None:
@@ -344,21 +383,3 @@ def _weights(like: Tensor) -> Tensor:
     """What a loss weighs hidden states by: random, float32 or wider."""
     drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(1))
     return drawn.to(like.device, torch.promote_types(like.dtype, torch.float32))
-
-
-def fingerprint(model: Any) -> int:
-    """What changes when the model's configuration, modules or weights do."""
-    config = model.config
-    parts: list[Any] = [config.to_json_string() if hasattr(config, "to_json_string") else repr(config)]
-    parts += [(name, value) for name, value in vars(model).items() if isinstance(value, (str, int, float))]
-    tensors = list(model.parameters())
-    for name, module in model.named_modules():
-        parts.append((name, type(module), id(own_attribute(module, "forward")), len(module._forward_hooks)))
-        # Others, rotary frequencies among them, are made anew by forward passes.
-        kept = module._buffers.keys() - module._non_persistent_buffers_set
-        tensors += [buffer for key in sorted(kept) if (buffer := module._buffers[key]) is not None]
-    for tensor in tensors:
-        version = -1 if tensor.is_inference() else tensor._version
-        # Where weights are off-loaded, each pass leaves other placeholders.
-        parts.append((0 if tensor.is_meta else id(tensor), tensor.dtype, tensor.device, version))
-    return hash(tuple(parts))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nabla_fast.models import checks, linear_layers
+from nabla_fast.models import checks, linear_layers, quantised_layers
 from nabla_fast.models.numerics import relative_error
 from nabla_fast.models.temporary import set_attribute, while_any
 from nabla_fast.ops.rotary import rotary
@@ -41,11 +41,13 @@ class FusedLayers:
         rotary: Python modules whose attention layers call ``apply_rotary_pos_emb`` by that name, and what takes its
             place.
         linear: layers whose forward passes `nabla_fast.models.linear_layers` has.
+        quantised: layers that `nabla_fast.models.quantised_layers` makes exact.
     """
 
     norms: tuple[tuple[torch.nn.Module, Callable[..., Any]], ...] = ()
     rotary: tuple[tuple[ModuleType, Callable[..., Any]], ...] = ()
     linear: tuple[torch.nn.Linear, ...] = ()
+    quantised: tuple[Any, ...] = ()
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -62,6 +64,7 @@ class FusedLayers:
             while_any("norm", norms, exchange_norm),
             while_any("rotary", functions, exchange_function),
             while_any("linear", self.linear, linear_layers.exchange),
+            while_any("quantised", self.quantised, quantised_layers.exchange),
         ):
             yield
 
@@ -70,7 +73,8 @@ def fused_layers(model: Any, name: str) -> FusedLayers:
     """What can be exchanged in ``model``; on a GPU, found by trying, once per model."""
     device = model.get_input_embeddings().weight.device.type
     if device != "cuda":
-        return FusedLayers(linear=linear_layers.find(model) if device == "cpu" else ())
+        linear = linear_layers.find(model) if device == "cpu" else ()
+        return FusedLayers(linear=linear, quantised=quantised_layers.find_inexact(model))
     found: FusedLayers = checks.remembered(model, name, "fused layers", lambda: find(model))
     return found
 
@@ -78,9 +82,10 @@ def fused_layers(model: Any, name: str) -> FusedLayers:
 def find(model: Any) -> FusedLayers:
     """Tries the layers of a model: one of each class, size and setting stands for the others."""
     # What is quantised or off-loaded says nothing of the numbers that layers compute with.
+    quantised = quantised_layers.find_inexact(model)
     like_model = next((x for x in model.parameters() if _is_plain(x)), None)
     if like_model is None:
-        return FusedLayers()
+        return FusedLayers(quantised=quantised)
     tried: dict[Any, _Kind | None] = {}
     norms = []
     for module in model.modules():
@@ -102,7 +107,7 @@ def find(model: Any) -> FusedLayers:
         for page in pages
         if _is_rotary(getattr(page, _ROTARY), like_model)
     ]
-    return FusedLayers(tuple(norms), tuple(functions))
+    return FusedLayers(tuple(norms), tuple(functions), quantised=quantised)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from nabla_fast.models.checks import fingerprint
+from nabla_fast.models.fingerprint import fingerprint, plain_values
 
 T = TypeVar("T")
 
@@ -91,25 +91,12 @@ def clear_graphs() -> None:
 
 
 def _state(model: Any) -> int:
-    """What captures hold of a model: `fingerprint`, and the numbers, switches and names that its modules have."""
+    """What captures hold of a model: `fingerprint`, and the configurations and forward passes of its modules."""
     modules = list(model.modules())
     configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
-    plain = [
-        (name, repr(value))
-        for owner in (*modules, *configs.values())
-        for name, value in [*getattr(owner, "__dict__", {}).items()]  # another thread may exchange a forward meanwhile
-        if _is_plain(value)
-    ]
+    plain = [pair for config in configs.values() for pair in plain_values(config)]
     forwards = [id(getattr(type(module), "forward", None)) for module in modules]
     return hash((fingerprint(model), *plain, *forwards))
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, (list, tuple, set)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _surroundings(model: Any) -> Hashable:

@@ -90,15 +90,17 @@ class LanguageModel:
         if lm_head is None:
             raise TypeError(f"{self.name} has no output head; {argument} must be a causal language model")
         require_eval(model, self.name)
-        checks.require_usable_weight(lm_head, self.name, "output head")
         checks.leave_inference_mode(model)
+        weight = checks.dense_weight(model, lm_head, self.name, "output head")
         self.model = model
-        self.vocab_size = min(tokenizer_size(tokenizer), lm_head.weight.shape[0])
-        self.width: int = lm_head.weight.shape[1]
-        self.head = Head(_head_weight(lm_head, self.vocab_size, self.name), _logit_factor(model), _softcap(model))
+        self.vocab_size = min(tokenizer_size(tokenizer), weight.shape[0])
+        self.width: int = weight.shape[1]
+        weight = _head_weight(weight, getattr(lm_head, "bias", None), self.vocab_size, self.name)
+        self.head = Head(weight, _logit_factor(model), _softcap(model))
         self.embedding = embedding_table(model, self.name, self.vocab_size)
         self.context_length: int | None = context_length(model)
         self.eos_token_ids = _eos_token_ids(model, tokenizer, self.vocab_size)
+        checks.require_sound_layers(model, self.name)
         ids = checks.probe_ids(model, tokenizer)
         self.backbone = Backbone(model, self.name, ids)
         self.backbone.output = self.widened
@@ -170,8 +172,7 @@ def embedding_table(model: Any, name: str, vocab_size: int | None = None) -> Emb
         ValueError: if the embedding module is not a scaled table look-up.
     """
     module = model.get_input_embeddings()
-    checks.require_usable_weight(module, name, "input embedding")
-    weight = module.weight.detach()
+    weight = checks.dense_weight(model, module, name, "input embedding")
     # The longest rows, because some (a padding token's) are zero and tell nothing.
     ids = weight.float().norm(dim=1).topk(min(8, weight.shape[0])).indices
     rows, embedded = weight[ids].double(), module(ids).detach().double()
@@ -182,10 +183,9 @@ def embedding_table(model: Any, name: str, vocab_size: int | None = None) -> Emb
     return EmbeddingTable(weight[:vocab_size], scale)
 
 
-def _head_weight(lm_head: Any, vocab_size: int, name: str) -> Tensor:
+def _head_weight(weight: Tensor, bias: Tensor | None, vocab_size: int, name: str) -> Tensor:
     """The weight of an output head, with its bias, where it has one, as a column of it."""
-    weight: Tensor = lm_head.weight.detach()[:vocab_size]
-    bias = getattr(lm_head, "bias", None)
+    weight = weight[:vocab_size]
     if bias is None:
         return weight
     if weight.dtype == torch.float16:

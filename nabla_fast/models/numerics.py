@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,20 @@ from torch import Tensor
 _CLOSE = {64: 1e-4, 32: 1e-3, 16: 0.1}
 # Finite differences: steps tried, in units of the embeddings' norms, until the curvature no longer matters, and the
 # accepted relative error.
-_STEPS = {64: (1e-3, 1e-4, 1e-5, 1e-6), 32: (2e-3, 5e-4, 1e-4, 1e-2), 16: (0.2, 0.05, 0.02)}
+_STEPS = {64: (1e-3, 1e-4, 1e-5, 1e-6), 32: (2e-3, 5e-4, 1e-4, 1e-2), 16: (0.2, 0.05, 0.02, 0.005, 0.002)}
 _SLOPE_ERROR = {64: 1e-2, 32: 0.05, 16: 0.5}
+# What layers compute in where that is less than the dtype of their inputs, as quantised ones may.
+_COMPUTED_IN: ContextVar[torch.dtype | None] = ContextVar("computed_in", default=None)
+
+
+@contextmanager
+def computed_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """In this block, results are compared as those of arithmetic in ``dtype``, if their own is not narrower."""
+    token = _COMPUTED_IN.set(dtype)
+    try:
+        yield
+    finally:
+        _COMPUTED_IN.reset(token)
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -25,12 +38,12 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     same = (a == b) | (a.isnan() & b.isnan())
     errors = torch.where(same, 0.0, a - b).norm(dim=-1) / b.nan_to_num(0).norm(dim=-1).clamp(min=1e-300)
     errors = errors.nan_to_num(torch.inf)
-    return float(errors.median() if _bits(ours, theirs) == 16 else errors.max())
+    return float(errors.median() if bits_of(ours, theirs) == 16 else errors.max())
 
 
 def is_close(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two results (n, k) of the same meaning differ by no more than rounding."""
-    return relative_error(ours, theirs) <= _CLOSE[_bits(ours, theirs)]
+    return relative_error(ours, theirs) <= _CLOSE[bits_of(ours, theirs)]
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,7 @@ def gradient_fault(
     Returns:
         What is wrong, None if nothing is.
     """
-    bits = _bits(x)
+    bits = bits_of(x)
     found = found or slope(function, x, model)
     if found.gradient is None:
         return "it gives no gradient" + _at_layer(found.cut)
@@ -125,8 +138,11 @@ def _at_layer(cut: tuple[str, ...]) -> str:
 
 
 def _narrowest(*tensors: Tensor) -> torch.dtype:
-    return min((x.dtype for x in tensors), key=lambda dtype: torch.finfo(dtype).bits)
+    inside = _COMPUTED_IN.get()
+    dtypes = [x.dtype for x in tensors] + ([] if inside is None else [inside])
+    return min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
 
 
-def _bits(*tensors: Tensor) -> int:
+def bits_of(*tensors: Tensor) -> int:
+    """How exact results are: 64, 32 or 16 bits."""
     return max(torch.finfo(_narrowest(*tensors)).bits, 16)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+from nabla_fast.models.quantization import require_quantization
 
 _DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -76,16 +78,23 @@ def choose_attention(attn_implementation: str, device: torch.device, dtype: torc
 
 
 class Place(NamedTuple):
-    """Device, dtype and attention of a model to be loaded; ``attention`` "auto" leaves the choice to us."""
+    """Device, dtype, attention and quantisation of a model to be loaded; ``attention`` "auto" leaves the choice to us,
+    ``quantization`` None to the checkpoint."""
 
     device: torch.device
     dtype: torch.dtype
     attention: str
+    quantization: Any = None
 
 
-def placed(device: str | torch.device, dtype: str | torch.dtype, attn_implementation: str) -> Place:
+def placed(
+    device: str | torch.device, dtype: str | torch.dtype, attn_implementation: str, quantization: Any = None
+) -> Place:
     """What the arguments of ``load_language_model`` say; raises ValueError for an unknown one."""
+    require_quantization(quantization)
     chosen = choose_device(device)
     kind = choose_dtype(dtype, chosen)
     choose_attention(attn_implementation, chosen, kind)
-    return Place(chosen, kind, attn_implementation)
+    if kind == torch.float64 and quantization not in (None, "none"):
+        raise ValueError(f"dtype is {dtype}, and quantization {quantization!r}; use float32, bfloat16 or float16")
+    return Place(chosen, kind, attn_implementation, quantization)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast.models import checks, numerics
+from nabla_fast.models import checks, numerics, quantised_layers
 from nabla_fast.models.backbone import Backbone, Cache, Inputs, embeddings_replaced
 
 _IDS_NAMES = ("input_ids", "ids", "token_ids", "tokens", "text", "texts", "prompt", "prompts", "responses")
@@ -75,7 +75,10 @@ class OwnForward:
     def __call__(self, inputs: Inputs) -> Tensor:
         """The reward (1,) of a conversation, differentiable with respect to its embeddings."""
         ids = torch.where(inputs.ids < 0, self.stand_in, inputs.ids).unsqueeze(0)
-        with embeddings_replaced(self.embedding, ids, inputs.embeds.unsqueeze(0), self.name):
+        with (
+            quantised_layers.exact(self.model),
+            embeddings_replaced(self.embedding, ids, inputs.embeds.unsqueeze(0), self.name),
+        ):
             return own_score(self.model, ids, self.name)
 
 
@@ -127,8 +130,9 @@ def reward_head(model: Any, own: Any, name: str, tokenizer: Any) -> tuple[Reward
     """
     if model.training:
         raise ValueError(f"{name} is in training mode; call .eval() on it first")
-    checks.require_usable_weight(model.get_input_embeddings(), name, "input embedding")
     checks.leave_inference_mode(model)
+    checks.dense_weight(model, model.get_input_embeddings(), name, "input embedding")
+    checks.require_sound_layers(model, name)
     ids = checks.probe_ids(model, tokenizer)
     pad = model.config.get_text_config().pad_token_id
     rule = checks.remembered(own, name, "reward", lambda: _examine(model, own, name, ids, pad))
@@ -202,7 +206,7 @@ def _apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 def _tolerance(like: Tensor) -> float:
     """What rounding may make of a score, as a share of the largest one."""
-    return 0.05 if torch.finfo(like.dtype).bits == 16 else 1e-3
+    return 0.05 if numerics.bits_of(like) == 16 else 1e-3
 
 
 def _entry(out: Any, key: str) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from nabla_fast.models import checks, numerics
+from nabla_fast.models import checks, numerics, quantised_layers
 from nabla_fast.models.backbone import Backbone, Cache, Inputs, embeddings_replaced
 from nabla_fast.ops import upcast
 
@@ -57,7 +57,10 @@ class StepHead:
 
     def _alone(self, inputs: Inputs) -> Tensor:
         ids = torch.where(inputs.ids < 0, self.stand_in, inputs.ids).unsqueeze(0)
-        with embeddings_replaced(self.embedding, ids, inputs.embeds.unsqueeze(0), self.name):
+        with (
+            quantised_layers.exact(self.model),
+            embeddings_replaced(self.embedding, ids, inputs.embeds.unsqueeze(0), self.name),
+        ):
             return own_logits(self.model, ids, self.name)
 
 
@@ -101,8 +104,9 @@ def step_head(model: Any, own: Any, name: str, tokenizer: Any) -> StepHead:
     if model.training:
         raise ValueError(f"{name} is in training mode; call .eval() on it first")
     embedding = model.get_input_embeddings()
-    checks.require_usable_weight(embedding, name, "input embedding")
     checks.leave_inference_mode(model)
+    checks.dense_weight(model, embedding, name, "input embedding")
+    checks.require_sound_layers(model, name)
     ids = checks.probe_ids(model, tokenizer)
     found = checks.remembered(own, name, "steps", lambda: _examine(model, own, name, ids))
     if found.reason is not None:
@@ -164,7 +168,7 @@ def _apart(head: StepHead, inputs: Sequence[Inputs], expected: Sequence[Tensor])
     Conversations are run one at a time, as the model's own pass was.
     """
     scale = max(float(e.abs().max()) for e in expected)
-    tolerance = (0.05 if torch.finfo(expected[0].dtype).bits == 16 else 1e-3) * scale
+    tolerance = (0.05 if numerics.bits_of(expected[0]) == 16 else 1e-3) * scale
     worst = 0.0
     for x, theirs in zip(inputs, expected, strict=True):
         with torch.no_grad():

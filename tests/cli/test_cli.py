@@ -228,6 +228,14 @@ def test_json_holds_what_the_library_returns(pair, tmp_path):
             ["generate", "--pair=arithmetic", "--attn-implementation", "foo/bar/baz"],
             "or a kernel of the hub such as kernels-community/flash-attn3",
         ),
+        (
+            ["generate", "--pair=arithmetic", "--quantization", "int3"],
+            "--quantization is 'int3'; use one of none, int8, bnb-8bit, bnb-4bit",
+        ),
+        (
+            ["eval", "--pair=arithmetic", "--out=/no/out", "--reward-adapter", "x"],
+            "--reward-adapter is 'x', and --pair arithmetic has no adapters to choose from; leave it out",
+        ),
         (["generate", "--pair=arithmetic", "--reward-device", "cuda:99"], "reward_device is 'cuda:99', but torch sees"),
         (["generate", "--pair=arithmetic", "--reward-device", "abacus"], "reward_device is 'abacus', which torch does"),
         (
@@ -264,11 +272,11 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, message, monkeypat
 
 @pytest.mark.parametrize("given", [[], ["--reward-device", "meta"]])
 @pytest.mark.parametrize("pair_name", [None, "arithmetic"])
-def test_each_model_is_loaded_on_its_device_with_the_attention_that_was_asked_for(given, pair_name, monkeypatch):
+def test_each_model_is_loaded_where_and_how_it_was_asked_for(given, pair_name, monkeypatch):
     where = []
 
-    def load(path, *, device, dtype, attn_implementation, argument="path"):
-        where.append((device, attn_implementation))
+    def load(path, *, device, attn_implementation, quantization, **_):
+        where.append((device, attn_implementation, quantization))
         if len(where) == 2:
             raise ValueError("both are known")
         return None, None
@@ -277,9 +285,10 @@ def test_each_model_is_loaded_on_its_device_with_the_attention_that_was_asked_fo
     monkeypatch.setattr(loading, "load_reward_model", load)
     models = ["--pair", pair_name] if pair_name else ["--model", "a/b", "--reward-model", "c/d", "--prompt", "x"]
     kernel = "kernels-community/flash-attn3"
-    run = CliRunner().invoke(cli.app, ["generate", *models, "--device", "cpu", "--attn-implementation", kernel, *given])
+    how = ["--device", "cpu", "--attn-implementation", kernel, "--quantization", "int8"]
+    run = CliRunner().invoke(cli.app, ["generate", *models, *how, *given])
     assert str(run.exception) == "both are known"
-    assert where == [("cpu", kernel), (given[-1] if given else "cpu", kernel)]
+    assert where == [("cpu", kernel, "int8"), (given[-1] if given else "cpu", kernel, "int8")]
 
 
 def test_a_process_reward_model_is_read_as_the_options_say(pair, tmp_path, capsys, monkeypatch):
@@ -318,10 +327,12 @@ def test_a_process_reward_model_is_read_as_the_options_say(pair, tmp_path, capsy
     assert "step_aggregation" in err
 
 
-def test_a_run_says_where_its_reward_model_is_only_if_that_is_elsewhere():
+def test_a_run_says_only_what_is_not_as_usual():
     choice = ModelChoice("a", "b", None, "cpu", "auto", "sdpa")
     assert "reward_device" not in choice.describe()
     assert choice.describe() == dataclasses.replace(choice, reward_device="cpu").describe()
+    more = {"quantization": "int8", "adapter": "x", "reward_adapter": "y"}
+    assert dataclasses.replace(choice, **more).describe() == choice.describe() | more
     assert dataclasses.replace(choice, reward_device="meta").describe() == {
         **choice.describe(),
         "reward_device": "meta",

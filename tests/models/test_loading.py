@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from nabla_fast.models import loading
+from nabla_fast.models import gguf, loading
 
 SIZES = {
     "vocab_size": 16,
@@ -193,12 +193,12 @@ def test_language_model_is_no_reward_model(language_model: Path) -> None:
 def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("NABLA_FAST_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
-    assert loading.cache_directory() == tmp_path / "shared" / "nabla_fast"
+    assert gguf.cache_directory() == tmp_path / "shared" / "nabla_fast"
     monkeypatch.setenv("NABLA_FAST_CACHE", str(tmp_path / "own"))
-    assert loading.cache_directory() == tmp_path / "own"
+    assert gguf.cache_directory() == tmp_path / "own"
     monkeypatch.delenv("NABLA_FAST_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert loading.cache_directory() == Path.home() / ".cache" / "nabla_fast"
+    assert gguf.cache_directory() == Path.home() / ".cache" / "nabla_fast"
 
 
 @pytest.fixture
@@ -214,28 +214,28 @@ def fake_gguf(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, li
         target.mkdir()
         (target / "copy_of").write_bytes(source.read_bytes())
 
-    monkeypatch.setattr(loading, "_convert_gguf", convert)
+    monkeypatch.setattr(gguf, "_convert_gguf", convert)
     return file, made
 
 
 def test_gguf_is_converted_once(fake_gguf: tuple[Path, list[Path]]) -> None:
     file, made = fake_gguf
-    first = loading.converted_gguf(file)
-    assert loading.converted_gguf(file) == first
+    first = gguf.converted_gguf(file)
+    assert gguf.converted_gguf(file) == first
     assert len(made) == 1
     assert (first / "copy_of").read_bytes() == b"weights"
-    assert [entry.name for entry in loading.cache_directory().iterdir()] == [first.name]
+    assert [entry.name for entry in gguf.cache_directory().iterdir()] == [first.name]
 
 
 def test_gguf_copy_follows_path_size_and_time(fake_gguf: tuple[Path, list[Path]], tmp_path: Path) -> None:
     file, made = fake_gguf
-    copies = {loading.converted_gguf(file)}
+    copies = {gguf.converted_gguf(file)}
     os.utime(file, ns=(1, 1))
-    copies.add(loading.converted_gguf(file))
+    copies.add(gguf.converted_gguf(file))
     file.write_bytes(b"other weights")
     os.utime(file, ns=(1, 1))
-    copies.add(loading.converted_gguf(file))
-    copies.add(loading.converted_gguf(file.rename(tmp_path / "elsewhere.gguf")))
+    copies.add(gguf.converted_gguf(file))
+    copies.add(gguf.converted_gguf(file.rename(tmp_path / "elsewhere.gguf")))
     assert len(copies) == len(made) == 4
 
 
@@ -249,25 +249,25 @@ def test_gguf_conversion_that_fails_leaves_nothing(
         (target / "half").write_bytes(b"")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "_convert_gguf", convert)
+    monkeypatch.setattr(gguf, "_convert_gguf", convert)
     with pytest.raises(KeyboardInterrupt):
-        loading.converted_gguf(file)
-    assert list(loading.cache_directory().iterdir()) == []
+        gguf.converted_gguf(file)
+    assert list(gguf.cache_directory().iterdir()) == []
 
 
 def test_gguf_concurrent_conversion(fake_gguf: tuple[Path, list[Path]], monkeypatch: pytest.MonkeyPatch) -> None:
     file, _ = fake_gguf
-    convert = loading._convert_gguf
+    convert = gguf._convert_gguf
     quicker: list[Path] = []
 
     def overtaken(source: Path, target: Path) -> None:
-        monkeypatch.setattr(loading, "_convert_gguf", convert)
-        quicker.append(loading.converted_gguf(source))
+        monkeypatch.setattr(gguf, "_convert_gguf", convert)
+        quicker.append(gguf.converted_gguf(source))
         convert(source, target)
 
-    monkeypatch.setattr(loading, "_convert_gguf", overtaken)
-    assert loading.converted_gguf(file) == quicker[0]
-    assert len(list(loading.cache_directory().iterdir())) == 1
+    monkeypatch.setattr(gguf, "_convert_gguf", overtaken)
+    assert gguf.converted_gguf(file) == quicker[0]
+    assert len(list(gguf.cache_directory().iterdir())) == 1
 
 
 def test_gguf_without_its_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nabla_fast.config import NablaConfig
 from nabla_fast.generate import Pair, end_tokens
-from nabla_fast.models.checks import fingerprint
+from nabla_fast.models.fingerprint import fingerprint
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.process_reward import reward_model_of
 from nabla_fast.models.reward_model import RewardModel

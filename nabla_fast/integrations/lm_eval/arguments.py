@@ -32,7 +32,9 @@ class Arguments:
         preset: the published settings that ``config`` starts from.
         method: one of `METHODS`.
         n: samples of "best-of-n"; None takes ``max_rollouts``.
-        device, dtype, attn_implementation: of the models; ``reward_device`` where the reward model's is another.
+        device, dtype, attn_implementation, quantization: of the models; ``reward_device`` where the reward model's is
+            another.
+        adapter, reward_adapter: sub-folder of ``pretrained`` or ``reward`` that holds the adapter, of several.
         step_separator, step_aggregation, step_insert_after: how a process reward model is read.
         batch_size: answers that are decoded together; "auto" and None take ``max_batch_size``.
         longest: most tokens of an answer, whatever a task says: those of ``preset`` or ``max_new_tokens``, if given.
@@ -53,6 +55,9 @@ class Arguments:
     device: str = "auto"
     dtype: str = "auto"
     attn_implementation: str = "auto"
+    quantization: str = "none"
+    adapter: str | None = None
+    reward_adapter: str | None = None
     reward_device: str | None = None
     step_separator: str | None = None
     step_aggregation: str | None = None
@@ -95,18 +100,22 @@ class Arguments:
 
     def load(self) -> tuple[Any, Any, Any, Any]:
         """Language model, its tokenizer, reward model, its tokenizer."""
-        where = {"device": self.device, "dtype": self.dtype, "attn_implementation": self.attn_implementation}
+        names = ("device", "dtype", "attn_implementation", "quantization")
+        where = {name: getattr(self, name) for name in names}
         if self.pair is not None:
             return PAIRS[self.pair].load(**where, reward_device=self.reward_device)
         language = (self.pretrained, self.tokenizer)
         if isinstance(self.pretrained, str):
-            model, tokenizer = load_language_model(self.pretrained, **where, argument="pretrained")
+            model, tokenizer = load_language_model(
+                self.pretrained, **where, adapter=self.adapter, argument="pretrained"
+            )
             language = (model, self.tokenizer or tokenizer)
         if not isinstance(self.reward, str):
             return (*language, self.reward, self.reward_tokenizer)
         model, tokenizer = load_reward_model(
             self.reward,
             **{**where, "device": self.reward_device or self.device},
+            adapter=self.reward_adapter,
             base=self.reward_base,
             step_separator=self.step_separator,
             step_aggregation=self.step_aggregation,
