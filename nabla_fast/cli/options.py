@@ -65,8 +65,8 @@ def _model_options() -> list[inspect.Parameter]:
     reward = "Reward model: sequence classifier with one label, a peft adapter, or a process reward model."
     pair = (
         "smollm2: SmolLM2-135M with its reward model; arithmetic: the small models that ship with the package, for "
-        "arithmetic alone; arithmetic-steps: with a process reward model. Each brings settings, a question and tasks of "
-        "its own."
+        "arithmetic alone; arithmetic-steps: with a process reward model. Each brings settings, a question and tasks "
+        "of its own."
     )
     how = {
         "device": "Of the models: auto, cpu, cuda or cuda:N.",
