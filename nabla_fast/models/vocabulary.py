@@ -57,17 +57,15 @@ def align(tokenizer: Any, reward_tokenizer: Any, vocab_size: int, reward_vocab_s
         UserWarning: if some tokens of vocabularies that are `Alignment.close` have no partner, with their number.
     """
     theirs = {token: i for token, i in reward_tokenizer.get_vocab().items() if i < reward_vocab_size}
-    partner = torch.full((vocab_size,), -1, dtype=torch.long)
-    unmatched = []
     ours = [(token, i) for token, i in tokenizer.get_vocab().items() if i < vocab_size]
+    unmatched = [token for token, _ in ours if token not in theirs]
+    partner = [-1] * vocab_size
     for token, i in ours:
         partner[i] = theirs.get(token, -1)
-        if token not in theirs:
-            unmatched.append(token)
     share = 1.0 - len(unmatched) / len(ours)
     examples = tuple(sorted(unmatched)[:5])
     reverse_share = (len(ours) - len(unmatched)) / max(len(theirs), 1)
-    alignment = Alignment(partner, share, reverse_share, examples)
+    alignment = Alignment(torch.tensor(partner), share, reverse_share, examples)
     if unmatched and alignment.close:
         warnings.warn(
             f"{len(unmatched)} of {len(ours)} tokens ({1 - share:.2%}) have no partner in the reward model's "
