@@ -74,7 +74,7 @@ def grouping(own: Any, digits: int) -> Any:
 def swaps(reward: RewardModel, tokenizer: Any, digits: int, count: int) -> list[Swap]:
     """``count`` held-out solutions, each with a wrong number of ``digits`` digits."""
     rng = random.Random(digits)
-    same = [i for text, i in tokenizer.get_vocab().items() if re.fullmatch(f"[0-9]{{{digits}}}", text)]
+    same = [i for text, i in sorted(tokenizer.get_vocab().items()) if re.fullmatch(f"[0-9]{{{digits}}}", text)]
     found = []
     for problem in islice(problems("test"), count):
         ids = tokenizer(write_solution(problem.steps), add_special_tokens=False)["input_ids"]

@@ -50,7 +50,7 @@ Names = Annotated[str, typer.Option(help="Reward models, separated by commas; ta
 Threads = Annotated[int, typer.Option(help="CPU threads.")]
 Problems = Annotated[int, typer.Option(help="Problems.")]
 
-NAMES = "taught,judge-long-0,judge-0,gated-0"
+NAMES = "taught,judge-long-0,judge-0,gated-0,steps-0"
 ROLLOUTS = 8
 SAMPLES = (1, 2, 4, 8, 16)
 START = {"confidence_threshold": 0.7, "gradient_threshold": None, "candidates": 5}

@@ -61,6 +61,10 @@ NOT_RUN = {
     },
     "docs/guides/hub_kernels.md": {"make ": _MAKE},
     "docs/guides/look.md": {"pip install": _INSTALLS, "nabla-fast demo": f"{_STAYS}; tests/cli/test_demo_page.py"},
+    "docs/guides/quantised.md": {
+        "nabla-fast generate --model PATH --adapter": "needs adapters; tests/models/test_adapters.py has some",
+        'model, tokenizer = load_language_model("PATH or hub id", adapter': "needs adapters, as above",
+    },
     "docs/guides/reward_models.md": {
         "nabla-fast train-reward": "trains for an hour; tests/evaluation/test_train_reward.py trains tiny models",
         "nabla-fast generate --model PATH --reward-model runs/reward/adapter": "needs what the command above trains",

@@ -24,6 +24,7 @@ import copy
 import json
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -110,7 +111,10 @@ def load(work: Path, name: str) -> tuple[Any, Any]:
     """A reward model that was made, or the bundled one ("taught"), and its tokenizer."""
     if name == "taught":
         return load_reward()
-    return load_reward_model(work / name, step_separator="\n" if name.startswith("steps") else None)
+    if not name.startswith("steps"):
+        return load_reward_model(work / name)
+    process, tokenizer = load_reward_model(work / name, step_separator="\n", step_aggregation="last")
+    return replace(process, values_prefixes=True), tokenizer
 
 
 def as_process_model(classifier: Any) -> Any:

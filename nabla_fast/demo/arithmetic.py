@@ -59,9 +59,10 @@ def load_process_reward(**where: Any) -> tuple[Any, Any]:
     the line break behind a step, it says whether all that is there is right.
 
     Returns:
-        A `nabla_fast.ProcessReward`, whose reward is the lowest value of a step, and the tokenizer.
+        A `nabla_fast.ProcessReward`, whose reward is the value of the last step, which is of all before it too, and the
+        tokenizer.
     """
     from nabla_fast.models.loading import load_reward_model
 
-    process, tokenizer = load_reward_model(PROCESS_REWARD_PATH, step_separator="\n", **where)
+    process, tokenizer = load_reward_model(PROCESS_REWARD_PATH, step_separator="\n", step_aggregation="last", **where)
     return replace(process, values_prefixes=True), tokenizer
