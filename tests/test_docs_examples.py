@@ -34,7 +34,7 @@ BOUND = {
     "--model PATH": f"--model {POLICY}",
     "--reward-model PATH --step-separator": "--reward-model process --step-separator",
     "--reward-model PATH": f"--reward-model {REWARD}",
-    'load_language_model("PATH or hub id")': f"load_language_model({str(POLICY)!r})",
+    'load_language_model("PATH or hub id"': f"load_language_model({str(POLICY)!r}",
     'load_reward_model("PATH or hub id")': f"load_reward_model({str(REWARD)!r})",
     '--prompt "..."': "--prompt 'Compute 47 * 8 + 125 - 36 * 4.'",
     "cuda:0": "cpu",
