@@ -143,7 +143,7 @@ def measured(reward: RewardModel, own: Any, digits: int, count: int) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", type=positive, default=300, help="problems of the test split")
+    parser.add_argument("--problems", type=positive, default=100, help="problems of the test split")
     parser.add_argument("--threads", type=positive, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
