@@ -1,12 +1,12 @@
-"""Draws the results, and fills the tables of README.md, docs/speed.md and docs/quality.md from them.
+"""Draws the results, and fills the tables of README.md and docs/ from them.
 
     python benchmarks/plots.py            # everything in benchmarks/results/
     python benchmarks/plots.py --check    # exit status 1 if a table does not say what the results say
 
 A table stands between ``<!-- results: WHICH -->`` and ``<!-- end -->``. WHICH is a kind of machine (cpu or gpu) and a
-suite, as in "cpu operators"; "speed in brief"; "improvements"; "quality in brief"; "cross tokenizer"; or "quality" and
-a task, as in "quality arithmetic". A machine's directory may hold several runs; of every case the newest one
-counts, and quick runs never do. Cases that were never measured there are named below the table.
+suite, as in "cpu operators"; "speed in brief"; "improvements"; "quality in brief"; "cross tokenizer"; "quantised"; or
+"quality" and a task, as in "quality arithmetic". A machine's directory may hold several runs; of every case the newest
+one counts, and quick runs never do. Cases that were never measured there are named below the table.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 DOCS = ROOT / "docs"
-DOCUMENTS = (ROOT / "README.md", DOCS / "speed.md", DOCS / "quality.md")
+DOCUMENTS = (ROOT / "README.md", DOCS / "speed.md", DOCS / "quality.md", DOCS / "guides" / "quantised.md")
 PICTURES = DOCS / "assets" / "speed"
 """A folder for each machine; the documents with pictures are in docs/."""
 KINDS = ("cpu", "gpu")
-IMPROVEMENTS, CROSS_TOKENIZER = "improvements", "cross tokenizer"
+IMPROVEMENTS, CROSS_TOKENIZER, QUANTISED = "improvements", "cross tokenizer", "quantised"
 SPEED_IN_BRIEF, QUALITY_IN_BRIEF, QUALITY = "speed in brief", "quality in brief", "quality "
 QUALITY_TABLES = {"quality probes": quality_report.of_probes, "quality seconds": quality_report.of_seconds}
 NOT_MEASURED = "not measured"
@@ -144,6 +144,31 @@ def cross_tokenizer() -> str:
     return markdown(columns, rows)
 
 
+def quantised() -> str:
+    """The table of results/quantised.json."""
+    file = RESULTS / "quantised.json"
+    if not file.exists():
+        return NOT_MEASURED
+    plain, *others = json.loads(file.read_text())["quantizations"]
+    columns = (
+        "`quantization`",
+        "weights of both",
+        "time of a sampled token",
+        "time of a gradient, 32 tokens",
+        "gradient differs by",
+    )
+    rows = [
+        [
+            f"`{row['quantization']}`",
+            f"{row['weight_bytes'] / plain['weight_bytes']:.0%}",
+            *(f"{row[f'{what}_over_float32']:.2f} times" for what in ("token", "gradient")),
+            f"{row['gradient_relative_difference']:.0%}",
+        ]
+        for row in others
+    ]
+    return markdown(columns, rows)
+
+
 def described(name: str, some: Sequence[dict[str, Any]], suite: str) -> str:
     """The machine, and the files behind a table with the commits that they measured."""
     behind = [run for run in some if any(record.get("suite") == suite for record in run["records"])]
@@ -180,7 +205,12 @@ def table(which: str) -> str:
     Raises:
         ValueError: if there is no such table.
     """
-    whole = {SPEED_IN_BRIEF: speed_in_brief, IMPROVEMENTS: improvements, CROSS_TOKENIZER: cross_tokenizer}
+    whole = {
+        SPEED_IN_BRIEF: speed_in_brief,
+        IMPROVEMENTS: improvements,
+        CROSS_TOKENIZER: cross_tokenizer,
+        QUANTISED: quantised,
+    }
     kind, _, suite = which.partition(" ")
     if which in whole:
         return whole[which]()

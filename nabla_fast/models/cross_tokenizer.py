@@ -50,8 +50,7 @@ class CrossTokenizer:
         most_slots: of ``slots``.
 
     Attributes:
-        slots: how many of the tokens that a text is cut into are told apart, at most
-            ``most_slots``.
+        slots: how many of the tokens that a text is cut into are told apart, at most ``most_slots``.
         table: (V, slots * d_r) their embeddings, one after the other. The last slot has the mean of all others; 0 where
             there are none, as for a token without text, or one that is no whole character.
         single: share of the V tokens whose text is one token of the reward model's.

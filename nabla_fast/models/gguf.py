@@ -57,7 +57,7 @@ def _convert_gguf(file: Path, target: Path) -> None:
 
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f'reading {file.name} needs {" and ".join(missing)}; run pip install "nabla_fast[demo]"')
+        raise ImportError(f'reading {file.name} needs {" and ".join(missing)}; run pip install "nabla_fast[gguf]"')
     check_gguf(file)
     # gguf draws a progress bar of its own that transformers' switch does not reach.
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):

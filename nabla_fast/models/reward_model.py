@@ -152,7 +152,10 @@ class RewardModel:
         """
         if self.cross is None:
             return RewardFrame(self.table.inputs(self._ids(prompt_ids)), self._read(self._closing), ())
-        special = sorted(set(prompt_ids[1:]) & set(self._language_tokenizer.all_special_ids))
+        added = self._language_tokenizer.added_tokens_decoder
+        # A tokenizer need not have a role for each of its special tokens.
+        known = {i for i, token in added.items() if token.special}.union(self._language_tokenizer.all_special_ids)
+        special = sorted(known.intersection(prompt_ids[1:]))
         if special:
             raise ValueError(
                 f"the prompt's token ids hold {self._language_tokenizer.convert_ids_to_tokens(special[0])!r}, which "
