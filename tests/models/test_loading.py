@@ -275,7 +275,7 @@ def test_gguf_without_its_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     file = tmp_path / "tiny.gguf"
     file.write_bytes(b"")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'gguf and accelerate; run pip install "nabla_fast\[demo\]"'):
+    with pytest.raises(ImportError, match=r'gguf and accelerate; run pip install "nabla_fast\[gguf\]"'):
         loading.load_language_model(file)
 
 
