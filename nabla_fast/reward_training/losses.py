@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from nabla_fast.ops import upcast
 
 SMOOTHING = 0.02
+AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Loss:
 
     Attributes:
         total: scalar, with a gradient.
-        judge: cross-entropy of the score at the end of each row.
+        judge: mean cross-entropy of the score at the end of a row.
         prefix: that of the scores of prefixes; None where no row has one.
         point: cross-entropy of the first-order gains at the pointers; None where there are none.
         scores: (B,) at the ends.
@@ -60,8 +61,16 @@ class Loss:
     scores: Tensor
 
 
-def reward_loss(classifier: Any, rows: Sequence[Row], *, sharpness: Tensor, prefix: float, point: float) -> Loss:
-    """The loss of a batch.
+def reward_loss(
+    classifier: Any,
+    rows: Sequence[Row],
+    *,
+    sharpness: Tensor,
+    prefix: float,
+    point: float,
+    batch: Sequence[Row] | None = None,
+) -> Loss:
+    """The loss of a batch, or the share that some of its rows have in it.
 
     The score s of a row's last token is a logit of "right". Where it is to point, the gradient g of s by the embedding
     of one token gives every other token v the first-order gain g . e_v; over the better and the worse tokens, the
@@ -72,7 +81,10 @@ def reward_loss(classifier: Any, rows: Sequence[Row], *, sharpness: Tensor, pref
         classifier: an ``AutoModelForSequenceClassification`` with one label, or what peft makes of it.
         sharpness: scalar parameter: how large a gradient is decides nothing.
         prefix, point: weights of the two losses.
+        batch: that ``rows`` are a part of: the means are over all of it, so that the parts' losses add up. ``rows``
+            by default.
     """
+    batch = rows if batch is None else batch
     own = classifier.get_base_model() if hasattr(classifier, "get_base_model") else classifier
     table = own.get_input_embeddings()
     device = table.weight.device
@@ -85,13 +97,14 @@ def reward_loss(classifier: Any, rows: Sequence[Row], *, sharpness: Tensor, pref
     scores = upcast(own.score(hidden)[..., 0])
     at_end = scores[torch.arange(len(rows), device=device), ends]
     labels = at_end.new_tensor([float(row.right) for row in rows])
-    judge = _cross_entropy(at_end, labels)
+    judge = _cross_entropy(at_end, labels) / len(batch)
     total = judge
     prefix_loss = point_loss = None
     asked = [(i, row.prefix) for i, row in enumerate(rows) if row.prefix is not None]
     if prefix > 0 and asked:
         index = torch.tensor(asked, device=device).T
-        prefix_loss = _cross_entropy(scores[index[0], index[1]], labels[index[0]])
+        prefixes = sum(row.prefix is not None for row in batch)
+        prefix_loss = _cross_entropy(scores[index[0], index[1]], labels[index[0]]) / prefixes
         total = total + prefix * prefix_loss
     if pointing:
         (gradient,) = torch.autograd.grad(at_end.sum(), embeds, create_graph=True)
@@ -100,9 +113,37 @@ def reward_loss(classifier: Any, rows: Sequence[Row], *, sharpness: Tensor, pref
             for i, row in enumerate(rows)
             for pointer in row.pointers
         ]
-        point_loss = torch.stack(each).mean()
+        point_loss = torch.stack(each).sum() / sum(len(row.pointers) for row in batch)
         total = total + point * point_loss
     return Loss(total, judge, prefix_loss, point_loss, at_end)
+
+
+def accumulate(
+    classifier: Any, rows: Sequence[Row], *, sharpness: Tensor, prefix: float, point: float, at_once: int = AT_ONCE
+) -> Loss:
+    """Adds the gradient of `reward_loss` to the parameters' ``grad``, ``at_once`` rows at a time.
+
+    Rows that point are among themselves: the graph of a second derivative takes several times the memory of a first
+    one's, and the other rows need none.
+
+    Returns:
+        The loss of all rows, without a graph.
+    """
+    pointing = [i for i, row in enumerate(rows) if row.pointers]
+    others = [i for i, row in enumerate(rows) if not row.pointers]
+    parts = [some[first : first + at_once] for some in (pointing, others) for first in range(0, len(some), at_once)]
+    losses = []
+    scores = sharpness.new_empty(len(rows))
+    for part in parts:
+        own = [rows[i] for i in part]
+        loss = reward_loss(classifier, own, sharpness=sharpness, prefix=prefix, point=point, batch=rows)
+        loss.total.backward()
+        scores[part] = loss.scores.detach()
+        losses.append((loss.total, loss.judge, loss.prefix, loss.point))
+    total, judge, prefix_loss, point_loss = (_sum(of_parts) for of_parts in zip(*losses, strict=True))
+    assert total is not None
+    assert judge is not None
+    return Loss(total, judge, prefix_loss, point_loss, scores)
 
 
 def first_choice(gradient: Tensor, pointer: Pointer, table: Tensor) -> bool:
@@ -117,8 +158,13 @@ def _points(gradient: Tensor, pointer: Pointer, table: Tensor, sharpness: Tensor
     return gains.logsumexp(0) - gains[: len(pointer.better)].logsumexp(0)
 
 
+def _sum(losses: Sequence[Tensor | None]) -> Tensor | None:
+    found = [loss.detach() for loss in losses if loss is not None]
+    return torch.stack(found).sum() if found else None
+
+
 def _cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(scores, labels.clamp(SMOOTHING, 1 - SMOOTHING))
+    return F.binary_cross_entropy_with_logits(scores, labels.clamp(SMOOTHING, 1 - SMOOTHING), reduction="sum")
 
 
 def _padded(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

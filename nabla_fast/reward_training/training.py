@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nabla_fast.models.chat import ConversationFrame, conversation_frame
 from nabla_fast.reward_training.examples import Example
-from nabla_fast.reward_training.losses import Loss, Pointer, Row, reward_loss
+from nabla_fast.reward_training.losses import Loss, Pointer, Row, accumulate
 
 STATE, SETTINGS, ADAPTER = "training.pt", "settings.json", "adapter"
 CHECKPOINT_SECONDS = 120
@@ -127,8 +127,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(step, recipe.steps)
         rows = draw_rows(examples, frames, recipe, step)
-        loss = reward_loss(model, rows, sharpness=sharpness, prefix=recipe.prefix, point=recipe.point)
-        loss.total.backward()
+        loss = accumulate(model, rows, sharpness=sharpness, prefix=recipe.prefix, point=recipe.point)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -241,5 +240,5 @@ def _schedule(step: int, steps: int) -> float:
 
 def _told(number: int, loss: Loss, rows: Sequence[Row]) -> Step:
     judged = [(score > 0) == row.right for score, row in zip(loss.scores.tolist(), rows, strict=True)]
-    prefix, point = (None if part is None else float(part.detach()) for part in (loss.prefix, loss.point))
-    return Step(number, float(loss.judge.detach()), prefix, point, sum(judged) / len(judged))
+    prefix, point = (None if part is None else float(part) for part in (loss.prefix, loss.point))
+    return Step(number, float(loss.judge), prefix, point, sum(judged) / len(judged))

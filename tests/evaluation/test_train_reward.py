@@ -172,6 +172,27 @@ def test_the_pointing_loss_is_the_first_order_gain_of_the_score():
     assert float(derivative[1, 2]) == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-6)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 8])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(base, labelled, at_once):
+    torch.manual_seed(0)
+    model, tokenizer = training._adapted(base, RECIPE, "cpu")
+    model.double().eval()
+    chats = {e.problem: training.conversation_frame(tokenizer, e.chat) for e in labelled}
+    rows = draw_rows(labelled, chats, Recipe(batch_size=4, answers=2), 0)
+    rows.insert(0, Row(rows[0].ids, False))
+    assert not rows[0].pointers
+    assert rows[1].pointers
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    sharpness = torch.nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+    whole = reward_loss(model, rows, sharpness=sharpness, prefix=0.7, point=0.9)
+    expected = torch.autograd.grad(whole.total, [*parameters, sharpness])
+    found = losses.accumulate(model, rows, sharpness=sharpness, prefix=0.7, point=0.9, at_once=at_once)
+    for parameter, gradient in zip([*parameters, sharpness], expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7)  # Llama's norms are float32
+    for name in ("total", "judge", "prefix", "point", "scores"):
+        torch.testing.assert_close(getattr(found, name), getattr(whole, name).detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_examples_are_what_the_grader_says_and_are_kept(tmp_path):
     config = nf.NablaConfig(
         max_new_tokens=6,
