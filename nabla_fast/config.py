@@ -362,8 +362,7 @@ def require_number(
 ) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    inside = math.isfinite(value) and minimum <= value <= maximum and not (open_minimum and value == minimum)
-    if not inside:
+    if not (math.isfinite(value) and minimum <= value <= maximum) or (open_minimum and value == minimum):
         lower = f"above {minimum:g}" if open_minimum else f"at least {minimum:g}"
         upper = "finite" if math.isinf(maximum) else f"at most {maximum:g}"
         accepted = "a finite number" if math.isinf(minimum) else f"{lower} and {upper}"

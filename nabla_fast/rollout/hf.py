@@ -194,9 +194,8 @@ class _Stream:
         logits = model.logits(torch.cat(hidden))
         _require_readable(model, logits, responses)
         drawn = iter(self.backend.sampler(logits, self.sampling, sequences, responses).tolist())
-        self.batch.keep(
-            [row.take([next(drawn) for _ in h], self.stop) for row, h in zip(self.rows, hidden, strict=True)]
-        )
+        kept = [row.take([next(drawn) for _ in h], self.stop) for row, h in zip(self.rows, hidden, strict=True)]
+        self.batch.keep(kept)
         running = [i for i, row in enumerate(self.rows) if not row.ended]
         if len(running) < len(self.rows):
             for i, row in enumerate(self.rows):

@@ -67,5 +67,4 @@ def method_of(name: object, served: str) -> Method:
         )
     # Without the gradient cache, so that a sample costs one reward call whatever the others say, as in
     # `nabla_fast.baselines.sample`.
-    changes = {"max_rollouts": 1, "gradient_cache": False, "proposal": "dto"}
-    return Method(method, changes, int(best_of[1]))
+    return Method(method, {"max_rollouts": 1, "gradient_cache": False, "proposal": "dto"}, int(best_of[1]))
