@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
 PARAMETERIZATIONS = ("latents", "logits")
@@ -24,7 +24,6 @@ BACKENDS = ("auto", "reference", "native", "triton", "cuda")
 _LEAST_TEMPERATURE = 1e-4
 # The most that C++ takes, and that an operating system waits: a day.
 _MOST_BYTES, _MOST_SECONDS = 2**63 - 1, 86400.0
-PRESETS = ("math500", "aime", "amc")
 VLLM_GPU_MEMORY_UTILIZATION = 0.4
 _SWITCHES = ("update_postfix", "rejection_sampling", "gradient_cache", "checkpoint_activations", "graphs", "compile")
 
@@ -271,7 +270,7 @@ class NablaConfig:
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
         if self.eos_token_ids is None:
             return
-        if isinstance(self.eos_token_ids, int) or not all(_is_int(i) and i >= 0 for i in self.eos_token_ids):
+        if isinstance(self.eos_token_ids, int) or not all(is_int(i) and i >= 0 for i in self.eos_token_ids):
             raise ValueError(f"eos_token_ids must be a list of token ids (>= 0) or None, got {self.eos_token_ids!r}")
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
 
@@ -296,20 +295,11 @@ class NablaConfig:
         Source: ``scripts/qwen_ins_*.sh`` of the published code, and its defaults where they are silent.
         """
         _require_choice("preset", preset, PRESETS)
-        config = cls(anchor="argmax", parameterization="logits")
-        if preset == "aime":
-            config = config.replace(gradient_threshold=8.0, max_new_tokens=3072)
-        elif preset == "amc":
-            config = config.replace(
-                parameterization="latents", rollout=Sampling(0.7, 0.8, 20), resample=Sampling(0.5, 0.8, 20)
-            )
-        return config.replace(**changes)
+        return cls(anchor="argmax", **_PUBLISHED[preset]).replace(**changes)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain data, ``vllm_api_key`` left out: what may be printed and stored."""
-        told = asdict(self)
-        del told["vllm_api_key"]
-        return told
+        return {name: value for name, value in asdict(self).items() if name != "vllm_api_key"}
 
     def replace(self, **changes: Any) -> NablaConfig:
         """A copy with ``changes`` applied, validated again; TypeError for an unknown name, with the known ones."""
@@ -350,16 +340,16 @@ def require_share(name: str, value: object) -> None:
     require_number(name, value, minimum=0.0, maximum=1.0, open_minimum=True)
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def require_int(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> None:
-    if not _is_int(value):
+    if not is_int(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if minimum is not None and value < minimum:  # type: ignore[operator]
+    if minimum is not None and value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
-    if maximum is not None and value > maximum:  # type: ignore[operator]
+    if maximum is not None and value > maximum:
         raise ValueError(f"{name} must be at most {maximum}, got {value!r}")
 
 
@@ -372,18 +362,22 @@ def require_number(
 ) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    inside = math.isfinite(value) and minimum <= value <= maximum and not (open_minimum and value == minimum)
-    if not inside:
-        raise ValueError(f"{name} must be {_interval(minimum, maximum, open_minimum)}, got {value!r}")
-
-
-def _interval(minimum: float, maximum: float, open_minimum: bool) -> str:
-    if math.isinf(minimum):
-        return "a finite number"
-    lower = f"above {minimum:g}" if open_minimum else f"at least {minimum:g}"
-    return f"{lower} and finite" if math.isinf(maximum) else f"{lower} and at most {maximum:g}"
+    if not (math.isfinite(value) and minimum <= value <= maximum) or (open_minimum and value == minimum):
+        lower = f"above {minimum:g}" if open_minimum else f"at least {minimum:g}"
+        upper = "finite" if math.isinf(maximum) else f"at most {maximum:g}"
+        accepted = "a finite number" if math.isinf(minimum) else f"{lower} and {upper}"
+        raise ValueError(f"{name} must be {accepted}, got {value!r}")
 
 
 def _require_choice(name: str, value: object, choices: Collection[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+# Benchmark → settings of `NablaConfig.published`.
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "math500": {"parameterization": "logits"},
+    "aime": {"parameterization": "logits", "gradient_threshold": 8.0, "max_new_tokens": 3072},
+    "amc": {"parameterization": "latents", "rollout": Sampling(0.7, 0.8, 20), "resample": Sampling(0.5, 0.8, 20)},
+}
+PRESETS = tuple(_PUBLISHED)

@@ -6,9 +6,10 @@ The steps are numbered as in the design: 1 roll out, 2 select, 3 optimize, 4 res
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -35,10 +36,11 @@ class Observer(Protocol):
         """Sequence ``index`` has committed ``tokens`` of a response that is ``length`` tokens long as it stands."""
 
 
+@dataclass(eq=False)
 class Decoder:
     """Decodes sequences with one pair of models.
 
-    Args:
+    Attributes:
         objective: the models, their gradients, the clock.
         rollouts: where trajectories come from.
         sampler: draws the resampled token.
@@ -47,22 +49,16 @@ class Decoder:
         enough: asked before each token that a sequence would try; True ends the sequence as having no rollouts left.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        rollouts: RolloutBackend,
-        sampler: Sampler,
-        stop: StopRule,
-        observer: Observer | None = None,
-        enough: Callable[[Sequence], bool] | None = None,
-    ) -> None:
-        self.objective = objective
-        self.config: NablaConfig = objective.config
-        self.rollouts = rollouts
-        self.sampler = sampler
-        self.stop = stop
-        self.observer = observer
-        self.enough = enough
+    objective: Objective
+    rollouts: RolloutBackend
+    sampler: Sampler
+    stop: StopRule
+    observer: Observer | None = None
+    enough: Callable[[Sequence], bool] | None = None
+
+    @property
+    def config(self) -> NablaConfig:
+        return self.objective.config
 
     def decode(self, sequences: Seq[Sequence]) -> None:
         """Runs every sequence to its end; the results are in the sequences. Raises what `finishing` raises."""
@@ -78,23 +74,20 @@ class Decoder:
         Raises:
             RolloutError: if rollouts cannot be had any more; with what every sequence has come to.
         """
+        waiting = deque(sequences)
         try:
-            yield from self._decode(sequences)
+            with closing(Batch(self)) as batch:
+                while waiting or batch.rolling:
+                    while waiting and len(batch.rolling) < self.config.max_batch_size:
+                        batch.add(waiting.popleft())
+                    under_way = batch.receive()
+                    while batch.arrived:
+                        batch.advance()
+                    yield from (sequence for sequence in under_way if sequence.finished)
         except RolloutError as error:
             error.committed = tuple(s.committed if s.trajectory else () for s in sequences)
             error.responses = tuple(tuple(s.current.tokens.tolist()) if s.trajectory else () for s in sequences)
             raise
-
-    def _decode(self, sequences: Seq[Sequence]) -> Iterator[Sequence]:
-        waiting = deque(sequences)
-        with closing(Batch(self)) as batch:
-            while waiting or batch.rolling:
-                while waiting and len(batch.rolling) < self.config.max_batch_size:
-                    batch.add(waiting.popleft())
-                under_way = batch.receive()
-                while batch.arrived:
-                    batch.advance()
-                yield from (sequence for sequence in under_way if sequence.finished)
 
     # 1
     def roll_out(self, sequence: Sequence, prefix: tuple[int, ...], stream: RolloutStream) -> None:
@@ -133,7 +126,8 @@ class Decoder:
             sequence.stats.drafted_tokens += new.drafted
             sequence.stats.accepted_draft_tokens += new.accepted
         tokens = [torch.cat([r.tokens.new_tensor(s.prefix), r.tokens]) for s, r in zip(sequences, drawn, strict=True)]
-        rewards = self._score(sequences, tokens)
+        self._announce("reward", sequences)
+        rewards = self.objective.rewards(sequences, tokens)
         # Entropy and confidence of every position: criteria of the selection.
         with self.objective.clock.phase("selection", [s.stats for s in sequences]):
             trajectories = [self._trajectory(*parts) for parts in zip(sequences, drawn, tokens, rewards, strict=True)]
@@ -150,8 +144,6 @@ class Decoder:
     # 2
     def select(self, sequences: Seq[Sequence]) -> list[Sequence]:
         """Commits everything before the next token worth optimizing; returns the sequences that have one."""
-        if not sequences:
-            return []
         with self._phase("selection", sequences):
             positions = select(sequences, self.objective, self.config)
         for sequence, position in zip(sequences, positions, strict=True):
@@ -162,8 +154,6 @@ class Decoder:
     # 3 and 4
     def next_tokens(self, sequences: Seq[Sequence]) -> list[int]:
         """The token that each sequence tries at its position: by DTO and a draw from its logits, or as configured."""
-        if not sequences:
-            return []
         for sequence in sequences:
             sequence.stats.optimised_positions += 1
             sequence.stats.optimised.append(sequence.position)
@@ -218,10 +208,6 @@ class Decoder:
         if sequence.finished:
             sequence.stats.finish_reason = self.stop.finish_reason(sequence, sequence.committed)
             sequence.release()
-
-    def _score(self, sequences: Seq[Sequence], tokens: Seq[Tensor]) -> list[float]:
-        self._announce("reward", sequences)
-        return self.objective.rewards(sequences, tokens)
 
     def _trajectory(self, sequence: Sequence, new: Rollout, tokens: Tensor, reward: float) -> Trajectory:
         """The trajectory of a rollout: the current one's rows up to where the rollout starts, then its own."""
@@ -290,8 +276,8 @@ class Batch:
     def advance(self) -> None:
         """Takes those that have arrived to their next token worth optimizing, and past it or to another rollout."""
         arrived = self.decoder.stop_spent(self.arrived)
-        arrived = self.decoder.select(arrived)
-        tokens = self.decoder.next_tokens(arrived)
+        arrived = self.decoder.select(arrived) if arrived else []
+        tokens = self.decoder.next_tokens(arrived) if arrived else []
         changed, self.arrived = self.decoder.propose(arrived, tokens, self._stream)
         self.rolling.update(changed)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from nabla_fast.config import NablaConfig
-from nabla_fast.generate import NablaOutput, Pair, make_pair, run
+from nabla_fast.decoder import Observer
+from nabla_fast.generate import Pair, make_pair, run
 from nabla_fast.generation_call import SAID, Call
 from nabla_fast.models.chat import as_chats
 from nabla_fast.models.reward_model import RewardFrame
@@ -113,7 +114,10 @@ def decoding(
             # Whoever reads from a streamer waits for its end.
             if streamer is not None:
                 streamer.end()
-        sequences = _pad(call.input_ids, out, _pad_token(call.settings, pair))
+        pads = (call.settings.pad_token_id, pair.tokenizer.pad_token_id, *sorted(pair.eos_token_ids), 0)
+        pad = next(int(token) for token in pads if token is not None)
+        responses = torch.nn.utils.rnn.pad_sequence(out.sequences, batch_first=True, padding_value=pad)
+        sequences = torch.cat([call.input_ids, responses.to(call.input_ids.device)], dim=1)
         if not call.settings.return_dict_in_generate:
             return sequences
         return NablaGenerateOutput(sequences=sequences, rewards=torch.tensor(out.rewards), stats=out.stats)  # type: ignore[arg-type]
@@ -127,15 +131,12 @@ def decoding(
     return decode
 
 
-class _Stream:
+class _Stream(Observer):
     """Passes committed tokens on to a transformers streamer."""
 
     def __init__(self, streamer: Any, prompt: Tensor) -> None:
         self.streamer = streamer
         streamer.put(prompt.cpu())
-
-    def on_phase(self, phase: str, sequences: int) -> None:
-        """Streamers show tokens only."""
 
     def on_commit(self, index: int, tokens: list[int], length: int) -> None:
         self.streamer.put(torch.tensor(tokens))
@@ -161,15 +162,3 @@ def _frames(
                 stacklevel=3,
             )
     return [frame for frame in frames for _ in range(copies)]
-
-
-def _pad_token(generation_config: Any, pair: Pair) -> int:
-    for token in (generation_config.pad_token_id, pair.tokenizer.pad_token_id, *sorted(pair.eos_token_ids)):
-        if token is not None:
-            return int(token)
-    return 0
-
-
-def _pad(input_ids: Tensor, out: NablaOutput, pad_token: int) -> Tensor:
-    responses = torch.nn.utils.rnn.pad_sequence(out.sequences, batch_first=True, padding_value=pad_token)
-    return torch.cat([input_ids, responses.to(input_ids.device)], dim=1)

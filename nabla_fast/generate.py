@@ -278,19 +278,14 @@ def run(
                     ended.record = recorder.record(ended)
                 on_end(ended)
     drawn = rollouts.graph_stats() if isinstance(rollouts, HFRollout) else {}
-    cached = {} if objective.cache is None else objective.cache.stats()
-    return _output(pair, sequences, config, chats, cached, summed([objective.graph_stats(), drawn]))
+    output = _output(pair, sequences, config, chats)
+    output.stats.cache = {} if objective.cache is None else objective.cache.stats()
+    output.stats.graphs = summed([objective.graph_stats(), drawn])
+    return output
 
 
-def _output(
-    pair: Pair,
-    sequences: Seq[Sequence],
-    config: NablaConfig,
-    chats: Seq[Chat] | None,
-    cache: Mapping[str, int] = MappingProxyType({}),
-    graphs: Mapping[str, float] = MappingProxyType({}),
-) -> NablaOutput:
-    """The answers of finished sequences, and what was counted for all of them."""
+def _output(pair: Pair, sequences: Seq[Sequence], config: NablaConfig, chats: Seq[Chat] | None) -> NablaOutput:
+    """The answers of finished sequences, and what was counted for each of them."""
     tokens = [s.current.tokens for s in sequences]
     details = [
         Details(chat, config, pair.tokenizer, s.current.tokens.tolist(), s.stats.revisions, s.record)
@@ -300,7 +295,7 @@ def _output(
         texts=[pair.tokenizer.decode(t, skip_special_tokens=True) for t in tokens],
         sequences=tokens,
         rewards=[s.current.reward for s in sequences],
-        stats=Stats([s.stats for s in sequences], dict(cache), dict(graphs)),
+        stats=Stats([s.stats for s in sequences]),
         details=details,
     )
 

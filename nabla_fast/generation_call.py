@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -70,13 +70,19 @@ class Call:
         self.said = {name: value for name, value in self.said.items() if value is not None}
         self._refuse_inputs()
         # Those that the call came with, and not those of the generation config, which are made for each prompt anew.
-        self._own = self._own_processors()
+        made = self.model._get_logits_processor(
+            self.settings,
+            input_ids_seq_length=self.input_ids.shape[1],
+            encoder_input_ids=self.input_ids,
+            device=self.input_ids.device,
+            model_kwargs=self.model_kwargs,
+        )
+        self._own = own_processors(self.logits_processor or (), made)
         self._expand()
         self.settings = copy.copy(self.settings)
         for name, value in self.said.items():
             setattr(self.settings, name, value)
         self._refuse_settings()
-        self._refuse_own()
 
     @property
     def copies(self) -> int:
@@ -99,22 +105,19 @@ class Call:
     def config(self, config: NablaConfig) -> NablaConfig:
         """``config`` with what the call says itself."""
         stop_strings = self.settings.stop_strings or config.stop_strings
-        settings: dict[str, Any] = {
-            "rollout": self._rollout(config.rollout),
-            "eos_token_ids": self._eos_token_ids(config),
-            "max_new_tokens": self._max_new_tokens(config),
-            "stop_strings": (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings),
-        }
-        if self.greedy:
-            settings["resample"] = Sampling(temperature=0.0)
-        return config.replace(**settings)
+        return config.replace(
+            rollout=self._rollout(config.rollout),
+            resample=Sampling(temperature=0.0) if self.greedy else config.resample,
+            eos_token_ids=self._eos_token_ids(config),
+            max_new_tokens=self._max_new_tokens(config),
+            stop_strings=(stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings),
+        )
 
     def stop_rule(self, pair: Pair, config: NablaConfig) -> StopRule:
         """When a response ends."""
         rule = stop_rule(pair, config)
         own = [c for c in self.stopping_criteria or () if not isinstance(c, _BUILT_IN_CRITERIA)]
-        criteria = tuple(_criterion(c, pair.language_model.device) for c in own)
-        return StopRule(rule.eos_token_ids, rule.stop_strings, rule.tokenizer, criteria)
+        return replace(rule, criteria=tuple(_criterion(c, pair.language_model.device) for c in own))
 
     def sampler(self, pair: Pair) -> Sampler:
         """Draws with the logits processors of the generation config, and with the call's own."""
@@ -129,7 +132,7 @@ class Call:
     def _rollout(self, rollout: Sampling) -> Sampling:
         if self.greedy:
             return Sampling(temperature=0.0)
-        settings: dict[str, Any] = {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k}
+        settings = asdict(rollout)
         settings |= {name: value for name in settings if (value := self._own_value(name)) is not None}
         if settings["top_k"] == 0:  # transformers' way of saying "all"
             settings["top_k"] = None
@@ -186,22 +189,11 @@ class Call:
         copies = self.said.get("num_return_sequences")
         if copies is None:
             return
-        there = int(self.settings.num_return_sequences or 1)
+        there = self.copies
         self.input_ids = self.input_ids[::there].repeat_interleave(copies, dim=0)
         mask = self.model_kwargs.get("attention_mask")
         if mask is not None:
             self.model_kwargs["attention_mask"] = mask[::there].repeat_interleave(copies, dim=0)
-
-    def _own_processors(self) -> tuple[Any, ...]:
-        given = list(self.logits_processor or ())
-        made = self.model._get_logits_processor(
-            self.settings,
-            input_ids_seq_length=self.input_ids.shape[1],
-            encoder_input_ids=self.input_ids,
-            device=self.input_ids.device,
-            model_kwargs=self.model_kwargs,
-        )
-        return own_processors(given, made)
 
     def _refuse_inputs(self) -> None:
         if self.input_ids.shape[1] == 0 or self.model_kwargs.get("inputs_embeds") is not None:
@@ -230,8 +222,6 @@ class Call:
             )
         if self.greedy and self.copies > 1:
             raise ValueError(f"num_return_sequences must be 1 without sampling, got {self.copies}; give do_sample=True")
-
-    def _refuse_own(self) -> None:
         if any(isinstance(c, MaxTimeCriteria) for c in self.stopping_criteria or ()):
             raise ValueError(f"max_time cannot be used with custom_generate=nabla_fast; {_REFUSED['max_time']}")
         by_prompt = [p for p in self._own if type(p).__name__ == "PrefixConstrainedLogitsProcessor"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,14 +83,12 @@ class GenerationSampler(Sampler):
     @property
     def names(self) -> tuple[str, ...]:
         """The classes of all processors."""
-        made = self._make((0, 0), 1)
-        return tuple(_name(p) for p in (*made.before, *made.warpers, *made.after))
+        return tuple(map(_name, itertools.chain(*self._make((0, 0), 1))))
 
     @property
     def repetition_penalty(self) -> float | None:
         """See `Sampler.repetition_penalty`; one that leaves part of the prompt out is another penalty."""
-        made = self._make((0, 0), 1)
-        found: list[Any] = [*made.before, *made.warpers, *made.after]
+        found: list[Any] = list(itertools.chain(*self._make((0, 0), 1)))
         if not found:
             return 1.0
         if len(found) > 1 or type(found[0]) is not RepetitionPenaltyLogitsProcessor:
@@ -103,7 +102,6 @@ class GenerationSampler(Sampler):
         return max(self.vocab_size, getattr(text, "vocab_size", None) or 0)
 
     def processors(self, sequence: Sequence) -> Processors:
-        """See `Sampler.processors`."""
         key = (sequence.prompt_ids, sequence.limit)
         if key not in self._made:
             if len(self._made) >= _MOST_MADE:
@@ -131,9 +129,7 @@ class GenerationSampler(Sampler):
             device=device,
             model_kwargs={},
         )
-        before: list[LogitsProcessor] = []
-        warpers: list[LogitsProcessor] = []
-        after: list[LogitsProcessor] = []
+        placed = Processors([], [], [])
         for processor in made:
             mine = any(processor is own for own in self.own)
             name = _name(processor)
@@ -142,12 +138,11 @@ class GenerationSampler(Sampler):
                     f"logits_processor {name} cannot be used with ∇-Reasoner: it follows one answer token by token, "
                     "and rollouts come back to earlier positions; leave it out"
                 )
-            place = before if mine else warpers if name in _WARPERS else after if name in _LAST else before
-            place.append(self._probe(processor) if mine else processor)
-        return Processors(tuple(before), tuple(warpers), tuple(after))
-
-    def _probe(self, processor: LogitsProcessor) -> LogitsProcessor:
-        return self._probed.setdefault(id(processor), _Probed(processor))
+            place = placed.warpers if name in _WARPERS else placed.after if name in _LAST else placed.before
+            if mine:
+                place, processor = placed.before, self._probed.setdefault(id(processor), _Probed(processor))
+            place.append(processor)
+        return placed
 
 
 def own_processors(given: Seq[LogitsProcessor], made: Seq[LogitsProcessor]) -> tuple[LogitsProcessor, ...]:
@@ -167,7 +162,7 @@ class _Probed:
 
     def __init__(self, processor: LogitsProcessor) -> None:
         self.processor = processor
-        self.name = _name(processor)
+        self.__name__ = _name(processor)
         self._asked: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
@@ -175,30 +170,25 @@ class _Probed:
         if len(self._asked) < _PROBED_CALLS:
             # Newest first: the same call twice, then an earlier position.
             self._asked.insert(0, (ids, scores.clone(), answer.clone()))
-            for earlier_ids, earlier_scores, expected in self._asked[:2]:
-                self._ask_again(earlier_ids, earlier_scores, expected)
+            for asked in self._asked[:2]:
+                self._ask_again(*asked)
         return answer
 
     def _ask_again(self, ids: Tensor, scores: Tensor, expected: Tensor) -> None:
+        what, cause = "gave other scores", None
         try:
             again = self.processor(ids, scores.clone())
-            same = again.shape == expected.shape and bool(torch.equal(again.nan_to_num(), expected.nan_to_num()))
+            if again.shape == expected.shape and torch.equal(again.nan_to_num(), expected.nan_to_num()):
+                return
         except Exception as error:
-            raise ValueError(f"{self._must_be_pure} raised {type(error).__name__} ({error})") from error
-        if not same:
-            raise ValueError(f"{self._must_be_pure} gave other scores")
-
-    @property
-    def _must_be_pure(self) -> str:
-        return (
-            f"logits_processor {self.name} must be a function of (input_ids, scores), since rollouts come back to "
-            "earlier positions; asked the same again, it"
-        )
+            what, cause = f"raised {type(error).__name__} ({error})", error
+        raise ValueError(
+            f"logits_processor {self.__name__} must be a function of (input_ids, scores), since rollouts come back to "
+            f"earlier positions; asked the same again, it {what}"
+        ) from cause
 
 
 def _name(processor: Any) -> str:
-    if isinstance(processor, _Probed):
-        return processor.name
     return getattr(processor, "__name__", None) or type(processor).__name__
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -49,8 +49,7 @@ def optimized(sequences: Seq[Sequence], by: Proposer) -> list[int]:
     logits = torch.cat([result.logits[:1] for result in results])
     with by.phase("resample", sequences):
         committed = [sequence.committed for sequence in sequences]
-        tokens: list[int] = by.sampler(logits, config.resample, sequences, committed).tolist()
-    return tokens
+        return by.sampler(logits, config.resample, sequences, committed).tolist()
 
 
 def first_order(sequences: Seq[Sequence], by: Proposer) -> list[int]:
@@ -84,8 +83,7 @@ def likeliest(sequences: Seq[Sequence], by: Proposer) -> list[int]:
         present = torch.tensor([_present(s) for s in sequences], device=scores.device)
         best = scores.scatter(1, present.unsqueeze(1), -torch.inf).max(1)
         # Where the logits processors allow one token alone, there is no other.
-        tokens: list[int] = torch.where(best.values == -torch.inf, present, best.indices).tolist()
-    return tokens
+        return torch.where(best.values == -torch.inf, present, best.indices).tolist()
 
 
 PROPOSALS: dict[str, Proposal] = {
@@ -102,20 +100,14 @@ class GuidedSampler(Sampler):
     """Draws as ``inner`` does; where the model is uncertain, it takes the candidate of the highest prefix reward.
 
     So a response is decided on while it is drawn, and no token is drawn twice.
-
-    Attributes:
-        inner: draws the tokens that are certain, and applies the caller's logits processors.
-        objective: whose rewards decide; its configuration says what is uncertain, and how many candidates there are.
     """
 
-    inner: Sampler = field(default_factory=Sampler)
-    objective: Objective | None = None
+    inner: Sampler
+    objective: Objective
 
     def __call__(
         self, logits: Tensor, sampling: Sampling, sequences: Seq[Sequence], responses: Seq[tuple[int, ...]]
     ) -> Tensor:
-        """See `Sampler`."""
-        assert self.objective is not None
         config = self.objective.config
         drawn = self.inner(logits, sampling, sequences, responses)
         stats = ops.relaxed_stats(logits, 1.0, config.entropy_threshold, config.confidence_threshold, config.backend)
@@ -123,7 +115,7 @@ class GuidedSampler(Sampler):
         if not forks:
             return drawn
         where, so_far = [sequences[i] for i in forks], [responses[i] for i in forks]
-        scores = self.inner.scores(logits[forks], _GREEDY, where, so_far)
+        scores, _ = self.inner.processed(logits[forks], _GREEDY, where, so_far)
         candidates = _top(scores, config.candidates)
         prefixes = [torch.tensor(response, dtype=torch.int64) for response in so_far]
         chosen = _best(candidates, self.objective.prefix_rewards(where, prefixes, candidates))
@@ -132,9 +124,7 @@ class GuidedSampler(Sampler):
 
 def sampler_of(sampler: Sampler, objective: Objective) -> Sampler:
     """What draws rollouts: ``sampler``, which a "guided" decode asks prefix rewards besides."""
-    if objective.config.proposal != "guided":
-        return sampler
-    return GuidedSampler(sampler.before, sampler.after, sampler, objective)
+    return GuidedSampler(sampler, objective) if objective.config.proposal == "guided" else sampler
 
 
 def _best(candidates: Seq[Seq[int]], rewards: Seq[Seq[float]]) -> list[int]:
@@ -153,7 +143,7 @@ def _scores(sequences: Seq[Sequence], by: Proposer) -> Tensor:
     """Logits (B, V) of each sequence's next token, behind the caller's logits processors."""
     latents = torch.cat([s.current.latents[s.position : s.position + 1] for s in sequences])
     logits = by.objective.language_model.logits(latents)
-    return by.sampler.scores(logits, _GREEDY, sequences, [s.committed for s in sequences])
+    return by.sampler.processed(logits, _GREEDY, sequences, [s.committed for s in sequences])[0]
 
 
 def _top(scores: Tensor, count: int) -> list[list[int]]:

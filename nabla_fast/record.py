@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,56 +49,49 @@ class AnswerRecord:
         return asdict(self)
 
 
+@dataclass(eq=False, repr=False)
 class Details:
     """What the page of an answer shows besides its text, reward and counters.
 
     The texts of tokens are made when they are first asked for, or when this is pickled, which leaves the tokenizer out.
 
-    Args:
-        revisions: proposals made for the answer.
-
     Attributes:
-        method: what found the answer.
         chat: the prompt, as messages; empty where there were token ids alone.
         config: settings, without the key of a server.
+        tokenizer: of the answer.
         tokens: (n,) ids of the answer.
+        revisions: proposals made for it.
         record: probabilities, or None.
         samples: the rewards of all samples that the answer was chosen from; empty of one that was not.
+        method: what found the answer.
     """
 
-    def __init__(
-        self,
-        chat: Iterable[Mapping[str, Any]],
-        config: NablaConfig,
-        tokenizer: Any,
-        tokens: Sequence[int],
-        revisions: Sequence[Revision] = (),
-        record: AnswerRecord | None = None,
-        samples: Sequence[float] = (),
-        method: str = NABLA,
-    ) -> None:
-        self.method = method
-        self.chat = [{"role": str(m["role"]), "content": m["content"] or ""} for m in chat]
-        self.config = config.replace(vllm_api_key=None)  # an output is shown, and written to files
-        self.record = record
-        self.samples = list(samples)
-        self._tokenizer = tokenizer
-        self.tokens = list(tokens)
-        self._revisions = list(revisions)
+    chat: Sequence[Mapping[str, Any]]
+    config: NablaConfig
+    tokenizer: Any
+    tokens: Sequence[int]
+    revisions: Sequence[Revision] = ()
+    record: AnswerRecord | None = None
+    samples: Sequence[float] = ()
+    method: str = NABLA
+
+    def __post_init__(self) -> None:
+        self.chat = [{"role": str(m["role"]), "content": m["content"] or ""} for m in self.chat]
+        self.config = self.config.replace(vllm_api_key=None)  # an output is shown, and written to files
 
     @functools.cached_property
     def pieces(self) -> list[Piece]:
         """The answer's tokens as text."""
-        return pieces(self._tokenizer, self.tokens)
+        return pieces(self.tokenizer, self.tokens)
 
     @functools.cached_property
     def words(self) -> dict[int, str]:
         """Token id → its text alone, of the answer's tokens, its proposals and candidates."""
-        ids = {*self.tokens, *(token for r in self._revisions for token in (r.old_token, r.new_token))}
+        ids = {*self.tokens, *(token for r in self.revisions for token in (r.old_token, r.new_token))}
         if self.record is not None:
             ids.update(token for entry in self.record.tokens for token, _ in entry.candidates)
-        return {token: spelled(self._tokenizer, token) for token in sorted(ids)}
+        return {token: spelled(self.tokenizer, token) for token in sorted(ids)}
 
     def __getstate__(self) -> dict[str, Any]:
         made = {"pieces": self.pieces, "words": self.words}
-        return {name: value for name, value in (self.__dict__ | made).items() if name != "_tokenizer"}
+        return {name: value for name, value in (self.__dict__ | made).items() if name != "tokenizer"}

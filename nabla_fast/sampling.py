@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,7 @@ LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 _LIFT = 1e-4
 
 
-@dataclass(frozen=True)
-class Processors:
+class Processors(NamedTuple):
     """Logits processors around temperature, top-k and top-p.
 
     Attributes:
@@ -37,31 +36,23 @@ class Processors:
         after: applied last.
     """
 
-    before: tuple[LogitsProcessor, ...] = ()
-    warpers: tuple[LogitsProcessor, ...] = ()
-    after: tuple[LogitsProcessor, ...] = ()
+    before: list[LogitsProcessor]
+    warpers: list[LogitsProcessor]
+    after: list[LogitsProcessor]
 
 
-@dataclass(frozen=True)
 class Sampler:
-    """Draws the next token of a batch of sequences.
-
-    Attributes:
-        before, after: logits processors, see `Processors`.
-    """
-
-    before: tuple[LogitsProcessor, ...] = ()
-    after: tuple[LogitsProcessor, ...] = ()
+    """Draws the next token of a batch of sequences, without logits processors."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the logits processors."""
-        return tuple(getattr(p, "__name__", type(p).__name__) for p in (*self.before, *self.after))
+        return ()
 
     @property
     def repetition_penalty(self) -> float | None:
         """The repetition penalty if it is the only logits processor, 1 without any, else None."""
-        return None if self.names else 1.0
+        return 1.0
 
     @property
     def width(self) -> int:
@@ -70,36 +61,29 @@ class Sampler:
 
     def processors(self, sequence: Sequence) -> Processors:
         """The logits processors of one sequence."""
-        return Processors(self.before, (), self.after)
+        return Processors([], [], [])
 
     def __call__(
         self, logits: Tensor, sampling: Sampling, sequences: Seq[Sequence], responses: Seq[tuple[int, ...]]
     ) -> Tensor:
         """One token (B,) per row of logits (B, V): the one that follows each response of its sequence."""
-        scores, left = self._processed(logits, sampling, sequences, responses)
+        scores, left = self.processed(logits, sampling, sequences, responses)
         keys = [(s.seed, len(response)) for s, response in zip(sequences, responses, strict=True)]
         return draw(scores, left, keys)
 
-    def scores(
-        self, logits: Tensor, sampling: Sampling, sequences: Seq[Sequence], responses: Seq[tuple[int, ...]]
-    ) -> Tensor:
-        """The logits (B, V) behind the logits processors; -inf where a token is forbidden. At temperature 0 those
-        that sampling alone has are left out, and nothing is warped."""
-        return self._processed(logits, sampling, sequences, responses)[0]
-
-    def _processed(
+    def processed(
         self, logits: Tensor, sampling: Sampling, sequences: Seq[Sequence], responses: Seq[tuple[int, ...]]
     ) -> tuple[Tensor, Sampling]:
-        """Processed scores, and what of ``sampling`` is still to be done with them."""
-        rows = list(zip(sequences, responses, strict=True))
+        """The logits (B, V) behind the logits processors, -inf where a token is forbidden; and what of ``sampling`` is
+        still to be done with them. At temperature 0 processors that sampling alone has are left out."""
         processors = [self.processors(sequence) for sequence in sequences]
-        scores = _process([p.before for p in processors], logits, rows, self.width)
+        scores = _process([p.before for p in processors], logits, sequences, responses, self.width)
         last = [(*(p.warpers if sampling.temperature else ()), *p.after) for p in processors]
         if any(last):
             # At temperature 0 the argmax comes last: a row with one token left cannot be changed any more.
             if sampling.temperature:
                 scores, sampling = warp(scores, sampling), Sampling()
-            scores = _process(last, scores, rows, self.width)
+            scores = _process(last, scores, sequences, responses, self.width)
         return scores, sampling
 
 
@@ -144,13 +128,8 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
     return warped_logits(ops.upcast(logits), sampling.temperature, sampling.top_k, sampling.top_p)
 
 
-def sample(warped: Tensor, keys: Seq[NoiseKey]) -> Tensor:
-    """One token (N,) per row of warped logits (N, V), by Gumbel-max with the noise of ``keys``. Raises as `draw`."""
-    return draw(warped, Sampling(), keys)
-
-
 def draw(logits: Tensor, sampling: Sampling, keys: Seq[NoiseKey]) -> Tensor:
-    """``sample(warp(logits, sampling), keys)`` in one operator.
+    """One token (N,) per row of ``warp(logits, sampling)``, by Gumbel-max with the noise of ``keys``, in one operator.
 
     Raises:
         FloatingPointError: if a row of logits (N, V) holds NaN or +inf, or no token is left in it.
@@ -191,13 +170,13 @@ def anchor_noise(logits: Tensor, sampling: Sampling, keys: Seq[NoiseKey], tokens
 
 
 def _process(
-    processors: Seq[Seq[LogitsProcessor]], scores: Tensor, rows: Seq[tuple[Sequence, tuple[int, ...]]], width: int
+    processors: Seq[Seq[LogitsProcessor]],
+    scores: Tensor,
+    sequences: Seq[Sequence],
+    responses: Seq[tuple[int, ...]],
+    width: int,
 ) -> Tensor:
-    """Applies each row's own processors to scores (B, V), widened by -inf to ``width`` columns meanwhile.
-
-    Args:
-        rows: the sequence and the response that each row's token follows.
-    """
+    """Applies each row's own processors to scores (B, V), widened by -inf to ``width`` columns meanwhile."""
     if not any(processors):
         return scores
     size = scores.shape[-1]
@@ -205,7 +184,7 @@ def _process(
     wide = torch.nn.functional.pad(wide, (0, max(0, width - size)), value=-torch.inf)
     processed = []
     # Row by row, without padding: a processor that counts tokens must not see pad tokens.
-    for row, (own, (sequence, response)) in enumerate(zip(processors, rows, strict=True)):
+    for row, (own, sequence, response) in enumerate(zip(processors, sequences, responses, strict=True)):
         ids = torch.tensor([(*sequence.prompt_ids, *response)], device=scores.device)
         # A copy, because many processors write into what they are given.
         row_scores = wide[row : row + 1].clone()

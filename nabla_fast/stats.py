@@ -112,14 +112,7 @@ class SequenceStats:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""
-        return {
-            **self.counters(),
-            **self.passes(),
-            "finish_reason": self.finish_reason,
-            "seconds": dict(self.seconds),
-            "revisions": [asdict(r) for r in self.revisions],
-            "optimised": list(self.optimised),
-        }
+        return {**asdict(self), "model_calls": self.model_calls}
 
 
 @dataclass

@@ -161,7 +161,7 @@ def test_without_a_cache_every_rollout_is_scored():
 def test_plain_sampling_is_gumbel_max_over_the_models_own_logits():
     model, tokenizer, *_ = models()
     config = BASE.replace(max_rollouts=1)
-    from nabla_fast.sampling import sample, sequence_seeds, warp
+    from nabla_fast.sampling import draw, sequence_seeds
 
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": PROMPTS[0]}], add_generation_prompt=True)
     prompt = list(prompt["input_ids"]) if not isinstance(prompt, list) else prompt
@@ -169,7 +169,7 @@ def test_plain_sampling_is_gumbel_max_over_the_models_own_logits():
     response = []
     while len(response) < config.max_new_tokens and tokenizer.eos_token_id not in response:
         logits = model(torch.tensor([prompt + response])).logits[:, -1, : len(tokenizer)]
-        response.append(int(sample(warp(logits, config.rollout), [(seed, len(response))])))
+        response.append(int(draw(logits, config.rollout, [(seed, len(response))])))
     assert tokens(generate(PROMPTS[0], config))[0] == response
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dense_dto import DensePair, partners
+from processed import Processed
 
 import nabla_fast as nf
 from nabla_fast.generate import make_pair
@@ -95,9 +96,9 @@ def test_the_likeliest_other_token_is_tried():
     assert likeliest(case.sequences, case.by) == expected
     assert all(s.stats.model_calls == 0 for s in case.sequences)
     # What a logits processor forbids is not tried, and where it allows one token there is no other.
-    sampler = Sampler(before=(forbidding(expected[0]),))
+    sampler = Processed(before=(forbidding(expected[0]),))
     assert likeliest(case.sequences[:1], case.proposer(sampler))[0] not in (expected[0], 30)
-    alone = Sampler(before=(forbidding([t for t in range(V) if t != 30]),))
+    alone = Processed(before=(forbidding([t for t in range(V) if t != 30]),))
     assert likeliest(case.sequences[:1], case.proposer(alone)) == [30]
 
 
@@ -238,4 +239,4 @@ def test_what_is_refused():
     for options in ({"rollout_backend": "vllm"}, {"vllm_url": "http://127.0.0.1:1"}):
         with pytest.raises(ValueError, match=r"proposal is 'guided', .*use rollout_backend='hf'"):
             nf.NablaConfig(proposal="guided", **options)
-    assert isinstance(GuidedSampler(), Sampler)
+    assert issubclass(GuidedSampler, Sampler)

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from nabla_fast import __version__
 from nabla_fast.html.tokens import STATUSES
 from nabla_fast.html.view import method_of, view
-from nabla_fast.html.words import visible
+from nabla_fast.html.words import counted, visible
 
 if TYPE_CHECKING:
     from nabla_fast.generate import NablaOutput
@@ -53,15 +53,9 @@ def page(
     for name, other in others.items():
         if len(other.texts) != len(output.texts):
             argument = "best_of_n" if other is best_of_n else f"beside[{name!r}]"
-            told = f"{argument} has {_answers(other)} and this output {_answers(output)}"
-            raise ValueError(f"{told}; give outputs for the same prompts")
-    shown = view(output, others)
-    heading = ours if title is None else visible(title)
-    return Page(_template().render(**shown, title=heading, version=__version__, statuses=STATUSES, **_parts()))
-
-
-def _answers(output: NablaOutput) -> str:
-    return f"{len(output.texts)} answer{'' if len(output.texts) == 1 else 's'}"
+            theirs, own = (counted(len(one.texts), "answer") for one in (other, output))
+            raise ValueError(f"{argument} has {theirs} and this output {own}; give outputs for the same prompts")
+    return Page(_template().render(**view(output, others), title=ours if title is None else visible(title)))
 
 
 @functools.cache
@@ -69,10 +63,8 @@ def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.globals.update(version=__version__, statuses=STATUSES)
+    for name in ("css", "js"):
+        # Ours, and not to be escaped.
+        environment.globals[name] = Markup((_HERE / f"page.{name}").read_text(encoding="utf-8"))
     return environment.get_template("page.html.jinja")
-
-
-@functools.cache
-def _parts() -> Mapping[str, Markup]:
-    """Style and script, which are ours and not to be escaped."""
-    return {name: Markup((_HERE / f"page.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}

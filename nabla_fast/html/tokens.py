@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from nabla_fast.html.words import number, percent, quoted, signed, visible
-from nabla_fast.record import AnswerRecord, Details
-from nabla_fast.spelling import Piece
+from nabla_fast.record import Details
 from nabla_fast.stats import SequenceStats
 
 STATUSES = {
@@ -29,8 +28,7 @@ def statuses(stats: SequenceStats, length: int) -> list[str]:
     """
     found = ["drawn"] * length
     tried = set(stats.optimised)
-    passed = [position for position in range(length) if position not in tried][: stats.skipped_positions]
-    for position in passed:
+    for position in [p for p in range(length) if p not in tried][: stats.skipped_positions]:
         found[position] = "skipped"
     for position in stats.optimised:
         found[position] = "kept"
@@ -49,7 +47,30 @@ def shown_tokens(stats: SequenceStats, details: Details) -> list[dict[str, Any]]
     happened = statuses(stats, pieces[-1].end if pieces else 0)
     changes = {r.position: row for r, row in zip(stats.revisions, revision_rows(stats, details), strict=True)}
     tried = {r.position: r.old_token if r.accepted else r.new_token for r in stats.revisions}
-    return [_shown(piece, happened[piece.start : piece.end], changes, tried, details) for piece in pieces]
+    shown = []
+    for piece in pieces:
+        status = min(happened[piece.start : piece.end], key=_NOTABLE.index)
+        positions = range(piece.start, piece.end)
+        where = f"token {piece.start}" if len(positions) == 1 else f"tokens {piece.start} to {piece.end - 1}"
+        own = [changes[p] for p in positions if p in changes]
+        told = [] if details.record is None else [_recorded(p, details, tried.get(p)) for p in positions]
+        label = f"{where}, {quoted(piece.text)}, {status}"
+        label += "".join(f", {change['was']} to {change['now']}" for change in own)
+        label += "".join(f", probability {entry['probability']}" for entry in told)
+        card = {"token": quoted(piece.text), "where": where, "status": status, "changes": own, "records": told}
+        shown.append(
+            {
+                "text": visible(piece.text),
+                "status": status,
+                "special": piece.special,
+                "line": "\n" in piece.text and not piece.special,
+                "label": label,
+                "start": piece.start,
+                "positions": list(positions),
+                "card": card,
+            }
+        )
+    return shown
 
 
 def revision_rows(stats: SequenceStats, details: Details) -> list[dict[str, str]]:
@@ -73,40 +94,13 @@ def revision_rows(stats: SequenceStats, details: Details) -> list[dict[str, str]
     ]
 
 
-def _shown(
-    piece: Piece,
-    happened: Sequence[str],
-    changes: Mapping[int, dict[str, str]],
-    tried: Mapping[int, int],
-    details: Details,
-) -> dict[str, Any]:
-    """A piece: what ``happened`` at its positions, proposals and the other token of each by position."""
-    status = min(happened, key=_NOTABLE.index)
-    positions = range(piece.start, piece.end)
-    where = f"token {piece.start}" if len(positions) == 1 else f"tokens {piece.start} to {piece.end - 1}"
-    own = [changes[p] for p in positions if p in changes]
-    told = [] if details.record is None else [_recorded(p, details.record, details, tried.get(p)) for p in positions]
-    label = f"{where}, {quoted(piece.text)}, {status}"
-    label += "".join(f", {change['was']} to {change['now']}" for change in own)
-    label += "".join(f", probability {entry['probability']}" for entry in told)
-    return {
-        "text": visible(piece.text),
-        "status": status,
-        "special": piece.special,
-        "line": "\n" in piece.text and not piece.special,
-        "label": label,
-        "start": piece.start,
-        "positions": list(positions),
-        "card": {"token": quoted(piece.text), "where": where, "status": status, "changes": own, "records": told},
-    }
-
-
-def _recorded(position: int, record: AnswerRecord, details: Details, other: int | None) -> dict[str, Any]:
+def _recorded(position: int, details: Details, other: int | None) -> dict[str, Any]:
     """What the model thought at one position, in words; candidates as (text, probability, share for a bar, role).
 
     The role is "this" of the answer's token and "other" of ``other``, the one that was tried or was there before.
     """
-    entry, own = record.tokens[position], details.tokens[position]
+    assert details.record is not None
+    entry, own = details.record.tokens[position], details.tokens[position]
     candidates = [
         (
             quoted(details.words[token]),

@@ -73,10 +73,9 @@ def _answer(output: NablaOutput, others: Mapping[str, NablaOutput], i: int) -> d
         "cards": [token["card"] for token in tokens],
         "happened": Counter(statuses(stats, len(output.sequences[i]))),
         "record": details is not None and details.record is not None,
-        "finish": _finish(stats.finish_reason),
+        "cut_off": stats.finish_reason == "length",
         "first": number(first),
         "reward": number(reward),
-        "gained": accepted > 0,
         "accepted": accepted,
         "rejected": len(stats.revisions) - accepted,
         "facts": _facts(stats, len(output.sequences[i]), details),
@@ -108,17 +107,22 @@ def _facts(stats: SequenceStats, tokens: int, details: Details | None) -> list[t
     ]
 
 
-def _finish(reason: str | None) -> str | None:
-    """What a reader should know of the end of an answer."""
-    return "Cut off at the longest length that is allowed." if reason == "length" else None
-
-
 def _cost(records: Mapping[str, SequenceStats]) -> dict[str, Any]:
     """Seconds per phase, as bars on one scale, and counters."""
     spent = {name: record.seconds for name, record in records.items()}
     longest = max(sum(own.values()) for own in spent.values()) or 1.0
     bars = [
-        {"name": name, "total": seconds(sum(own.values())), "parts": _bar(own, longest)} for name, own in spent.items()
+        {
+            "name": name,
+            "total": seconds(sum(own.values())),
+            # The longest is as wide as a bar can be.
+            "parts": [
+                {"phase": phase, "name": step, "width": round(100 * took / longest, 3), "told": seconds(took)}
+                for phase, step in STEPS.items()
+                if (took := own[phase]) > 0
+            ],
+        }
+        for name, own in spent.items()
     ]
     phases = [
         {"phase": phase, "name": name, "cells": [seconds(own[phase]) if own[phase] else "–" for own in spent.values()]}
@@ -129,23 +133,10 @@ def _cost(records: Mapping[str, SequenceStats]) -> dict[str, Any]:
     return {"names": list(records), "bars": bars, "phases": phases, "counters": counters}
 
 
-def _bar(spent: Mapping[str, float], longest: float) -> list[dict[str, Any]]:
-    """The phases of a bar; ``longest`` seconds are as wide as it can be."""
-    return [
-        {"phase": phase, "name": name, "width": round(100 * spent[phase] / longest, 3), "told": seconds(spent[phase])}
-        for phase, name in STEPS.items()
-        if spent[phase] > 0
-    ]
-
-
 def _settings(config: NablaConfig) -> list[dict[str, Any]]:
     """Every setting, and whether it is another one than the default."""
-    usual = NablaConfig()
-    rows = []
-    for field in fields(NablaConfig):
-        value = getattr(config, field.name)
-        rows.append({"name": field.name, "value": _said(value), "own": value != getattr(usual, field.name)})
-    return rows
+    usual = vars(NablaConfig())
+    return [{"name": name, "value": _said(value), "own": value != usual[name]} for name, value in vars(config).items()]
 
 
 def _said(value: Any) -> str:

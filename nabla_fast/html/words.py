@@ -6,24 +6,22 @@ import math
 import re
 
 # All but line feed and tab, which a page would drop or turn into something else.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-_SPACES = {" ": "␣", "\n": "↵", "\t": "⇥"}
+_PICTURES: dict[int, int | str] = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
+    0x7F: "␡",
+    **dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000)], "\ufffd"),
+}
 
 
 def visible(text: str) -> str:
     """Text with a picture in place of every control character, and of what UTF-8 cannot say."""
-    return _CONTROL.sub(lambda found: _picture(ord(found[0])), text)
+    return text.translate(_PICTURES)
 
 
 def quoted(text: str) -> str:
     """The text of a token by itself: spaces at its ends and line breaks are seen."""
-    text = visible(text)
-    core = text.strip(" ")
-    if not core:
-        return "␣" * len(text)
-    start = len(text) - len(text.lstrip(" "))
-    shown = "␣" * start + core + "␣" * (len(text) - start - len(core))
-    return shown.replace("\n", _SPACES["\n"]).replace("\t", _SPACES["\t"])
+    shown = re.sub(r"\A +| +\Z", lambda spaces: "␣" * len(spaces[0]), visible(text))
+    return shown.replace("\n", "↵").replace("\t", "⇥")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -64,9 +62,3 @@ def excerpt(text: str, length: int = 80) -> str:
     """The beginning of a text, in one line."""
     line = " ".join(visible(text).split())
     return line if len(line) <= length else line[: length - 1].rstrip() + "…"
-
-
-def _picture(code: int) -> str:
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "␡" if code == 0x7F else "\ufffd"

@@ -86,11 +86,9 @@ class StopRule:
         return "length" if len(response) >= sequence.limit and not self._stopped(response) else "stop"
 
     def _stopped(self, response: tuple[int, ...]) -> bool:
-        if response[-1] in self.eos_token_ids:
-            return True
-        return bool(self.stop_strings) and self._completes_stop_string(response)
-
-    def _completes_stop_string(self, response: tuple[int, ...]) -> bool:
+        ended = response[-1] in self.eos_token_ids
+        if ended or not self.stop_strings:
+            return ended
         # A stop string of n bytes lies within the last n tokens, since a token that is part of it adds a byte or more;
         # earlier ones would have ended the response before. Spare tokens absorb a character cut at the window's start.
         window = max(len(stop.encode()) for stop in self.stop_strings) + 4
@@ -151,8 +149,8 @@ def no_rollout(weight: Tensor) -> Rollout:
     return Rollout(torch.empty(0, dtype=torch.long), weight.new_zeros(0, weight.shape[1]))
 
 
-def unreadable(name: str, position: int) -> FloatingPointError:
+def unreadable(name: str, position: int, what: str = "logits") -> FloatingPointError:
     """The error of a model that gives NaN or infinite logits for the token at a position of the response."""
     return FloatingPointError(
-        f"{name} returned NaN or infinite logits at response position {position}; nothing of this rollout was committed"
+        f"{name} returned NaN or infinite {what} at response position {position}; nothing of this rollout was committed"
     )

@@ -66,25 +66,22 @@ def _candidates(x: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
     whether others might belong to them (N,)."""
     size = x.shape[-1]
     count = min(warp.LIKELIEST, size)
-    by_rank = sampling.top_k is not None and sampling.top_k < size
-    by_share = sampling.top_p is not None and sampling.top_p < 1
-    if by_rank and not by_share:
-        assert sampling.top_k is not None
+    top_k = sampling.top_k if sampling.top_k is not None and sampling.top_k < size else None
+    top_p = sampling.top_p if sampling.top_p is not None and sampling.top_p < 1 else None
+    if top_k is not None and top_p is None:
         best = x.topk(count, dim=-1)
         # Tokens as likely as the last one stay, too.
-        inside = best.values >= best.values[..., sampling.top_k - 1 : sampling.top_k]
+        inside = best.values >= best.values[..., top_k - 1 : top_k]
         return best.values.masked_fill(~inside, -torch.inf), best.indices, inside[..., -1] & (count < size)
-    if by_rank:
-        assert sampling.top_k is not None
-        x = x.masked_fill(x < x.topk(sampling.top_k, dim=-1).values[..., -1:], -torch.inf)
+    if top_k is not None:
+        x = x.masked_fill(x < x.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
     everything = torch.arange(size, device=x.device).unsqueeze(0)
     nothing = torch.zeros_like(x[..., 0], dtype=torch.bool)
-    if not by_share:
+    if top_p is None:
         return x, everything, nothing
-    assert sampling.top_p is not None
-    if sampling.top_p > warp.NEARLY_ALL:
-        return warp.without_tail(x, sampling.top_p), everything, nothing
-    values, tokens, inside, cut = warp.likeliest(x, sampling.top_p)
+    if top_p > warp.NEARLY_ALL:
+        return warp.without_tail(x, top_p), everything, nothing
+    values, tokens, inside, cut = warp.likeliest(x, top_p)
     return values.masked_fill(~inside, -torch.inf), tokens, cut
 
 

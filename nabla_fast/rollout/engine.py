@@ -18,22 +18,12 @@ class TokenRequest:
 
     Attributes:
         prompt_ids: what is to be continued, not empty.
-        max_tokens: longest answer, at least 1.
-        seed: of its noise, below 2^63.
-        sampling: how tokens are drawn.
-        stop_strings, stop_token_ids: what may end the answer before ``max_tokens``; both stay in it.
-        repetition_penalty: on the logits of all tokens of prompt and answer, before anything else, as transformers has
-            it. Penalties that count a token's occurrences in the answer have no place here: an answer that is continued
-            is part of the prompt.
+        parameters: named as in vLLM's ``SamplingParams`` and in its ``/v1/completions``. Stop strings and end tokens
+            stay in the answer.
     """
 
     prompt_ids: tuple[int, ...]
-    max_tokens: int
-    seed: int
-    sampling: Sampling
-    stop_strings: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    repetition_penalty: float = 1.0
+    parameters: dict[str, Any]
 
     @classmethod
     def of(
@@ -44,42 +34,34 @@ class TokenRequest:
         stop: StopRule,
         repetition_penalty: float = 1.0,
     ) -> TokenRequest:
-        """Continues ``response`` up to the sequence's limit; the seed depends on (sequence seed, position) alone."""
-        key = f"{sequence.seed}:{len(response)}".encode()
-        return cls(
-            prompt_ids=(*sequence.prompt_ids, *response),
-            max_tokens=sequence.limit - len(response),
-            # vLLM takes a signed 64-bit number.
-            seed=int.from_bytes(blake2b(key, digest_size=8).digest(), "big") >> 1,
-            sampling=sampling,
-            stop_strings=stop.stop_strings,
-            stop_token_ids=tuple(sorted(stop.eos_token_ids)),
-            repetition_penalty=repetition_penalty,
-        )
+        """Continues ``response`` up to the sequence's limit; the seed depends on (sequence seed, position) alone.
 
-    def parameters(self) -> dict[str, Any]:
-        """Named as in vLLM's ``SamplingParams`` and in its ``/v1/completions``.
-
-        All that change the distribution are named, since a server puts the model's own defaults in place of others.
+        All parameters that change the distribution are named, since a server puts the model's own defaults in place of
+        others. The repetition penalty is on the logits of all tokens of prompt and answer, before anything else, as
+        transformers has it. Penalties that count a token's occurrences in the answer have no place here: an answer that
+        is continued is part of the prompt.
         """
-        return {
-            "max_tokens": self.max_tokens,
-            "seed": self.seed,
-            "temperature": self.sampling.temperature,
-            "top_p": 1.0 if self.sampling.top_p is None else self.sampling.top_p,
-            "top_k": self.sampling.top_k or 0,
+        key = f"{sequence.seed}:{len(response)}".encode()
+        parameters = {
+            "max_tokens": sequence.limit - len(response),
+            # vLLM takes a signed 64-bit number.
+            "seed": int.from_bytes(blake2b(key, digest_size=8).digest(), "big") >> 1,
+            "temperature": sampling.temperature,
+            "top_p": 1.0 if sampling.top_p is None else sampling.top_p,
+            "top_k": sampling.top_k or 0,
             "min_p": 0.0,
             "min_tokens": 0,
-            "repetition_penalty": self.repetition_penalty,
+            "repetition_penalty": repetition_penalty,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
-            "stop": list(self.stop_strings),
-            "stop_token_ids": list(self.stop_token_ids),
+            "stop": list(stop.stop_strings),
+            "stop_token_ids": sorted(stop.eos_token_ids),
             "include_stop_str_in_output": True,
             # Which tokens end a response is for the stop rule to say, and it reads special tokens as text, too.
             "ignore_eos": True,
             "skip_special_tokens": False,
         }
+        return cls((*sequence.prompt_ids, *response), parameters)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -30,32 +29,24 @@ from nabla_fast.sequence import Sequence
 _SPREAD = 1.5
 
 
+@dataclass(eq=False)
 class HFRollout:
     """Decodes a batch that sequences join when they are submitted and leave when they end.
 
-    Args:
+    Attributes:
         language_model: draws the tokens.
         sampler: how.
         draft_tokens: most draft tokens that one forward pass verifies; 0 for none.
         graphs: replays captured steps (`nabla_fast.rollout.device`) where model, sampler and stop rule allow it. The
             tokens are the same. On a CPU it is slower, and for tests.
-
-    Attributes:
         counts: captures in all its streams.
     """
 
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        sampler: Sampler | None = None,
-        draft_tokens: int = 0,
-        graphs: bool = False,
-    ) -> None:
-        self.language_model = language_model
-        self.sampler = sampler or Sampler()
-        self.draft_tokens = draft_tokens
-        self.graphs = graphs
-        self.counts = Counts()
+    language_model: LanguageModel
+    sampler: Sampler = field(default_factory=Sampler)
+    draft_tokens: int = 0
+    graphs: bool = False
+    counts: Counts = field(default_factory=Counts, init=False)
 
     def graph_stats(self) -> dict[str, float]:
         """Captures in all streams so far and how long they took; empty without ``graphs``."""
@@ -84,15 +75,7 @@ class HFRollout:
 
 @dataclass
 class _Row:
-    """A sequence in the batch.
-
-    Attributes:
-        sequence: what the rollout continues.
-        response: response tokens so far.
-        drafter: guesses the tokens that follow.
-        draft: the tokens that the pass under way verifies.
-        ended: whether the response is complete.
-    """
+    """A sequence in the batch, its response so far, and the draft that the pass under way verifies."""
 
     sequence: Sequence
     response: tuple[int, ...]
@@ -178,30 +161,27 @@ class _Stream:
         kept = [i for i, row in enumerate(self.rows) if row.sequence is not sequence]
         if len(kept) < len(self.rows):
             self._rebuild(kept)
-            self.rows = [self.rows[i] for i in kept]
 
     def close(self) -> None:
         self.joining, self.rows, self.batch = [], [], None
 
     def _join(self) -> None:
         model = self.backend.language_model
-        sequences = [row.sequence for row in self.joining]
-        known = [s.language_cache or model.new_cache(s.prompt_ids) for s in sequences]
+        known = [row.sequence.language_cache or model.new_cache(row.sequence.prompt_ids) for row in self.joining]
         # The last token goes through the model with the batch's next step. Where it is the prompt's, once more.
         responses = [torch.tensor(row.response[:-1], dtype=torch.long) for row in self.joining]
+        ready = extended(model.backbone, model.embedding, known, responses)
         lengths = [len(row.sequence.prompt_ids) + len(row.response) - 1 for row in self.joining]
-        caches = [
-            cache.crop(length)
-            for cache, length in zip(extended(model.backbone, model.embedding, known, responses), lengths, strict=True)
-        ]
-        self.rows, self.joining = [*self.rows, *self.joining], []
-        self._rebuild(range(len(self.rows) - len(caches)), caches)
+        caches = [cache.crop(length) for cache, length in zip(ready, lengths, strict=True)]
+        self._rebuild(range(len(self.rows)), self.joining, caches)
+        self.joining = []
 
-    def _rebuild(self, kept: Seq[int], joined: Seq[KVCache] = ()) -> None:
-        """Rebuilds the batch from some of its rows and new ones behind them."""
+    def _rebuild(self, kept: Seq[int], joining: Seq[_Row] = (), joined: Seq[KVCache] = ()) -> None:
+        """Rebuilds the batch from some of its rows and new ones, with their caches, behind them."""
         caches = [self.batch.row_cache(row) for row in kept] if self.batch is not None else []
         both = [*caches, *joined]
         self.batch = DecodeBatch(self.backend.language_model.backbone, both) if both else None
+        self.rows = [*(self.rows[row] for row in kept), *joining]
 
     def _step(self) -> None:
         assert self.batch is not None
@@ -214,18 +194,14 @@ class _Stream:
         logits = model.logits(torch.cat(hidden))
         _require_readable(model, logits, responses)
         drawn = iter(self.backend.sampler(logits, self.sampling, sequences, responses).tolist())
-        self.batch.keep(
-            [row.take([next(drawn) for _ in h], self.stop) for row, h in zip(self.rows, hidden, strict=True)]
-        )
+        kept = [row.take([next(drawn) for _ in h], self.stop) for row, h in zip(self.rows, hidden, strict=True)]
+        self.batch.keep(kept)
         running = [i for i, row in enumerate(self.rows) if not row.ended]
         if len(running) < len(self.rows):
-            self.ended += [
-                (row.sequence, row.result(self.batch.row_cache(i)))
-                for i, row in enumerate(self.rows)
-                if i not in running
-            ]
+            for i, row in enumerate(self.rows):
+                if row.ended:
+                    self.ended.append((row.sequence, row.result(self.batch.row_cache(i))))
             self._rebuild(running)
-            self.rows = [self.rows[i] for i in running]
         elif self.batch.spread > _SPREAD or (model.backbone.windowed and self.batch.gaps):
             self._rebuild(running)
 
@@ -237,7 +213,7 @@ class _SequentialStream:
     backend: HFRollout
     sampling: Sampling
     stop: StopRule
-    waiting: deque[Sequence] = field(default_factory=deque)
+    waiting: list[Sequence] = field(default_factory=list)
 
     def submit(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -247,12 +223,12 @@ class _SequentialStream:
         # A rollout is one piece here, so that ``passes`` cannot be kept to.
         if not self.waiting:
             return []
-        sequence = self.waiting.popleft()
+        sequence = self.waiting.pop(0)
         with self.backend.fast_kernels():
             return [(sequence, self._roll_out(sequence))]
 
     def drop(self, sequence: Sequence) -> None:
-        self.waiting = deque(other for other in self.waiting if other is not sequence)
+        self.waiting = [other for other in self.waiting if other is not sequence]
 
     def close(self) -> None:
         self.waiting.clear()

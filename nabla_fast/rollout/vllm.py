@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from nabla_fast.config import VLLM_GPU_MEMORY_UTILIZATION, NablaConfig, Sampling
 from nabla_fast.models.backbone import Cache, joined
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.sequence_cache import SequenceCache, extended
-from nabla_fast.rollout.base import Rollout, RolloutError, StopRule
+from nabla_fast.rollout.base import Rollout, RolloutError, StopRule, no_rollout, unreadable
 from nabla_fast.rollout.engine import Completion, Engine, TokenRequest
 from nabla_fast.rollout.vllm_engine import VLLMEngine
 from nabla_fast.rollout.vllm_server import VLLMServer
@@ -60,7 +61,7 @@ class VLLMRollout:
 
     def open(self, sampling: Sampling, stop: StopRule) -> VLLMStream:
         """See `nabla_fast.rollout.base.RolloutBackend`."""
-        return VLLMStream(self.language_model, self.engine, sampling, stop, self.repetition_penalty)
+        return VLLMStream(self, sampling, stop)
 
 
 def chosen(language_model: LanguageModel, config: NablaConfig) -> VLLMRollout | None:
@@ -141,45 +142,27 @@ def require_same_model(engine: Engine, language_model: LanguageModel, tolerance:
 
 @dataclass
 class _Progress:
-    """A running rollout.
-
-    Attributes:
-        sequence: what it continues.
-        begun: number of response tokens that it began with.
-        response: response tokens so far.
-        requests: how many it has taken.
-    """
+    """A running rollout: the response so far, and how many requests it has taken."""
 
     sequence: Sequence
-    begun: int
     response: tuple[int, ...]
     requests: int = 0
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        return self.response[self.begun :]
+        return self.response[len(self.sequence.prefix) :]
 
 
 class VLLMStream:
     """See `nabla_fast.rollout.base.RolloutStream`."""
 
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        engine: Engine,
-        sampling: Sampling,
-        stop: StopRule,
-        repetition_penalty: float = 1.0,
-    ) -> None:
-        self._model = language_model
-        self._engine = engine
-        self._sampling = sampling
-        self._stop = stop
-        self._repetition_penalty = repetition_penalty
-        self._requests = engine.open()
+    def __init__(self, backend: VLLMRollout, sampling: Sampling, stop: StopRule) -> None:
+        self._model, self._engine, self._penalty = backend.language_model, backend.engine, backend.repetition_penalty
+        self._sampling, self._stop = sampling, stop
+        self._requests = self._engine.open()
+        self._keys = itertools.count()
         self._under_way: dict[int, _Progress] = {}
-        self._ended: list[_Progress] = []
-        self._submitted = 0
+        self._ended: list[tuple[Sequence, Rollout]] = []
 
     def submit(self, sequence: Sequence) -> None:
         """See `nabla_fast.rollout.base.RolloutStream`.
@@ -187,46 +170,43 @@ class VLLMStream:
         Raises:
             RolloutError: if prompt and longest response do not fit vLLM's context.
         """
-        progress = _Progress(sequence, len(sequence.prefix), sequence.prefix)
         if self._stop.ended(sequence, sequence.prefix):
-            self._ended.append(progress)
+            self._ended.append((sequence, no_rollout(self._model.head.weight)))
             return
         self._require_room(sequence)
-        key, self._submitted = self._submitted, self._submitted + 1
-        self._under_way[key] = progress
-        self._send(key, progress)
+        key = next(self._keys)
+        self._under_way[key] = _Progress(sequence, sequence.prefix)
+        self._send(key, self._under_way[key])
 
     def collect(self, passes: int | None = None) -> list[tuple[Sequence, Rollout]]:
-        """See `nabla_fast.rollout.base.RolloutStream`."""
         while self._under_way and not self._ended:
-            answered = self._requests.wait() if passes is None else self._requests.wait(_MOMENT)
-            for key, completion in answered:
+            complete = []
+            for key, completion in self._requests.wait(None if passes is None else _MOMENT):
                 progress = self._under_way.get(key)
                 if progress is None:
                     continue  # it was dropped, and vLLM answered all the same
                 if self._extend(progress, completion):
-                    self._ended.append(self._under_way.pop(key))
+                    complete.append(self._under_way.pop(key))
                 else:
                     self._send(key, progress)
+            self._ended += self._rollouts(complete)
             if passes is not None:
                 break
         ended, self._ended = self._ended, []
-        return [(progress.sequence, rollout) for progress, rollout in zip(ended, self._rollouts(ended), strict=True)]
+        return ended
 
     def drop(self, sequence: Sequence) -> None:
-        """See `nabla_fast.rollout.base.RolloutStream`; what vLLM still draws of it is not read."""
-        self._ended = [progress for progress in self._ended if progress.sequence is not sequence]
+        # What vLLM still draws of it is not read.
+        self._ended = [(other, rollout) for other, rollout in self._ended if other is not sequence]
         self._under_way = {key: p for key, p in self._under_way.items() if p.sequence is not sequence}
 
     def close(self) -> None:
-        """See `nabla_fast.rollout.base.RolloutStream`."""
         self._under_way.clear()
         self._requests.close()
 
     def _send(self, key: int, progress: _Progress) -> None:
         progress.requests += 1
-        penalty = self._repetition_penalty
-        request = TokenRequest.of(progress.sequence, progress.response, self._sampling, self._stop, penalty)
+        request = TokenRequest.of(progress.sequence, progress.response, self._sampling, self._stop, self._penalty)
         self._requests.send(key, request)
 
     def _extend(self, progress: _Progress, completion: Completion) -> bool:
@@ -244,7 +224,7 @@ class VLLMStream:
             raise RolloutError(
                 f"{self._engine.name} gave {len(progress.tokens)} tokens in {progress.requests} requests (the last "
                 f"finish_reason was {completion.finish_reason!r}); it must give up to "
-                f"{progress.sequence.limit - progress.begun} unless the response ends"
+                f"{progress.sequence.limit - len(progress.sequence.prefix)} unless the response ends"
             )
         return False
 
@@ -258,22 +238,22 @@ class VLLMStream:
             )
 
     @torch.no_grad()
-    def _rollouts(self, ended: Seq[_Progress]) -> list[Rollout]:
+    def _rollouts(self, complete: Seq[_Progress]) -> list[tuple[Sequence, Rollout]]:
         """The tokens, and latents from one prefill of all together."""
-        weight = self._model.head.weight
-        tokens = [torch.tensor(progress.tokens, dtype=torch.long) for progress in ended]
-        moved = [i for i, new in enumerate(tokens) if len(new)]
-        sequences = [ended[i].sequence for i in moved]
-        known = [s.language_cache or self._model.new_cache(s.prompt_ids) for s in sequences]
+        known = [p.sequence.language_cache or self._model.new_cache(p.sequence.prompt_ids) for p in complete]
         # The last token predicts nothing that is asked for.
-        responses = [torch.tensor(ended[i].response[:-1], dtype=torch.long) for i in moved]
-        hidden, caches = self._prefill(known, responses) if moved else ([], [])
-        rollouts = [Rollout(new, weight.new_zeros(0, weight.shape[1])) for new in tokens]
-        for i, rows, cache in zip(moved, hidden, caches, strict=True):
-            latents = rows[len(rows) - len(tokens[i]) :]
-            self._require_finite(latents, ended[i])
+        responses = [torch.tensor(p.response[:-1], dtype=torch.long) for p in complete]
+        hidden, caches = self._prefill(known, responses) if complete else ([], [])
+        rollouts = []
+        for progress, rows, cache in zip(complete, hidden, caches, strict=True):
+            tokens = torch.tensor(progress.tokens, dtype=torch.long)
+            latents = rows[len(rows) - len(tokens) :]
+            finite = latents.isfinite().all(-1)
+            if not bool(finite.all()):
+                position = len(progress.sequence.prefix) + int((~finite).nonzero()[0])
+                raise unreadable(self._model.name, position, "hidden states")
             # A pass for each token, and the one here.
-            rollouts[i] = Rollout(tokens[i], latents, cache, calls=len(tokens[i]) + 1)
+            rollouts.append((progress.sequence, Rollout(tokens, latents, cache, calls=len(tokens) + 1)))
         return rollouts
 
     def _prefill(self, known: Seq[SequenceCache], responses: Seq[Tensor]) -> tuple[list[Tensor], Seq[Cache | None]]:
@@ -284,12 +264,3 @@ class VLLMStream:
             return [cache.hidden for cache in caches], caches
         whole = [joined([cache.prompt, table.inputs(y)]) for cache, y in zip(known, responses, strict=True)]
         return backbone([None] * len(known), whole)
-
-    def _require_finite(self, latents: Tensor, progress: _Progress) -> None:
-        finite = latents.isfinite().all(-1)
-        if not bool(finite.all()):
-            position = progress.begun + int((~finite).nonzero()[0])
-            raise FloatingPointError(
-                f"{self._model.name} returned NaN or infinite hidden states at response position {position}; "
-                "nothing of this rollout was committed"
-            )

@@ -28,6 +28,10 @@ class VLLMEngine:
     Attributes:
         name, model, context_length: see `nabla_fast.rollout.engine.Engine`.
         gpu_memory_utilization: as given.
+        close: called, ends vLLM's processes, as the end of the interpreter would, and frees their memory.
+        params: ``vllm.SamplingParams``.
+        ids: numbers of requests.
+        answers: of any stream, by the name of the request, until they are taken.
 
     Raises:
         ValueError, TypeError: if ``gpu_memory_utilization`` is no such share.
@@ -51,55 +55,28 @@ class VLLMEngine:
         self.model = os.fspath(model)
         self.gpu_memory_utilization = gpu_memory_utilization
         self.name = f"the vLLM of this process ({self.model})"
-        self._params = vllm.SamplingParams
+        self.params = vllm.SamplingParams
         self._llm: Any = vllm.LLM(self.model, gpu_memory_utilization=gpu_memory_utilization, **options)
         # vLLM's own threads would notice the end of their processes while the interpreter ends, and abort it.
-        self._end = weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
+        self.close = weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
         self.context_length = int(self._llm.model_config.max_model_len)
-        self._ids = itertools.count()
-        self._answers: dict[str, Completion] = {}
+        self.ids = itertools.count()
+        self.answers: dict[str, Completion] = {}
 
     def open(self) -> EngineRequests:
         return EngineRequests(self)
 
-    def close(self) -> None:
-        """Ends vLLM's processes, as the end of the interpreter would, and frees their memory; nothing runs after it."""
-        self._end()
-
     def log_probabilities(self, token_ids: Sequence[int]) -> list[float]:
         """See `nabla_fast.rollout.engine.Engine`."""
-        params = self._params(max_tokens=1, temperature=0.0, prompt_logprobs=1, detokenize=False)
+        params = self.params(max_tokens=1, temperature=0.0, prompt_logprobs=1, detokenize=False)
         try:
             (answer,) = self._llm.generate([{"prompt_token_ids": list(token_ids)}], params, use_tqdm=False)
         except Exception as error:
             raise RolloutError(f"{self.name} refuses {len(token_ids)} token ids ({error})") from error
         return [float(answer.prompt_logprobs[i][token].logprob) for i, token in enumerate(token_ids) if i]
 
-    def add(self, request: TokenRequest) -> str:
-        """Begins a request; the name under which `step` will know it."""
-        identifier = f"nabla-fast-{next(self._ids)}"
-        prompt = {"prompt_token_ids": list(request.prompt_ids)}
-        self._guarded("add_request", identifier, prompt, self._params(**request.parameters()))
-        return identifier
-
-    def step(self) -> None:
-        """Runs one step of the engine: one token for every running request of any stream."""
-        for output in self._guarded("step"):
-            if output.finished:
-                answer = output.outputs[0]
-                self._answers[output.request_id] = Completion(tuple(answer.token_ids), str(answer.finish_reason))
-
-    def take(self, identifier: str) -> Completion | None:
-        """The answer to a request, once."""
-        return self._answers.pop(identifier, None)
-
-    def drop(self, identifiers: Sequence[str]) -> None:
-        """Cancels requests."""
-        self._guarded("abort_request", list(identifiers))
-        for identifier in identifiers:
-            self.take(identifier)
-
-    def _guarded(self, method: str, *arguments: Any) -> Any:
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Calls vLLM's own engine, which may have died."""
         try:
             return getattr(self._llm.llm_engine, method)(*arguments)
         except Exception as error:
@@ -114,22 +91,29 @@ class EngineRequests:
         self._keys: dict[str, int] = {}
 
     def send(self, key: int, request: TokenRequest) -> None:
-        self._keys[self._engine.add(request)] = key
+        name = f"nabla-fast-{next(self._engine.ids)}"
+        prompt = {"prompt_token_ids": list(request.prompt_ids)}
+        self._engine.call("add_request", name, prompt, self._engine.params(**request.parameters))
+        self._keys[name] = key
 
     def wait(self, seconds: float | None = None) -> list[tuple[int, Completion]]:
-        end = None if seconds is None else monotonic() + seconds
+        end, answers = None if seconds is None else monotonic() + seconds, self._engine.answers
         while True:
             # First, since another's steps may have brought the answers.
-            answered = [(name, answer) for name in self._keys if (answer := self._engine.take(name)) is not None]
-            if answered:
-                return [(self._keys.pop(name), answer) for name, answer in answered]
+            if answered := [name for name in self._keys if name in answers]:
+                return [(self._keys.pop(name), answers.pop(name)) for name in answered]
             if end is not None and monotonic() >= end:
                 return []
-            self._engine.step()
+            for output in self._engine.call("step"):
+                if output.finished:
+                    answer = output.outputs[0]
+                    answers[output.request_id] = Completion(tuple(answer.token_ids), str(answer.finish_reason))
 
     def close(self) -> None:
         if self._keys:
             # An engine that has died has told so before.
             with contextlib.suppress(RolloutError):
-                self._engine.drop(list(self._keys))
+                self._engine.call("abort_request", list(self._keys))
+            for name in self._keys:
+                self._engine.answers.pop(name, None)
             self._keys.clear()

@@ -6,7 +6,8 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from functools import partial
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
@@ -22,10 +23,11 @@ from urllib3.exceptions import (
     TimeoutError,
 )
 
-from nabla_fast.config import Sampling, require_api_key, require_server_url
-from nabla_fast.rollout.base import RolloutError, ServerLostError
+from nabla_fast.config import Sampling, is_int, require_api_key, require_server_url
+from nabla_fast.rollout.base import RolloutError, ServerLostError, StopRule
 from nabla_fast.rollout.engine import Completion, TokenRequest
 from nabla_fast.rollout.patience import bounded, interrupt, limited, pieces
+from nabla_fast.sequence import Sequence
 
 API_KEY_VARIABLE = "VLLM_API_KEY"
 """The environment variable that holds a server's key where none is given; vLLM's server takes its own from it, too."""
@@ -83,7 +85,13 @@ class VLLMServer:
     ) -> None:
         require_server_url("vllm_url", url)
         self.name = f"vllm_url {url!r}"
-        self._key = _key(api_key)
+        name = "vllm_api_key"
+        if api_key is None:
+            # An empty environment variable is none.
+            name, api_key = f"the environment variable {API_KEY_VARIABLE}", os.environ.get(API_KEY_VARIABLE) or None
+        if api_key is not None:
+            require_api_key(name, api_key)
+        self._key = api_key
         self._path = (urllib3.util.parse_url(url).path or "").rstrip("/").removesuffix("/v1")
         self._timeout = timeout
         self._connect_timeout = connect_timeout
@@ -101,9 +109,10 @@ class VLLMServer:
     def open(self) -> ServerRequests:
         return ServerRequests(self)
 
-    def log_probabilities(self, token_ids: Sequence[int]) -> list[float]:
+    def log_probabilities(self, token_ids: Seq[int]) -> list[float]:
         """See `nabla_fast.rollout.engine.Engine`."""
-        request = TokenRequest(tuple(token_ids), 1, 0, Sampling(temperature=0.0))
+        asked = Sequence(tuple(token_ids), (), 0, 1)
+        request = TokenRequest.of(asked, (), Sampling(temperature=0.0), StopRule(frozenset()))
         answer = self._json("POST", _COMPLETIONS, {**self._body(request), "prompt_logprobs": 1})
         try:
             rows = answer["choices"][0]["prompt_logprobs"]
@@ -122,12 +131,12 @@ class VLLMServer:
 
         def read(response: urllib3.BaseHTTPResponse) -> Completion:
             with requests.reading(response):
-                return self._read(response, request.max_tokens)
+                return self._read(response, request.parameters["max_tokens"])
 
         return self._ask("POST", _COMPLETIONS, {**self._body(request), **streaming}, read, requests.require_open)
 
     def _body(self, request: TokenRequest) -> dict[str, Any]:
-        return {"model": self.model, "prompt": list(request.prompt_ids), **request.parameters()}
+        return {"model": self.model, "prompt": list(request.prompt_ids), **request.parameters}
 
     def _read(self, response: urllib3.BaseHTTPResponse, most: int) -> Completion:
         """An answer of up to ``most`` tokens, from its server-sent events.
@@ -149,18 +158,18 @@ class VLLMServer:
             if not isinstance(event, dict) or "error" in event:
                 raise ProtocolError(self._said(event))
             for choice in event.get("choices", ()):
-                try:
-                    tokens += [_token(token) for token in choice["token_ids"]]
-                    finish = choice.get("finish_reason") or finish
-                except (KeyError, TypeError, AttributeError) as error:
-                    raise self._no_vllm("returns no token_ids") from error
+                new = choice.get("token_ids") if isinstance(choice, dict) else None
+                if not isinstance(new, list) or not all(map(is_int, new)):
+                    raise self._no_vllm("returns no token_ids")
+                tokens += new
+                finish = choice.get("finish_reason") or finish
             if len(tokens) > most:
                 raise RolloutError(f"{self.name} gave {len(tokens)} tokens and more where max_tokens is {most}")
         if finish not in ("stop", "length"):
             raise ProtocolError(f"its answer ends after {len(tokens)} tokens, finish_reason {finish}")
         return Completion(tuple(tokens), finish)
 
-    def _lines(self, response: urllib3.BaseHTTPResponse, tokens: Sequence[int]) -> Iterator[bytes]:
+    def _lines(self, response: urllib3.BaseHTTPResponse, tokens: Seq[int]) -> Iterator[bytes]:
         """Lines of a stream, as long as there are more and more ``tokens``."""
         line, last = b"", len(tokens)
         silence = TimeoutError(f"no token for {self._timeout:g} s")
@@ -207,10 +216,8 @@ class VLLMServer:
                     data += piece
                     if len(data) > _MAX_BODY:
                         raise self._no_vllm(f"answers with more than {_MAX_BODY} bytes")
-        except BaseException:
-            response.close()
-            raise
         finally:
+            response.close()
             response.release_conn()
         return bytes(data)
 
@@ -317,9 +324,7 @@ class ServerRequests:
             answers = [self._answers.get(timeout=seconds)]
         except Empty:
             return []
-        with contextlib.suppress(Empty):
-            while True:
-                answers.append(self._answers.get_nowait())
+        answers += [self._answers.get_nowait() for _ in range(self._answers.qsize())]
         completions = []
         for key, answer in answers:
             if isinstance(answer, Exception):
@@ -372,19 +377,3 @@ class ServerRequests:
 
 class _GivenUpError(Exception):
     """The requests were closed."""
-
-
-def _key(given: str | None) -> str | None:
-    """The key to send; an empty environment variable is none."""
-    name, value = "vllm_api_key", given
-    if value is None:
-        name, value = f"the environment variable {API_KEY_VARIABLE}", os.environ.get(API_KEY_VARIABLE) or None
-    if value is not None:
-        require_api_key(name, value)
-    return value
-
-
-def _token(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{value!r} is no token id")
-    return value

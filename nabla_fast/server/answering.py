@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from time import monotonic
 
@@ -12,7 +11,7 @@ import fastapi
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from nabla_fast.server.asks import Accepted, Answer, Delta, Event, Failed, RequestError
+from nabla_fast.server.asks import Accepted, Answer, Delta, Event, RequestError
 from nabla_fast.server.engine import Engine
 from nabla_fast.server.metrics import Metrics
 from nabla_fast.server.protocol import Request
@@ -27,15 +26,7 @@ class _ClientLeftError(Exception):
 
 
 class Answering:
-    """Has one request decoded, and gives it up when its client leaves or its time is over.
-
-    Args:
-        engine: decodes.
-        metrics: hears of it.
-        request: the HTTP request.
-        asked: what it says.
-        timeout: seconds that it may take.
-    """
+    """Has what a request ``asked`` decoded, and gives it up when its client leaves or ``timeout`` seconds are over."""
 
     def __init__(
         self, engine: Engine, metrics: Metrics, request: fastapi.Request, asked: Request, timeout: float
@@ -43,47 +34,32 @@ class Answering:
         self._engine, self._metrics, self._request, self._asked = engine, metrics, request, asked
         self._timeout, self._deadline = timeout, monotonic() + timeout
         # It grows as long as the client is slow, up to the whole answer: the engine waits for nobody.
-        self._events: deque[Event] = deque()
-        self._news = asyncio.Event()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def tell(event: Event) -> None:
             # A loop that is closed has nobody who waits.
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._hear, event)
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         self._ticket = engine.submit(asked.ask, tell)
 
-    async def whole(self) -> Response:
-        """The response with all answers at once.
+    async def response(self) -> Response:
+        """The response: all answers at once, or a stream of text as it is committed.
 
         Raises:
-            RequestError: if there are none.
+            RequestError: if there are no answers; what goes wrong after a stream has begun is an event of it.
         """
-        try:
-            reply = Reply(self._asked, await self._accepted())
-            answers = [event async for event in self._answers() if isinstance(event, Answer)]
-        except _ClientLeftError:
-            return Response(status_code=499)
-        finally:
-            self._end()
+        with contextlib.ExitStack() as ending:
+            ending.callback(self._end)
+            try:
+                reply = Reply(self._asked, await self._accepted())
+                if self._asked.ask.stream:
+                    return _Stream(self._chunks(reply), ending.pop_all().close)
+                answers = [event async for event in self._answers() if isinstance(event, Answer)]
+            except _ClientLeftError:
+                return Response(status_code=499)
         return JSONResponse(reply.whole(answers))
-
-    async def stream(self) -> Response:
-        """The response whose text comes as it is committed.
-
-        Raises:
-            RequestError: if the prompt cannot be read; what goes wrong later is an event of the stream.
-        """
-        try:
-            reply = Reply(self._asked, await self._accepted())
-        except _ClientLeftError:
-            self._end()
-            return Response(status_code=499)
-        except BaseException:
-            self._end()
-            raise
-        return _Stream(self._chunks(reply), self._end)
 
     async def _chunks(self, reply: Reply) -> AsyncIterator[bytes]:
         answers = []
@@ -111,36 +87,32 @@ class Answering:
         missing = self._asked.ask.choices
         while missing:
             event = await self._next()
-            assert not isinstance(event, Accepted | Failed)
+            assert isinstance(event, Delta | Answer)
             missing -= isinstance(event, Answer)
             yield event
 
     async def _next(self) -> Event:
-        while not self._events:
-            self._news.clear()
+        while self._events.empty():
             left = self._deadline - monotonic()
             if left <= 0:
                 self._metrics.timeouts.inc()
                 raise RequestError(
-                    504,
                     f"the request took longer than {self._timeout:g} s, which is the most (--timeout)",
                     code="timeout",
                     # OpenAI's client would ask again, and wait as long.
                     headers={"x-should-retry": "false"},
+                    status=504,
                 )
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._news.wait(), min(left, _LOOK))
-                continue
+                event = await asyncio.wait_for(self._events.get(), min(left, _LOOK))
+                break
             if await self._request.is_disconnected():
                 raise _ClientLeftError
-        event = self._events.popleft()
-        if isinstance(event, Failed):
-            raise event.error
+        else:
+            event = self._events.get_nowait()
+        if isinstance(event, RequestError):
+            raise event
         return event
-
-    def _hear(self, event: Event) -> None:
-        self._events.append(event)
-        self._news.set()
 
     def _end(self) -> None:
         """Gives up what is not complete."""

@@ -14,45 +14,36 @@ Prompt = Chat | str | tuple[int, ...]
 """A chat for the template, text without one, or token ids."""
 
 
+@dataclass(eq=False)
 class RequestError(Exception):
     """A request that is not answered, in the words of OpenAI's API.
 
     Attributes:
-        status: of the HTTP response.
         message: one sentence for the client.
         param: the field that is meant, where one is.
         code: for programs, where OpenAI or vLLM has one.
+        status: of the HTTP response.
         headers: of the response.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-        self.headers = dict(headers or {})
+    message: str
+    param: str | None = None
+    code: str | None = None
+    status: int = 400
+    headers: Mapping[str, str] | None = None
+
+    def __str__(self) -> str:
+        return self.message
 
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's form."""
         kinds = {401: "authentication_error", 429: "rate_limit_error", 504: "timeout_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        told = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         # JSON may name fields by half surrogates, which no encoding has.
         return {
             "error": {name: text and text.encode(errors="backslashreplace").decode() for name, text in told.items()}
         }
-
-
-def _encodable(text: str | None) -> str | None:
-    # JSON may name fields by half surrogates, which no encoding has.
-    return text if text is None else text.encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -81,11 +72,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The prompts have been read, and wait or are decoded.
-
-    Attributes:
-        prompt_tokens: of all prompts together.
-    """
+    """The prompts have been read, and wait or are decoded; they have ``prompt_tokens`` together."""
 
     prompt_tokens: int
 
@@ -105,9 +92,7 @@ class Answer:
     Attributes:
         choice: its place: that of the prompt, times ``n``, and its own.
         text: all of it, special tokens left out.
-        tokens: its length.
-        reward: of the answer.
-        finish_reason: "stop" or "length".
+        tokens: how many.
         stats: what it took, all samples together.
     """
 
@@ -119,11 +104,5 @@ class Answer:
     stats: SequenceStats
 
 
-@dataclass(frozen=True)
-class Failed:
-    """No more answers will come."""
-
-    error: RequestError
-
-
-Event = Accepted | Delta | Answer | Failed
+Event = Accepted | Delta | Answer | RequestError
+"""After an error, no more answers will come."""

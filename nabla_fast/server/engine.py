@@ -9,16 +9,17 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 
 import torch
 
 from nabla_fast.config import NablaConfig
+from nabla_fast.decoder import Observer
 from nabla_fast.generate import Pair
 from nabla_fast.sequence import Sequence
-from nabla_fast.server.asks import Accepted, Answer, Ask, Delta, Event, Failed, RequestError
-from nabla_fast.server.lanes import Lane, lane_config
-from nabla_fast.server.prompts import TokenIds, make_sequences, read_prompts
+from nabla_fast.server.asks import Accepted, Answer, Ask, Delta, Event, RequestError
+from nabla_fast.server.decoding import Lane, TokenIds, lane_config, make_sequences, read_prompt
 from nabla_fast.server.text import TextStream, before_stop
 from nabla_fast.stats import Stats
 
@@ -32,7 +33,6 @@ class Choice:
     """An answer in the making.
 
     Attributes:
-        number: its place among the request's.
         samples: its sequences, of which the one with the highest reward is the answer.
         text: of a single one that is streamed.
         running: samples that have not come to their end.
@@ -49,9 +49,7 @@ class Ticket:
     """A request on its way.
 
     Attributes:
-        ask: what is asked.
         tell: hears of every event, in the engine's thread.
-        submitted: when it came.
         first_token: when the first of its tokens was committed.
         queued: whether there was no room when it came, and it has not begun since.
         prompts: token ids of each prompt, once they have been read.
@@ -71,7 +69,7 @@ class Ticket:
     ended: bool = False
 
 
-class Engine:
+class Engine(Observer):
     """Decodes requests as they come, in a thread of its own.
 
     Sequences of all requests begin in the order in which they came, as long as fewer than ``config.max_batch_size``
@@ -90,8 +88,7 @@ class Engine:
         self.totals: Counter[str] = Counter()
         self._pair, self._room, self._max_queue = pair, config.max_batch_size, max_queue
         self._news = threading.Condition()  # reentrant: `drain` may come from a signal in the middle of `submit`
-        self._came: list[Ticket] = []
-        self._left: list[Ticket] = []
+        self._inbox: list[Callable[[], None]] = []
         self._live: dict[Ticket, int] = {}
         self._end: float | None = None
         self._dead: BaseException | None = None
@@ -127,7 +124,7 @@ class Engine:
             return sum(ticket.queued for ticket in self._live)
 
     def submit(self, ask: Ask, tell: Callable[[Event], None]) -> Ticket:
-        """Takes a request; ``tell`` hears of it from then on, last of a `Failed` or the last `Answer`.
+        """Takes a request; ``tell`` hears of it from then on, last of a `RequestError` or the last `Answer`.
 
         Raises:
             RequestError: if the engine ends or has ended (503), or its queue is full (429).
@@ -136,19 +133,21 @@ class Engine:
             if self._end is not None:
                 raise _ending()
             if not self.alive:
-                raise RequestError(503, "the engine has stopped after an error; the server must be started again")
+                raise RequestError(
+                    "the engine has stopped after an error; the server must be started again", status=503
+                )
             ticket = Ticket(ask, tell)
             ticket.queued = sum(self._live.values()) >= self._room
             if ticket.queued and self.waiting >= self._max_queue:
                 raise RequestError(
-                    429,
                     f"the server is busy: {self._room} sequences are decoded and {self._max_queue} requests wait, "
                     "which is the most (--max-batch-size, --max-queue); try again later",
                     code="queue_full",
                     headers={"Retry-After": "1"},
+                    status=429,
                 )
             self._live[ticket] = ask.choices * ask.samples
-            self._came.append(ticket)
+            self._inbox.append(partial(self._prepare, ticket))
             self._news.notify()
         return ticket
 
@@ -156,7 +155,7 @@ class Engine:
         """Gives a request up; one that has ended already is left alone."""
         with self._news:
             if ticket in self._live:
-                self._left.append(ticket)
+                self._inbox.append(partial(self._forget, ticket))
                 self._news.notify()
 
     def drain(self, seconds: float) -> None:
@@ -182,12 +181,12 @@ class Engine:
         except BaseException as error:
             _LOG.exception("the engine stops")
             self._dead = error
-            reason = RequestError(500, f"the engine has stopped: {error or type(error).__name__}")
+            reason = RequestError(f"the engine has stopped: {error or type(error).__name__}", status=500)
         with self._news:
             self._end = monotonic()
             left, self._live = [*self._live], {}
         for ticket in left:
-            ticket.tell(Failed(reason))
+            ticket.tell(reason)
         # Of an engine that has stopped after an error, nothing works any more perhaps.
         for lane in [] if self._dead else self._lanes.values():
             lane.close()
@@ -196,16 +195,13 @@ class Engine:
     def _round(self) -> bool:
         """One step of every batch, and who comes and goes before it; False when it was the last."""
         with self._news:
-            while not (self._came or self._left or self._live or self._end is not None):
+            while not (self._inbox or self._live or self._end is not None):
                 self._news.wait()
-            came, self._came = self._came, []
-            left, self._left = self._left, []
+            came, self._inbox = self._inbox, []
             if self._end is not None and (monotonic() >= self._end or not self._live):
                 return False
-        for ticket in came:
-            self._prepare(ticket)
-        for ticket in left:
-            self._forget(ticket)
+        for act in came:
+            act()
         self._begin()
         for config, lane in [*self._lanes.items()]:
             self._step(config, lane)
@@ -214,7 +210,7 @@ class Engine:
     def _prepare(self, ticket: Ticket) -> None:
         """Reads the prompts of a request, and puts it into the queue."""
         try:
-            ticket.prompts = read_prompts(self._pair, ticket.ask)
+            ticket.prompts = [read_prompt(self._pair, ticket.ask, prompt) for prompt in ticket.ask.prompts]
         except Exception as error:
             self._fail(ticket, _refusal(error))
             return
@@ -287,9 +283,6 @@ class Engine:
 
     # The decoder's observer
 
-    def on_phase(self, phase: str, sequences: int) -> None:
-        """Nobody asks for it."""
-
     def on_commit(self, index: int, tokens: list[int], length: int) -> None:
         """Tells of a sequence's new text; see `nabla_fast.decoder.Observer`."""
         ticket, choice = self._owners[index]
@@ -311,8 +304,7 @@ class Engine:
         choice.running -= 1
         if choice.running:
             return
-        rewards = [sample.current.reward for sample in choice.samples]
-        best = choice.samples[rewards.index(max(rewards))]
+        best = max(choice.samples, key=lambda sample: sample.current.reward)
         tokens, reason = best.current.tokens, best.stats.finish_reason
         text = str(self._pair.tokenizer.decode(tokens, skip_special_tokens=True))
         text = before_stop(text, ticket.ask.config.stop_strings)
@@ -328,7 +320,7 @@ class Engine:
     def _fail(self, ticket: Ticket, error: RequestError) -> None:
         if not ticket.ended:
             self._forget(ticket)
-            ticket.tell(Failed(error))
+            ticket.tell(error)
 
     def _forget(self, ticket: Ticket) -> None:
         """Takes out what is left of a request."""
@@ -343,13 +335,13 @@ class Engine:
         self._remove(ticket)
         config = lane_config(ticket.ask.config)
         lane = self._lanes.get(config)
+        if lane is None:
+            return
         try:
-            for sample in samples:
-                if lane is not None and sample in lane.sequences:
-                    lane.drop(sample)
+            for sample in lane.sequences.intersection(samples):
+                lane.drop(sample)
         except Exception as error:
             # The batch is made anew without the sequence, which takes memory.
-            assert lane is not None
             self._break(config, lane, error)
 
     def _remove(self, ticket: Ticket) -> None:
@@ -361,15 +353,15 @@ class Engine:
 def _refusal(error: Exception) -> RequestError:
     """An error of what was asked; of other kinds, those of the models."""
     if isinstance(error, (ValueError, TypeError)):
-        return RequestError(400, re.sub(r"prompts\[\d+\]", "the prompt", str(error)))
+        return RequestError(re.sub(r"prompts\[\d+\]", "the prompt", str(error)))
     return _failure(error)
 
 
 def _failure(error: Exception) -> RequestError:
     """An error of the models, which is not the client's."""
     told = " ".join(str(error).split()) or type(error).__name__
-    return RequestError(500, f"the request failed: {told}")
+    return RequestError(f"the request failed: {told}", status=500)
 
 
 def _ending() -> RequestError:
-    return RequestError(503, "the server is shutting down", headers={"Retry-After": "1"})
+    return RequestError("the server is shutting down", headers={"Retry-After": "1"}, status=503)

@@ -25,18 +25,10 @@ _COUNTED = {
 
 
 class Metrics:
-    """Counters and histograms of the routes, and the engine's own numbers as they are when somebody asks.
-
-    Attributes:
-        requests: by route, method and status.
-        seconds: from a request to the end of its answer, by route.
-        first_token: seconds from a request to its first committed token.
-        cancelled: requests whose client left.
-        timeouts: requests that took too long.
-    """
+    """Counters and histograms of the routes, and the engine's own numbers as they are when somebody asks."""
 
     def __init__(self, engine: Engine) -> None:
-        self._registry = CollectorRegistry()
+        self._engine, self._registry = engine, CollectorRegistry()
         registry = self._registry
         labels = ("route", "method", "status")
         self.requests = Counter("nabla_fast_requests", "HTTP requests.", labels, registry=registry)
@@ -52,20 +44,14 @@ class Metrics:
         )
         self.cancelled = Counter("nabla_fast_cancelled_requests", "Requests whose client left.", registry=registry)
         self.timeouts = Counter("nabla_fast_timed_out_requests", "Requests that took too long.", registry=registry)
-        registry.register(_EngineNumbers(engine))
+        registry.register(self)
 
     def text(self) -> bytes:
         """All of them in the text format of Prometheus."""
         return generate_latest(self._registry)
 
-
-class _EngineNumbers:
-    """A collector: reads the engine when it is asked."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
     def collect(self) -> Iterator[Metric]:
+        """The engine's own numbers, for the registry."""
         engine = self._engine
         yield GaugeMetricFamily("nabla_fast_requests_waiting", "Requests that wait for room.", engine.waiting)
         yield GaugeMetricFamily("nabla_fast_sequences_running", "Sequences that are decoded.", engine.running)

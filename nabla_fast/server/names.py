@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from nabla_fast.config import Sampling
 from nabla_fast.server.asks import RequestError
 
-_PROPOSALS = {
-    "nabla-likeliest": "likeliest",
-    "nabla-first-order": "first_order",
-    "nabla-prefix-reward": "prefix_reward",
-    "nabla-guided": "guided",
+# Method → the settings that it brings.
+_METHODS: dict[str, dict[str, Any]] = {
+    "nabla": {},
+    "nabla-likeliest": {"proposal": "likeliest"},
+    "nabla-first-order": {"proposal": "first_order"},
+    "nabla-prefix-reward": {"proposal": "prefix_reward"},
+    "nabla-guided": {"proposal": "guided"},
+    "greedy": {"max_rollouts": 1, "rollout": Sampling(temperature=0.0), "proposal": "dto"},
 }
 _BEST_OF = re.compile(r"best-of-n-([1-9]\d?)")
 _MOST_SAMPLES = 64
@@ -31,13 +34,14 @@ class Method:
     """
 
     name: str
-    changes: dict[str, Any] = field(default_factory=dict)
+    changes: dict[str, Any]
     samples: int = 1
 
 
 def model_names(served: str) -> list[str]:
     """The names under which the model called ``served`` is listed; best-of-n takes other numbers, too."""
-    methods = ["nabla", *_PROPOSALS, f"best-of-n-{_LISTED_SAMPLES}", "greedy"]
+    *proposals, greedy = _METHODS
+    methods = [*proposals, f"best-of-n-{_LISTED_SAMPLES}", greedy]
     return [served, *(f"{method}/{served}" for method in methods)]
 
 
@@ -48,30 +52,19 @@ def method_of(name: object, served: str) -> Method:
         RequestError: if it is none of the names.
     """
     if not isinstance(name, str) or not name:
-        raise RequestError(400, f"model must be a name such as 'nabla/{served}', got {name!r}", "model")
-    method = "nabla" if name == served else name.removesuffix(f"/{served}")
-    if name != served and method == name:
-        raise _unknown(name, served)
-    if method == "nabla":
-        return Method("nabla")
-    if method in _PROPOSALS:
-        return Method(method, {"proposal": _PROPOSALS[method]})
-    if method == "greedy":
-        return Method(method, {"max_rollouts": 1, "rollout": Sampling(temperature=0.0), "proposal": "dto"})
+        raise RequestError(f"model must be a name such as 'nabla/{served}', got {name!r}", "model")
+    method, _, rest = (f"nabla/{name}" if name == served else name).partition("/")
+    if rest == served and method in _METHODS:
+        return Method(method, _METHODS[method])
     best_of = _BEST_OF.fullmatch(method)
-    if best_of is None or int(best_of[1]) > _MOST_SAMPLES:
-        raise _unknown(name, served)
+    if rest != served or best_of is None or int(best_of[1]) > _MOST_SAMPLES:
+        raise RequestError(
+            f"the model {name!r} does not exist; use {', '.join(model_names(served))} (best-of-n from 1 to "
+            f"{_MOST_SAMPLES})",
+            "model",
+            "model_not_found",
+            status=404,
+        )
     # Without the gradient cache, so that a sample costs one reward call whatever the others say, as in
     # `nabla_fast.baselines.sample`.
-    changes = {"max_rollouts": 1, "gradient_cache": False, "proposal": "dto"}
-    return Method(method, changes, int(best_of[1]))
-
-
-def _unknown(name: str, served: str) -> RequestError:
-    return RequestError(
-        404,
-        f"the model {name!r} does not exist; use {', '.join(model_names(served))} (best-of-n from 1 to "
-        f"{_MOST_SAMPLES})",
-        "model",
-        "model_not_found",
-    )
+    return Method(method, {"max_rollouts": 1, "gradient_cache": False, "proposal": "dto"}, int(best_of[1]))

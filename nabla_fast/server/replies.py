@@ -22,12 +22,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class Reply:
-    """Writes the answers to one request.
-
-    Args:
-        request: what is answered.
-        prompt_tokens: of all its prompts.
-    """
+    """Writes the answers to one request, whose prompts have ``prompt_tokens`` together."""
 
     def __init__(self, request: Request, prompt_tokens: int) -> None:
         self._request = request
@@ -55,9 +50,8 @@ class Reply:
     def piece(self, event: Delta | Answer) -> bytes:
         """The event of more text, or of an answer's end."""
         text, reason = (event.text, None) if isinstance(event, Delta) else ("", event.finish_reason)
-        if self._request.chat:
-            return self._event(self._choice(event.choice, reason, {"delta": {"content": text} if text else {}}))
-        return self._event(self._choice(event.choice, reason, {"text": text}))
+        content = {"delta": {"content": text} if text else {}} if self._request.chat else {"text": text}
+        return self._event(self._choice(event.choice, reason, content))
 
     def last(self, answers: Sequence[Answer]) -> Iterator[bytes]:
         """The events behind the last answer."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nabla_fast.config import Sampling
-from nabla_fast.sampling import sample, warp
+from nabla_fast.sampling import draw
 from nabla_fast.testing.models import CONTEXT
 
 
@@ -48,7 +48,7 @@ class Answerer:
             else:
                 ids = [*prompt, *answer]
                 logits = penalised(self.logits(ids)[-1:], ids, asked["repetition_penalty"])
-                answer.append(int(sample(warp(logits, sampling), [(asked["seed"], len(answer))])))
+                answer.append(int(draw(logits, sampling, [(asked["seed"], len(answer))])))
             text = self.tokenizer.decode(answer, skip_special_tokens=asked["skip_special_tokens"])
             stopped = answer[-1] in ends or any(stop in text for stop in asked["stop"])
             finish = "stop" if stopped else "length" if len(answer) == longest else None

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from processed import Processed
 
 import nabla_fast as nf
 from nabla_fast import graphs
@@ -332,7 +333,7 @@ def test_draws_are_those_of_the_sampler_or_declined(kind, noise, monkeypatch):
         for sampling in [Sampling(temperature=0.0)] + [Sampling(0.8, top_k=k, top_p=p) for k, p in settings]:
             tokens, wide = draws.draw(z, sampling, low, high)
             warped = drawing.warp(z, sampling)
-            assert torch.equal(tokens[~wide], drawing.sample(warped, keys)[~wide]), sampling
+            assert torch.equal(tokens[~wide], drawing.draw(warped, Sampling(), keys)[~wide]), sampling
             likely = (warped != -torch.inf).sum(-1)
             # Declined: more than the likeliest are kept, or it is a matter of index which of equals are.
             least = warped.masked_fill(warped == -torch.inf, torch.inf).amin(-1)
@@ -580,7 +581,7 @@ def test_a_whole_decode_comes_to_the_same_answers(room):
 
 
 def usual(model, sampling=SAMPLING, stop=NEVER, sampler=None):
-    return isinstance(HFRollout(model, sampler, graphs=True).open(sampling, stop), hf._Stream)
+    return isinstance(HFRollout(model, sampler or Sampler(), graphs=True).open(sampling, stop), hf._Stream)
 
 
 def test_settings_that_need_the_host_keep_the_usual_path():
@@ -598,7 +599,7 @@ def test_settings_that_need_the_host_keep_the_usual_path():
 
     assert not usual(model)
     assert not usual(model, sampler=model_sampler(model.model, [3], model.vocab_size))
-    assert usual(model, sampler=Sampler(before=(nothing,)))
+    assert usual(model, sampler=Processed(before=(nothing,)))
     assert usual(model, sampler=Own())
     assert usual(model, stop=Stop(frozenset()))
     assert not usual(model, Sampling(top_k=300)), "no more than the vocabulary"

@@ -97,9 +97,13 @@ def test_tokens_depend_on_seed_and_position_alone(backend, server):
     assert {request["seed"] for request in server.requests} == seeds
     assert len(seeds) == 4
     assert all(0 <= seed < 2**63 for seed in seeds)
-    ours = TokenRequest.of(SEQUENCES[0], (), SAMPLING, NEVER)
-    assert ours.seed != TokenRequest.of(Sequence((5, 6, 7), (), 0, 8), (1,), SAMPLING, NEVER).seed
-    assert ours.seed != TokenRequest.of(Sequence((5, 6, 7), (), 1, 8), (), SAMPLING, NEVER).seed
+
+    def seed(sequence, response):
+        return TokenRequest.of(sequence, response, SAMPLING, NEVER).parameters["seed"]
+
+    ours = seed(SEQUENCES[0], ())
+    assert ours != seed(Sequence((5, 6, 7), (), 0, 8), (1,))
+    assert ours != seed(Sequence((5, 6, 7), (), 1, 8), ())
 
 
 def test_the_request_leaves_nothing_to_the_servers_defaults(backend, server):

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from processed import Processed
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from nabla_fast.config import Sampling
-from nabla_fast.sampling import Sampler, anchor_noise, gumbel, sample, sequence_seeds, warp
+from nabla_fast.sampling import Sampler, anchor_noise, draw, gumbel, sequence_seeds, warp
 from nabla_fast.sequence import Sequence
 
 CPU = torch.device("cpu")
@@ -65,20 +66,20 @@ def test_a_sample_is_the_argmax_of_all_logits_with_all_noise():
     keys = [(seed, 2) for seed in range(8)]
     for sampling in (Sampling(1.0), Sampling(0.6, 0.95), Sampling(1.0, None, 40)):
         warped = warp(logits, sampling)
-        assert torch.equal(sample(warped, keys), (warped + gumbel(keys, 3000, CPU)).argmax(-1))
+        assert torch.equal(draw(warped, Sampling(), keys), (warped + gumbel(keys, 3000, CPU)).argmax(-1))
 
 
 def test_temperature_zero_keeps_the_argmax_alone():
     logits = torch.randn(5, 40)
     keys = [(s, 3) for s in range(5)]
-    assert torch.equal(sample(warp(logits, Sampling(temperature=0.0)), keys), logits.argmax(-1))
+    assert torch.equal(draw(logits, Sampling(temperature=0.0), keys), logits.argmax(-1))
 
 
 def test_samples_follow_the_distribution():
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0, -3.0])
     draws = 20_000
     keys = [(seed, position) for seed in range(200) for position in range(draws // 200)]
-    counts = torch.bincount(sample(logits.expand(draws, -1), keys), minlength=5).double()
+    counts = torch.bincount(draw(logits.expand(draws, -1), Sampling(), keys), minlength=5).double()
     expected = draws * logits.double().softmax(-1)
     chi_square = float(((counts - expected) ** 2 / expected).sum())
     assert chi_square < 18.47, counts  # 99.9 % quantile at 4 degrees of freedom
@@ -118,7 +119,7 @@ def test_a_prompt_has_the_same_seed_in_any_batch_and_repeats_differ():
 def test_anchor_noise_brings_the_draw_back(sampling):
     logits = 3 * torch.randn(64, 50, generator=torch.Generator().manual_seed(1))
     keys = [(11, position) for position in range(64)]
-    drawn = sample(warp(logits, sampling), keys)
+    drawn = draw(logits, sampling, keys)
     noise = anchor_noise(logits, sampling, keys)
     assert torch.equal((logits + noise).argmax(-1), drawn)
     if sampling.temperature:
@@ -146,9 +147,9 @@ def test_processors_run_before_and_after_the_warpers_on_unpadded_ids():
     sequences, responses = [Sequence((5, 6), (), 0, 9), Sequence((7,), (), 1, 9)], [(), (1, 2)]
     logits = torch.tensor([[9.0, 1.0, 0.0], [9.0, 0.0, 1.0]])
     greedy = Sampling(temperature=0.0)
-    assert Sampler(before=(forbid_zero,))(logits, greedy, sequences, responses).tolist() == [1, 2]
+    assert Processed(before=(forbid_zero,))(logits, greedy, sequences, responses).tolist() == [1, 2]
     assert seen == [[[5, 6]], [[7, 1, 2]]]
-    assert Sampler(after=(only_two,))(logits, greedy, sequences, responses).tolist() == [2, 2]
+    assert Processed(after=(only_two,))(logits, greedy, sequences, responses).tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -171,6 +172,6 @@ def test_a_processor_behind_the_warpers_sees_what_they_leave():
     logits = 3 * torch.randn(4, 400, generator=torch.Generator().manual_seed(6))
     sequences, responses = [Sequence((1,), (), seed, 9) for seed in range(4)], [(), (3,), (), (4, 5)]
     sampling = Sampling(0.7, 0.9, 30)
-    drawn = Sampler(after=(look,))(logits, sampling, sequences, responses)
+    drawn = Processed(after=(look,))(logits, sampling, sequences, responses)
     assert torch.equal(torch.cat(seen), warp(logits, sampling))
     assert torch.equal(drawn, Sampler()(logits, sampling, sequences, responses))

@@ -13,6 +13,7 @@ import pytest
 import torch
 import vllm_cases
 from fake_vllm import Answerer
+from processed import Processed
 from vllm_cases import FAST, NEVER, SAMPLING, SEQUENCES, draw, make
 
 import nabla_fast as nf
@@ -140,7 +141,7 @@ def test_logits_processors_and_vllm_do_not_go_together(server, models):
     pair = make_pair(*models, PAIR_CONFIG.replace(vllm_url=server.url))
     assert pair.rollouts(PAIR_CONFIG, Sampler()) is pair.vllm
     with pytest.raises(ValueError, match="logits_processor cannot be used"):
-        pair.rollouts(PAIR_CONFIG, Sampler(before=(lambda ids, scores: scores,)))
+        pair.rollouts(PAIR_CONFIG, Processed(before=(lambda ids, scores: scores,)))
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://", "nonsense", "http://[::"])
