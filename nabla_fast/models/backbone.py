@@ -52,6 +52,11 @@ class Inputs:
         return replace(self, embeds=self.embeds.detach().requires_grad_())
 
 
+def embedded(embedding: Any, ids: Tensor) -> Inputs:
+    """Token ids (S,) and what input embeddings make of them."""
+    return Inputs(ids, embedding(ids.unsqueeze(0))[0].detach())
+
+
 def joined(parts: Sequence[Inputs]) -> Inputs:
     """One after the other."""
     return Inputs(torch.cat([x.ids for x in parts]), torch.cat([x.embeds for x in parts]))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -173,6 +173,12 @@ def require_sound_layers(model: Any, name: str) -> None:
         raise ValueError(f"{name} cannot be used: {fault}; load it with another quantisation, or with none")
 
 
+def require_eval(model: Any, name: str) -> None:
+    """Raises ValueError for a model in training mode: dropout would make its gradients random."""
+    if model.training:
+        raise ValueError(f"{name} is in training mode; call .eval() on it first")
+
+
 def leave_inference_mode(model: Any) -> None:
     """Replaces weights that were made in inference mode, which autograd cannot use, by copies."""
     copies: dict[int, Tensor] = {}
@@ -197,11 +203,12 @@ def examine_backbone(backbone: Backbone, ids: Tensor | None = None) -> CacheSupp
         ValueError: if not even whole sequences of embeddings give what the model makes of token ids, or the gradient
             is not that of the forward pass.
     """
-    ids = probe_ids(backbone.model) if ids is None else ids
+    from nabla_fast.models.backbone import embedded
+
     with torch.no_grad():
-        embeds = backbone.embedding(ids.unsqueeze(0))[0].detach()
-        expected = backbone.whole(_inputs(ids, embeds), by_ids=True)
-    probe = _read_as_ids(backbone, ids, embeds, expected)
+        inputs = embedded(backbone.embedding, probe_ids(backbone.model) if ids is None else ids)
+        expected = backbone.whole(inputs, by_ids=True)
+    probe = _read_as_ids(backbone, inputs, expected)
     config = backbone.model.config.get_text_config()
     reason, windowed = known_reason(config), has_windows(config)
     if reason is None:
@@ -267,19 +274,19 @@ class _Probe:
     over whole sequences is that of any suffix as well.
     """
 
-    def __init__(self, backbone: Backbone, ids: Tensor, embeds: Tensor, expected: Tensor) -> None:
-        self.backbone, self.inputs, self.expected = backbone, _inputs(ids, embeds), expected
+    def __init__(self, backbone: Backbone, inputs: Inputs, expected: Tensor) -> None:
+        self.backbone, self.inputs, self.expected = backbone, inputs, expected
         self.weights = _weights(expected)
         self.weights[:4] = 0
         self.hidden = expected
-        found = slope(self._loss, embeds, backbone.model)
+        found = slope(self._loss, inputs.embeds, backbone.model)
         self.apart = relative_error(self.hidden, expected)
         self.sound = is_close(self.hidden, expected)
-        self.fault = gradient_fault(self._loss, embeds, found=found) if self.sound else None
+        self.fault = gradient_fault(self._loss, inputs.embeds, found=found) if self.sound else None
         self.gradient = found.gradient
 
     def _loss(self, embeds: Tensor) -> Tensor:
-        hidden = self.backbone.whole(_inputs(self.inputs.ids, embeds))
+        hidden = self.backbone.whole(replace(self.inputs, embeds=embeds))
         if embeds.requires_grad:
             self.hidden = hidden.detach()
         return (hidden.to(self.weights.dtype) * self.weights).sum()
@@ -332,7 +339,7 @@ class _Probe:
         )
 
 
-def _read_as_ids(backbone: Backbone, ids: Tensor, embeds: Tensor, expected: Tensor) -> _Probe:
+def _read_as_ids(backbone: Backbone, inputs: Inputs, expected: Tensor) -> _Probe:
     """A probe of embeddings that the model reads as it does token ids; says in backbone.needs_ids what that takes.
 
     Raises:
@@ -342,7 +349,7 @@ def _read_as_ids(backbone: Backbone, ids: Tensor, embeds: Tensor, expected: Tens
     for needs_ids in (False, True):
         backbone.needs_ids = needs_ids
         try:
-            probe = _Probe(backbone, ids, embeds, expected)
+            probe = _Probe(backbone, inputs, expected)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model raises that cannot run so
@@ -371,12 +378,6 @@ def _difference(what: str, pairs: list[tuple[Tensor, Tensor]]) -> str | None:
         if not is_close(ours, theirs):
             return f"{what} gives numbers that are {relative_error(ours, theirs):.2g} apart from whole sequences'"
     return None
-
-
-def _inputs(ids: Tensor, embeds: Tensor) -> Inputs:
-    from nabla_fast.models.backbone import Inputs
-
-    return Inputs(ids, embeds)
 
 
 def _weights(like: Tensor) -> Tensor:

@@ -160,6 +160,7 @@ def graphed_rewards(model: RewardModel, wanted: bool, compiled: bool = False) ->
 
     def value(states: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         assert model.head is not None
+        assert model.head.score is not None
         pooled = states.gather(1, at.unsqueeze(-1).expand(-1, 1, states.shape[-1])).squeeze(1)
         rewards = model.head.score(pooled).squeeze(-1)
         return rewards.sum(), rewards.to(torch.promote_types(rewards.dtype, torch.float32))

@@ -89,7 +89,7 @@ class LanguageModel:
         lm_head = get_head() if get_head is not None else None
         if lm_head is None:
             raise TypeError(f"{self.name} has no output head; {argument} must be a causal language model")
-        require_eval(model, self.name)
+        checks.require_eval(model, self.name)
         checks.leave_inference_mode(model)
         weight = checks.dense_weight(model, lm_head, self.name, "output head")
         self.model = model
@@ -209,12 +209,6 @@ def context_length(model: Any) -> int | None:
     # Beyond the second, Doge's choice of keys is one among later tokens, too.
     limits = (getattr(config, name, None) for name in ("max_position_embeddings", "keep_window_size"))
     return min((limit for limit in limits if limit), default=None)
-
-
-def require_eval(model: Any, name: str) -> None:
-    """Raises ValueError for a model in training mode: dropout would make its gradients random."""
-    if model.training:
-        raise ValueError(f"{name} is in training mode; call .eval() on it first")
 
 
 def _eos_token_ids(model: Any, tokenizer: Any, vocab_size: int) -> frozenset[int]:

@@ -16,7 +16,7 @@ from nabla_fast.models.chat import Chat, conversation_frame
 from nabla_fast.models.cross_tokenizer import CrossTokenizer
 from nabla_fast.models.language_model import EmbeddingTable, LanguageModel, context_length, embedding_table
 from nabla_fast.models.reading import Reading
-from nabla_fast.models.reward_head import OwnForward, RewardHead, require_embeddings_argument, reward_head
+from nabla_fast.models.reward_head import RewardHead, require_embeddings_argument, reward_head
 from nabla_fast.models.tokenizer_agreement import require_same_tokenization
 from nabla_fast.models.vocabulary import Alignment, align, aligned_table
 
@@ -92,7 +92,7 @@ class RewardModel:
         self.context_length: int | None = None
         self.spread = 1
         self.head: RewardHead | None = None
-        self._function: RewardFunction | OwnForward | None = None
+        self._function: RewardFunction | None = None
         own_table: EmbeddingTable = language_model.embedding
         if hasattr(model, "base_model") and hasattr(model, "config"):
             self.name = f"reward_model ({model.config.name_or_path or type(model).__name__})"
@@ -229,8 +229,6 @@ class RewardModel:
         after: list[Cache | None] = [None] * len(conversations)
         if self.head is not None:
             rewards, after = self.head(caches, conversations)
-        elif isinstance(self._function, OwnForward):
-            rewards = torch.cat([self._function(x) for x in conversations])
         else:
             assert self._function is not None
             embeds = torch.nn.utils.rnn.pad_sequence([x.embeds for x in conversations], batch_first=True)
@@ -264,7 +262,7 @@ class RewardModel:
         return response if isinstance(response, Reading) else self.reading(response, frame)
 
     def _examine(self, model: Any, own: Any) -> None:
-        self.head, self._function = reward_head(model, own, self.name, self.tokenizer)
+        self.head = reward_head(model, own, self.name, self.tokenizer)
 
     def _template_closing(self) -> tuple[int, ...]:
         if not getattr(self.tokenizer, "chat_template", None):
