@@ -44,7 +44,7 @@ class CacheSupport:
     needs_ids: bool
     plain_cache: bool
     reason: str | None
-    expected: Tensor
+    tried: Tensor
 
 
 _WARNED: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
@@ -210,26 +210,23 @@ def examine_backbone(backbone: Backbone, ids: Tensor | None = None) -> CacheSupp
         expected = backbone.whole(inputs, by_ids=True)
     probe = _read_as_ids(backbone, inputs, expected)
     config = backbone.model.config.get_text_config()
-    reason, windowed = known_reason(config), has_windows(config)
+    reason, windowed, plain_cache = known_reason(config), has_windows(config), False
     if reason is None:
-        backbone.cache_kind, backbone.supports_prefix_cache = "prefix", True
         reason = _attempt(probe.prefix)
-        if reason is None:
-            windowed = windowed or _attempt(probe.gaps) is not None
-            return CacheSupport("prefix", True, windowed, backbone.needs_ids, False, None, expected)
-    backbone.cache_kind = "state"
-    if "bidirectional" not in reason:
+        windowed = windowed or (reason is None and _attempt(probe.gaps) is not None)
+    kind, supports_prefix_cache = "prefix" if reason is None else "whole", reason is None
+    if reason is not None and "bidirectional" not in reason:
+        backbone.cache_kind = "state"
         for plain_cache in (False, True):
             backbone.plain_cache = plain_cache
             steps = _attempt(probe.steps)
             if steps is None:
                 # Beyond some length, no prefix has the keys that the whole sequence has.
-                supports_prefix_cache = "rotary" not in reason and _attempt(probe.proceeds) is None
-                return CacheSupport(
-                    "state", supports_prefix_cache, windowed, backbone.needs_ids, plain_cache, reason, expected
-                )
-        reason = f"{reason}; {steps}"
-    return CacheSupport("whole", False, windowed, backbone.needs_ids, False, reason, expected)
+                kind, supports_prefix_cache = "state", "rotary" not in reason and _attempt(probe.proceeds) is None
+                break
+        else:
+            reason = f"{reason}; {steps}"
+    return CacheSupport(kind, supports_prefix_cache, windowed, backbone.needs_ids, plain_cache, reason, expected)
 
 
 def known_reason(config: Any) -> str | None:
@@ -251,20 +248,19 @@ def has_windows(config: Any) -> bool:
     layers = getattr(config, "layer_types", None)
     if layers:
         return "sliding_attention" in layers
-    names = [name for name, value in vars(config).items() if value and _names_a_window(name)]
-    return bool(names) or "local" in str(getattr(config, "attention_types", ""))
+    return bool(_windows(config)) or "local" in str(getattr(config, "attention_types", ""))
 
 
 def window_is_known(config: Any) -> bool:
     """Whether all windows of a model's attention are ``sliding_window``, of all layers or those of that type."""
-    names = [name for name, value in vars(config).items() if value and _names_a_window(name)]
     by_type = bool(getattr(config, "layer_types", None))
-    return bool(getattr(config, "sliding_window", None)) and (by_type or names == ["sliding_window"])
+    return bool(getattr(config, "sliding_window", None)) and (by_type or _windows(config) == ["sliding_window"])
 
 
-def _names_a_window(name: str) -> bool:
+def _windows(config: Any) -> list[str]:
+    names = [name for name, value in vars(config).items() if value and any(word in name for word in _REACHES)]
     # Experts are "local" to a layer.
-    return any(word in name for word in _REACHES) and "expert" not in name
+    return [name for name in names if "expert" not in name]
 
 
 class _Probe:

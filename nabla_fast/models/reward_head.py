@@ -25,8 +25,6 @@ class OwnForward:
 
     Attributes:
         model: as given, adapters included.
-        embedding: its input embeddings.
-        name: what errors call it.
         stand_in: id shown for a token that the model's vocabulary does not have.
         result: takes what the model returns for token ids (1, T), these and its name, and gives the result.
     """
@@ -57,7 +55,6 @@ class RewardHead:
     """One reward of a conversation: by the model's own ``score`` module on the hidden state of one token, or as it is.
 
     Attributes:
-        own: the model's own forward pass.
         backbone: gives the hidden states; None runs the model as it is, on whole conversations, one at a time.
         score: maps hidden states (B, d) to (B, 1), behind ``backbone``.
         skips: the token that the pooled one is not: the last token with another id is pooled, as transformers' classes
@@ -127,15 +124,7 @@ def _entry(out: Any, key: str) -> Any:
 def reward_head(model: Any, own: Any, name: str, tokenizer: Any) -> RewardHead:
     """A head that continues cached prefixes if its rewards are those of the forward pass of ``own``, else that pass.
 
-    Args:
-        model: a transformers model.
-        own: the same, or an adapter around it.
-
-    Raises:
-        TypeError, ValueError: as `own_score` and `find_head` do.
-
-    Warns:
-        UserWarning: once per model that is run as it is.
+    ``own`` is the transformers model, or an adapter around it. Errors and warnings are those of `find_head`.
     """
     ids = checks.probe_ids(model, tokenizer)
     forward = OwnForward(own, model.get_input_embeddings(), name, int(ids[0]), own_score)
@@ -146,27 +135,18 @@ def reward_head(model: Any, own: Any, name: str, tokenizer: Any) -> RewardHead:
         # Where the padding token also ends a turn, it counts, and what is pooled shows.
         probes.append(torch.cat([ids.roll(2), ids.new_tensor([pad])]))
     score = getattr(model, "score", None)
-    candidates = [
-        Candidate(skips, "`score` of the last token", score, partial(_pooled, pad if skips else None))
-        for skips in ((False, True) if pad is not None else (False,))
-        if score is not None
-    ]
+    rules = [] if score is None else [None] if pad is None else [None, pad]
+    candidates = [Candidate(skips, "`score` of the last token", score, partial(_pooled, skips)) for skips in rules]
     reason = "its score is none of a module called `score` on the last token"
     found = find_head("reward", model, forward, probes, candidates, reason)
     if found.reason is not None:
         return RewardHead(forward)
-    return RewardHead(forward, Backbone(model, name, ids), score, pad if found.key else None)
+    return RewardHead(forward, Backbone(model, name, ids), score, found.key)
 
 
 class Candidate(NamedTuple):
-    """What may be a model's head.
-
-    Attributes:
-        key: names it in `Found`.
-        what: names it in messages.
-        score: a module that maps hidden states (T, d) to rows (T, k).
-        pick: takes these and the inputs, and gives the result.
-    """
+    """What may be a model's head: a module from hidden states (T, d) to rows (T, k), and what of these, by the inputs,
+    is the result. ``key`` names it in `Found`, ``what`` in messages."""
 
     key: Any
     what: str
@@ -189,7 +169,7 @@ def find_head(
 
     Args:
         what: names this search among all that is found out about a model.
-        probes: token ids (T,) to try; the gradient is that of the first ones.
+        probes: token ids (T,) each to try it with.
         reason: why there is none, where there are no candidates.
 
     Raises:
@@ -212,9 +192,9 @@ def find_head(
 def _examine(
     model: Any, own: OwnForward, probes: Sequence[Tensor], candidates: Sequence[Candidate], reason: str
 ) -> Found:
-    inputs = [embedded(own.embedding, probe) for probe in probes]
     function: Callable[[Inputs], Tensor] = own
     with torch.no_grad():
+        inputs = [embedded(own.embedding, probe) for probe in probes]
         expected = [own.of_ids(probe) for probe in probes]
         found = Found(None, reason, expected[0].shape[-1])
         if candidates:
