@@ -47,6 +47,7 @@ class RewardSide:
         inputs = [model.conversation(f, y, n if cached else None) for f, y, n in each]
         caches = [own.cache if cached else None for own in known]
         gradients: Seq[Tensor]
+        after: Seq[Cache | None]
         out = self._by_graph(caches, inputs, gradient=True)
         if out is not None:
             assert out.gradient is not None

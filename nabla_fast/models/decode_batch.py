@@ -157,19 +157,20 @@ class _Layer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = self.buffers[0].dtype, self.buffers[0].device, True
         self.use(width)
 
-    def use(self, width: int) -> None:
+    def use(self, width: int) -> tuple[Tensor, Tensor]:
         """The first ``width`` columns are in use."""
-        self.keys, self.values = (x[:, :, :width] for x in self.buffers)
+        keys, values = (x[:, :, :width] for x in self.buffers)
+        self.keys, self.values = keys, values
+        return keys, values
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        begin, have = self.keys.shape[2], self.buffers[0].shape[2]
+        begin, have = self.get_seq_length(), self.buffers[0].shape[2]
         end = begin + key_states.shape[2]
         if end > have:
             self.buffers = [pad(x, (0, 0, 0, max(end - have, have // 2))) for x in self.buffers]
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, begin:end] = new
-        self.use(end)
-        return self.keys, self.values
+        return self.use(end)
 
 
 def _stacked(rows: Sequence[Tensor], width: int) -> Tensor:

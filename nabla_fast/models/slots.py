@@ -93,8 +93,8 @@ def _beside_usual(backbone: Backbone, inputs: Inputs, caches: list[KVCache]) -> 
     one = run(backbone, kv, columns[:, :1], columns[:, :1], ids[columns[:, :1]])
     two = run(backbone, kv, again, again, ids[again])
     pairs = [("hidden states", ours, theirs) for ours, theirs in zip(torch.cat([one, two], dim=1), hidden, strict=True)]
-    for slot, cache in enumerate(after):
-        assert isinstance(cache, KVCache)
-        keys = kv[-1, 0, slot, :, : len(cache)]
-        pairs.append(("keys", keys.flatten(0, -2), cache.keys[-1].flatten(0, -2)))
+    for slot, usual in enumerate(after):
+        assert isinstance(usual, KVCache)
+        keys = kv[-1, 0, slot, :, : len(usual)]
+        pairs.append(("keys", keys.flatten(0, -2), usual.keys[-1].flatten(0, -2)))
     return pairs
