@@ -134,7 +134,7 @@ def reward_head(model: Any, own: Any, name: str, tokenizer: Any) -> RewardHead:
     if pad is not None:
         # Where the padding token also ends a turn, it counts, and what is pooled shows.
         probes.append(torch.cat([ids.roll(2), ids.new_tensor([pad])]))
-    score = getattr(model, "score", None)
+    score: Any = getattr(model, "score", None)
     rules = [] if score is None else [None] if pad is None else [None, pad]
     candidates = [Candidate(skips, "`score` of the last token", score, partial(_pooled, skips)) for skips in rules]
     reason = "its score is none of a module called `score` on the last token"
