@@ -14,7 +14,7 @@ from torch import Tensor
 from nabla_fast import ops
 from nabla_fast.config import NablaConfig
 from nabla_fast.gradient_cache import Evaluation
-from nabla_fast.models.chat import generation_prompt_ids
+from nabla_fast.models.chat import generation_prompt_ids, is_chat
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.process_reward import reward_model_of
 from nabla_fast.objective import Objective, Request
@@ -116,7 +116,8 @@ def optimize(
     rewards = reward_model_of(reward_model, reward_tokenizer, language_model, tokenizer, eos_token_ids)
     prefix = _check_prefix(prefix_ids, language_model)
     _check_start(start, language_model, config)
-    _check_messages(messages)
+    if not is_chat(messages):
+        raise TypeError(f"messages must be a non-empty list of messages, got {messages!r}")
     prompt = tuple(generation_prompt_ids(tokenizer, messages, config.chat_template_kwargs))
     _check_length(len(prompt) + len(prefix) + len(start), language_model)
     frame = rewards.chat_frame(messages, config.chat_template_kwargs)
@@ -180,7 +181,7 @@ class _Rows:
         self.tokens = torch.nn.utils.rnn.pad_sequence(ahead, batch_first=True)
         moved = [self.tokens[i, : span.stop - span.start] for i, span in enumerate(self.spans)]
         self.moving = torch.cat(moved).to(self.parameters.device)
-        self.gradient: Tensor | ops.TokenGradient | None = None
+        self.gradients: list[Tensor] = []  # factors, or dense rows alone
         rates = learning_rates(config)
         self.learning_rates = torch.tensor(rates, dtype=dtype, device=self.parameters.device)
         self.step = torch.zeros(len(self.keys), dtype=torch.long, device=self.parameters.device)
@@ -203,13 +204,13 @@ class _Rows:
     def set_gradient(self, which: Seq[int], evaluations: Seq[Evaluation]) -> None:
         """Replaces the gradients of some sequences: as factors where all rows move, else the one dense row of each."""
         for i, evaluation in zip(which, evaluations, strict=True):
-            factors = evaluation.rows_from(self.sequences[i].position)
             span = self.spans[i]
-            new = factors.rows(slice(0, span.stop - span.start))
-            if not self.config.update_postfix:
-                self._write(span, (ops.token_gradient(new, self.objective.tables),))
-            else:
-                self._write(span, new)
+            factors = evaluation.rows_from(self.sequences[i].position).rows(slice(0, span.stop - span.start))
+            moves_all = self.config.update_postfix
+            parts = factors if moves_all else (ops.token_gradient(factors, self.objective.tables),)
+            self.gradients = self.gradients or [part.new_zeros(len(self.keys), part.shape[1]) for part in parts]
+            for buffer, part in zip(self.gradients, parts, strict=True):
+                buffer[span] = part
 
     def advance(self, evaluations: Mapping[int, Evaluation]) -> None:
         """Steps every sequence until its tokens change or its steps are made: one launch, one read by the host.
@@ -217,11 +218,11 @@ class _Rows:
         Raises:
             FloatingPointError: if the steps left a row without a token.
         """
-        assert self.gradient is not None
         config = self.config
+        gradient = ops.TokenGradient(*self.gradients) if config.update_postfix else self.gradients[0]
         moved, _ = ops.dto_step(
             ops.DTOState(self.parameters, self.exp_avg, self.exp_avg_sq, self.step, self.moving),
-            ops.DTOInputs(self.learning_rates, self.gradient, self.soft_noise, self.hard_noise, self.group),
+            ops.DTOInputs(self.learning_rates, gradient, self.soft_noise, self.hard_noise, self.group),
             self.objective.tables,
             ops.DTOOptions(self.latents, config.tau, config.weight_decay, max_steps=len(self.learning_rates)),
             config.backend,
@@ -268,17 +269,6 @@ class _Rows:
             trace=tuple(self.traces[i]),
         )
 
-    def _write(self, span: slice, parts: Seq[Tensor]) -> None:
-        if self.gradient is None:
-            full = [part.new_zeros(len(self.keys), part.shape[1]) for part in parts]
-            self.gradient = full[0] if len(full) == 1 else ops.TokenGradient(*full)
-        buffers = (self.gradient,) if isinstance(self.gradient, Tensor) else self.gradient
-        for buffer, part in zip(buffers, parts, strict=True):
-            buffer[span] = part
-
-    def _logits(self) -> Tensor:
-        return ops.linear_logits(self.parameters, self.objective.tables.head) if self.latents else self.parameters
-
     def _soft_noise(self) -> Tensor | None:
         if self.config.gumbel_noise == 0:
             return None
@@ -290,7 +280,8 @@ class _Rows:
             return self.soft_noise
         ahead = [s.current.tokens[s.position :] for s in self.sequences]
         drawn = torch.cat([y[: span.stop - span.start] for y, span in zip(ahead, self.spans, strict=True)])
-        return anchor_noise(self._logits(), self.config.rollout, self.keys, drawn.to(self.parameters.device))
+        z = ops.linear_logits(self.parameters, self.objective.tables.head) if self.latents else self.parameters
+        return anchor_noise(z, self.config.rollout, self.keys, drawn.to(z.device))
 
 
 def start_tokens(start: Tensor, latents: bool, seed: int, position: int, head: ops.Head, config: NablaConfig) -> Tensor:
@@ -333,12 +324,6 @@ def _check_prefix(prefix_ids: Seq[int] | Tensor, model: LanguageModel) -> Tensor
     if bool(((ids < 0) | (ids >= model.vocab_size)).any()):
         raise ValueError(f"prefix_ids must hold token ids from 0 to {model.vocab_size - 1}, got {ids.tolist()}")
     return ids.to("cpu", torch.long)
-
-
-def _check_messages(messages: Seq[dict[str, Any]]) -> None:
-    is_chat = isinstance(messages, Seq) and all(isinstance(message, Mapping) for message in messages)
-    if not is_chat or len(messages) == 0:
-        raise TypeError(f"messages must be a non-empty list of messages, got {messages!r}")
 
 
 def _check_length(tokens: int, model: LanguageModel) -> None:

@@ -414,7 +414,7 @@ def test_callable_reward_factors_equal_autograd() -> None:
         assert ours.reward == pytest.approx(total**2, rel=1e-12)
 
 
-@pytest.mark.parametrize("failing", ["_likelihood_gradient", "_reward_gradient", None])
+@pytest.mark.parametrize("failing", ["_likelihood_gradient", "gradient", None])
 def test_the_reward_models_stream_is_waited_for_also_after_an_error(
     failing: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,7 +440,7 @@ def test_the_reward_models_stream_is_waited_for_also_after_an_error(
         assert waits[:2] == [("reward", "current"), ("current", "reward")]
         assert set(waits[2:]) == {("kept", "current")}
         return
-    monkeypatch.setattr(case.objective, failing, fail)
+    monkeypatch.setattr(case.objective._reward_side if failing == "gradient" else case.objective, failing, fail)
     with pytest.raises(KeyError, match=failing):
         case.objective.evaluate([request])
     assert waits == [("reward", "current"), ("current", "reward")]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nabla_fast.models.checkpoint import quiet_transformers, reading
-from nabla_fast.models.placement import Place
-from nabla_fast.models.pretrained import is_quantised, listed, load, load_tokenizer, resolve
+from nabla_fast.models.checkpoint import file_of, quiet_transformers, reading
+from nabla_fast.models.pretrained import Place, is_quantised, listed, load, load_tokenizer, resolve
 
 _CONFIG = "adapter_config.json"
 _WRAPPED = "base_model.model."  # what peft puts before a weight's name
@@ -29,11 +27,17 @@ def find_adapter(source: str, name: str | None, argument: str) -> str | None:
     Raises:
         ValueError: if there is no adapter of that name, or several are there and none is named.
     """
+    from huggingface_hub import snapshot_download
+
     with reading(argument, source):
         local = Path(source).is_dir()
-        found = _config_of(source, name)
+        found = file_of(source, _CONFIG, name or "")
+        if found is not None and local:
+            return str(found.parent)
         if found is not None:
-            return str(found.parent) if local else str(_downloaded(source, name))
+            prefix = f"{name}/" if name else ""
+            snapshot = snapshot_download(source, allow_patterns=[prefix + pattern for pattern in _FILES])
+            return str(Path(snapshot) / (name or ""))
         names = _names(source) if name is not None or (local and not (Path(source) / "config.json").is_file()) else []
     if name is not None:
         has = f"it has {', '.join(names)}" if names else "it has no adapters in sub-folders"
@@ -45,25 +49,6 @@ def find_adapter(source: str, name: str | None, argument: str) -> str | None:
     return None
 
 
-def _config_of(source: str, name: str | None) -> Path | None:
-    from transformers.utils import cached_file
-
-    if Path(source).is_dir():
-        file = Path(source) / (name or "") / _CONFIG
-        return file if file.is_file() else None
-    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
-    found = cached_file(source, _CONFIG, subfolder=name or "", **missing)
-    return None if found is None else Path(found)
-
-
-def _downloaded(source: str, name: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    prefix = "" if name is None else f"{name}/"
-    snapshot = snapshot_download(source, allow_patterns=[prefix + pattern for pattern in _FILES])
-    return Path(snapshot) / (name or "")
-
-
 def _names(source: str) -> list[str]:
     """Sub-folders with an adapter."""
     if Path(source).is_dir():
@@ -73,27 +58,25 @@ def _names(source: str) -> list[str]:
     return sorted(os.path.dirname(file) for file in list_repo_files(source) if file.endswith(f"/{_CONFIG}"))
 
 
-def require_task(folder: str, argument: str, *, language_model: bool) -> None:
-    """Raises ValueError for an adapter of another kind of model, or one that changes a model's input."""
-    with reading(argument, folder):
-        config = json.loads((Path(folder) / _CONFIG).read_bytes())
-        task, kind = config.get("task_type"), config.get("peft_type")
-    if task == "TOKEN_CLS":
+def _require_task(own: Any, folder: str, argument: str, *, language_model: bool) -> None:
+    if own.task_type == "TOKEN_CLS":
         raise ValueError(
             f"{argument} is {folder}, a peft adapter of a token classifier; merge it into its base model "
             "(merge_and_unload, save_pretrained) and give that folder"
         )
-    if language_model and task not in (None, "CAUSAL_LM"):
-        raise ValueError(f"{argument} is {folder}, a peft adapter for {task}; give one for CAUSAL_LM, a language model")
-    if kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "MULTITASK_PROMPT_TUNING"):
+    if language_model and own.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(
-            f"{argument} is {folder}, a peft adapter of type {kind}, which changes what a model reads; give one of its "
-            "layers, such as LORA"
+            f"{argument} is {folder}, a peft adapter for {own.task_type}; give one for CAUSAL_LM, a language model"
+        )
+    if own.is_prompt_learning:
+        raise ValueError(
+            f"{argument} is {folder}, a peft adapter of type {own.peft_type.value}, which changes what a model reads; "
+            "give one of its layers, such as LORA"
         )
 
 
 def load_adapter(
-    auto_class: Any, folder: str, base: str | os.PathLike[str] | None, place: Place, argument: str, **options: Any
+    folder: str, base: str | os.PathLike[str] | None, place: Place, argument: str, *, language_model: bool
 ) -> tuple[Any, Any]:
     """The model that an adapter makes of its base model, and its tokenizer.
 
@@ -101,15 +84,21 @@ def load_adapter(
     the layers, as it was trained.
 
     Args:
-        auto_class: what loads the base model, with ``options``.
         base: the base model, where it is not what the adapter itself names.
+        language_model: or else a classifier with one label.
+
+    Raises:
+        ValueError: for an adapter of another kind of model, or one that changes a model's input.
     """
     try:
         from peft import PeftConfig, PeftModel, load_peft_weights
     except ImportError as error:
         raise ImportError(f'{folder} holds a peft adapter; run pip install "nabla_fast[gguf]"') from error
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
     with reading(argument, folder):
         own = PeftConfig.from_pretrained(folder)
+    _require_task(own, folder, argument, language_model=language_model)
     named = own.base_model_name_or_path if base is None else base
     if not named:
         raise ValueError(f"{argument} is {folder}, whose {_CONFIG} does not name a base model; add one")
@@ -119,7 +108,10 @@ def load_adapter(
         quantised = is_quantised(source, place)
         # Merged in float32 whatever the dtype: added to bfloat16 weights, a small update would round away.
         at = place if quantised else place._replace(dtype=torch.float32)
-        model, missing = load(auto_class, source, at, **options)
+        if language_model:
+            model, missing = load(AutoModelForCausalLM, source, at)
+        else:
+            model, missing = load(AutoModelForSequenceClassification, source, at, num_labels=1)
     with reading(argument, folder), quiet_transformers():
         adapted = PeftModel.from_pretrained(model, folder)
         # What the adapter's file lacks, peft only warns of. Loaded again, it says so in its result.

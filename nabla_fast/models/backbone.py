@@ -52,6 +52,11 @@ class Inputs:
         return replace(self, embeds=self.embeds.detach().requires_grad_())
 
 
+def embedded(embedding: Any, ids: Tensor) -> Inputs:
+    """Token ids (S,) and what input embeddings make of them."""
+    return Inputs(ids, embedding(ids.unsqueeze(0))[0].detach())
+
+
 def joined(parts: Sequence[Inputs]) -> Inputs:
     """One after the other."""
     return Inputs(torch.cat([x.ids for x in parts]), torch.cat([x.embeds for x in parts]))
@@ -104,10 +109,9 @@ class Backbone:
         # Until the checks have found out.
         self.cache_kind, self.supports_prefix_cache, self.windowed = "prefix", True, False
         self.needs_ids = self.plain_cache = False
+        self.tried: Tensor
         found = checks.remembered(model, name, "backbone", lambda: checks.examine_backbone(self, ids))
-        self.cache_kind, self.supports_prefix_cache = found.cache_kind, found.supports_prefix_cache
-        self.windowed, self.needs_ids, self.plain_cache = found.windowed, found.needs_ids, found.plain_cache
-        self.tried = found.expected
+        vars(self).update(vars(found))
         self.fused = fused_layers(model, name)
         if found.reason is not None:
             checks.warn_once(model, f"{name} {_SLOWER[found.cache_kind, found.supports_prefix_cache]}: {found.reason}")
@@ -119,36 +123,40 @@ class Backbone:
         return device
 
     def __call__(
-        self, caches: Sequence[Cache | None], inputs: Sequence[Inputs | Tensor]
+        self, caches: Sequence[Cache | None], inputs: Sequence[Inputs]
     ) -> tuple[list[Tensor], list[Cache | None]]:
         """Runs B suffixes of different lengths, each behind its cached prefix.
 
         Args:
             caches: of each prefix; None where there is none. All None unless `supports_prefix_cache`.
-            inputs: S_b >= 1 tokens each, or their embeddings (S_b, d) unless `needs_ids`. Gradients flow to these
-                embeddings, and not to the prefixes.
+            inputs: S_b >= 1 tokens each. Gradients flow to their embeddings, and not to the prefixes.
 
         Returns:
             The last hidden states (S_b, d) of each suffix; the caches of prefix and suffix together, without autograd
             graph, or None where the model gives none.
+
+        Raises:
+            ValueError: if the model `needs_ids`, and its vocabulary does not have a token.
         """
-        read = [self._inputs(x) for x in inputs]
+        if self.needs_ids and any(bool((x.ids < 0).any()) for x in inputs):
+            raise ValueError(
+                f"{self.name} reads more of a token than its input embedding, so it needs ids of its own vocabulary; "
+                "give tokens, and a tokenizer whose every token is in the model's vocabulary"
+            )
         if self.cache_kind == "prefix" and self.supports_prefix_cache:
-            hidden, after = self._extend_batch(caches, read)
-            return hidden, list(after)
+            return self._extend_batch(caches, inputs)
         # Alone: some of these models are not independent of what else is in the batch.
         behind = self.supports_prefix_cache and any(cache is not None for cache in caches)
         if not behind:
-            return [self.whole(x) for x in read], [None] * len(read)
+            return [self.whole(x) for x in inputs], [None] * len(inputs)
         # What these models make of a prefix is part of the graph.
-        return [self._proceed(c, x)[0] for c, x in zip(caches, read, strict=True)], [None] * len(read)
+        return [self._proceed(c, x)[0] for c, x in zip(caches, inputs, strict=True)], [None] * len(inputs)
 
     @torch.no_grad()
     def extend(self, caches: Sequence[Cache | None], inputs: Sequence[Inputs]) -> tuple[list[Tensor], list[Cache]]:
         """`__call__` without autograd, for generation. Not for models whose ``cache_kind`` is "whole"."""
         if self.cache_kind == "prefix":
-            hidden, after = self._extend_batch(caches, inputs)
-            return hidden, list(after)
+            return self._extend_batch(caches, inputs)
         rows = [self._extend_alone(c, x) for c, x in zip(caches, inputs, strict=True)]
         return [hidden for hidden, _ in rows], [cache for _, cache in rows]
 
@@ -188,17 +196,7 @@ class Backbone:
                 out = self.module(input_ids=ids, **options)
         return self.output(out.last_hidden_state), out
 
-    def _inputs(self, x: Inputs | Tensor) -> Inputs:
-        if not isinstance(x, Inputs):
-            x = Inputs(torch.full((len(x),), -1, dtype=torch.long, device=x.device), x)
-        if self.needs_ids and bool((x.ids < 0).any()):
-            raise ValueError(
-                f"{self.name} reads more of a token than its input embedding, so it needs ids of its own vocabulary; "
-                "give tokens, and a tokenizer whose every token is in the model's vocabulary"
-            )
-        return x
-
-    def _extend_batch(self, caches: Sequence[Any], inputs: Sequence[Inputs]) -> tuple[list[Tensor], list[KVCache]]:
+    def _extend_batch(self, caches: Sequence[Any], inputs: Sequence[Inputs]) -> tuple[list[Tensor], list[Any]]:
         past = [0 if cache is None else len(cache) for cache in caches]
         sizes = [len(x) for x in inputs]
         padded = PaddedCache(caches, max(past))

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 Message = Mapping[str, Any]
 Chat = Sequence[Message]
@@ -43,7 +43,7 @@ def as_chats(prompts: object) -> list[Chat]:
         ValueError: if ``prompts`` is empty, or a prompt holds no text.
         TypeError: if ``prompts`` is anything else.
     """
-    if isinstance(prompts, str) or _is_chat(prompts):
+    if isinstance(prompts, str) or is_chat(prompts):
         prompts = [prompts]
     if not isinstance(prompts, Sequence):
         raise TypeError(f"prompts must be a string, a chat or a list of either, got {type(prompts).__name__}")
@@ -60,7 +60,18 @@ def generation_prompt_ids(tokenizer: Any, chat: Chat, template_kwargs: Mapping[s
     Raises:
         ValueError: if the tokenizer has no chat template, or (`ChatTemplateError`) it does not take the chat.
     """
-    return encode(tokenizer, _generation_prompt(tokenizer, chat, template_kwargs))
+    template = _Template(tokenizer, template_kwargs, "tokenizer")
+    if chat[-1]["role"] != "assistant":
+        return encode(tokenizer, template.render(chat, add_generation_prompt=True))
+    # Behind a whole thought, so that one that is only begun is not taken for the answer.
+    thought = _WHOLE_THOUGHT if _open_thought(chat[-1]["content"]) else ""
+    cut = template.around(chat, thought=thought) or template.around(chat)
+    if cut is None:
+        raise ChatTemplateError(
+            "tokenizer has a chat template that does not write the assistant's last message as given, so it cannot be "
+            "continued; leave that message out"
+        )
+    return encode(tokenizer, cut[0])
 
 
 def conversation_frame(
@@ -88,18 +99,18 @@ def conversation_frame(
     Warns:
         UserWarning: if the template would leave thoughts out; the response is shown with them.
     """
-    require_chat_template(tokenizer, "reward_tokenizer")
+    template = _Template(tokenizer, template_kwargs, "reward_tokenizer")
+    require_chat_template(tokenizer, template.argument)
     writer = tokenizer if language_tokenizer is None else language_tokenizer
-    begun, thought = _response_start(writer, chat, template_kwargs)
-    name = "reward_tokenizer"
-    cut = _cut(_finished(tokenizer, chat, begun + thought + _RESPONSE_MARK, template_kwargs, name), thought)
+    begun, thought = _response_start(_Template(writer, template_kwargs, "tokenizer"), chat)
+    cut = template.around(chat, begun, thought)
     if cut is None and thought:
         warnings.warn(
             "the chat template of reward_tokenizer leaves the thoughts of an assistant's message out or writes them "
             "elsewhere; the reward model sees the response with its thoughts, as the language model wrote it",
             stacklevel=2,
         )
-        cut = _cut(_finished(tokenizer, chat, begun + _RESPONSE_MARK, template_kwargs, name), "")
+        cut = template.around(chat, begun)
     if cut is None:
         raise ChatTemplateError(
             "reward_tokenizer has a chat template that does not write the assistant's message as given, so the "
@@ -109,24 +120,39 @@ def conversation_frame(
     return ConversationFrame(tuple(encode(tokenizer, opening)), tuple(encode(tokenizer, closing)))
 
 
-def _generation_prompt(tokenizer: Any, chat: Chat, template_kwargs: Mapping[str, Any] | None) -> str:
-    """What the language model continues."""
-    if chat[-1]["role"] != "assistant":
-        return _render(tokenizer, chat, template_kwargs, "tokenizer", add_generation_prompt=True)
-    # Behind a whole thought, so that one that is only begun is not taken for the answer.
-    thought = _WHOLE_THOUGHT if _open_thought(chat[-1]["content"]) else ""
-    cut = _cut(_finished(tokenizer, chat, thought + _RESPONSE_MARK, template_kwargs, "tokenizer"), thought)
-    if cut is None:
-        cut = _cut(_finished(tokenizer, chat, _RESPONSE_MARK, template_kwargs, "tokenizer"), "")
-    if cut is None:
-        raise ChatTemplateError(
-            "tokenizer has a chat template that does not write the assistant's last message as given, so it cannot be "
-            "continued; leave that message out"
-        )
-    return cut[0]
+class _Template(NamedTuple):
+    """A tokenizer's chat template and its further arguments; messages call the tokenizer ``argument``."""
+
+    tokenizer: Any
+    kwargs: Mapping[str, Any] | None
+    argument: str
+
+    def render(self, chat: Chat, **options: bool) -> str:
+        require_chat_template(self.tokenizer, self.argument)
+        try:
+            messages = [dict(message) for message in chat]
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options, **(self.kwargs or {})))
+        except Exception as error:  # A template is a program of its own, and may end in any error.
+            raise ChatTemplateError(
+                f"{self.argument}'s chat template refuses the chat ({error or type(error).__name__})"
+            ) from error
+
+    def around(self, chat: Chat, begun: str = "", thought: str = "") -> tuple[str, str] | None:
+        """What is written before and after a response, which is ``thought`` and the mark; None if it is not there.
+
+        The response ends the assistant's turn, whose beginning is the last message, if that is the assistant's, and
+        ``begun``.
+        """
+        own, last = begun + thought + _RESPONSE_MARK, chat[-1]
+        if last["role"] == "assistant":
+            finished = [*chat[:-1], {**last, "content": last["content"] + own}]
+        else:
+            finished = [*chat, {"role": "assistant", "content": own}]
+        before, mark, after = self.render(finished).rpartition(thought + _RESPONSE_MARK)
+        return (before, after) if mark else None
 
 
-def _response_start(tokenizer: Any, chat: Chat, template_kwargs: Mapping[str, Any] | None) -> tuple[str, str]:
+def _response_start(template: _Template, chat: Chat) -> tuple[str, str]:
     """How the language model's message begins, by its template.
 
     Returns:
@@ -135,56 +161,24 @@ def _response_start(tokenizer: Any, chat: Chat, template_kwargs: Mapping[str, An
     """
     if chat[-1]["role"] == "assistant":
         return "", _WHOLE_THOUGHT if _open_thought(chat[-1]["content"]) else ""
-    if not getattr(tokenizer, "chat_template", None):
+    if not getattr(template.tokenizer, "chat_template", None):
         return "", ""
-    prompt = _render(tokenizer, chat, template_kwargs, "tokenizer", add_generation_prompt=True)
+    prompt = template.render(chat, add_generation_prompt=True)
     # At the very end: elsewhere it is the user's word.
     begun = re.search(r"<think>\s*\Z", prompt)
     if begun:
         return begun.group(), _WHOLE_THOUGHT
-    cut = _cut(_finished(tokenizer, chat, _RESPONSE_MARK, template_kwargs, "tokenizer"), "")
+    cut = template.around(chat)
     if cut is None or not cut[0].startswith(prompt):
         return "", ""
     thought = cut[0][len(prompt) :]
     # Only what the template takes for the response's own, once it is there, is for the model to write.
-    whole = _finished(tokenizer, chat, thought + _RESPONSE_MARK, template_kwargs, "tokenizer")
-    return "", thought if whole == "".join((cut[0], _RESPONSE_MARK, cut[1])) else ""
+    return "", thought if template.around(chat, begun=thought) == cut else ""
 
 
 def _open_thought(text: str) -> bool:
     """Whether an assistant's ``text`` opens a thought that it does not close."""
     return text.rfind("<think>") > text.rfind("</think>")
-
-
-def _cut(text: str, thought: str) -> tuple[str, str] | None:
-    """What stands before and after the response, which is ``thought`` and the mark; None if it is not there."""
-    before, mark, after = text.rpartition(thought + _RESPONSE_MARK)
-    return (before, after) if mark else None
-
-
-def _finished(
-    tokenizer: Any, chat: Chat, response: str, template_kwargs: Mapping[str, Any] | None, argument: str
-) -> str:
-    """``chat`` with a finished assistant's turn, which continues the last message if that is the assistant's."""
-    messages = [dict(message) for message in chat]
-    if messages[-1]["role"] == "assistant":
-        messages[-1]["content"] += response
-    else:
-        messages.append({"role": "assistant", "content": response})
-    return _render(tokenizer, messages, template_kwargs, argument)
-
-
-def _render(
-    tokenizer: Any, chat: Chat, template_kwargs: Mapping[str, Any] | None, argument: str, **options: bool
-) -> str:
-    require_chat_template(tokenizer, argument)
-    try:
-        messages = [dict(message) for message in chat]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options, **(template_kwargs or {})))
-    except Exception as error:  # A template is a program of its own, and may end in any error.
-        raise ChatTemplateError(
-            f"{argument}'s chat template refuses the chat ({error or type(error).__name__})"
-        ) from error
 
 
 def require_chat_template(tokenizer: Any, argument: str) -> None:
@@ -202,7 +196,8 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _is_chat(prompt: object) -> bool:
+def is_chat(prompt: object) -> bool:
+    """Whether ``prompt`` is a list of messages, not empty."""
     return (
         isinstance(prompt, Sequence)
         and not isinstance(prompt, str)
@@ -214,7 +209,7 @@ def _is_chat(prompt: object) -> bool:
 def _as_chat(prompt: object, index: int) -> Chat:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if not _is_chat(prompt):
+    if not is_chat(prompt):
         raise TypeError(
             f"prompts[{index}] must be a string or a non-empty list of messages, got {type(prompt).__name__}"
             if not isinstance(prompt, Sequence) or prompt

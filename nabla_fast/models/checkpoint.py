@@ -78,6 +78,7 @@ def in_short(error: BaseException) -> str:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a model folder, in one clause that names the file; None if nothing is found."""
+    own_code = False
     for file in sorted(folder.glob("*.json")):
         try:
             value = json.loads(file.read_bytes())
@@ -85,11 +86,19 @@ def damage(folder: Path) -> str | None:
             return f"{file.name} is not JSON: {error}"
         if file.name in _OBJECTS and not isinstance(value, dict):
             return f"{file.name} must hold a JSON object"
+        own_code = own_code or (file.name == "config.json" and "auto_map" in value)
         if file.name.endswith(".index.json") and (missing := _missing_shards(folder, value)):
             return f"{file.name} names {missing[0]}, which is not there"
     if not any((folder / name).is_file() for name in _CONFIGS):
         return "it has no config.json"
-    return _damaged_weights(folder) or _own_code(folder)
+    if weights := _damaged_weights(folder):
+        return weights
+    if own_code:
+        return (
+            "it may need code of its own, which is not run here; load it with transformers and trust_remote_code=True, "
+            "and give the model to nabla_fast.generate"
+        )
+    return None
 
 
 def check_config(source: str) -> None:
@@ -147,6 +156,15 @@ def cached_snapshot(name: str) -> Path | None:
     return None
 
 
+def file_of(source: str, name: str, subfolder: str = "") -> Path | None:
+    """A file of a folder or hub id, from the hub's copy here; None where there is none."""
+    from transformers.utils import cached_file
+
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
+    found = cached_file(source, name, subfolder=subfolder, **missing)
+    return None if found is None else Path(found)
+
+
 def check_gguf(file: Path) -> None:
     """Raises ValueError unless a GGUF file's header can be that of a file of its size."""
     size = file.stat().st_size
@@ -183,14 +201,4 @@ def _damaged_weights(folder: Path) -> str | None:
             torch.load(file, map_location="meta", weights_only=True)
         except Exception:
             return f"{file.name} is damaged, or a pickle that would run code, which is not done; give safetensors"
-    return None
-
-
-def _own_code(folder: Path) -> str | None:
-    config = folder / "config.json"
-    if config.is_file() and "auto_map" in json.loads(config.read_bytes()):
-        return (
-            "it may need code of its own, which is not run here; load it with transformers and trust_remote_code=True, "
-            "and give the model to nabla_fast.generate"
-        )
     return None

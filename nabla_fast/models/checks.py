@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -44,7 +44,7 @@ class CacheSupport:
     needs_ids: bool
     plain_cache: bool
     reason: str | None
-    expected: Tensor
+    tried: Tensor
 
 
 _WARNED: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
@@ -173,6 +173,12 @@ def require_sound_layers(model: Any, name: str) -> None:
         raise ValueError(f"{name} cannot be used: {fault}; load it with another quantisation, or with none")
 
 
+def require_eval(model: Any, name: str) -> None:
+    """Raises ValueError for a model in training mode: dropout would make its gradients random."""
+    if model.training:
+        raise ValueError(f"{name} is in training mode; call .eval() on it first")
+
+
 def leave_inference_mode(model: Any) -> None:
     """Replaces weights that were made in inference mode, which autograd cannot use, by copies."""
     copies: dict[int, Tensor] = {}
@@ -197,32 +203,30 @@ def examine_backbone(backbone: Backbone, ids: Tensor | None = None) -> CacheSupp
         ValueError: if not even whole sequences of embeddings give what the model makes of token ids, or the gradient
             is not that of the forward pass.
     """
-    ids = probe_ids(backbone.model) if ids is None else ids
+    from nabla_fast.models.backbone import embedded
+
     with torch.no_grad():
-        embeds = backbone.embedding(ids.unsqueeze(0))[0].detach()
-        expected = backbone.whole(_inputs(ids, embeds), by_ids=True)
-    probe = _read_as_ids(backbone, ids, embeds, expected)
+        inputs = embedded(backbone.embedding, probe_ids(backbone.model) if ids is None else ids)
+        expected = backbone.whole(inputs, by_ids=True)
+    probe = _read_as_ids(backbone, inputs, expected)
     config = backbone.model.config.get_text_config()
-    reason, windowed = known_reason(config), has_windows(config)
+    reason, windowed, plain_cache = known_reason(config), has_windows(config), False
     if reason is None:
-        backbone.cache_kind, backbone.supports_prefix_cache = "prefix", True
         reason = _attempt(probe.prefix)
-        if reason is None:
-            windowed = windowed or _attempt(probe.gaps) is not None
-            return CacheSupport("prefix", True, windowed, backbone.needs_ids, False, None, expected)
-    backbone.cache_kind = "state"
-    if "bidirectional" not in reason:
+        windowed = windowed or (reason is None and _attempt(probe.gaps) is not None)
+    kind, supports_prefix_cache = "prefix" if reason is None else "whole", reason is None
+    if reason is not None and "bidirectional" not in reason:
+        backbone.cache_kind = "state"
         for plain_cache in (False, True):
             backbone.plain_cache = plain_cache
             steps = _attempt(probe.steps)
             if steps is None:
                 # Beyond some length, no prefix has the keys that the whole sequence has.
-                supports_prefix_cache = "rotary" not in reason and _attempt(probe.proceeds) is None
-                return CacheSupport(
-                    "state", supports_prefix_cache, windowed, backbone.needs_ids, plain_cache, reason, expected
-                )
-        reason = f"{reason}; {steps}"
-    return CacheSupport("whole", False, windowed, backbone.needs_ids, False, reason, expected)
+                kind, supports_prefix_cache = "state", "rotary" not in reason and _attempt(probe.proceeds) is None
+                break
+        else:
+            reason = f"{reason}; {steps}"
+    return CacheSupport(kind, supports_prefix_cache, windowed, backbone.needs_ids, plain_cache, reason, expected)
 
 
 def known_reason(config: Any) -> str | None:
@@ -244,20 +248,19 @@ def has_windows(config: Any) -> bool:
     layers = getattr(config, "layer_types", None)
     if layers:
         return "sliding_attention" in layers
-    names = [name for name, value in vars(config).items() if value and _names_a_window(name)]
-    return bool(names) or "local" in str(getattr(config, "attention_types", ""))
+    return bool(_windows(config)) or "local" in str(getattr(config, "attention_types", ""))
 
 
 def window_is_known(config: Any) -> bool:
     """Whether all windows of a model's attention are ``sliding_window``, of all layers or those of that type."""
-    names = [name for name, value in vars(config).items() if value and _names_a_window(name)]
     by_type = bool(getattr(config, "layer_types", None))
-    return bool(getattr(config, "sliding_window", None)) and (by_type or names == ["sliding_window"])
+    return bool(getattr(config, "sliding_window", None)) and (by_type or _windows(config) == ["sliding_window"])
 
 
-def _names_a_window(name: str) -> bool:
+def _windows(config: Any) -> list[str]:
+    names = [name for name, value in vars(config).items() if value and any(word in name for word in _REACHES)]
     # Experts are "local" to a layer.
-    return any(word in name for word in _REACHES) and "expert" not in name
+    return [name for name in names if "expert" not in name]
 
 
 class _Probe:
@@ -267,19 +270,19 @@ class _Probe:
     over whole sequences is that of any suffix as well.
     """
 
-    def __init__(self, backbone: Backbone, ids: Tensor, embeds: Tensor, expected: Tensor) -> None:
-        self.backbone, self.inputs, self.expected = backbone, _inputs(ids, embeds), expected
+    def __init__(self, backbone: Backbone, inputs: Inputs, expected: Tensor) -> None:
+        self.backbone, self.inputs, self.expected = backbone, inputs, expected
         self.weights = _weights(expected)
         self.weights[:4] = 0
         self.hidden = expected
-        found = slope(self._loss, embeds, backbone.model)
+        found = slope(self._loss, inputs.embeds, backbone.model)
         self.apart = relative_error(self.hidden, expected)
         self.sound = is_close(self.hidden, expected)
-        self.fault = gradient_fault(self._loss, embeds, found=found) if self.sound else None
+        self.fault = gradient_fault(self._loss, inputs.embeds, found=found) if self.sound else None
         self.gradient = found.gradient
 
     def _loss(self, embeds: Tensor) -> Tensor:
-        hidden = self.backbone.whole(_inputs(self.inputs.ids, embeds))
+        hidden = self.backbone.whole(replace(self.inputs, embeds=embeds))
         if embeds.requires_grad:
             self.hidden = hidden.detach()
         return (hidden.to(self.weights.dtype) * self.weights).sum()
@@ -332,7 +335,7 @@ class _Probe:
         )
 
 
-def _read_as_ids(backbone: Backbone, ids: Tensor, embeds: Tensor, expected: Tensor) -> _Probe:
+def _read_as_ids(backbone: Backbone, inputs: Inputs, expected: Tensor) -> _Probe:
     """A probe of embeddings that the model reads as it does token ids; says in backbone.needs_ids what that takes.
 
     Raises:
@@ -342,7 +345,7 @@ def _read_as_ids(backbone: Backbone, ids: Tensor, embeds: Tensor, expected: Tens
     for needs_ids in (False, True):
         backbone.needs_ids = needs_ids
         try:
-            probe = _Probe(backbone, ids, embeds, expected)
+            probe = _Probe(backbone, inputs, expected)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model raises that cannot run so
@@ -371,12 +374,6 @@ def _difference(what: str, pairs: list[tuple[Tensor, Tensor]]) -> str | None:
         if not is_close(ours, theirs):
             return f"{what} gives numbers that are {relative_error(ours, theirs):.2g} apart from whole sequences'"
     return None
-
-
-def _inputs(ids: Tensor, embeds: Tensor) -> Inputs:
-    from nabla_fast.models.backbone import Inputs
-
-    return Inputs(ids, embeds)
 
 
 def _weights(like: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from nabla_fast.models.backbone import Backbone, Inputs, joined
 from nabla_fast.models.kv_cache import KVCache, ModelCache
@@ -37,7 +38,11 @@ class DecodeBatch:
             self.mask[row, self.width - length : self.width] = True
         self.hidden = [[cache.hidden] for cache in caches]
         self._last: list[Tensor] = []
-        self._cache = _Buffers(caches, self.width, _ROOM)
+        layers = range(len(caches[0].keys))
+        self._layers = [_Layer([(c.keys[i], c.values[i]) for c in caches], self.width) for i in layers]
+        # Made without a config, because layers with a sliding window would forget; the masks still are theirs.
+        self._cache = DynamicCache()
+        self._cache.layers.extend(self._layers)
 
     @property
     def spread(self) -> float:
@@ -55,7 +60,6 @@ class DecodeBatch:
         """The hidden states (k_b, d) of each sequence's next k_b >= 1 tokens; `keep` says which of them stay."""
         sizes = [len(row) for row in tokens]
         size = max(sizes)
-        self._cache.reserve(self.width + size)
         if self.mask.shape[1] < self.width + size:
             self.mask = pad(self.mask, (0, size + _ROOM))
         ids = torch.zeros(len(tokens), size, dtype=torch.long)
@@ -85,7 +89,8 @@ class DecodeBatch:
             self.lengths[row] += count
             self.mask[row, self.width + count :] = False
         self.width += max(counts)
-        self._cache.crop(self.width)
+        for layer in self._layers:
+            layer.use(self.width)
         self._last = []
 
     def row_cache(self, row: int) -> KVCache:
@@ -93,7 +98,11 @@ class DecodeBatch:
         columns = self.mask[row, : self.width].nonzero()[:, 0]
         begin = int(columns[0])
         whole = len(columns) == self.width - begin
-        keys, values = self._cache.row(row, slice(begin, self.width) if whole else columns)
+        # A copy of the columns for each device, not for each layer.
+        places = {layer.device for layer in self._layers}
+        used = {place: slice(begin, self.width) if whole else columns.to(place) for place in places}
+        parts = [[x[row : row + 1, :, used[x.device]] for x in layer.buffers] for layer in self._layers]
+        keys, values = zip(*parts, strict=True)
         return KVCache(keys, values, torch.cat(self.hidden[row]))
 
 
@@ -135,65 +144,39 @@ class DecodeSingle:
         return self._running.hidden
 
 
-class _Buffers(DynamicCache):
-    """Keys and values with room to the right. transformers' own cache copies all of them for every token.
+class _Layer(DynamicLayer):
+    """Keys and values of one layer, with room to the right. transformers' own layer copies all of them for every token.
 
-    Made without a config, because layers with a sliding window would forget; the masks still are theirs.
+    Args:
+        rows: keys and values (1, heads, T_b, head width) of each sequence; they end in column ``width``.
     """
 
-    def __init__(self, caches: Sequence[KVCache], width: int, room: int) -> None:
+    def __init__(self, rows: Sequence[tuple[Tensor, Tensor]], width: int) -> None:
         super().__init__()
-        self._buffers = [
-            (
-                _stacked([c.keys[layer] for c in caches], width, room),
-                _stacked([c.values[layer] for c in caches], width, room),
-            )
-            for layer in range(len(caches[0].keys))
-        ]
-        for layer, (keys, values) in enumerate(self._buffers):
-            # An update with nothing makes the layer; then it gets its views.
-            super().update(keys[:, :, :0], values[:, :, :0], layer)
-        self.crop(width)
+        self.buffers = [_stacked(part, width) for part in zip(*rows, strict=True)]
+        self.dtype, self.device, self.is_initialized = self.buffers[0].dtype, self.buffers[0].device, True
+        self.use(width)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        layer: Any = self.layers[layer_idx]
-        begin = layer.keys.shape[2]
-        end = begin + key_states.shape[2]
-        keys, values = self._buffers[layer_idx]
-        keys[:, :, begin:end], values[:, :, begin:end] = key_states, value_states
-        layer.keys, layer.values = keys[:, :, :end], values[:, :, :end]
-        return layer.keys, layer.values
-
-    def crop(self, width: int) -> None:
+    def use(self, width: int) -> tuple[Tensor, Tensor]:
         """The first ``width`` columns are in use."""
-        for layer, (keys, values) in zip(self.layers, self._buffers, strict=True):
-            used: Any = layer
-            used.keys, used.values = keys[:, :, :width], values[:, :, :width]
-
-    def reserve(self, width: int) -> None:
-        """Makes room for ``width`` columns."""
-        have = self._buffers[0][0].shape[2]
-        if have < width:
-            room = max(width, have + have // 2) - have
-            self._buffers = [
-                (pad(keys, (0, 0, 0, room)), pad(values, (0, 0, 0, room))) for keys, values in self._buffers
-            ]
-            self.crop(self.layers[0].keys.shape[2])  # type: ignore[union-attr]
-
-    def row(self, row: int, columns: slice | Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Keys and values of one row, per layer (1, heads, T, head width)."""
-        # A copy of the columns for each device, not for each layer.
-        places = {keys.device for keys, _ in self._buffers}
-        at = {place: columns if isinstance(columns, slice) else columns.to(place) for place in places}
-        parts = [(k[row : row + 1, :, at[k.device]], v[row : row + 1, :, at[v.device]]) for k, v in self._buffers]
-        keys, values = zip(*parts, strict=True)
+        keys, values = (x[:, :, :width] for x in self.buffers)
+        self.keys, self.values = keys, values
         return keys, values
 
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        begin, have = self.get_seq_length(), self.buffers[0].shape[2]
+        end = begin + key_states.shape[2]
+        if end > have:
+            self.buffers = [pad(x, (0, 0, 0, max(end - have, have // 2))) for x in self.buffers]
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, begin:end] = new
+        return self.use(end)
 
-def _stacked(rows: Sequence[Tensor], width: int, room: int) -> Tensor:
+
+def _stacked(rows: Sequence[Tensor], width: int) -> Tensor:
     """One (B, heads, width + room, head width) of rows (1, heads, T_b, head width) that end in column ``width``."""
     _, heads, _, size = rows[0].shape
-    out = rows[0].new_zeros(len(rows), heads, width + room, size)
+    out = rows[0].new_zeros(len(rows), heads, width + _ROOM, size)
     for row, x in enumerate(rows):
         out[row : row + 1, :, width - x.shape[2] : width] = x
     return out

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -23,7 +23,8 @@ from torch.nn import functional
 
 from nabla_fast.models import checks, linear_layers, quantised_layers
 from nabla_fast.models.numerics import relative_error
-from nabla_fast.models.temporary import set_attribute, while_any
+from nabla_fast.models.quantised_layers import is_plain
+from nabla_fast.models.temporary import frozen, set_attribute, while_any
 from nabla_fast.ops.rotary import rotary
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
@@ -53,20 +54,40 @@ class FusedLayers:
     def active(self) -> Iterator[None]:
         """Exchanges them in this block, for all threads."""
         norms, functions = dict(self.norms), dict(self.rotary)
-
-        def exchange_norm(module: Any) -> Callable[[], Any]:
-            return set_attribute(module, "forward", norms[module])
-
-        def exchange_function(module: Any) -> Callable[[], Any]:
-            return set_attribute(module, _ROTARY, functions[module])
-
         with (
-            while_any("norm", norms, exchange_norm),
-            while_any("rotary", functions, exchange_function),
+            while_any("norm", norms, lambda module: set_attribute(module, "forward", norms[module])),
+            while_any("rotary", functions, lambda page: set_attribute(page, _ROTARY, functions[page])),
             while_any("linear", self.linear, linear_layers.exchange),
             while_any("quantised", self.quantised, quantised_layers.exchange),
         ):
             yield
+
+
+@contextmanager
+def fast_kernels(device: torch.device, *fused: FusedLayers) -> Iterator[None]:
+    """In this block, layers of models on ``device`` use the kernels that this module describes.
+
+    Attention on a GPU is not cuDNN's, which PyTorch prefers: for that, the host makes a plan for every new length of a
+    sequence, and here nearly every call has lengths of its own.
+
+    Results differ by rounding. Layers and, on a GPU, settings of the whole process are put back when the last block
+    ends.
+
+    Args:
+        fused: the layers of each model that are exchanged.
+    """
+    with ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(while_any("cudnn", [torch.backends.cuda], _without_cudnn_attention))
+        for layers in fused:
+            stack.enter_context(layers.active())
+        yield
+
+
+def _without_cudnn_attention(switch: Any) -> Callable[[], Any]:
+    back = partial(switch.enable_cudnn_sdp, switch.cudnn_sdp_enabled())
+    switch.enable_cudnn_sdp(False)
+    return back
 
 
 def fused_layers(model: Any, name: str) -> FusedLayers:
@@ -83,23 +104,23 @@ def find(model: Any) -> FusedLayers:
     """Tries the layers of a model: one of each class, size and setting stands for the others."""
     # What is quantised or off-loaded says nothing of the numbers that layers compute with.
     quantised = quantised_layers.find_inexact(model)
-    like_model = next((x for x in model.parameters() if _is_plain(x)), None)
+    like_model = next((x for x in model.parameters() if is_plain(x) and not x.is_meta), None)
     if like_model is None:
         return FusedLayers(quantised=quantised)
-    tried: dict[Any, _Kind | None] = {}
+    tried: dict[Any, bool | None] = {}
     norms = []
     for module in model.modules():
         if not _may_be_rms_norm(module):
             continue
-        weight = module.weight if hasattr(module, "weight") else None
+        weight: Any = getattr(module, "weight", None)
         settings = [(name, value) for name, value in vars(module).items() if not name.startswith("_")]
         like = None if weight is None else (tuple(weight.shape), weight.dtype, weight.device)
         key = (type(module), like, repr(settings))
         if key not in tried:
-            tried[key] = _kind_of_norm(module, like_model)
-        kind = tried[key]
-        if kind is not None:
-            norms.append((module, partial(_norm, module, module.forward, kind, _Offset())))
+            tried[key] = _offset_of_norm(module, like_model)
+        offset = tried[key]
+        if offset is not None:
+            norms.append((module, _Norm(module, offset)))
     classes = {type(module).__module__ for module in model.modules() if "Attention" in type(module).__name__}
     pages = [sys.modules[page] for page in sorted(classes) if callable(getattr(sys.modules.get(page), _ROTARY, None))]
     functions = [
@@ -110,45 +131,39 @@ def find(model: Any) -> FusedLayers:
     return FusedLayers(tuple(norms), tuple(functions), quantised=quantised)
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """``x / rms(x)`` times nothing, the weight, or (``offset``) one more than the weight."""
+class _Norm:
+    """The forward pass of an RMS norm by one kernel: ``x / rms(x)`` times nothing, the weight, or (``offset``) one more
+    than the weight; by its own where it is called in a way that was not tried."""
 
-    epsilon: float
-    offset: bool
-
-
-class _Offset:
-    """One more than a weight, made anew when the weight has changed."""
-
-    def __init__(self) -> None:
+    def __init__(self, module: Any, offset: bool) -> None:
+        self.module, self.own, self.offset = module, module.forward, offset
+        self.epsilon = _epsilon(module)
         self.made: tuple[tuple[Any, ...], Tensor] | None = None
 
-    def __call__(self, weight: Tensor) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            return self.own(*args, **kwargs)
+        (x,) = args
+        weight = getattr(self.module, "weight", None)
+        if weight is not None:
+            asks = weight.requires_grad and torch.is_grad_enabled()
+            if asks or x.dtype != weight.dtype or x.shape[-1:] != weight.shape:
+                return self.own(x)
+        width = x.shape[-1:]
+        if not self.offset or weight is None:
+            return functional.rms_norm(x, width, weight, self.epsilon)
+        # In float32, as such models do: in bfloat16, one and a small weight are one.
+        scale = self._one_more(weight)
+        return functional.rms_norm(x.to(scale.dtype), width, scale, self.epsilon).to(x.dtype)
+
+    def _one_more(self, weight: Tensor) -> Tensor:
+        """One more than the weight, made anew when that has changed."""
         if torch.compiler.is_compiling():
             return 1 + weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         state = weight.data_ptr(), weight._version, weight.dtype, weight.device
         if self.made is None or self.made[0] != state:
             self.made = state, 1 + weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         return self.made[1]
-
-
-def _norm(module: Any, own: Callable[..., Any], kind: _Kind, offset: _Offset, *args: Any, **kwargs: Any) -> Any:
-    """The forward pass of an RMS norm by one kernel; by ``own`` where it is called in a way that was not tried."""
-    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
-        return own(*args, **kwargs)
-    (x,) = args
-    weight = module.weight if hasattr(module, "weight") else None
-    if weight is not None:
-        asks = weight.requires_grad and torch.is_grad_enabled()
-        if asks or x.dtype != weight.dtype or x.shape[-1:] != weight.shape:
-            return own(x)
-    width = x.shape[-1:]
-    if not kind.offset or weight is None:
-        return functional.rms_norm(x, width, weight, kind.epsilon)
-    # In float32, as such models do: in bfloat16, one and a small weight are one.
-    scale = offset(weight)
-    return functional.rms_norm(x.to(scale.dtype), width, scale, kind.epsilon).to(x.dtype)
 
 
 def _may_be_rms_norm(module: Any) -> bool:
@@ -166,43 +181,19 @@ def _epsilon(module: Any) -> float | None:
     return next((float(value) for value in values if isinstance(value, (int, float))), None)
 
 
-def _is_plain(weight: Tensor) -> bool:
-    """Whether a weight is neither quantised nor off-loaded."""
-    return weight.is_floating_point() and torch.finfo(weight.dtype).bits >= 16 and not weight.is_meta
-
-
-def _kind_of_norm(module: Any, like: Tensor) -> _Kind | None:
-    epsilon = _epsilon(module)
-    assert epsilon is not None
-    weight = module.weight if hasattr(module, "weight") else None
+def _offset_of_norm(module: Any, like: Tensor) -> bool | None:
+    """How `_Norm` computes what a module does; None if it does not."""
+    weight = getattr(module, "weight", None)
     like = like if weight is None else weight
-    if not _is_plain(like):
+    if not is_plain(like) or like.is_meta:
         return None
-    width = 64 if weight is None else len(weight)
-    for offset in (False,) if weight is None else (False, True):
-        kind = _Kind(epsilon, offset)
-        with _constant(weight):
+    x = _random((2, 3, 64 if weight is None else len(weight)), like, 0)
+    with frozen([] if weight is None else [weight]):
+        for offset in (False,) if weight is None else (False, True):
             # The smallest shows the epsilon.
-            if all(
-                _same(module.forward, partial(_norm, module, module.forward, kind, _Offset()), [size * x])
-                for size in (1.0, 1e-3, 30.0)
-                for x in (_random((2, 3, width), like, 0),)
-            ):
-                return kind
+            if all(_same(module.forward, _Norm(module, offset), [size * x]) for size in (1.0, 1e-3, 30.0)):
+                return offset
     return None
-
-
-@contextmanager
-def _constant(weight: Tensor | None) -> Iterator[None]:
-    """In this block, ``weight`` asks for no gradient."""
-    asks = weight is not None and weight.requires_grad
-    if weight is not None and asks:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        if weight is not None and asks:
-            weight.requires_grad_(True)
 
 
 def _rotated(own: Callable[..., Any], q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from nabla_fast.graphs import CaptureError, Graphs, usable
 from nabla_fast.models import static
 from nabla_fast.models.backbone import Backbone, Cache, Inputs
 from nabla_fast.models.checks import warn_once
-from nabla_fast.models.compiled_layers import CompiledLayers
+from nabla_fast.models.decoder_layers import CompiledLayers
 from nabla_fast.models.kept import Place, clear_graphs
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardModel
@@ -106,8 +106,6 @@ class Graphed:
             return None
         try:
             out = self._static(caches, inputs, arguments, gradient=gradient)  # type: ignore[arg-type]
-            self._require_compiled()
-            return out
         except (CaptureError, torch.OutOfMemoryError) as error:
             reason = str(error).partition("\n")[0]
             # Gives the memory back before the same is computed without graphs.
@@ -117,14 +115,11 @@ class Graphed:
             else:
                 clear_graphs()
             self._tell(reason)
-        return None
-
-    def _require_compiled(self) -> None:
-        """Warns, once, where layers ran as they are although they were to be compiled."""
-        assert self._static is not None
+            return None
         if self._static.compiled is not None and not self._static.compiled.used:
             name = self._backbone.name
             warn_once(self._backbone.model, f"compile has no effect on {name}: its layers are called in another way")
+        return out
 
     def _tell(self, reason: str) -> None:
         warn_once(self._backbone.model, f"{self._backbone.name} runs without graphs, slower: {reason}")
@@ -160,6 +155,7 @@ def graphed_rewards(model: RewardModel, wanted: bool, compiled: bool = False) ->
 
     def value(states: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         assert model.head is not None
+        assert model.head.score is not None
         pooled = states.gather(1, at.unsqueeze(-1).expand(-1, 1, states.shape[-1])).squeeze(1)
         rewards = model.head.score(pooled).squeeze(-1)
         return rewards.sum(), rewards.to(torch.promote_types(rewards.dtype, torch.float32))

@@ -102,14 +102,12 @@ class PaddedCache(DynamicCache):
         super().__init__()
         self.after: dict[int, tuple[Tensor, Tensor]] = {}
         first = next((cache for cache in caches if cache is not None), None)
-        for layer in range(0 if first is None else len(first.keys)):
-            assert first is not None
-            keys = _left_padded([c.keys[layer] if c else None for c in caches], first.keys[layer], past)
-            values = _left_padded([c.values[layer] if c else None for c in caches], first.values[layer], past)
+        for layer, (k, v) in enumerate(() if first is None else zip(first.keys, first.values, strict=True)):
             # The layer that an update would make, without its copies.
             made: Any = DynamicLayer()
-            made.keys, made.values, made.is_initialized = keys, values, True
-            made.dtype, made.device = keys.dtype, keys.device
+            made.keys = _left_padded([c.keys[layer] if c else None for c in caches], k, past)
+            made.values = _left_padded([c.values[layer] if c else None for c in caches], v, past)
+            made.dtype, made.device, made.is_initialized = k.dtype, k.device, True
             self.layers.append(made)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:

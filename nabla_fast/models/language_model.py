@@ -53,9 +53,9 @@ class EmbeddingTable:
         """The id that the model itself has for a row."""
         return int(row if self.own_ids is None else self.own_ids[row])
 
-    def inputs(self, ids: Tensor) -> Inputs:
-        """The model's inputs for tokens (n,) on any device; they are on `device`."""
-        ids = ids.to(self.device)
+    def inputs(self, ids: Tensor | Sequence[int]) -> Inputs:
+        """The model's inputs for tokens (n,) int64 on any device; they are on `device`."""
+        ids = torch.as_tensor(ids, dtype=torch.long, device=self.device)
         return Inputs(ids if self.own_ids is None else self.own_ids[ids], self(ids))
 
 
@@ -84,16 +84,17 @@ class LanguageModel:
 
     def __init__(self, model: Any, tokenizer: Any, argument: str = "model") -> None:
         own, model = checks.unwrapped(model)
-        self.name = _describe(model, argument)
+        path = getattr(getattr(model, "config", None), "name_or_path", "")
+        self.name = f"{argument} ({path or type(model).__name__})"
         get_head = getattr(model, "get_output_embeddings", None)
         lm_head = get_head() if get_head is not None else None
         if lm_head is None:
             raise TypeError(f"{self.name} has no output head; {argument} must be a causal language model")
-        require_eval(model, self.name)
+        checks.require_eval(model, self.name)
         checks.leave_inference_mode(model)
         weight = checks.dense_weight(model, lm_head, self.name, "output head")
         self.model = model
-        self.vocab_size = min(tokenizer_size(tokenizer), weight.shape[0])
+        self.vocab_size = min(max(tokenizer.get_vocab().values()) + 1, weight.shape[0])
         self.width: int = weight.shape[1]
         weight = _head_weight(weight, getattr(lm_head, "bias", None), self.vocab_size, self.name)
         self.head = Head(weight, _logit_factor(model), _softcap(model))
@@ -134,7 +135,7 @@ class LanguageModel:
 
     def new_cache(self, prompt_ids: Sequence[int]) -> SequenceCache:
         """An empty cache for a response to a prompt."""
-        return SequenceCache(self.embedding.inputs(torch.tensor(prompt_ids, dtype=torch.long)))
+        return SequenceCache(self.embedding.inputs(prompt_ids))
 
     @torch.no_grad()
     def _check_head(self, own: Any, ids: Tensor) -> None:
@@ -198,11 +199,6 @@ def _head_weight(weight: Tensor, bias: Tensor | None, vocab_size: int, name: str
     return torch.cat([weight, columns], dim=1)
 
 
-def tokenizer_size(tokenizer: Any) -> int:
-    """One more than the largest id the tokenizer knows."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
 def context_length(model: Any) -> int | None:
     """Most positions a model takes, None if its configuration does not say."""
     config = model.config.get_text_config()
@@ -211,23 +207,12 @@ def context_length(model: Any) -> int | None:
     return min((limit for limit in limits if limit), default=None)
 
 
-def require_eval(model: Any, name: str) -> None:
-    """Raises ValueError for a model in training mode: dropout would make its gradients random."""
-    if model.training:
-        raise ValueError(f"{name} is in training mode; call .eval() on it first")
-
-
 def _eos_token_ids(model: Any, tokenizer: Any, vocab_size: int) -> frozenset[int]:
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if ids is None:
         ids = tokenizer.eos_token_id
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     return frozenset(token for token in ids if token < vocab_size)
-
-
-def _describe(model: Any, argument: str) -> str:
-    path = getattr(getattr(model, "config", None), "name_or_path", "")
-    return f"{argument} ({path or type(model).__name__})"
 
 
 def _logit_factor(model: Any) -> float:

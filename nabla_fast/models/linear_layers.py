@@ -41,8 +41,9 @@ def exchange(layer: torch.nn.Linear) -> Callable[[], Any]:
     A mode of torch_function would reach layers of all kinds, but takes a microsecond of every operator of a model.
     """
     quantised = _int8_rows(layer.weight)
-    forward = partial(_forward, layer) if quantised is None else partial(_int8_forward, layer, *quantised)
-    return set_attribute(layer, "forward", forward)
+    if quantised is not None:
+        return set_attribute(layer, "forward", partial(_int8_forward, layer, *quantised))
+    return set_attribute(layer, "forward", lambda input: linear(input, layer.weight, layer.bias))
 
 
 def _int8_rows(weight: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -63,13 +64,10 @@ def _int8_rows(weight: Tensor) -> tuple[Tensor, Tensor] | None:
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, but for rounding; differentiable in the same tensors."""
     product = None if type(weight) not in _PLAIN or _is_chosen_elsewhere() else _product(input, weight)
-    if product is None:
+    grad = torch.is_grad_enabled()
+    if product is None or (grad and (weight.requires_grad or (bias is not None and bias.requires_grad))):
         return functional.linear(input, weight, bias)
-    if not torch.is_grad_enabled():
-        return product(input, weight, bias)
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        return functional.linear(input, weight, bias)
-    if not input.requires_grad:
+    if not grad or not input.requires_grad:
         return product(input, weight, bias)
     out: Tensor = _Linear.apply(product, input, weight, bias)
     return out
@@ -78,10 +76,6 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _is_chosen_elsewhere() -> bool:
     """Whether a compiler, or autocast, which has dtypes of its own, chooses products."""
     return torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-
-
-def _forward(layer: torch.nn.Linear, input: Tensor) -> Tensor:
-    return linear(input, layer.weight, layer.bias)
 
 
 def _int8_forward(layer: torch.nn.Linear, values: Tensor, scale: Tensor, input: Tensor) -> Tensor:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
-from nabla_fast.models.adapters import find_adapter, load_adapter, require_task
-from nabla_fast.models.checkpoint import check_config, reading
-from nabla_fast.models.placement import Place, placed
-from nabla_fast.models.placement import choose_attention as choose_attention
-from nabla_fast.models.placement import choose_device as choose_device
-from nabla_fast.models.placement import choose_dtype as choose_dtype
-from nabla_fast.models.pretrained import listed, load, load_tokenizer, resolve
-from nabla_fast.models.process_checkpoint import Convention, recognised
+from nabla_fast.models.adapters import find_adapter, load_adapter
+from nabla_fast.models.checkpoint import check_config, file_of, reading
+from nabla_fast.models.pretrained import choose_attention as choose_attention
+from nabla_fast.models.pretrained import choose_device as choose_device
+from nabla_fast.models.pretrained import choose_dtype as choose_dtype
+from nabla_fast.models.pretrained import loaded, placed, resolve
 from nabla_fast.models.steps import ProcessReward, require_aggregation
+
+_VALUE_HEAD = "v_head.summary."
+# Problem, line break, steps: Skywork's models have seen no roles.
+_PLAIN_TEMPLATE = "{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 
 
 def load_language_model(
@@ -69,14 +74,8 @@ def load_language_model(
 
     folder = find_adapter(source, adapter, argument)
     if folder is not None:
-        require_task(folder, argument, language_model=True)
-        return load_adapter(AutoModelForCausalLM, folder, base, place, argument)
-    with reading(argument, source):
-        model, missing = load(AutoModelForCausalLM, source, place)
-        tokenizer = load_tokenizer(source)
-    if missing:
-        raise ValueError(f"{argument} is {source}, which has no weights for {listed(missing)}; give a language model")
-    return model, tokenizer
+        return load_adapter(folder, base, place, argument, language_model=True)
+    return loaded(AutoModelForCausalLM, source, place, argument, "a language model")
 
 
 def load_reward_model(
@@ -121,19 +120,28 @@ def load_reward_model(
     if step_aggregation is not None:
         require_aggregation(step_aggregation, "step_aggregation")
     source = resolve(path, argument)
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     folder = find_adapter(source, adapter, argument)
     convention = None
-    if folder is not None:
-        require_task(folder, argument, language_model=False)
-    else:
+    if folder is None:
         with reading(argument, source):
             check_config(source)
-            convention = recognised(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            convention = recognised(source, config)
     if convention is not None:
-        steps = {"aggregation": step_aggregation or "min", "insert_after": step_insert_after}
-        return _load_process(source, convention, place, step_separator, steps, argument)
+        separator = convention.separator if step_separator is None else step_separator
+        if separator is None:
+            raise ValueError(
+                f"{argument} is {source}, a token classifier, and where it is to be read it does not say; give "
+                "step_separator (--step-separator), what ended a step when it was trained: a line break is trl's "
+                "default"
+            )
+        wanted, options = "a trained process reward model", {"heads": ("score",), **convention.options}
+        model, tokenizer = loaded(convention.auto_class, source, place, argument, wanted, **options)
+        if convention.chat_template is not None:
+            tokenizer.chat_template = convention.chat_template
+        return ProcessReward(model, separator, step_aggregation or "min", step_insert_after), tokenizer
     given = {
         "step_separator": step_separator,
         "step_aggregation": step_aggregation,
@@ -146,45 +154,82 @@ def load_reward_model(
                 "token classifier, ForProcessRewardModel or a value head v_head.summary); leave it out"
             )
     if folder is not None:
-        return load_adapter(AutoModelForSequenceClassification, folder, base, place, argument, num_labels=1)
-    _require_one_label(source, argument)
-    with reading(argument, source):
-        model, missing = load(AutoModelForSequenceClassification, source, place, num_labels=1)
-        tokenizer = load_tokenizer(source)
-    if missing:
-        raise ValueError(
-            f"{argument} is {source}, which has no weights for {listed(missing)}; give a trained reward model (a "
-            "sequence classifier with one label), not a language model"
-        )
-    return model, tokenizer
-
-
-def _load_process(
-    source: str, convention: Convention, place: Place, separator: str | None, steps: dict[str, Any], argument: str
-) -> tuple[Any, Any]:
-    chosen = convention.separator if separator is None else separator
-    if chosen is None:
-        raise ValueError(
-            f"{argument} is {source}, a token classifier, and where it is to be read it does not say; give "
-            "step_separator (--step-separator), what ended a step when it was trained: a line break is trl's default"
-        )
-    with reading(argument, source):
-        model, missing = load(convention.auto_class, source, place, heads=("score",), **convention.options)
-        tokenizer = load_tokenizer(source)
-    if missing:
-        raise ValueError(f"{argument} is {source}, a process reward model without weights for {listed(missing)}")
-    if convention.chat_template is not None:
-        tokenizer.chat_template = convention.chat_template
-    return ProcessReward(model, chosen, **steps), tokenizer
-
-
-def _require_one_label(source: str, argument: str) -> None:
-    from transformers import AutoConfig
-
-    with reading(argument, source):
-        check_config(source)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return load_adapter(folder, base, place, argument, language_model=False)
     labels = getattr(config, "num_labels", 1)
-    architectures = getattr(config, "architectures", None) or []
-    if labels != 1 and any("SequenceClassification" in name for name in architectures):
+    if labels != 1 and any("SequenceClassification" in name for name in getattr(config, "architectures", None) or []):
         raise ValueError(f"{argument} is {source}, a classifier with {labels} labels; a reward model has exactly one")
+    wanted = "a trained reward model (a sequence classifier with one label), not a language model"
+    return loaded(AutoModelForSequenceClassification, source, place, argument, wanted, num_labels=1)
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How a process reward model is stored, and read.
+
+    There are three conventions, by their sources: trl's ``PRMTrainer`` (a token classifier, labels at the step
+    separator), Qwen's ``Qwen2.5-Math-PRM`` (a head of two layers, read at ``<extra_0>``), and Skywork's
+    ``Skywork-o1-Open-PRM`` (a value head on a causal language model, read at a line break, behind the plain problem).
+
+    Attributes:
+        auto_class: what loads it.
+        options: of ``from_pretrained``.
+        separator: what it is read at; None where the checkpoint does not say.
+        chat_template: what it was trained with; None leaves its tokenizer's own.
+    """
+
+    auto_class: Any
+    options: dict[str, Any] = field(default_factory=dict)
+    separator: str | None = None
+    chat_template: str | None = None
+
+
+def recognised(source: str, config: Any) -> Convention | None:
+    """The convention of a checkpoint; None if it is no process reward model of a kind that is known.
+
+    Args:
+        source: a folder or hub id.
+        config: its configuration.
+    """
+    from transformers import AutoModelForTokenClassification
+
+    kinds = " ".join(getattr(config, "architectures", None) or [])
+    if "ForTokenClassification" in kinds:
+        return Convention(AutoModelForTokenClassification)
+    if "ForProcessRewardModel" in kinds:
+        return Convention(two_layer_classifier(config), separator="<extra_0>")
+    if "ForSequenceClassification" in kinds or not any(n.startswith(_VALUE_HEAD) for n in _weight_names(source)):
+        return None
+    options = {"num_labels": 1, "key_mapping": {f"^{_VALUE_HEAD}".replace(".", r"\."): "score."}}
+    return Convention(AutoModelForTokenClassification, options, "\n", _PLAIN_TEMPLATE)
+
+
+def two_layer_classifier(config: Any) -> Any:
+    """The family's token classifier with a head of two layers and a ReLU between them, as Qwen's has it."""
+    from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+
+    family: Any = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(config)]
+
+    class TwoLayerClassifier(family):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            width = config.get_text_config().hidden_size
+            self.score = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.num_labels))
+            self.post_init()
+
+    return TwoLayerClassifier
+
+
+def _weight_names(source: str) -> list[str]:
+    """Names of a checkpoint's weights; none if it has none that can be listed."""
+    from safetensors import safe_open
+
+    index = file_of(source, "model.safetensors.index.json") or file_of(source, "pytorch_model.bin.index.json")
+    if index is not None:
+        found = json.loads(index.read_bytes())
+        return list(found.get("weight_map", {})) if isinstance(found, dict) else []
+    weights = file_of(source, "model.safetensors")
+    if weights is not None:
+        with safe_open(weights, "pt") as tensors:
+            return list(tensors.keys())
+    pickled = file_of(source, "pytorch_model.bin")
+    return [] if pickled is None else list(torch.load(pickled, map_location="meta", weights_only=True))

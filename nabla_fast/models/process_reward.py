@@ -2,20 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
+from nabla_fast.models import checks
 from nabla_fast.models.backbone import Backbone, Cache, Inputs, joined
 from nabla_fast.models.chat import Chat, encode
+from nabla_fast.models.cross_tokenizer import Reading
 from nabla_fast.models.language_model import LanguageModel
-from nabla_fast.models.reading import Reading
+from nabla_fast.models.reward_head import Candidate, OwnForward, find_head
 from nabla_fast.models.reward_model import RewardFrame, RewardModel
-from nabla_fast.models.step_head import StepHead, log_scores, right_label, step_head
 from nabla_fast.models.steps import AGGREGATIONS, BLANK_LINE, ProcessReward, step_ends
+from nabla_fast.ops import upcast
+
+_HEADS = ("score", "classifier", "v_head")
+# What a label that means a right step is called.
+_RIGHT = {"+", "1", "correct", "good", "positive", "right", "true", "yes"}
+
+
+@dataclass(frozen=True)
+class StepHead:
+    """Logits for every token of a conversation, as the model's own forward pass gives them.
+
+    Attributes:
+        backbone: gives the hidden states; None runs the model as it is, on whole conversations, one at a time.
+        score: maps hidden states (n, d) to logits (n, labels), behind ``backbone``.
+        labels: how many logits a token has.
+    """
+
+    own: OwnForward
+    backbone: Backbone | None
+    score: Callable[[Tensor], Tensor] | None
+    labels: int
+
+    def __call__(
+        self, caches: Sequence[Cache | None], conversations: Sequence[Inputs], reads: Sequence[Sequence[int]]
+    ) -> tuple[list[Tensor], list[Cache | None]]:
+        """Logits (k_b, labels) at the positions ``reads`` (k_b) of each conversation, its cached prefix included; and
+        the caches of the whole."""
+        if self.backbone is None or self.score is None:
+            rows = [self.own(x)[list(at)] for x, at in zip(conversations, reads, strict=True)]
+            return rows, [None] * len(rows)
+        hidden, after = self.backbone(caches, conversations)
+        whole = [h if c is None else torch.cat([c.hidden, h]) for c, h in zip(caches, hidden, strict=True)]
+        # All reads of a conversation may be in its prefix, where a gradient of zero is asked for all the same.
+        states = torch.cat([h[list(at)] + 0 * h[-1] for h, at in zip(whole, reads, strict=True)])
+        return list(self.score(states).split([len(at) for at in reads])), after
 
 
 @dataclass(frozen=True)
@@ -49,7 +86,7 @@ class ProcessRewardModel(RewardModel):
         inserts: whether the separator is a token that is put into the conversation.
 
     Raises:
-        ValueError: as `nabla_fast.models.step_head` does; also if the separator is no text of the reward tokenizer, or
+        ValueError: as `step_head` does; also if the separator is no text of the reward tokenizer, or
             is to be inserted and is no single token, and if the label cannot be told.
     """
 
@@ -75,7 +112,7 @@ class ProcessRewardModel(RewardModel):
         self._ends_turn = frozenset(eos_token_ids)
         self._text: dict[int, str] = {}
         separator = self._separator_ids(process.separator)
-        self._separator = self._read(separator)
+        self._separator = self._own_table.inputs(separator)
         added = process.separator in self.tokenizer.get_added_vocab()
         self.inserts = process.insert_after is not None or added
         self._marker = (process.insert_after or BLANK_LINE) if self.inserts else process.separator
@@ -99,12 +136,10 @@ class ProcessRewardModel(RewardModel):
         return cached and not self.inserts
 
     def chat_frame(self, chat: Chat, template_kwargs: Mapping[str, Any] | None = None) -> RewardFrame:
-        frame = super().chat_frame(chat, template_kwargs)
-        return RewardFrame(frame.opening, self._separator, frame.key)
+        return replace(super().chat_frame(chat, template_kwargs), closing=self._separator)
 
     def prompt_frame(self, prompt_ids: Sequence[int]) -> RewardFrame:
-        frame = super().prompt_frame(prompt_ids)
-        return RewardFrame(frame.opening, self._separator, frame.key)
+        return replace(super().prompt_frame(prompt_ids), closing=self._separator)
 
     def reading(self, tokens: Tensor, frame: RewardFrame) -> Reading:
         # An end token is not shown. One at the most: a cached prefix may reach to the last token.
@@ -199,6 +234,71 @@ class ProcessRewardModel(RewardModel):
         return ids
 
 
+def log_scores(logits: Tensor, label: int) -> Tensor:
+    """Logarithms (k,), float32 or float64, of the scores that logits (k, labels) give."""
+    wide = upcast(logits)
+    return logsigmoid(wide[:, 0]) if wide.shape[1] == 1 else wide.log_softmax(-1)[:, label]
+
+
+def own_logits(out: Any, ids: Tensor, name: str) -> Tensor:
+    """The logits (T, labels) in what a model returned for token ids (1, T).
+
+    Raises:
+        ValueError: if they are not one row for every token.
+    """
+    logits = out[0] if isinstance(out, (tuple, list)) and out else getattr(out, "logits", out)
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape:
+        raise ValueError(
+            f"{name} gives {shape} for {ids.shape[1]} tokens; a process reward model gives logits of shape "
+            f"(1, {ids.shape[1]}, labels), and a model with one score per conversation is given without ProcessReward"
+        )
+    return logits[0]
+
+
+def step_head(model: Any, own: Any, name: str, tokenizer: Any) -> StepHead:
+    """A head behind a backbone if its logits are those of the forward pass of ``own``, else that pass.
+
+    ``own`` is the transformers model, or an adapter around it. Errors and warnings are those of `find_head`.
+    """
+    ids = checks.probe_ids(model, tokenizer)
+    forward = OwnForward(own, model.get_input_embeddings(), name, int(ids[0]), own_logits)
+    modules = {key: module for key in _HEADS if callable(module := getattr(model, key, None))}
+    candidates = [Candidate(key, f"`{key}`", module, lambda rows, _: rows) for key, module in modules.items()]
+    reason = f"its logits are not those of a module called {', '.join(_HEADS[:-1])} or {_HEADS[-1]}"
+    found = find_head("steps", model, forward, [ids, ids.flip(0), ids[3:]], candidates, reason)
+    if found.reason is not None:
+        return StepHead(forward, None, None, found.width)
+    return StepHead(forward, Backbone(model, name, ids), modules[found.key], found.width)
+
+
+def right_label(model: Any, labels: int, asked: int | None, name: str) -> int:
+    """The label that means a right step.
+
+    Raises:
+        ValueError: if it is out of range, or there are several and neither ``asked`` nor the labels' names say it.
+    """
+    if asked is not None:
+        if not 0 <= asked < labels:
+            raise ValueError(f"label is {asked}, and {name} has {labels} labels; give 0 to {labels - 1}")
+        return asked
+    if labels == 1:
+        return 0
+    names = getattr(model.config, "id2label", None) or {}
+    names = {int(i): str(text) for i, text in names.items() if int(i) < labels}
+    right = [i for i, text in names.items() if text.strip().lower() in _RIGHT]
+    if len(right) == 1:
+        return right[0]
+    # transformers' own names say nothing, and are what trl and Qwen leave: the second of two is a right step.
+    if labels == 2 and not right and all(text == f"LABEL_{i}" for i, text in names.items()):
+        return 1
+    shown = ", ".join(repr(names.get(i, i)) for i in range(min(labels, 5)))
+    raise ValueError(
+        f"{name} has {labels} labels ({shown}{', …' if labels > 5 else ''}), and which of them means a right step is "
+        "not known; give ProcessReward(model, ..., label=INDEX), or name the label 'correct' in its config's id2label"
+    )
+
+
 def reward_model_of(
     model: Any,
     tokenizer: Any,
@@ -207,6 +307,5 @@ def reward_model_of(
     eos_token_ids: Collection[int] = (),
 ) -> RewardModel:
     """Wraps whatever a caller gives as reward model; see `RewardModel` and `ProcessRewardModel`."""
-    if isinstance(model, ProcessReward):
-        return ProcessRewardModel(model, tokenizer, language_model, language_tokenizer, eos_token_ids)
-    return RewardModel(model, tokenizer, language_model, language_tokenizer, eos_token_ids)
+    kind = ProcessRewardModel if isinstance(model, ProcessReward) else RewardModel
+    return kind(model, tokenizer, language_model, language_tokenizer, eos_token_ids)

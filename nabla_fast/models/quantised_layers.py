@@ -142,7 +142,9 @@ def gradient_fault(model: torch.nn.Module, dtype: torch.dtype, bits: int) -> str
     tried = set()
     for name, layer in model.named_modules():
         width = getattr(layer, "in_features", None)
-        weight = own_weight(layer)
+        # Its own parameter or buffer, whatever it is called in its library.
+        tensors = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
+        weight = next((x for x in tensors if x.ndim > 1), None)
         if not isinstance(width, int) or weight is None or is_plain(weight) or weight.is_meta:
             continue
         kind = (type(layer), type(weight), tuple(weight.shape), weight.dtype, getattr(layer, "out_features", None))
@@ -153,12 +155,6 @@ def gradient_fault(model: torch.nn.Module, dtype: torch.dtype, bits: int) -> str
         if fault is not None:
             return f"its layer {name} ({type(layer).__name__} of {type(weight).__name__}) {fault}"
     return None
-
-
-def own_weight(layer: Any) -> Tensor | None:
-    """The weight of a layer that is its own parameter or buffer, whatever it is called in its library."""
-    found = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-    return next((x for x in found if x.ndim > 1), None)
 
 
 def _adjoint_fault(layer: Any, width: int, device: torch.device, dtype: torch.dtype, tolerance: float) -> str | None:

@@ -13,12 +13,10 @@ from torch import Tensor
 from nabla_fast.models import checks
 from nabla_fast.models.backbone import Backbone, Cache, Inputs, joined
 from nabla_fast.models.chat import Chat, conversation_frame
-from nabla_fast.models.cross_tokenizer import CrossTokenizer
+from nabla_fast.models.cross_tokenizer import CrossTokenizer, Reading
 from nabla_fast.models.language_model import EmbeddingTable, LanguageModel, context_length, embedding_table
-from nabla_fast.models.reading import Reading
-from nabla_fast.models.reward_head import OwnForward, RewardHead, require_embeddings_argument, reward_head
-from nabla_fast.models.tokenizer_agreement import require_same_tokenization
-from nabla_fast.models.vocabulary import Alignment, align, aligned_table
+from nabla_fast.models.reward_head import RewardHead, require_embeddings_argument, reward_head
+from nabla_fast.models.vocabulary import Alignment, align, aligned_table, require_same_tokenization
 
 RewardFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -92,7 +90,7 @@ class RewardModel:
         self.context_length: int | None = None
         self.spread = 1
         self.head: RewardHead | None = None
-        self._function: RewardFunction | OwnForward | None = None
+        self._function: RewardFunction | None = None
         own_table: EmbeddingTable = language_model.embedding
         if hasattr(model, "base_model") and hasattr(model, "config"):
             self.name = f"reward_model ({model.config.name_or_path or type(model).__name__})"
@@ -142,7 +140,9 @@ class RewardModel:
     def chat_frame(self, chat: Chat, template_kwargs: Mapping[str, Any] | None = None) -> RewardFrame:
         """The frame that the reward tokenizer's chat template puts around a response to ``chat``."""
         frame = conversation_frame(self.tokenizer, chat, template_kwargs, self._language_tokenizer)
-        return RewardFrame(self._read(frame.opening), self._read(frame.closing), tuple(frame.opening))
+        return RewardFrame(
+            self._own_table.inputs(frame.opening), self._own_table.inputs(frame.closing), tuple(frame.opening)
+        )
 
     def prompt_frame(self, prompt_ids: Sequence[int]) -> RewardFrame:
         """A frame of the language model's own prompt ids, with the reward tokenizer's closing tokens.
@@ -151,7 +151,7 @@ class RewardModel:
             ValueError: if the prompt has special tokens, such as those of a chat template, and the tokenizers differ.
         """
         if self.cross is None:
-            return RewardFrame(self.table.inputs(self._ids(prompt_ids)), self._read(self._closing), ())
+            return RewardFrame(self.table.inputs(prompt_ids), self._own_table.inputs(self._closing), ())
         added = self._language_tokenizer.added_tokens_decoder
         # A tokenizer need not have a role for each of its special tokens.
         known = {i for i, token in added.items() if token.special}.union(self._language_tokenizer.all_special_ids)
@@ -163,7 +163,8 @@ class RewardModel:
                 "model's own template is written"
             )
         opening = self.cross.encode(self._language_tokenizer.decode(list(prompt_ids), skip_special_tokens=True))
-        return RewardFrame(self._read(opening), self._read(self._closing), tuple(opening))
+        read, closing = map(self._own_table.inputs, (opening, self._closing))
+        return RewardFrame(read, closing, tuple(opening))
 
     @property
     def supports_prefix_cache(self) -> bool:
@@ -229,8 +230,6 @@ class RewardModel:
         after: list[Cache | None] = [None] * len(conversations)
         if self.head is not None:
             rewards, after = self.head(caches, conversations)
-        elif isinstance(self._function, OwnForward):
-            rewards = torch.cat([self._function(x) for x in conversations])
         else:
             assert self._function is not None
             embeds = torch.nn.utils.rnn.pad_sequence([x.embeds for x in conversations], batch_first=True)
@@ -264,7 +263,7 @@ class RewardModel:
         return response if isinstance(response, Reading) else self.reading(response, frame)
 
     def _examine(self, model: Any, own: Any) -> None:
-        self.head, self._function = reward_head(model, own, self.name, self.tokenizer)
+        self.head = reward_head(model, own, self.name, self.tokenizer)
 
     def _template_closing(self) -> tuple[int, ...]:
         if not getattr(self.tokenizer, "chat_template", None):
@@ -301,9 +300,3 @@ class RewardModel:
             f"({self.cross.single:.1%} of tokens are a single one there)",
             stacklevel=4,
         )
-
-    def _ids(self, ids: Sequence[int]) -> Tensor:
-        return torch.tensor(ids, dtype=torch.long)
-
-    def _read(self, ids: Sequence[int]) -> Inputs:
-        return self._own_table.inputs(self._ids(ids))

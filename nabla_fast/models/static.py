@@ -13,8 +13,10 @@ other.
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,11 +27,10 @@ from transformers import DynamicCache
 
 from nabla_fast.graphs import Counts, Graphs, bucket
 from nabla_fast.models import checks
-from nabla_fast.models.backbone import Backbone, Inputs
-from nabla_fast.models.compiled_layers import CompiledLayers, compiled_graphs
+from nabla_fast.models.backbone import Backbone, Inputs, embedded
+from nabla_fast.models.decoder_layers import CompiledLayers, compiled_graphs
 from nabla_fast.models.kv_cache import KVCache
 from nabla_fast.models.numerics import is_close, relative_error
-from nabla_fast.models.refusals import examined, sizes_differ
 
 # Columns of a prefix buffer, at the least; a prefix that outgrows them needs a graph of its own.
 _COLUMNS = 1024
@@ -107,8 +108,7 @@ class StaticPass:
         values: whatever the function of the states gave.
         new: (L, 2, B, H, S, D) keys and values of the suffixes.
         buffer: (L, 2, B, H, P, D) those of the prefixes.
-        caches: of the prefixes.
-        sizes: of the suffixes.
+        caches, sizes: of the prefixes, and of the suffixes.
     """
 
     states: Tensor
@@ -216,66 +216,45 @@ class StaticBackbone:
         self, gradient: bool, buffer: Tensor, first: Tensor, last: Tensor, embeds: Tensor, *arguments: Tensor
     ) -> tuple[Any, ...]:
         """What is captured."""
-        with torch.enable_grad() if gradient else torch.no_grad():
-            x = embeds.detach().requires_grad_(gradient)
-            hidden, new = self.run(buffer, first, x)
-            states = torch.cat([last.unsqueeze(1), hidden], dim=1)
-            total, values = self.value(states, *arguments)
-            found = torch.autograd.grad(total, x)[0] if gradient else None
-        return states.detach(), found, values.detach(), new
-
-    def run(self, buffer: Tensor, first: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, S, d) of suffixes, and their keys and values (L, 2, B, H, S, D)."""
         size, columns = embeds.shape[1], buffer.shape[-2]
         steps = torch.arange(size, device=embeds.device)
         cache = _BehindBuffer(buffer)
         masks = attention_masks(self._config, first, (columns + steps).unsqueeze(0), columns + size, embeds.dtype)
         positions = (columns - first).unsqueeze(1) + steps
-        hidden, _ = self.backbone.run(
-            steps.expand(len(embeds), size),
-            embeds,
-            columns,
-            attention_mask=masks,
-            position_ids=positions.clamp(max=self._last_position),
-            use_cache=True,
-            **{self.backbone.cache_argument: cache},
-        )
-        return hidden, torch.stack(cache.new)
+        with torch.enable_grad() if gradient else torch.no_grad():
+            x = embeds.detach().requires_grad_(gradient)
+            hidden, _ = self.backbone.run(
+                steps.expand(len(embeds), size),
+                x,
+                columns,
+                attention_mask=masks,
+                position_ids=positions.clamp(max=self._last_position),
+                use_cache=True,
+                **{self.backbone.cache_argument: cache},
+            )
+            states = torch.cat([last.unsqueeze(1), hidden], dim=1)
+            total, values = self.value(states, *arguments)
+            found = torch.autograd.grad(total, x)[0] if gradient else None
+        return states.detach(), found, values.detach(), torch.stack(cache.new)
 
     def _filled(self, caches: Sequence[KVCache | None], rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """The buffer with the prefixes in it, and their last hidden states (rows, d)."""
-        weight = self.backbone.embedding.weight
-        found = next((cache for cache in caches if cache is not None), None)
-        memory = self.graphs.memory
+        backbone, memory = self.backbone, self.graphs.memory
+        prefixes = [(row, cache) for row, cache in enumerate(caches) if cache is not None]
         if (rows, columns) not in memory:
-            layers, heads, width, dtype = self._sizes(found)
-            memory[rows, columns] = torch.zeros(
-                layers, 2, rows, heads, columns, width, dtype=dtype, device=weight.device
-            )
+            example: Any = prefixes[0][1] if prefixes else None
+            if example is None:
+                first = embedded(backbone.embedding, checks.probe_ids(backbone.model)[:1])
+                _, (example,) = backbone.extend([None], [first])
+            _, heads, _, width = example.keys[0].shape
+            memory[rows, columns] = example.keys[0].new_zeros(len(example.keys), 2, rows, heads, columns, width)
         buffer = memory[rows, columns]
-        last = None
-        for row, cache in enumerate(caches):
-            if cache is None:
-                continue
-            part = buffer[:, :, row, :, columns - len(cache) :]
-            part.copy_(stacked(cache)[:, :, 0])
-            if last is None:
-                last = cache.hidden.new_zeros(rows, cache.hidden.shape[1])
+        like = prefixes[0][1].hidden if prefixes else backbone.output(backbone.tried[:1])
+        last = like.new_zeros(rows, like.shape[1])
+        for row, cache in prefixes:
+            buffer[:, :, row, :, columns - len(cache) :].copy_(stacked(cache)[:, :, 0])
             last[row] = cache.hidden[-1]
-        if last is None:
-            last = weight.new_zeros(rows, self._width)
         return buffer, last
-
-    def _sizes(self, cache: KVCache | None) -> tuple[int, int, int, torch.dtype]:
-        if cache is None:
-            _, (cache,) = self.backbone.extend([None], [_probe(self.backbone)[:1]])  # type: ignore[assignment]
-        assert cache is not None
-        _, heads, _, width = cache.keys[0].shape
-        return len(cache.keys), heads, width, cache.keys[0].dtype
-
-    @property
-    def _width(self) -> int:
-        return _width(self.backbone)
 
 
 def stacked(cache: KVCache) -> Tensor:
@@ -301,29 +280,75 @@ def _padded(rows: Sequence[Tensor], count: int, size: int) -> Tensor:
 
 # Whether a model can be run so
 
+Pairs = list[tuple[str, Tensor, Tensor]]
 
-def why_not(backbone: Backbone) -> str | None:
-    """Why passes of constant shapes are not for a model, in one clause; None if they are. Tried once per model."""
-    found: str | None = checks.remembered(backbone.model, backbone.name, "static", lambda: _examine(backbone))
+
+def refusal(
+    backbone: Backbone, kind: str, which: str, run: Callable[[Backbone, Inputs, list[KVCache]], Pairs]
+) -> str | None:
+    """Why a model cannot be run with masks and positions of our own, in one clause; None if it can. Tried once.
+
+    Args:
+        kind: names the answer among all that is found out about a model.
+        which: passes these are, a word or two.
+        run: runs them on eight tokens, behind caches of the first four and the first two, so that a window of three
+            shows; gives results by name beside those of usual passes.
+    """
+    found: str | None = checks.remembered(backbone.model, backbone.name, kind, lambda: _examined(backbone, which, run))
     return found
 
 
-def _examine(backbone: Backbone) -> str | None:
+def _examined(backbone: Backbone, which: str, run: Callable[[Backbone, Inputs, list[KVCache]], Pairs]) -> str | None:
+    if backbone.cache_kind != "prefix":
+        return "it does not run in batches behind prefixes"
+    if "cache_position" in inspect.signature(backbone.module.forward).parameters:
+        # It reads positions from columns, which a buffer or slots of constant size do not give.
+        return "its forward pass takes one cache position for the whole batch"
+    if len({weight.device for weight in backbone.model.parameters()}) > 1:
+        return "its weights are on several devices, or off-loaded"
+    config = backbone.model.config.get_text_config()
+    if backbone.windowed and not checks.window_is_known(config):
+        return "its layers have windows of a kind that is not known"
+    with _small_window(config) if backbone.windowed else nullcontext():
+        try:
+            inputs = embedded(backbone.embedding, checks.probe_ids(backbone.model))
+            caches: list[Any] = backbone.extend([None, None], [inputs[:4], inputs[:2]])[1]
+            if len({x.shape for x in (*caches[0].keys, *caches[0].values)}) > 1:
+                # One tensor has no room for them.
+                return "its layers have keys and values of several sizes"
+            for what, ours, theirs in run(backbone, inputs, caches):
+                if not is_close(ours, theirs):
+                    return f"{what} of passes {which} are {relative_error(ours, theirs):.2g} apart, relatively"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model does with a mask of four dimensions
+            return f"a pass {which} raises {type(error).__name__}"
+    return None
+
+
+@contextmanager
+def _small_window(config: Any) -> Iterator[None]:
+    """In this block, a model's sliding windows are so short that the tokens of a check show them."""
+    before = config.sliding_window
+    config.sliding_window = 3
+    try:
+        yield
+    finally:
+        config.sliding_window = before
+
+
+def why_not(backbone: Backbone) -> str | None:
+    """Why passes of constant shapes are not for a model, in one clause; None if they are. Tried once per model."""
     if not backbone.supports_prefix_cache:
         return "it does not run in batches behind prefixes"
     if backbone.needs_ids:
         return "it reads token ids besides embeddings"
-    return examined(backbone, "with a mask of four dimensions", _difference)
+    return refusal(backbone, "static", "of constant shapes", _beside_usual)
 
 
-def _difference(backbone: Backbone) -> str | None:
-    """How a pass of constant shapes differs from the usual one, on a batch of two; None if it does not."""
-    inputs = _probe(backbone)
-    with torch.no_grad():
-        _, caches = backbone.extend([None, None], [inputs[:4], inputs[:2]])
-    if sizes_differ(caches[0]):  # type: ignore[arg-type]
-        return "its layers have keys and values of several sizes"
-    weights = torch.linspace(1, 2, _width(backbone), device=inputs.device)
+def _beside_usual(backbone: Backbone, inputs: Inputs, caches: list[KVCache]) -> Pairs:
+    """Results of a pass of constant shapes on a batch of two."""
+    weights = torch.linspace(1, 2, caches[0].hidden.shape[1], device=inputs.device)
 
     def value(states: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
         total = (states.float() * weights * inside.unsqueeze(-1)).pow(2).sum()
@@ -332,31 +357,19 @@ def _difference(backbone: Backbone) -> str | None:
     suffixes = [inputs[4:], inputs[2:]]
     ones = [torch.ones(1 + len(x), device=inputs.device) for x in suffixes]
     static = StaticBackbone(backbone, value, Graphs(inputs.device))
-    out = static(caches, suffixes, [(ones, None)], gradient=True)  # type: ignore[arg-type]
+    out = static(caches, suffixes, [(ones, None)], gradient=True)
     assert out.gradient is not None
     with torch.enable_grad():
         leaves = [x.differentiable() for x in suffixes]
         hidden, usual = backbone(caches, leaves)
         total = sum((h.float() * weights).pow(2).sum() for h in hidden)
         gradients = torch.autograd.grad(total, [x.embeds for x in leaves])  # type: ignore[arg-type]
-    for row, x in enumerate(suffixes):
-        cache = usual[row]
+    pairs = []
+    for row, (x, cache) in enumerate(zip(suffixes, usual, strict=True)):
         assert isinstance(cache, KVCache)
-        for what, ours, theirs in (
+        pairs += [
             ("hidden states", out.states[row, 1 : 1 + len(x)], hidden[row]),
             ("gradients", out.gradient[row, : len(x)], gradients[row]),
             ("keys", out.cache(row).keys[-1].flatten(0, -2), cache.keys[-1].flatten(0, -2)),
-        ):
-            if not is_close(ours, theirs):
-                return f"{what} of passes of constant shapes are {relative_error(ours, theirs):.2g} apart, relatively"
-    return None
-
-
-def _width(backbone: Backbone) -> int:
-    """Of the hidden states that passes give, which are wider than the model's where its head has a bias."""
-    return backbone.output(backbone.tried[:1]).shape[1]
-
-
-def _probe(backbone: Backbone) -> Inputs:
-    ids = checks.probe_ids(backbone.model)
-    return Inputs(ids, backbone.embedding(ids.unsqueeze(0))[0].detach())
+        ]
+    return pairs

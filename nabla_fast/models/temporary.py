@@ -5,7 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 _lock = threading.Lock()
 # What some block has changed for now: how many blocks want it so, in all threads, and how it is put back.
@@ -38,6 +41,20 @@ def while_any(kind: str, items: Iterable[Any], change: Callable[[Any], Callable[
                     _changed[key] = blocks - 1, back
                 else:
                     back()
+
+
+@contextmanager
+def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """No parameter of a model asks for a gradient, or activations would be kept for gradients nobody wants."""
+
+    def freeze(parameter: Tensor) -> Callable[[], Any] | None:
+        if not parameter.requires_grad:
+            return None
+        parameter.requires_grad_(False)
+        return partial(parameter.requires_grad_, True)
+
+    with while_any("frozen", parameters, freeze):
+        yield
 
 
 # Attributes that some block has set, by owner and name: what they were.

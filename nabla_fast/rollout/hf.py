@@ -15,10 +15,10 @@ from nabla_fast.config import Sampling
 from nabla_fast.graphs import Counts
 from nabla_fast.models.backbone import joined
 from nabla_fast.models.decode_batch import DecodeBatch, DecodeSingle
+from nabla_fast.models.fused_layers import fast_kernels
 from nabla_fast.models.kv_cache import KVCache, ModelCache
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.sequence_cache import TOKENS_PER_PASS, common_lengths, extended
-from nabla_fast.models.torch_kernels import fast_kernels
 from nabla_fast.rollout import device
 from nabla_fast.rollout.base import Rollout, RolloutStream, StopRule, no_rollout, unreadable
 from nabla_fast.rollout.drafts import Drafter
@@ -53,7 +53,7 @@ class HFRollout:
         return {"captures": self.counts.captures, "capture_seconds": self.counts.seconds} if self.graphs else {}
 
     def fast_kernels(self) -> AbstractContextManager[Any]:
-        """See `nabla_fast.models.torch_kernels`."""
+        """See `nabla_fast.models.fused_layers`."""
         return fast_kernels(self.language_model.device, self.language_model.backbone.fused)
 
     def open(self, sampling: Sampling, stop: StopRule) -> RolloutStream:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nabla_fast as nf
 from nabla_fast.generate import make_pair
-from nabla_fast.models import fused_layers, linear_layers, sequence_cache, torch_kernels
+from nabla_fast.models import fused_layers, linear_layers, sequence_cache
 from nabla_fast.models.fused_layers import FusedLayers
 from nabla_fast.objective import Objective, Request
 from nabla_fast.rollout import HFRollout, StopRule
@@ -89,7 +89,7 @@ def as_on_a_gpu(*, fused: bool) -> Iterator[None]:
     """In this block, operators are those of a GPU without graphs; ``fused`` exchanges norms and rotary embeddings."""
 
     def fast(device: torch.device, *layers: FusedLayers) -> Any:
-        return torch_kernels.fast_kernels(torch.device("cuda"), *layers)
+        return fused_layers.fast_kernels(torch.device("cuda"), *layers)
 
     def found(model: Any, name: str) -> FusedLayers:
         return fused_layers.find(model) if fused else FusedLayers()

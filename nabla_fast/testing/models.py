@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerFast
 from transformers.masking_utils import eager_mask
 
-from nabla_fast.models.process_checkpoint import two_layer_classifier
+from nabla_fast.models.loading import two_layer_classifier
 
 DEVICE = torch.device(os.environ.get("NABLA_FAST_TEST_DEVICE") or "cpu")
 """Where the models are; benchmarks/gpu.sh has whole decodes tested on its GPU."""

@@ -7,7 +7,8 @@ import threading
 import pytest
 import torch
 
-from nabla_fast.models.activations import checkpointed, frozen
+from nabla_fast.models.decoder_layers import checkpointed
+from nabla_fast.models.temporary import frozen
 from nabla_fast.testing.models import tiny_language_model
 
 

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 import nabla_fast as nf
 from nabla_fast.gradient_cache import Evaluation
 from nabla_fast.models import sequence_cache
-from nabla_fast.models.activations import checkpointed, frozen
 from nabla_fast.models.backbone import Backbone, Inputs, cache_argument
+from nabla_fast.models.decoder_layers import checkpointed
 from nabla_fast.models.kv_cache import KVCache
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardModel
 from nabla_fast.models.sequence_cache import SequenceCache, common_lengths
+from nabla_fast.models.temporary import frozen
 from nabla_fast.objective import Objective, Request
 from nabla_fast.sequence import Sequence
 from nabla_fast.testing.models import (
@@ -155,10 +156,10 @@ def test_transformers_own_attention_in_float32(family: str) -> None:
     tokens = [torch.tensor(prompt) for prompt in PROMPTS]
     tails = [response(n, seed=n) for n in (4, 9, 2)]
     with torch.no_grad():
-        _, states = backbone([None] * 3, [table(t) for t in tokens])
-    embeds = [table(t).detach().requires_grad_() for t in tails]
-    hidden, _ = backbone(states, embeds)
-    grads = torch.autograd.grad(sum(h.square().sum() for h in hidden), embeds)
+        _, states = backbone([None] * 3, [Inputs(t, table(t)) for t in tokens])
+    inputs = [Inputs(t, table(t)).differentiable() for t in tails]
+    hidden, _ = backbone(states, inputs)
+    grads = torch.autograd.grad(sum(h.square().sum() for h in hidden), [x.embeds for x in inputs])
     for prompt, tail, mine, grad in zip(tokens, tails, hidden, grads, strict=True):
         alone = table(tail).detach().requires_grad_()
         full = language.base_model(inputs_embeds=torch.cat([table(prompt), alone]).unsqueeze(0), use_cache=False)
@@ -332,7 +333,7 @@ def test_unknown_kinds_are_found_by_trying(breaks: bool, reason: str) -> None:
         backbone = Backbone(_Looking(breaks), "model")
     assert not backbone.supports_prefix_cache
     x = torch.randn(4, 8)
-    (hidden,), states = backbone([None], [x])
+    (hidden,), states = backbone([None], [Inputs(torch.arange(4), x)])
     torch.testing.assert_close(hidden, x + x.sum(0))
     assert states == [None]
 

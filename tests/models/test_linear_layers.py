@@ -11,10 +11,9 @@ from torch.nn import functional as F
 
 import nabla_fast as nf
 from nabla_fast.models import linear_layers
-from nabla_fast.models.fused_layers import FusedLayers, fused_layers
+from nabla_fast.models.fused_layers import FusedLayers, fast_kernels, fused_layers
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardModel
-from nabla_fast.models.torch_kernels import fast_kernels
 from nabla_fast.objective import Objective, Request
 from nabla_fast.ops import native
 from nabla_fast.testing.models import tiny_language_model, tiny_reward_model

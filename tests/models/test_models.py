@@ -139,8 +139,7 @@ def test_embedding_scale_is_found_in_lower_precision(dtype: torch.dtype) -> None
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_of_a_ragged_batch_equal_each_sequence_alone(family: str) -> None:
     model, ours = wrapped(family)
-    embeds = [ours.embedding(torch.tensor(s)) for s in SEQUENCES]
-    hidden, states = ours.backbone([None] * len(embeds), embeds)
+    hidden, states = ours.backbone([None] * len(SEQUENCES), [ours.embedding.inputs(s) for s in SEQUENCES])
     for rows, state, tokens in zip(hidden, states, SEQUENCES, strict=True):
         torch.testing.assert_close(rows, last_hidden(model, tokens), rtol=0, atol=1e-10)
         assert torch.equal(state.hidden, rows)

@@ -16,7 +16,7 @@ from nabla_fast import graphs
 from nabla_fast.demo import arithmetic
 from nabla_fast.generate import NablaOutput, make_pair
 from nabla_fast.models import checks, kept, linear_layers, static
-from nabla_fast.models.compiled_layers import CompiledLayers, compiled_graphs
+from nabla_fast.models.decoder_layers import CompiledLayers, compiled_graphs
 from nabla_fast.models.fused_layers import find
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.objective import Objective, Request

@@ -12,8 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qw
 
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.reward_model import RewardModel
-from nabla_fast.models.tokenizer_agreement import require_same_tokenization
-from nabla_fast.models.vocabulary import align
+from nabla_fast.models.vocabulary import align, require_same_tokenization
 from nabla_fast.testing.models import CHAT_TEMPLATE, shared_language_model, tiny_reward_model, tiny_tokenizer
 
 WORDS = ("<|pad|>", "<|unk|>", "<|end|>", *"0123456789", " + ", " - ", " * ", " = ", "\n", "Compute ", ".")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nabla_fast.models import torch_kernels
+from nabla_fast.models import fused_layers
 
 
 def test_cudnn_attention_is_off_in_a_gpus_blocks_and_put_back() -> None:
@@ -14,12 +14,12 @@ def test_cudnn_attention_is_off_in_a_gpus_blocks_and_put_back() -> None:
     try:
         for setting in (True, False):
             torch.backends.cuda.enable_cudnn_sdp(setting)
-            with torch_kernels.fast_kernels(torch.device("cuda")):
-                with pytest.raises(KeyError), torch_kernels.fast_kernels(torch.device("cuda")):
+            with fused_layers.fast_kernels(torch.device("cuda")):
+                with pytest.raises(KeyError), fused_layers.fast_kernels(torch.device("cuda")):
                     raise KeyError
                 assert not enabled()
             assert enabled() is setting
-            with torch_kernels.fast_kernels(torch.device("cpu")):
+            with fused_layers.fast_kernels(torch.device("cpu")):
                 assert enabled() is setting
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
@@ -31,7 +31,7 @@ def test_blocks_of_threads_may_overlap() -> None:
     before = enabled()
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
-        first, second = (torch_kernels.fast_kernels(torch.device("cuda")) for _ in range(2))
+        first, second = (fused_layers.fast_kernels(torch.device("cuda")) for _ in range(2))
         first.__enter__()
         second.__enter__()
         first.__exit__(None, None, None)

@@ -1,20 +1,60 @@
-"""Decoder layers compiled by `torch.compile`: one layer is compiled, and all layers of its kind run what came out.
+"""Decoder layers that are recomputed in the backward pass, or compiled by `torch.compile`.
 
-For passes of constant shapes (`nabla_fast.models.static`) alone. A layer's number is nothing that its computation
-depends on but for where its keys and values are; so each layer gets a cache that holds its own.
+One layer is compiled, and all layers of its kind run what came out. That is for passes of constant shapes
+(`nabla_fast.models.static`) alone. A layer's number is nothing that its computation depends on but for where its keys
+and values are; so each layer gets a cache that holds its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from nabla_fast.models.activations import decoder_layers
+from nabla_fast.models.fused_layers import fast_kernels
 from nabla_fast.models.temporary import set_attribute, while_any
+
+
+@contextmanager
+def checkpointed(*models: Any) -> Iterator[None]:
+    """Keeps only each layer's input for the backward pass, which runs the layers once more.
+
+    Not transformers' own switch, which drops the prefix and needs training mode.
+    """
+    layers = [layer for model in models for layer in decoder_layers(model)]
+    with while_any("checkpointed", layers, _checkpoint):
+        yield
+
+
+def _checkpoint(layer: Any) -> Callable[[], Any]:
+    # Another library (accelerate, for one) may have set a layer's forward itself.
+    repeated = partial(checkpoint, partial(_run, layer.forward), use_reentrant=False, preserve_rng_state=False)
+    return set_attribute(layer, "forward", repeated)
+
+
+def _run(forward: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    # Entered here as well: the modes that surround a forward pass are gone when the backward pass repeats it.
+    with fast_kernels(hidden.device):
+        return forward(hidden, *args, **kwargs)
+
+
+def require_layers(model: Any, name: str) -> None:
+    """Raises ValueError where `checkpointed` would find nothing to do."""
+    if not decoder_layers(model):
+        raise ValueError(
+            f"checkpoint_activations must be False for {name}: transformers knows no layers of it to recompute"
+        )
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """The layers of a model that transformers can recompute."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 class _OneLayer:
