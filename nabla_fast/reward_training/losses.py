@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from nabla_fast.ops import upcast
 
@@ -50,14 +51,12 @@ class Loss:
         judge: cross-entropy of the score at the end of each row.
         prefix: that of the scores of prefixes; None where no row has one.
         point: cross-entropy of the first-order gains at the pointers; None where there are none.
-        scores: (B,) at the ends.
     """
 
     total: Tensor
     judge: Tensor
     prefix: Tensor | None
     point: Tensor | None
-    scores: Tensor
 
 
 def reward_loss(classifier: Any, rows: Sequence[Row], *, sharpness: Tensor, prefix: float, point: float) -> Loss:
@@ -102,13 +101,7 @@ def reward_loss(classifier: Any, rows: Sequence[Row], *, sharpness: Tensor, pref
         ]
         point_loss = torch.stack(each).mean()
         total = total + point * point_loss
-    return Loss(total, judge, prefix_loss, point_loss, at_end)
-
-
-def first_choice(gradient: Tensor, pointer: Pointer, table: Tensor) -> bool:
-    """Whether the token of the largest first-order gain is one of the better ones."""
-    tokens = [*pointer.better, *pointer.worse]
-    return int((upcast(table[tokens]) @ upcast(gradient)).argmax()) < len(pointer.better)
+    return Loss(total, judge, prefix_loss, point_loss)
 
 
 def _points(gradient: Tensor, pointer: Pointer, table: Tensor, sharpness: Tensor) -> Tensor:
@@ -123,8 +116,7 @@ def _cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
 
 def _padded(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """ids (B, T) and mask (B, T), padded on the right, and the index (B,) of each row's last token."""
-    width = max(len(row.ids) for row in rows)
-    ids = torch.tensor([[*row.ids, *[0] * (width - len(row.ids))] for row in rows], device=device)
+    ids = pad_sequence([torch.tensor(row.ids, device=device) for row in rows], batch_first=True)
     ends = torch.tensor([len(row.ids) - 1 for row in rows], device=device)
-    mask = torch.arange(width, device=device) <= ends.unsqueeze(1)
+    mask = torch.arange(ids.shape[1], device=device) <= ends.unsqueeze(1)
     return ids, mask.long(), ends
