@@ -100,4 +100,4 @@ def _only(batch: Batch, rows: Seq[int]) -> Batch:
 def _unscored(group: Samples) -> Samples:
     """What drawing alone would have taken."""
     records = [replace(r, reward_calls=0, seconds={**r.seconds, "reward": 0.0}) for r in group.records]
-    return Samples(group.texts, group.sequences, None, records)
+    return Samples(group.sequences, None, records)

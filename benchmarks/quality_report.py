@@ -15,7 +15,7 @@ import torch
 import transformers
 from machine import machine, write
 
-from nabla_fast.evaluation import plots, report
+from nabla_fast.evaluation import bootstrap, plots, report
 from nabla_fast.evaluation.journal import Record
 
 COSTS = {"model_calls": "model calls", "flops": "FLOPs", "seconds": "seconds"}
@@ -314,7 +314,7 @@ def _differences(runs: Mapping[str, Path]) -> list[str]:
             for config, arms in (report.read_run(runs[name]) for name in names)
         )
         for n in (n for n in on if n in off):
-            lines += _row([what, str(n), report.points(report.paired(off[n], on[n])["accuracy"])])
+            lines += _row([what, str(n), bootstrap.with_interval(report.paired(off[n], on[n])["accuracy"])])
     return [*lines, ""]
 
 
@@ -342,7 +342,7 @@ def _percent(value: float | None) -> str:
 
 
 def _points(measure: Mapping[str, float] | None) -> str:
-    return "" if measure is None else report.points(measure)
+    return "" if measure is None else bootstrap.with_interval(measure)
 
 
 def _machine() -> dict[str, Any]:

@@ -34,13 +34,11 @@ class Samples:
     """Independent answers to one prompt.
 
     Attributes:
-        texts: n answers, special tokens left out.
         sequences: n tensors (n_j,) int64 of response token ids, on the CPU.
         rewards: n rewards, or None where nothing was scored.
         records: what each of them took.
     """
 
-    texts: list[str]
     sequences: list[Tensor]
     rewards: list[float] | None
     records: list[SequenceStats]
@@ -53,13 +51,12 @@ class Samples:
     def first(self, n: int) -> Samples:
         """The first ``n``: what drawing only so many would have given."""
         rewards = None if self.rewards is None else self.rewards[:n]
-        return Samples(self.texts[:n], self.sequences[:n], rewards, self.records[:n])
+        return Samples(self.sequences[:n], rewards, self.records[:n])
 
     def with_more(self, later: Samples) -> Samples:
         """These, and those of a later call behind them; both are scored, or neither is."""
         rewards = None if self.rewards is None or later.rewards is None else [*self.rewards, *later.rewards]
-        sequences, records = [*self.sequences, *later.sequences], [*self.records, *later.records]
-        return Samples([*self.texts, *later.texts], sequences, rewards, records)
+        return Samples([*self.sequences, *later.sequences], rewards, [*self.records, *later.records])
 
 
 def greedy(
@@ -128,7 +125,8 @@ def self_consistency(
     config, chats = config or NablaConfig(), as_chats(prompts)
     pair = make_pair(model, tokenizer, reward_model, reward_tokenizer, config)
     groups = sample(pair, *pair.prompts(chats, config), n, config, scored=False)
-    votes = [vote([answer(text) for text in group.texts], same) for group in groups]
+    texts = [[tokenizer.decode(y, skip_special_tokens=True) for y in group.sequences] for group in groups]
+    votes = [vote([answer(text) for text in some], same) for some in texts]
     return _chosen(groups, votes, f"self-consistency of {n}", pair, config, chats)
 
 
@@ -181,18 +179,17 @@ def vote(answers: Seq[T | None], same: Callable[[T, T], bool]) -> int:
 
     None has no vote; where all are None, the index is 0.
     """
-    groups: list[list[int]] = []
+    groups: list[tuple[T, list[int]]] = []
     for i, answer in enumerate(answers):
         if answer is None:
             continue
-        for group in groups:
-            first = answers[group[0]]
-            if first is not None and same(first, answer):
-                group.append(i)
+        for first, voters in groups:
+            if same(first, answer):
+                voters.append(i)
                 break
         else:
-            groups.append([i])
-    return max(groups, key=len)[0] if groups else 0
+            groups.append((answer, [i]))
+    return max((voters for _, voters in groups), key=len, default=[0])[0]
 
 
 def sample(
@@ -248,15 +245,14 @@ def sample(
         for ended in drawing:
             scores = objective.rewards([*ended], [*ended.values()]) if scored else []
             rewards.update((sequence.index, reward) for sequence, reward in zip(ended, scores, strict=False))
-            drawn.update((sequence.index, tokens) for sequence, tokens in ended.items())
-            for sequence in ended:
+            for sequence, tokens in ended.items():
+                drawn[sequence.index] = tokens
                 sequence.release()  # nobody asks for the caches of a scored answer again
             for i in sorted({sequence.index // n for sequence in ended}):
                 group = range(i * n, (i + 1) * n)
                 if all(j in drawn for j in group):
-                    scored_group = [rewards[j] for j in group] if scored else None
-                    records = [rows[j].stats for j in group]
-                    groups[i] = _samples(pair, [drawn[j] for j in group], scored_group, records)
+                    own_rewards = [rewards[j] for j in group] if scored else None
+                    groups[i] = Samples([drawn[j] for j in group], own_rewards, [rows[j].stats for j in group])
                     on_group(i, groups[i])
     return [groups[i] for i in range(len(prompt_ids))]
 
@@ -287,11 +283,6 @@ def _draw(
                 yield {sequence: drawn.tokens for sequence, drawn in ended}
 
 
-def _samples(pair: Pair, sequences: list[Tensor], rewards: list[float] | None, records: list[SequenceStats]) -> Samples:
-    texts = [pair.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in sequences]
-    return Samples(texts, sequences, rewards, records)
-
-
 def _search(
     method: Callable[..., search.Search],
     models: tuple[Any, Any, Any, Any],
@@ -304,11 +295,10 @@ def _search(
         raise ValueError(f"n must be at least 1, got {n}")
     config, steps = config or NablaConfig(), steps or SearchConfig()
     pair, chats = make_pair(*models, config), as_chats(prompts)
-    ids, frames = pair.prompts(chats, config)
-    begin = partial(method, n=n, settings=steps)
-    found = search.run(pair, ids, frames, config, steps, begin, steps=method is search.beam_search)
+    begin, by_steps = partial(method, n=n, settings=steps), method is search.beam_search
+    found = search.run(pair, *pair.prompts(chats, config), config, steps, begin, steps=by_steps)
     tokens = [torch.tensor(response.tokens, dtype=torch.long) for _, response in found]
-    name = "beam search" if method is search.beam_search else "MCTS"
+    name = "beam search" if by_steps else "MCTS"
     return NablaOutput(
         texts=[pair.tokenizer.decode(y, skip_special_tokens=True) for y in tokens],
         sequences=tokens,
@@ -324,15 +314,14 @@ def _chosen(
     groups: Seq[Samples], indices: Seq[int], method: str, pair: Pair, config: NablaConfig, chats: Seq[Chat]
 ) -> NablaOutput:
     chosen = list(zip(groups, indices, strict=True))
+    tokens = [group.sequences[i] for group, i in chosen]
     return NablaOutput(
-        texts=[group.texts[i] for group, i in chosen],
-        sequences=[group.sequences[i] for group, i in chosen],
+        texts=[pair.tokenizer.decode(y, skip_special_tokens=True) for y in tokens],
+        sequences=tokens,
         rewards=[float("nan") if group.rewards is None else group.rewards[i] for group, i in chosen],
         stats=Stats([group.stats for group in groups]),
         details=[
-            Details(
-                chat, config, pair.tokenizer, group.sequences[i].tolist(), samples=group.rewards or (), method=method
-            )
-            for chat, (group, i) in zip(chats, chosen, strict=True)
+            Details(chat, config, pair.tokenizer, y.tolist(), samples=group.rewards or (), method=method)
+            for chat, y, group in zip(chats, tokens, groups, strict=True)
         ],
     )

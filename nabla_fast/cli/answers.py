@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,7 @@ class Outcome:
         questions: strings or chats.
         config: settings of the refined answers.
         refined: answers of ∇-Reasoner.
-        greedy: greedy answers to compare with, or None.
-        best_of_n: answers of Best-of-N to compare with, or None.
+        compared: answers to compare with, as ``--json`` calls them.
         tokenizer: spells the revised tokens.
         unanswered: further questions, whose answers were not finished when the command ended early.
     """
@@ -41,21 +40,19 @@ class Outcome:
     questions: list[Any]
     config: NablaConfig
     refined: NablaOutput
-    greedy: NablaOutput | None
-    best_of_n: NablaOutput | None
+    compared: dict[str, NablaOutput]
     tokenizer: Any
-    unanswered: tuple[Any, ...] = ()
+    unanswered: Sequence[Any] = ()
 
     @property
-    def compared(self) -> dict[str, NablaOutput]:
-        """The answers to compare with, as ``--json`` calls them."""
-        given = {"greedy": self.greedy, "best_of_n": self.best_of_n}
-        return {name: output for name, output in given.items() if output is not None}
+    def beside(self) -> dict[str, NablaOutput]:
+        """The answers to compare with, as a reader knows them."""
+        return {output.details[0].method: output for output in self.compared.values()}
 
     @property
     def outputs(self) -> dict[str, NablaOutput]:
         """What the columns of the tables are of, by name."""
-        return {**{output.details[0].method: output for output in self.compared.values()}, NABLA: self.refined}
+        return {**self.beside, NABLA: self.refined}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -133,15 +130,15 @@ def answer(
     def present(outcome: Outcome) -> None:
         print_json(outcome.to_dict()) if as_json else outcome.show()
         if html is not None:
-            page = outcome.refined.to_html(beside={o.details[0].method: o for o in outcome.compared.values()})
-            write_file(html, page.encode())
+            write_file(html, outcome.refined.to_html(beside=outcome.beside).encode())
             (ERR if as_json else OUT).print(f"the page is in {html}", soft_wrap=True)
 
-    greedy = _under_progress("greedy", baselines.greedy, models, questions, config) if compare_greedy else None
-    best = None
+    compared: dict[str, NablaOutput] = {}
+    if compare_greedy:
+        compared["greedy"] = _under_progress("greedy", baselines.greedy, models, questions, config)
     if best_of_n is not None:
         with status(f"drawing {counted(best_of_n, 'sample')} for Best-of-{best_of_n}"):
-            best = baselines.best_of_n(*models, questions, best_of_n, config)
+            compared["best_of_n"] = baselines.best_of_n(*models, questions, best_of_n, config)
     finished: dict[int, NablaOutput] = {}
     method = partial(generate, on_answer=finished.__setitem__, record=html is not None)
     method = method if profile is None else partial(profiling.profile, profile, method)
@@ -149,38 +146,16 @@ def answer(
         refined = _under_progress("∇-Reasoner", method, models, questions, config)
     except BaseException as error:
         if finished:
-            present(_some(finished, questions, config, greedy, best, models[1]))
+            places = sorted(finished)
+            some = {name: joined([output.only(i) for i in places]) for name, output in compared.items()}
+            asked, left = [questions[i] for i in places], [q for i, q in enumerate(questions) if i not in finished]
+            present(Outcome(asked, config, joined([finished[i] for i in places]), some, models[1], left))
         if isinstance(error, RolloutError):
             _show_unfinished(questions, error, models[1], finished)
         if finished or isinstance(error, KeyboardInterrupt | StoppedError):
             ERR.print(f"stopped with {len(finished)} of {counted(len(questions), 'answer')}")
         raise
-    present(Outcome(questions, config, refined, greedy, best, models[1]))
-
-
-def _some(
-    finished: Mapping[int, NablaOutput],
-    questions: list[Any],
-    config: NablaConfig,
-    greedy: NablaOutput | None,
-    best_of_n: NablaOutput | None,
-    tokenizer: Any,
-) -> Outcome:
-    """What there is when not all questions are answered."""
-    places = sorted(finished)
-
-    def of_these(output: NablaOutput | None) -> NablaOutput | None:
-        return None if output is None else joined([output.only(i) for i in places])
-
-    return Outcome(
-        [questions[i] for i in places],
-        config,
-        joined([finished[i] for i in places]),
-        of_these(greedy),
-        of_these(best_of_n),
-        tokenizer,
-        tuple(question for i, question in enumerate(questions) if i not in finished),
-    )
+    present(Outcome(questions, config, refined, compared, models[1]))
 
 
 def _show_unfinished(questions: list[Any], error: RolloutError, tokenizer: Any, finished: Collection[int]) -> None:

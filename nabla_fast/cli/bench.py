@@ -23,11 +23,7 @@ def command(context: typer.Context) -> None:
 
 
 def find_runner(checkout: Path) -> Path:
-    """benchmarks/run.py of a source checkout.
-
-    Raises:
-        FileNotFoundError: if there is none, as in an installed package.
-    """
+    """benchmarks/run.py of a source checkout; raises FileNotFoundError in an installed package, which has none."""
     runner = checkout / "benchmarks" / "run.py"
     if not runner.is_file():
         raise FileNotFoundError(

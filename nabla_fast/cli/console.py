@@ -17,6 +17,7 @@ from rich import box
 from rich.cells import cell_len
 from rich.console import Console
 from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -106,6 +107,12 @@ def _least_width(cells: Sequence[str | Text], wraps: bool) -> int:
 def status(message: str) -> AbstractContextManager[Any]:
     """A spinner on stderr while something without measurable progress runs."""
     return ERR.status(Text(f"{message} …"))
+
+
+def counting_bars(*more: ProgressColumn) -> Progress:
+    """Bars on stderr that tell how many are done, and in what time."""
+    told = TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*told, *more, console=ERR)
 
 
 def plain(text: str) -> Text:

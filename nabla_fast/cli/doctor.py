@@ -21,11 +21,7 @@ def command(
     """Shows versions, devices, which back ends are built, why one is missing, and what fits on a GPU beside vLLM."""
     from nabla_fast import environment
 
-    report = environment.report(vllm_gpu_memory_utilization)
-    if as_json:
-        print_json(report)
-    else:
-        _show(report)
+    (print_json if as_json else _show)(environment.report(vllm_gpu_memory_utilization))
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from rich.text import Text
 from nabla_fast.cli.console import ERR, OUT, counted, plain, print_json, status
 from nabla_fast.cli.eval_tables import show_comparison, show_summary
 from nabla_fast.cli.models import ModelChoice, chosen_models
-from nabla_fast.cli.options import AsJson, configured, with_shared_options
+from nabla_fast.cli.options import AnswerColumn, AsJson, PromptColumn, Split, TaskName, configured, with_shared_options
 from nabla_fast.config import NablaConfig
 from nabla_fast.search_config import SearchConfig
 from nabla_fast.stopping import StoppedError
@@ -32,10 +33,6 @@ _run = partial(typer.Option, rich_help_panel="Run")
 _steps = partial(typer.Option, rich_help_panel="Searches over steps")
 _engine = partial(typer.Option, rich_help_panel="Engine")
 
-_TASK_HELP = (
-    "reasoning_gym:NAME; arithmetic, which --pair arithmetic is for; a .jsonl file of prompt and answer; math500, "
-    "aime2024, aime2025 or amc; or a hub data set id with its columns."
-)
 _OPTION_HELP = "A parameter of a reasoning-gym task, such as min_digits=2; give the option again for another one."
 _N, _STEPS = "8", SearchConfig()
 _METHODS = "greedy,self-consistency,best-of-n,nabla,likeliest"
@@ -64,12 +61,12 @@ _PROFILE_HELP = (
 @partial(with_shared_options, without=("seed", "max_batch_size"))
 def command(
     context: typer.Context,
-    task: Annotated[str | None, _task(help=_TASK_HELP, metavar="TASK")] = None,
+    task: TaskName = None,
     task_option: Annotated[list[str] | None, _task(help=_OPTION_HELP, metavar="NAME=VALUE")] = None,
     max_problems: Annotated[int | None, _task(help="Take this many problems. Default: all.")] = None,
-    prompt_column: Annotated[str | None, _task(help="Column or key of the questions.")] = None,
-    answer_column: Annotated[str | None, _task(help="Column or key of the reference answers.")] = None,
-    split: Annotated[str | None, _task(help="Split of a hub data set or of arithmetic. Default: test.")] = None,
+    prompt_column: PromptColumn = None,
+    answer_column: AnswerColumn = None,
+    split: Split = None,
     methods: Annotated[str, _run(help=_METHODS_HELP)] = _METHODS,
     n: Annotated[str | None, _run(help=_N_HELP, metavar="N,N,...")] = None,
     budget: Annotated[str | None, _run(help=_BUDGET_HELP, metavar="COST=AMOUNT")] = None,
@@ -110,7 +107,9 @@ def command(
     """Measures accuracy and cost of ∇-Reasoner, and of the methods to compare it with, on a task."""
     if compare is not None:
         _refuse_others(context)
-        _compare(*compare, as_json)
+        from nabla_fast.evaluation import report
+
+        (print_json if as_json else show_comparison)(report.compare(*compare))
         return
     choice = chosen_models(settings)
     if task is None and choice.demo is not None:
@@ -118,15 +117,26 @@ def command(
     if task is None or out is None:
         raise ValueError(f"{'--task' if task is None else '--out'} is missing; give --task and --out, or --compare")
     choice.require()
-    from nabla_fast.evaluation import driver, runner
+    from nabla_fast import profiling
+    from nabla_fast.evaluation import ray_engine, runner
     from nabla_fast.evaluation.budget import Budget
 
     search = SearchConfig(search_separator.replace(r"\n", "\n"), search_tokens, search_width, exploration)
     columns = {"prompt_column": prompt_column, "answer_column": answer_column, "split": split}
     problems = partial(choice.load_task, task, task_option or [], max_problems=max_problems, **columns)
-    cluster = driver.choose_cluster(engine, ray_address, workers, cpus_per_worker, choice.device, choice.reward_device)
-    driver.prepare_profile(profile, cluster)
-    config = driver.with_key(configured(choice.config, settings))
+    devices = choice.device, choice.reward_device
+    cluster = ray_engine.choose_cluster(engine, ray_address, workers, cpus_per_worker, *devices)
+    if profile is not None:
+        if cluster is not None:
+            raise ValueError(
+                f"--profile is {profile}, but --engine is ray; a trace is of one process, so use --engine local"
+            )
+        profiling.prepare(profile)
+    config = configured(choice.config, settings)
+    key = os.environ.get("VLLM_API_KEY")
+    if key and config.vllm_url and config.vllm_api_key is None:
+        # Workers on other machines have an environment of their own.
+        config = config.replace(vllm_api_key=key)
     most = None if budget is None else Budget.parse(budget)
     numbers = None if n is None and most is not None else _integers("--n", _N if n is None else n)
     plan = runner.make_plan(
@@ -155,8 +165,9 @@ def _evaluate(
     as_json: bool,
 ) -> int:
     """Runs a plan under progress bars, and shows what comes out; how many answers failed."""
+    from nabla_fast import profiling
     from nabla_fast.cli.progress import RunProgress
-    from nabla_fast.evaluation import driver, runner
+    from nabla_fast.evaluation import ray_engine, report, runner
     from nabla_fast.rollout import ServerLostError
 
     source = choice.describe()
@@ -166,7 +177,15 @@ def _evaluate(
     # The directory first: a mistake there should not have to wait for the models.
     with runner.open_run(out, runner.describe(plan, task, source), keys) as journal:
         load = partial(_load, choice.absolute(), plan.config)
-        engine = driver.make_engine(load, task, plan, journal, cluster=cluster, profile=profile, announce=status)
+        if cluster is not None:
+            engine = partial(ray_engine.evaluate, load, task, plan, journal, cluster)
+        else:
+            with status("loading the models"):
+                models = load()
+            if profile is not None:
+                with status("profiling the first problems"):
+                    runner.trace(models, task, plan, profile)
+            engine = partial(runner.evaluate, models, task, plan, journal)
         bars = RunProgress(plan, task.problems, journal.records, retry_failed=retry_failed)
         try:
             with bars.progress:
@@ -176,11 +195,10 @@ def _evaluate(
             told = f"stopped with {done} of {counted(len(keys), 'answer')} in {out}"
             ERR.print(f"{told}; the same command goes on from there", soft_wrap=True)
             raise
-    summary = driver.write(out, records, profile)
-    if as_json:
-        print_json(summary)
-    else:
-        show_summary(summary)
+    if profile is not None:
+        profiling.write(profile / profiling.PHASE_TABLE, runner.phase_tables(records))
+    summary = report.write_report(out)
+    (print_json if as_json else show_summary)(summary)
     failed = [record for record in records if record["error"] is not None]
     for record in failed[:_SHOWN_FAILURES]:
         arm = f"{record['method']} {record['n'] or ''}".strip()
@@ -207,16 +225,6 @@ def _refuse_others(context: typer.Context) -> None:
         source = context.get_parameter_source(parameter.name or "")
         if source is not None and source.name != "DEFAULT" and parameter.name not in ("compare", "as_json"):
             raise ValueError(f"--compare shows two finished runs as they are; leave out {parameter.opts[0]}")
-
-
-def _compare(first: Path, second: Path, as_json: bool) -> None:
-    from nabla_fast.evaluation import report
-
-    comparison = report.compare(first, second)
-    if as_json:
-        print_json(comparison)
-    else:
-        show_comparison(comparison)
 
 
 def _names(text: str) -> list[str]:

@@ -14,28 +14,28 @@ _COSTS = {"model_calls": "model calls", "flops": "FLOPs", "seconds": "seconds"}
 
 def show_summary(summary: Mapping[str, Any]) -> None:
     """Prints quality, cost and, where both were run, nabla against Best-of-N at equal cost."""
-    from nabla_fast.evaluation.report import points
+    from nabla_fast.evaluation.bootstrap import with_interval
 
     quality, cost = [], []
     budget = summary.get("budget")
     for label, arm in summary["arms"].items():
-        reward = [_number(_mean(arm[name]), "+.3f") for name in ("reward_before", "reward")]
+        reward = [_figure(arm, name, "+.3f") for name in ("reward_before", "reward")]
         failed = Text(str(arm["failed"]), style="red" if arm["failed"] else "")
-        share = (_number(arm["budget_share"], ".0%"),) if budget else ()
-        accuracy = _number(_mean(arm["accuracy"]), ".1%"), _percent(arm["accuracy"])
-        quality.append((label, *accuracy, *reward, *share, failed))
+        share = (_figure(arm, "budget_share", ".0%"),) if budget else ()
+        spread = [f"{100 * arm['accuracy'][end]:.0f}" for end in ("low", "high")] if arm["accuracy"] else ["-"]
+        quality.append((label, _figure(arm, "accuracy", ".1%"), " to ".join(spread), *reward, *share, failed))
         counters, ends = arm["counters"], arm["finish_reasons"]
-        cut = ends.get("length", 0) / sum(ends.values()) if ends else None
+        cut = f"{ends.get('length', 0) / sum(ends.values()):.0%}" if ends else "-"
         cost.append(
             (
                 label,
-                _number(_mean(arm["model_calls"]), ".0f"),
-                _number(counters["generated_tokens"], ".0f"),
-                _number(cut, ".0%"),
-                _number(counters["gradient_evaluations"], ".1f"),
-                _number(arm["cache_hit_rate"], ".0%"),
-                _number(_mean(arm["seconds"]), ".3g"),
-                _number(_mean(arm["flops"]), ".1e"),
+                _figure(arm, "model_calls", ".0f"),
+                _figure(counters, "generated_tokens", ".0f"),
+                cut,
+                _figure(counters, "gradient_evaluations", ".1f"),
+                _figure(arm, "cache_hit_rate", ".0%"),
+                _figure(arm, "seconds", ".3g"),
+                _figure(arm, "flops", ".1e"),
             )
         )
     told = f", budget {budget['kind']}={budget['amount']:g}" if budget else ""
@@ -46,23 +46,25 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     print_table("cost per problem", ("method", *columns), cost)
     if with_this := summary.get("against_best_of_n_with_budget"):
         title = "accuracy minus Best-of-N's with the same budget, in points, 95 % intervals"
-        print_table(title, ("method", "difference"), [(label, points(found)) for label, found in with_this.items()])
+        print_table(
+            title, ("method", "difference"), [(label, with_interval(found)) for label, found in with_this.items()]
+        )
     if summary["against_best_of_n"]:
         title = "accuracy minus Best-of-N's at equal cost, in points, 95 % intervals; - where no N costs as much"
         found = summary["against_best_of_n"].items()
-        rows = [(label, *(points(differences[name]) for name in _COSTS)) for label, differences in found]
+        rows = [(label, *(with_interval(differences[name]) for name in _COSTS)) for label, differences in found]
         print_table(title, ("method", *(f"equal\n{cost}" for cost in _COSTS.values())), rows)
 
 
 def show_comparison(comparison: Mapping[str, Any]) -> None:
     """Prints two runs side by side: quality and cost; a difference that may be noise has 0 in its interval."""
-    from nabla_fast.evaluation.report import points
+    from nabla_fast.evaluation.bootstrap import with_interval
 
     quality, cost = [], []
     for label, arm in comparison["arms"].items():
         sides = [arm["first"], arm["second"]]
-        accuracy = [_number(_side(side, "accuracy"), ".1%") for side in sides]
-        quality.append((label, *accuracy, points(arm["differences"].get("accuracy"))))
+        accuracy = [_figure(side, "accuracy", ".1%") for side in sides]
+        quality.append((label, *accuracy, with_interval(arm["differences"].get("accuracy"))))
         seconds = _side_by_side(sides, "seconds", ".3g")
         cost.append((label, *_side_by_side(sides, "model_calls", ".0f"), *seconds))
     runs = f"A is {comparison['first']}, B is {comparison['second']}; paired 95 % intervals"
@@ -72,24 +74,15 @@ def show_comparison(comparison: Mapping[str, Any]) -> None:
     print_table("cost per problem", columns, cost)
 
 
-def _mean(measure: Mapping[str, float] | None) -> float | None:
-    return None if measure is None else measure["mean"]
-
-
-def _side(figures: Mapping[str, Any] | None, name: str) -> float | None:
-    return None if figures is None else _mean(figures[name])
-
-
-def _side_by_side(sides: Sequence[Mapping[str, Any] | None], name: str, form: str) -> list[str]:
-    """A figure of both runs, and the second over the first."""
-    first, second = (_side(side, name) for side in sides)
-    ratio = second / first if first and second is not None else None
-    return [_number(first, form), _number(second, form), _number(ratio, ".2f")]
-
-
-def _number(value: float | None, form: str) -> str:
+def _figure(figures: Mapping[str, Any] | None, name: str, form: str) -> str:
+    """A figure, or the mean of one with an interval; "-" where there is none."""
+    value = None if figures is None else figures[name]
+    value = value["mean"] if isinstance(value, Mapping) else value
     return "-" if value is None else format(value, form)
 
 
-def _percent(measure: Mapping[str, float] | None) -> str:
-    return "-" if measure is None else f"{100 * measure['low']:.0f} to {100 * measure['high']:.0f}"
+def _side_by_side(sides: Sequence[Mapping[str, Any] | None], name: str, form: str) -> list[str]:
+    """A measure of both runs, and the second over the first."""
+    first, second = (None if side is None or side[name] is None else side[name]["mean"] for side in sides)
+    ratio = f"{second / first:.2f}" if first and second is not None else "-"
+    return [*(_figure(side, name, form) for side in sides), ratio]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 PAIR_NAMES = ("smollm2", "arithmetic", "arithmetic-steps")
 # Names of options that ``--pair`` took the place of, until the release after 0.1.
 OLD_PAIR_OPTIONS = {"demo": "smollm2", "bundled": "arithmetic"}
+# How a process reward model is read.
+_STEPS = ("step_separator", "step_aggregation", "step_insert_after")
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,21 @@ class ModelChoice:
 
     def require(self) -> None:
         """Raises ValueError unless either both models are named or a pair is."""
-        if self.pair and (self.model or self.reward_model):
-            raise ValueError(
-                f"--pair {self.pair} brings its own models; leave out --model and --reward-model, or leave out --pair"
-            )
-        for option, name in (("--adapter", self.adapter), ("--reward-adapter", self.reward_adapter)):
-            if self.pair and name is not None:
+        if self.pair:
+            if self.model or self.reward_model:
                 raise ValueError(
-                    f"{option} is {name!r}, and --pair {self.pair} has no adapters to choose from; leave it out"
+                    f"--pair {self.pair} brings its own models; leave out --model and --reward-model, or leave out "
+                    "--pair"
                 )
-        for name, given in self._steps.items():
-            if self.pair:
+            for name, given in self._given("adapter", "reward_adapter", *_STEPS).items():
+                option = f"--{name.replace('_', '-')}"
+                if name in _STEPS:
+                    raise ValueError(
+                        f"{option} is {given!r}, and the reward model of --pair {self.pair} scores whole answers; "
+                        "leave it out, or give a process reward model as --reward-model"
+                    )
                 raise ValueError(
-                    f"--{name.replace('_', '-')} is {given!r}, and the reward model of --pair {self.pair} scores whole "
-                    "answers; leave it out, or give a process reward model as --reward-model"
+                    f"{option} is {given!r}, and --pair {self.pair} has no adapters to choose from; leave it out"
                 )
         for option, value in (("--model", self.model), ("--reward-model", self.reward_model)):
             if not (value or self.pair):
@@ -99,9 +102,6 @@ class ModelChoice:
         others = {} if own == chosen else {"reward_device": str(own)}
         if self.quantization != "none":
             others["quantization"] = self.quantization
-        for name in ("adapter", "reward_adapter"):
-            if getattr(self, name) is not None:
-                others[name] = getattr(self, name)
         return {
             "model": self.pair or self.model,
             "reward_model": self.pair or self.reward_model,
@@ -109,7 +109,7 @@ class ModelChoice:
             "dtype": str(kind).removeprefix("torch."),
             "attn_implementation": self.attn_implementation,
             **others,
-            **self._steps,
+            **self._given("adapter", "reward_adapter", *_STEPS),
         }
 
     def absolute(self) -> ModelChoice:
@@ -123,35 +123,20 @@ class ModelChoice:
             ValueError: as `require` and `describe`; and as `nabla_fast.models.loading` does.
         """
         self.require()
-        # First what takes no time: a mistake there should not have to wait for a model.
-        self.describe()
-        quiet_transformers()
         if self.demo is not None:
+            self._prepare()
             return self.demo.load(**self._where, reward_device=self.reward_device)
-        from nabla_fast.models.loading import load_language_model, load_reward_model
+        language = self.load_language_model()
+        from nabla_fast.models.loading import load_reward_model
 
-        assert self.model is not None
+        reward = {**self._where, **self._given(*_STEPS), "device": self.reward_device or self.device}
         assert self.reward_model is not None
-        reward = self._where if self.reward_device is None else {**self._where, "device": self.reward_device}
-        return (
-            *load_language_model(self.model, **self._where, adapter=self.adapter, argument="--model"),
-            *load_reward_model(
-                self.reward_model,
-                **reward,
-                **self._steps,
-                adapter=self.reward_adapter,
-                argument="--reward-model",
-            ),
-        )
+        rewards = load_reward_model(self.reward_model, **reward, adapter=self.reward_adapter, argument="--reward-model")
+        return (*language, *rewards)
 
-    def load_some(self) -> tuple[Any, ...]:
-        """What `load` gives, without the reward model where none is named."""
-        if self.pair or self.reward_model:
-            return self.load()
-        if not self.model:
-            self.require()
-        self.describe()
-        quiet_transformers()
+    def load_language_model(self) -> tuple[Any, Any]:
+        """The language model that ``--model`` names, and its tokenizer. Errors as `load`."""
+        self._prepare()
         from nabla_fast.models.loading import load_language_model
 
         assert self.model is not None
@@ -177,14 +162,15 @@ class ModelChoice:
 
     @property
     def _where(self) -> dict[str, str]:
-        names = ("device", "dtype", "attn_implementation", "quantization")
-        return {name: getattr(self, name) for name in names}
+        return self._given("device", "dtype", "attn_implementation", "quantization")
 
-    @property
-    def _steps(self) -> dict[str, str]:
-        """How a process reward model is read, as far as it is given."""
-        names = ("step_separator", "step_aggregation", "step_insert_after")
+    def _given(self, *names: str) -> dict[str, str]:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def _prepare(self) -> None:
+        # What takes no time: a mistake there should not have to wait for a model.
+        self.describe()
+        quiet_transformers()
 
 
 def chosen_models(settings: Mapping[str, Any]) -> ModelChoice:

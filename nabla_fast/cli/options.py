@@ -17,7 +17,16 @@ from nabla_fast.config import PRESETS, NablaConfig, Sampling
 from nabla_fast.models.quantization import QUANTIZATIONS
 from nabla_fast.models.steps import AGGREGATIONS
 
+_task = partial(typer.Option, rich_help_panel="Task")
+_TASK_HELP = (
+    "reasoning_gym:NAME; arithmetic, which --pair arithmetic is for; a .jsonl file of prompt and answer; math500, "
+    "aime2024, aime2025 or amc; or a hub data set id with its columns."
+)
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+TaskName = Annotated[str | None, _task(help=_TASK_HELP, metavar="TASK")]
+PromptColumn = Annotated[str | None, _task(help="Column or key of the questions.")]
+AnswerColumn = Annotated[str | None, _task(help="Column or key of the reference answers.")]
+Split = Annotated[str | None, _task(help="Split of a hub data set or of arithmetic. Default: test.")]
 
 _SAMPLING_FIELDS = ("rollout", "resample")
 _PANEL = "∇-Reasoner settings"

@@ -8,32 +8,27 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from nabla_fast.cli.console import ERR, OUT, plain, print_json, print_table, status
+from nabla_fast.cli.console import ERR, OUT, counting_bars, plain, print_json, print_table, status
 from nabla_fast.cli.models import chosen_models
-from nabla_fast.cli.options import AsJson, configured, with_shared_options
+from nabla_fast.cli.options import AnswerColumn, AsJson, PromptColumn, Split, TaskName, configured, with_shared_options
 
 _task = partial(typer.Option, rich_help_panel="Task")
 _run = partial(typer.Option, rich_help_panel="Run")
 
-_TASK_HELP = (
-    "reasoning_gym:NAME; arithmetic, which --pair arithmetic is for; a .jsonl file of prompt and answer; math500, "
-    "aime2024, aime2025 or amc; or a hub data set id with its columns."
-)
 _LABELS_HELP = "Have the task's verifier say what is right; without it, the highest reward of a rollout is the target."
 
 
 @partial(with_shared_options, without=("max_batch_size", "proposal", "gradient_cache"))
 def command(
-    task: Annotated[str | None, _task(help=_TASK_HELP, metavar="TASK")] = None,
+    task: TaskName = None,
     task_option: Annotated[
         list[str] | None, _task(help="A parameter of a reasoning-gym task, such as min_digits=2.", metavar="NAME=VALUE")
     ] = None,
     max_problems: Annotated[int, _task(help="Take this many problems.")] = 100,
-    prompt_column: Annotated[str | None, _task(help="Column or key of the questions.")] = None,
-    answer_column: Annotated[str | None, _task(help="Column or key of the reference answers.")] = None,
-    split: Annotated[str | None, _task(help="Split of a hub data set or of arithmetic. Default: test.")] = None,
+    prompt_column: PromptColumn = None,
+    answer_column: AnswerColumn = None,
+    split: Split = None,
     forks: Annotated[int, _run(help="Most uncertain positions of an answer that are looked at.")] = 3,
     labels: Annotated[bool, _run("--labels/--no-labels", help=_LABELS_HELP)] = True,
     batch_size: Annotated[int, _run(help="Most answers and rollouts drawn together.")] = 16,
@@ -51,7 +46,7 @@ def command(
     name = task or (None if choice.demo is None else choice.demo.task)
     if name is None:
         raise ValueError("--task is missing; give the task whose problems are to be looked at")
-    from nabla_fast.evaluation import driver, methods, probe_report
+    from nabla_fast.evaluation import methods, probe_report
     from nabla_fast.evaluation.probe import probe
 
     if out is not None:
@@ -59,23 +54,12 @@ def command(
     columns = {"prompt_column": prompt_column, "answer_column": answer_column, "split": split}
     with status("preparing the problems"):
         problems = choice.load_task(name, task_option or [], max_problems=max_problems, **columns)
-    config = driver.with_key(configured(choice.config, settings))
+    config = configured(choice.config, settings)
     with status("loading the models"):
         models = methods.load(*choice.load(), config)
-    bars = Progress(
-        TextColumn("problems"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(), console=ERR
-    )
-    with bars:
-        bar = bars.add_task("problems", total=len(problems.problems))
-        found = probe(
-            models,
-            problems,
-            config,
-            forks=forks,
-            labels=labels,
-            batch_size=batch_size,
-            on_problems=lambda count: bars.advance(bar, count),
-        )
+    with counting_bars() as bars:
+        advance = partial(bars.advance, bars.add_task("problems", total=len(problems.problems)))
+        found = probe(models, problems, config, forks=forks, labels=labels, batch_size=batch_size, on_problems=advance)
     told = {
         "task": problems.description,
         "models": choice.describe(),
@@ -84,24 +68,23 @@ def command(
     }
     if out is not None:
         probe_report.write(out, found, told)
-    if as_json:
-        print_json(told)
-    else:
-        show(told)
+    (print_json if as_json else show)(told)
     if out is not None:
         (ERR if as_json else OUT).print(f"every fork, the figures and a plot are in {out}", soft_wrap=True)
 
 
 def show(told: Mapping[str, Any]) -> None:
     """Prints the figures of a probe and its recommendation."""
+    from nabla_fast.evaluation.bootstrap import with_interval
+
     labelled = told["labels"] == "verifier"
     unit = 100 if labelled else 1
     rows = [
         (
             name,
-            _measure(own["precision_at_1"], 100, ".0f"),
-            _measure(own["gain"], unit, "+.1f" if labelled else "+.3f"),
-            _measure(own["gain_over_control"], unit, "+.1f" if labelled else "+.3f"),
+            with_interval(own["precision_at_1"], 100, ".0f"),
+            with_interval(own["gain"], unit, "+.1f" if labelled else "+.3f"),
+            with_interval(own["gain_over_control"], unit, "+.1f" if labelled else "+.3f"),
             f"{own['proposed']:.0%}",
             "-" if own["model_calls"] is None else f"{own['model_calls']:.0f}",
         )
@@ -111,13 +94,13 @@ def show(told: Mapping[str, Any]) -> None:
     columns = ("proposal", "precision\nat 1, %", gain, "minus\nlikeliest", "other\ntoken", "model\ncalls")
     where = f"{told['forks']} forks of {told['answers']} answers, {told['mendable_forks']} of them mendable"
     print_table(f"{told['task']['name']}: {where}; 95 % intervals over problems", columns, rows)
-    shown = {
+    figures = {
         "reward": "reward of a rollout, against right and wrong",
         "prefix_reward": f"reward of a prefix, against {'right and wrong' if labelled else 'the rollout’s'}",
         "prefix_reward_of_reward": "reward of a prefix, against the rollout's reward",
         "log_prob": f"log-likelihood, against {'right and wrong' if labelled else 'the rollout’s'}",
     }
-    pairs = [(text, _measure(told["concordance"][name], 1, ".2f")) for name, text in shown.items()]
+    pairs = [(text, with_interval(told["concordance"][name], 1, ".2f")) for name, text in figures.items()]
     print_table("concordance within a fork; 0.5 is chance", ("figure", "concordance"), pairs)
     mistakes = told["mistakes"]
     if labelled:
@@ -126,10 +109,3 @@ def show(told: Mapping[str, Any]) -> None:
         )
         OUT.print(plain(told_wrong), soft_wrap=True)
     OUT.print(plain(f"\n{told['recommendation']['why']}"), soft_wrap=True)
-
-
-def _measure(measure: Mapping[str, float] | None, scale: float, form: str) -> str:
-    if measure is None:
-        return "-"
-    mean, low, high = (format(scale * measure[part], form) for part in ("mean", "low", "high"))
-    return f"{mean} ({low} to {high})"

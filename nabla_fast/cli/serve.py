@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,33 +27,33 @@ if TYPE_CHECKING:
 API_KEY_VARIABLE = "NABLA_FAST_API_KEY"
 _LIBRARIES = ("fastapi", "prometheus_client", "uvicorn")
 _LONGEST = 86400.0
-_PANEL = "Server"
-
-
-def _server_option(text: str, **more: Any) -> Any:
-    return typer.Option(help=text, rich_help_panel=_PANEL, **more)
+_server = partial(typer.Option, rich_help_panel="Server")
 
 
 @with_shared_options
 def command(
-    host: Annotated[str, _server_option("Address to listen at; 0.0.0.0 is every network.")] = "127.0.0.1",
-    port: Annotated[int, _server_option("Port to listen at; 0 takes a free one.")] = 8000,
+    host: Annotated[str, _server(help="Address to listen at; 0.0.0.0 is every network.")] = "127.0.0.1",
+    port: Annotated[int, _server(help="Port to listen at; 0 takes a free one.")] = 8000,
     served_name: Annotated[
-        str | None, _server_option("The model's name in requests. Default: the pair's, or the model's folder.")
+        str | None, _server(help="The model's name in requests. Default: the pair's, or the model's folder.")
     ] = None,
     api_key: Annotated[
         str | None,
-        _server_option(f"Key that requests must send. Default: the environment variable {API_KEY_VARIABLE}, or none."),
+        _server(help=f"Key that requests must send. Default: the environment variable {API_KEY_VARIABLE}, or none."),
     ] = None,
     max_queue: Annotated[
-        int, _server_option("Most requests that wait while --max-batch-size sequences are decoded; others get a 429.")
+        int, _server(help="Most requests that wait while --max-batch-size sequences are decoded; others get a 429.")
     ] = 64,
-    timeout: Annotated[float, _server_option("Seconds that a request may take, from its arrival.")] = 600.0,
-    drain: Annotated[float, _server_option("Seconds that requests under way get to end at SIGTERM or Ctrl-C.")] = 30.0,
+    timeout: Annotated[float, _server(help="Seconds that a request may take, from its arrival.")] = 600.0,
+    drain: Annotated[float, _server(help="Seconds that requests under way get to end at SIGTERM or Ctrl-C.")] = 30.0,
     **settings: Any,
 ) -> None:
     """Serves the models to OpenAI's clients: chat completions and completions, refined by ∇-Reasoner."""
-    _require_libraries()
+    missing = [library for library in _LIBRARIES if find_spec(library) is None]
+    if missing:
+        raise ImportError(
+            f'serve needs {", ".join(missing)}, which is not installed; use pip install "nabla_fast[serve]"'
+        )
     choice = chosen_models(settings)
     choice.require()
     config = configured(choice.config, settings)
@@ -74,14 +75,6 @@ def command(
         # In a step that cannot be given up. Python would take its thread down in the middle of it, and crash.
         sys.stderr.flush()
         os._exit(0)
-
-
-def _require_libraries() -> None:
-    missing = [library for library in _LIBRARIES if find_spec(library) is None]
-    if missing:
-        raise ImportError(
-            f'serve needs {", ".join(missing)}, which is not installed; use pip install "nabla_fast[serve]"'
-        )
 
 
 def _served_name(given: str | None, choice: ModelChoice) -> str:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TimeRemainingColumn
 
-from nabla_fast.cli.console import ERR, OUT, counted, status
+from nabla_fast.cli.console import ERR, OUT, counted, counting_bars, status
 from nabla_fast.cli.models import ModelChoice, chosen_models
-from nabla_fast.cli.options import configured, with_shared_options
+from nabla_fast.cli.options import AnswerColumn, PromptColumn, configured, with_shared_options
 
 if TYPE_CHECKING:
     from nabla_fast.config import NablaConfig
     from nabla_fast.evaluation.tasks import Task
-    from nabla_fast.reward_training.training import Step
+    from nabla_fast.reward_training.losses import Loss
 
 _task = partial(typer.Option, rich_help_panel="Task")
 _training = partial(typer.Option, rich_help_panel="Training")
@@ -31,8 +31,8 @@ def command(
     problems: Annotated[int, _task(help="Problems to train on.")] = 400,
     validation: Annotated[int, _task(help="Problems after them that the result is probed on.")] = 100,
     split: Annotated[str | None, _task(help="Split of a hub data set or of arithmetic.")] = None,
-    prompt_column: Annotated[str | None, _task(help="Column or key of the questions.")] = None,
-    answer_column: Annotated[str | None, _task(help="Column or key of the reference answers.")] = None,
+    prompt_column: PromptColumn = None,
+    answer_column: AnswerColumn = None,
     base: Annotated[
         str | None,
         _training(
@@ -119,9 +119,10 @@ def _run(
 
     out.mkdir(parents=True, exist_ok=True)
     with status("loading the policy"):
-        model, tokenizer, *reward = choice.load_some()
+        whole = choice.pair or choice.reward_model
+        model, tokenizer, *reward = choice.load() if whole else choice.load_language_model()
     base = base or str(model.config.name_or_path)
-    with _bars() as bars:
+    with counting_bars(TimeRemainingColumn()) as bars:
         bar = bars.add_task("examples", total=len(trained.problems))
         advance = partial(bars.advance, bar)
         found = examples.collect(
@@ -129,34 +130,22 @@ def _run(
         )
         steps = bars.add_task("steps", total=recipe.steps)
 
-        def stepped(step: Step) -> None:
-            bars.update(steps, completed=step.number, description=f"steps, loss {step.judge:.2f}")
+        def stepped(step: int, loss: Loss) -> None:
+            bars.update(steps, completed=step, description=f"steps, loss {loss.judge.item():.2f}")
 
         adapter = training.train(base, tokenizer, found, out, recipe, device=model.device, on_step=stepped)
-        figures = []
-        rewards = {"trained": load_reward_model(adapter, device=model.device)}
-        if reward:
-            rewards = {"before": (reward[0], reward[1]), **rewards}
+        figures: dict[str, dict[str, Any]] = {}
+        rewards = {"before": (reward[0], reward[1])} if reward else {}
+        rewards["trained"] = load_reward_model(adapter, device=model.device)
         for label, own in rewards.items():
             advance = partial(bars.advance, bars.add_task(f"probe, {label}", total=len(held_out.problems)))
             loaded = methods.load(model, tokenizer, *own, config)
             looked = probe(loaded, held_out, config, forks=forks, batch_size=batch_size, on_problems=advance)
-            figures.append(probe_report.figures(looked, labels=True))
-    *before, after = figures
-    told = {"base": base, "task": trained.description, "examples": len(found), "recipe": training.as_dict(recipe)}
-    card.write_card(adapter, told, before[0] if before else None, after)
+            figures[label] = probe_report.figures(looked, labels=True)
+    after = figures["trained"]
+    told = {"base": base, "task": trained.description, "examples": len(found), "recipe": asdict(recipe)}
+    card.write_card(adapter, told, figures.get("before"), after)
     from nabla_fast.cli.probe import show
 
     show({**after, "task": held_out.description})
     OUT.print(f"the adapter and its card are in {adapter}; use it as --reward-model", soft_wrap=True)
-
-
-def _bars() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=ERR,
-    )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nabla_fast.config import NablaConfig
 from nabla_fast.evaluation.budget import Budget
-from nabla_fast.evaluation.flops import Sizes, Work, estimate, sizes
+from nabla_fast.evaluation.flops import Sizes, estimate, sizes
 from nabla_fast.evaluation.grading import Grader
 from nabla_fast.evaluation.tasks import Problem
 from nabla_fast.evaluation.thoughts import spoken
@@ -111,6 +111,33 @@ class Batch:
             return False
         return budget.spent(stats, flops() if budget.kind == "flops" else 0.0) >= budget.amount
 
+    def flops(self, i: int, stats: SequenceStats, response: int, *, conversations: int) -> float:
+        """FLOPs of samples or of the decode loop, for an answer of so many tokens to the i-th problem."""
+        frame = len(self.frames[i].opening), len(self.frames[i].closing)
+        asked = {"prompt": len(self.prompt_ids[i]), "response": response, "conversations": conversations}
+        return estimate(self.models.sizes, stats, self.config, frame=frame, **asked)
+
+    def spoken(self, i: int, tokens: Tensor) -> str:
+        """A response (n,) to the i-th problem, without its thoughts."""
+        return spoken(self.models.pair.tokenizer, self.prompt_ids[i], tokens.tolist())
+
+    def answer(
+        self, i: int, tokens: Tensor, rewards: tuple[float | None, float | None], stats: SequenceStats, flops: float
+    ) -> Answer:
+        """The answer to the i-th problem, told to ``on_answer``.
+
+        Args:
+            tokens: (n,) int64 of the response.
+            rewards: of the first response drawn and of this one; None where there is no such thing.
+            stats: counters of all that was drawn.
+            flops: of all that was drawn.
+        """
+        text = self.models.pair.tokenizer.decode(tokens, skip_special_tokens=True)
+        before, after = rewards
+        answer = Answer(text, len(tokens), after, before, stats, flops, self.spoken(i, tokens))
+        self.on_answer(i, answer)
+        return answer
+
 
 def load(
     model: Any, tokenizer: Any, reward_model: Any, reward_tokenizer: Any, config: NablaConfig | None = None
@@ -129,45 +156,8 @@ def make_batch(
     config: NablaConfig,
     n: int,
     size: int,
-    on_answer: Callable[[int, Answer], None] = lambda *_: None,
-    budget: Budget | None = None,
-    search: SearchConfig | None = None,
+    **more: Any,
 ) -> Batch:
-    """Prepares problems for a method."""
+    """Prepares problems for a method; ``more`` are the other fields of `Batch`."""
     ids, frames = models.pair.prompts([problem.chat for problem in problems], config)
-    return Batch(
-        models, problems, ids, frames, seeds, grader, config, n, size, on_answer, budget, search or SearchConfig()
-    )
-
-
-def flops_of(batch: Batch, i: int, stats: SequenceStats, response: int, *, conversations: int) -> float:
-    """FLOPs of samples or of the decode loop, for an answer of so many tokens."""
-    frame = (len(batch.frames[i].opening), len(batch.frames[i].closing))
-    work = Work(stats, len(batch.prompt_ids[i]), frame, response, conversations)
-    return estimate(batch.models.sizes, work, batch.config)
-
-
-def answer_of(
-    batch: Batch,
-    i: int,
-    tokens: Tensor,
-    rewards: tuple[float | None, float] | None,
-    stats: SequenceStats,
-    flops: float,
-) -> Answer:
-    """The answer to the i-th problem of a batch.
-
-    Args:
-        tokens: (n,) int64 of the response.
-        rewards: of the first response drawn, None where there is no such thing, and of this one; None without scores.
-        stats: counters of all that was drawn.
-        flops: of all that was drawn.
-    """
-    before, after = rewards or (None, None)
-    text = batch.models.pair.tokenizer.decode(tokens, skip_special_tokens=True)
-    return Answer(text, len(tokens), after, before, stats, flops, spoken_of(batch, i, tokens))
-
-
-def spoken_of(batch: Batch, i: int, tokens: Tensor) -> str:
-    """A response (n,) to the i-th problem of a batch, without its thoughts."""
-    return spoken(batch.models.pair.tokenizer, batch.prompt_ids[i], tokens.tolist())
+    return Batch(models, problems, ids, frames, seeds, grader, config, n, size, **more)

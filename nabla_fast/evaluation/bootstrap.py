@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,14 @@ class Interval:
     mean: float
     low: float
     high: float
+
+
+def with_interval(measure: Mapping[str, float] | None, scale: float = 100, form: str = "+.1f", unit: str = "") -> str:
+    """A mean and its interval, such as a difference of shares in percentage points; "-" where there is none."""
+    if measure is None:
+        return "-"
+    mean, low, high = (format(scale * measure[part], form) for part in ("mean", "low", "high"))
+    return f"{mean}{unit} ({low} to {high})"
 
 
 def interval(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:

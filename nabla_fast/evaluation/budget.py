@@ -50,11 +50,6 @@ class Budget:
     def __str__(self) -> str:
         return f"{self.kind}={self.amount:.10g}"
 
-    @property
-    def cost(self) -> str:
-        """What the cost is called in results."""
-        return COSTS[self.kind]
-
     def spent(self, stats: SequenceStats, flops: float) -> float:
         """Of a record of counters and its estimated FLOPs, what counts."""
         if self.kind == "flops":

@@ -47,25 +47,6 @@ class Sizes:
     continues: bool = True
 
 
-@dataclass(frozen=True)
-class Work:
-    """What was computed, in tokens.
-
-    Attributes:
-        stats: the counters.
-        prompt: tokens of the language model's prompt.
-        frame: tokens around a response in the reward model's conversation, before and after it.
-        response: tokens of the answer.
-        conversations: scored ones that share nothing with each other.
-    """
-
-    stats: SequenceStats
-    prompt: int
-    frame: tuple[int, int]
-    response: int
-    conversations: int
-
-
 def sizes(pair: Pair) -> Sizes:
     """Parameters of the two models of ``pair``."""
     head = pair.language_model.head.weight.numel()
@@ -75,20 +56,35 @@ def sizes(pair: Pair) -> Sizes:
     return Sizes(language, reward, head, backbone is None or pair.reward_model.supports_prefix_cache)
 
 
-def estimate(sizes: Sizes, work: Work, config: NablaConfig) -> float:
-    """The FLOPs of ``work``, by the formula of this module."""
-    stats = work.stats
-    before = stats.rollouts * work.prompt + sum(revision.position + 1 for revision in stats.revisions)
+def estimate(
+    sizes: Sizes,
+    stats: SequenceStats,
+    config: NablaConfig,
+    *,
+    prompt: int,
+    frame: tuple[int, int],
+    response: int,
+    conversations: int,
+) -> float:
+    """The FLOPs of what ``stats`` counts, by the formula of this module.
+
+    Args:
+        prompt: tokens of the language model's prompt.
+        frame: tokens around a response in the reward model's conversation, before and after it.
+        response: tokens of the answer.
+        conversations: scored ones that share nothing with each other.
+    """
+    before = stats.rollouts * prompt + sum(revision.position + 1 for revision in stats.revisions)
     language = before + stats.generated_tokens
-    opening, closing = work.frame
+    opening, closing = frame
     whole = stats.reward_calls - stats.prefix_rewards
     responses = whole / max(stats.rollouts, 1) * stats.generated_tokens + stats.prefix_rewards
-    reward = work.conversations * opening + responses + whole * closing
-    gradients = (1 + _BACKWARD_PER_FORWARD) * work.response * stats.gradient_evaluations
+    reward = conversations * opening + responses + whole * closing
+    gradients = (1 + _BACKWARD_PER_FORWARD) * response * stats.gradient_evaluations
     if not sizes.continues:
-        reward = stats.reward_calls * (opening + work.response) + whole * closing
+        reward = stats.reward_calls * (opening + response) + whole * closing
         reward += (1 + _BACKWARD_PER_FORWARD) * (opening + closing) * stats.gradient_evaluations
-    rows = work.response if config.update_postfix else 1
+    rows = response if config.update_postfix else 1
     head = 2 * sizes.head * rows * stats.dto_iterations if config.parameterization == "latents" else 0
     return 2.0 * (
         sizes.language * language + sizes.reward * reward + (sizes.language + sizes.reward) * gradients + head

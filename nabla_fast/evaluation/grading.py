@@ -29,10 +29,7 @@ class Grader(Protocol):
         """Raises GradingError if no response to the problem could be graded."""
 
     def answer(self, problem_id: str, response: str) -> Any | None:
-        """What ``response`` gives as its answer, in a form for `same`, `text` and `right`; None if it gives none."""
-
-    def text(self, answer: Any) -> str:
-        """An answer as a reader sees it."""
+        """What ``response`` gives as its answer, for `same`, `right` and, as text, a reader; None if it gives none."""
 
     def same(self, one: Any, other: Any) -> bool:
         """Whether two answers are the same, for a majority vote; it knows nothing of the reference answer."""
@@ -47,6 +44,9 @@ class MathAnswer:
 
     response: str
     found: str
+
+    def __str__(self) -> str:
+        return self.found
 
 
 class MathGrader:
@@ -75,9 +75,6 @@ class MathGrader:
     def answer(self, problem_id: str, response: str) -> MathAnswer | None:
         found = math_process.shared().parse(response)
         return None if found is None else MathAnswer(response, found)
-
-    def text(self, answer: Any) -> str:
-        return str(answer.found)
 
     def same(self, one: Any, other: Any) -> bool:
         return math_process.shared().same(one.response, other.response)
@@ -114,9 +111,6 @@ class GymGrader:
         tagged = self._tagged(response)
         text = response if tagged is None else tagged
         return extract_number(text) if self._numbers else text.strip() or None
-
-    def text(self, answer: Any) -> str:
-        return str(answer)
 
     def same(self, one: Any, other: Any) -> bool:
         # score_answer would tell here what is right, where it checks an answer against the problem itself.

@@ -6,8 +6,8 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from nabla_fast.whole_files import json_line, require_own_files
@@ -26,7 +26,7 @@ def read_records(file: Path) -> list[Record]:
     return [_record(file, number, line) for number, line in enumerate(lines, start=1)]
 
 
-class Journal:
+class Journal(AbstractContextManager["Journal"]):
     """Appends to a file of results, for one process at a time.
 
     A line counts when its newline is on the disk: a line cut short by a kill is dropped when the file is opened again.
@@ -63,11 +63,7 @@ class Journal:
         self._stream.truncate(file.read_bytes().rfind(b"\n") + 1)
 
     def append(self, record: Record) -> None:
-        """Writes a record and returns when it is on the disk.
-
-        Raises:
-            OSError: if it cannot be written; the message names the file.
-        """
+        """Writes a record and returns when it is on the disk; raises OSError, with the file's name, if it cannot."""
         # In one piece, so that no part of a line can follow another one.
         data = memoryview(json_line(record))
         try:
@@ -82,12 +78,7 @@ class Journal:
         """Closes the file; another process may now write to it."""
         self._stream.close()
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

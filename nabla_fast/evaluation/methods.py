@@ -6,23 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from nabla_fast import baselines, search
 from nabla_fast.config import NablaConfig, Sampling
 from nabla_fast.decoder import Sequence as Response
-from nabla_fast.evaluation.batch import (
-    Answer,
-    Batch,
-    Models,
-    answer_of,
-    flops_of,
-    load,
-    make_batch,
-    spoken_of,
-)
-from nabla_fast.evaluation.budget import Budget
+from nabla_fast.evaluation.batch import Answer, Batch, Models, load, make_batch
 from nabla_fast.evaluation.flops import forward
 from nabla_fast.generate import run, stop_rule
 from nabla_fast.sampling import Sampler
@@ -53,22 +44,22 @@ def greedy(batch: Batch) -> list[Answer]:
     """Greedy decoding, scored once, whatever the budget."""
     config = batch.config.replace(rollout=Sampling(temperature=0.0))
     batch = replace(batch, n=1, budget=None)
-    return _of_samples(batch, None, config, lambda _, group: baselines.best(group), scored=True)
+    return _of_samples(batch, config)
 
 
 def best_of_n(batch: Batch, groups: Sequence[baselines.Samples] | None = None) -> list[Answer]:
     """The best of n samples by reward; ``groups`` holds the samples of each problem where they are drawn already."""
-    return _of_samples(batch, groups, batch.config, lambda _, group: baselines.best(group), scored=True)
+    return _of_samples(batch, batch.config, groups)
 
 
 def self_consistency(batch: Batch, groups: Sequence[baselines.Samples] | None = None) -> list[Answer]:
     """The majority of n samples; nothing is scored. ``groups`` as in `best_of_n`."""
 
     def vote(i: int, group: baselines.Samples) -> int:
-        spoken = [spoken_of(batch, i, tokens) for tokens in group.sequences]
+        spoken = [batch.spoken(i, tokens) for tokens in group.sequences]
         return baselines.vote([batch.grader.answer(batch.problems[i].id, text) for text in spoken], batch.grader.same)
 
-    return _of_samples(batch, groups, batch.config, vote, scored=False)
+    return _of_samples(batch, batch.config, groups, vote)
 
 
 def nabla(batch: Batch, sampler: Sampler | None = None, proposal: str | None = None) -> list[Answer]:
@@ -86,14 +77,12 @@ def nabla(batch: Batch, sampler: Sampler | None = None, proposal: str | None = N
     answers: dict[int, Answer] = {}
 
     def end(response: Response) -> None:
-        reward, stats = response.current.reward, response.stats
+        i, tokens, reward, stats = response.index, response.current.tokens, response.current.reward, response.stats
         first = stats.revisions[0].old_reward if stats.revisions else reward
-        tokens = response.current.tokens
-        answers[response.index] = answer_of(batch, response.index, tokens, (first, reward), stats, flops(response))
-        batch.on_answer(response.index, answers[response.index])
+        answers[i] = batch.answer(i, tokens, (first, reward), stats, flops(response))
 
     def flops(response: Response) -> float:
-        return flops_of(batch, response.index, response.stats, len(response.current.tokens), conversations=1)
+        return batch.flops(response.index, response.stats, len(response.current.tokens), conversations=1)
 
     def enough(response: Response) -> bool:
         return batch.enough(response.stats, lambda: flops(response))
@@ -103,14 +92,28 @@ def nabla(batch: Batch, sampler: Sampler | None = None, proposal: str | None = N
     return [answers[i] for i in range(len(batch.problems))]
 
 
-def beam_search(batch: Batch) -> list[Answer]:
-    """Reward-guided beam search over steps with n candidates a step; ``search_width ** 2`` of them with a budget."""
-    return _of_search(batch, search.beam_search, steps=True)
+def search_steps(batch: Batch, find: Callable[..., search.Search], *, steps: bool) -> list[Answer]:
+    """A reward-guided search over steps: n candidates a step or simulations; ``search_width ** 2`` with a budget."""
+    sizes, settings = batch.models.sizes, batch.search
+    answers: dict[int, Answer] = {}
 
+    def flops(prompt: search.Prompt) -> float:
+        return forward(sizes, prompt.language_tokens, prompt.reward_tokens)
 
-def mcts(batch: Batch) -> list[Answer]:
-    """Reward-guided Monte-Carlo tree search with n simulations."""
-    return _of_search(batch, search.mcts, steps=False)
+    def enough(prompt: search.Prompt) -> bool:
+        return batch.enough(prompt.stats, lambda: flops(prompt))
+
+    def end(prompt: search.Prompt, response: search.Response) -> None:
+        i, tokens = prompt.sequence.index, torch.tensor(response.tokens, dtype=torch.long)
+        # What is scored first are prefixes, where rollouts end with a step.
+        before = None if steps else next(iter(prompt.rewards.values()))
+        answers[i] = batch.answer(i, tokens, (before, response.score), prompt.stats, flops(prompt))
+
+    n = batch.n or settings.search_width**2
+    begin = partial(find, n=n, settings=settings, enough=enough if batch.budget else None)
+    asked = batch.models.pair, batch.prompt_ids, batch.frames, batch.config, settings, begin
+    search.run(*asked, steps=steps, seeds=batch.seeds, batch_size=batch.size, on_end=end)
+    return [answers[i] for i in range(len(batch.problems))]
 
 
 METHODS: dict[str, Callable[[Batch], list[Answer]]] = {
@@ -118,8 +121,8 @@ METHODS: dict[str, Callable[[Batch], list[Answer]]] = {
     "self-consistency": self_consistency,
     "best-of-n": best_of_n,
     **{method: partial(nabla, proposal=proposal) for method, proposal in PROPOSALS.items()},
-    "beam-search": beam_search,
-    "mcts": mcts,
+    "beam-search": partial(search_steps, find=search.beam_search, steps=True),
+    "mcts": partial(search_steps, find=search.mcts, steps=False),
 }
 
 
@@ -132,59 +135,29 @@ def draw(
 ) -> list[baselines.Samples]:
     """n samples of each problem; with a budget, those that are begun while it is not spent.
 
-    Args:
-        on_group: hears of a problem, by its index, and its samples when it has all.
+    With a budget they are drawn in rounds, since nobody knows what one will cost. What is drawn beyond it is not
+    counted, so that an answer does not depend on how many a round has. ``on_group`` hears of a problem, by its index,
+    and its samples when it has all.
     """
-    if batch.budget is not None:
-        return _drawn_in_rounds(batch, batch.budget, config, scored=scored, on_group=on_group)
-    everyone = list(range(len(batch.problems)))
-    return _samples(batch, everyone, batch.n, config, scored=scored, on_group=on_group)
 
+    def some(rows: Sequence[int], n: int, **more: Any) -> list[baselines.Samples]:
+        ids, frames = [batch.prompt_ids[i] for i in rows], [batch.frames[i] for i in rows]
+        more |= {"scored": scored, "seeds": [batch.seeds[i] for i in rows], "batch_size": batch.size}
+        return baselines.sample(batch.models.pair, ids, frames, n, config, **more)
 
-def _samples(
-    batch: Batch,
-    rows: Sequence[int],
-    n: int,
-    config: NablaConfig,
-    *,
-    scored: bool,
-    drawn_before: int = 0,
-    on_group: Callable[[int, baselines.Samples], None] = lambda *_: None,
-) -> list[baselines.Samples]:
-    return baselines.sample(
-        batch.models.pair,
-        [batch.prompt_ids[i] for i in rows],
-        [batch.frames[i] for i in rows],
-        n,
-        config,
-        scored=scored,
-        seeds=[batch.seeds[i] for i in rows],
-        drawn_before=drawn_before,
-        batch_size=batch.size,
-        on_group=on_group,
-    )
-
-
-def _drawn_in_rounds(
-    batch: Batch,
-    budget: Budget,
-    config: NablaConfig,
-    *,
-    scored: bool,
-    on_group: Callable[[int, baselines.Samples], None],
-) -> list[baselines.Samples]:
-    """Samples in rounds, since nobody knows what one will cost. What is drawn beyond the budget is not counted, so that
-    an answer does not depend on how many a round has."""
+    left, budget = list(range(len(batch.problems))), batch.budget
+    if budget is None:
+        return some(left, batch.n, on_group=on_group)
     drawn: dict[int, baselines.Samples] = {}
     groups: dict[int, baselines.Samples] = {}
-    left, done, n = list(range(len(batch.problems))), 0, 1
+    done, n = 0, 1
     while left:
-        for i, more in zip(left, _samples(batch, left, n, config, scored=scored, drawn_before=done), strict=True):
+        for i, more in zip(left, some(left, n, drawn_before=done), strict=True):
             drawn[i] = drawn[i].with_more(more) if i in drawn else more
         done, expected = done + n, 1
         for i in list(left):
             costs = [
-                budget.spent(one, flops_of(batch, i, one, len(tokens), conversations=one.reward_calls))
+                budget.spent(one, batch.flops(i, one, len(tokens), conversations=one.reward_calls))
                 for one, tokens in zip(drawn[i].records, drawn[i].sequences, strict=True)
             ]
             if sum(costs) < budget.amount:
@@ -200,63 +173,24 @@ def _drawn_in_rounds(
 
 def _of_samples(
     batch: Batch,
-    groups: Sequence[baselines.Samples] | None,
     config: NablaConfig,
-    choose: Callable[[int, baselines.Samples], int],
-    *,
-    scored: bool,
+    groups: Sequence[baselines.Samples] | None = None,
+    vote: Callable[[int, baselines.Samples], int] | None = None,
 ) -> list[Answer]:
-    """One of each problem's samples."""
+    """One of each problem's samples: the best, or what ``vote`` chooses without scores."""
     answers: dict[int, Answer] = {}
 
     def end(i: int, group: baselines.Samples) -> None:
-        chosen, stats = choose(i, group), group.stats
-        rewards = None if group.rewards is None else (group.rewards[0], group.rewards[chosen])
+        chosen, stats = vote(i, group) if vote else baselines.best(group), group.stats
+        rewards = (None, None) if group.rewards is None else (group.rewards[0], group.rewards[chosen])
         stats.finish_reason = group.records[chosen].finish_reason
         tokens = group.sequences[chosen]
-        flops = flops_of(batch, i, stats, len(tokens), conversations=stats.reward_calls)
-        answers[i] = answer_of(batch, i, tokens, rewards, stats, flops)
-        batch.on_answer(i, answers[i])
+        flops = batch.flops(i, stats, len(tokens), conversations=stats.reward_calls)
+        answers[i] = batch.answer(i, tokens, rewards, stats, flops)
 
     if groups is None:
-        draw(batch, config, scored=scored, on_group=end)
+        draw(batch, config, scored=vote is None, on_group=end)
     else:
         for i, group in enumerate(groups):
             end(i, group)
-    return [answers[i] for i in range(len(batch.problems))]
-
-
-def _of_search(batch: Batch, find: Callable[..., search.Search], *, steps: bool) -> list[Answer]:
-    """The answers of a search over steps."""
-    sizes = batch.models.sizes
-    answers: dict[int, Answer] = {}
-
-    def flops(prompt: search.Prompt) -> float:
-        return forward(sizes, prompt.language_tokens, prompt.reward_tokens)
-
-    def enough(prompt: search.Prompt) -> bool:
-        return batch.enough(prompt.stats, lambda: flops(prompt))
-
-    def end(prompt: search.Prompt, response: search.Response) -> None:
-        i, tokens = prompt.sequence.index, torch.tensor(response.tokens, dtype=torch.long)
-        # What is scored first are prefixes, where rollouts end with a step.
-        before = None if steps else next(iter(prompt.rewards.values()))
-        answers[i] = answer_of(batch, i, tokens, (before, response.score), prompt.stats, flops(prompt))
-        batch.on_answer(i, answers[i])
-
-    own = batch.n or batch.search.search_width**2
-    begin = partial(find, n=own, settings=batch.search, enough=enough if batch.budget else None)
-    pair, config = batch.models.pair, batch.config
-    search.run(
-        pair,
-        batch.prompt_ids,
-        batch.frames,
-        config,
-        batch.search,
-        begin,
-        steps=steps,
-        seeds=batch.seeds,
-        batch_size=batch.size,
-        on_end=end,
-    )
     return [answers[i] for i in range(len(batch.problems))]

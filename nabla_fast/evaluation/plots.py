@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -69,8 +70,9 @@ def draw(summary: Mapping[str, Any], directory: Path) -> list[Path]:
     arms = {label: arm for label, arm in summary["arms"].items() if arm["accuracy"] is not None}
     files = []
     budget = summary.get("budget")
-    over = [_accuracy_over(cost, budget if budget and COSTS[budget["kind"]] == cost else None) for cost in _COSTS]
-    for name, drawing in zip(FILES, (*over, _rewards, _hit_rates), strict=True):
+    over = [partial(_accuracy, cost=cost, budget=budget) for cost in _COSTS]
+    drawings: list[Callable[..., bool]] = [*over, _rewards, _hit_rates]
+    for name, drawing in zip(FILES, drawings, strict=True):
         # A figure of its own, without pyplot: no window, no state that belongs to the caller.
         figure = Figure(figsize=(7.5, 5.2), layout="constrained")
         axes = figure.add_subplot()
@@ -86,54 +88,50 @@ def draw(summary: Mapping[str, Any], directory: Path) -> list[Path]:
     return files
 
 
-def _accuracy_over(cost: str, budget: Mapping[str, Any] | None) -> Any:
-    """What draws accuracy over ``cost``, with a line at the budget that is of this cost."""
+def _accuracy(axes: Any, arms: Mapping[str, Any], cost: str, budget: Mapping[str, Any] | None) -> bool:
+    """Accuracy over ``cost``, with a line at the budget where that is of this cost."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    def drawing(axes: Any, arms: Mapping[str, Any]) -> bool:
-        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-        if not arms:
-            return False
-        grouped = _by_method(arms)
-        labels: list[tuple[str, tuple[float, float], str]] = []
-        for method, found in grouped.items():
-            colour, marker = _style(method, grouped)
-            ours = method in _OURS
-            x = [arm[cost]["mean"] for arm in found]
-            y = [arm["accuracy"]["mean"] for arm in found]
-            spread = [[abs(arm["accuracy"]["mean"] - arm["accuracy"][end]) for arm in found] for end in ("low", "high")]
-            axes.errorbar(
-                x,
-                y,
-                spread,
-                label=_name(method),
-                color=colour,
-                marker=marker,
-                markersize=8 if ours else 6,
-                linewidth=2.5 if ours else 1.5,
-                elinewidth=1.2,
-                capsize=2,
-                zorder=4 if ours else 3,
-            )
-            labels += [(text, place, colour) for text, place in _labels(found, x, y) if method not in _ONE_N]
-        if budget is not None:
-            axes.axvline(budget["amount"], color=_BEFORE, linestyle=":", label="budget", zorder=1)
-        axes.set_xscale("log")
-        axes.margins(x=0.08)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel(f"{_COSTS[cost]}, log scale{'; beside a point: n' if labels else ''}")
-        axes.set_ylabel("accuracy, 95 % intervals")
-        ends = [arm["accuracy"][end] for arm in arms.values() for end in ("low", "high")]
-        axes.set_ylim(max(min(ends) - 0.06, -0.02), min(max(ends) + 0.06, 1.02))
-        axes.grid(alpha=0.3)
-        handles, names = (some[::-1] for some in axes.get_legend_handles_labels())
-        axes.figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-        _write_apart(axes, labels)
-        return True
-
-    return drawing
+    if not arms:
+        return False
+    grouped = _by_method(arms)
+    labels: list[tuple[str, tuple[float, float], str]] = []
+    for method, found in grouped.items():
+        colour, marker = _style(method, grouped)
+        ours = method in _OURS
+        x = [arm[cost]["mean"] for arm in found]
+        y = [arm["accuracy"]["mean"] for arm in found]
+        spread = [[abs(arm["accuracy"]["mean"] - arm["accuracy"][end]) for arm in found] for end in ("low", "high")]
+        axes.errorbar(
+            x,
+            y,
+            spread,
+            label=_name(method),
+            color=colour,
+            marker=marker,
+            markersize=8 if ours else 6,
+            linewidth=2.5 if ours else 1.5,
+            elinewidth=1.2,
+            capsize=2,
+            zorder=4 if ours else 3,
+        )
+        labels += [(text, place, colour) for text, place in _labels(found, x, y) if method not in _ONE_N]
+    if budget and COSTS[budget["kind"]] == cost:
+        axes.axvline(budget["amount"], color=_BEFORE, linestyle=":", label="budget", zorder=1)
+    axes.set_xscale("log")
+    axes.margins(x=0.08)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(f"{_COSTS[cost]}, log scale{'; beside a point: n' if labels else ''}")
+    axes.set_ylabel("accuracy, 95 % intervals")
+    ends = [arm["accuracy"][end] for arm in arms.values() for end in ("low", "high")]
+    axes.set_ylim(max(min(ends) - 0.06, -0.02), min(max(ends) + 0.06, 1.02))
+    axes.grid(alpha=0.3)
+    handles, names = (some[::-1] for some in axes.get_legend_handles_labels())
+    axes.figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    _write_apart(axes, labels)
+    return True
 
 
 def _write_apart(axes: Any, labels: Sequence[tuple[str, tuple[float, float], str]]) -> None:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nabla_fast.config import NablaConfig
+from nabla_fast.config import NablaConfig, require_int
 from nabla_fast.decoder import Decoder
 from nabla_fast.evaluation.grading import GradingError
 from nabla_fast.evaluation.methods import Models
@@ -88,10 +88,6 @@ class Fork:
         """What a proposal chose."""
         return next(c for c in self.candidates if c.token == self.chosen[proposal])
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Drawn:
@@ -150,9 +146,8 @@ def probe(
     Warns:
         UserWarning: for an answer that the grader fails on; it counts as wrong.
     """
-    for name, value in (("forks", forks), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    require_int("forks", forks, minimum=1)
+    require_int("batch_size", batch_size, minimum=1)
     for problem in task.problems if labels else ():
         task.grader.check(problem.id, problem.reference)
     config = config.replace(gradient_cache=False, max_batch_size=batch_size, proposal="dto")
@@ -205,24 +200,21 @@ class _Prober:
             for response in live:
                 response.position = positions[response][rank]
             if live:
-                found.forks += self._forks([problems[r.index] for r in live], live, [rights[r] for r in live])
+                found.forks += self._forks(problems, live, rights)
         for response in responses:
             response.release()
 
     def _draw(self, responses: Sequence[Response]) -> None:
         """The first trajectories, scored."""
         rolling = set(responses)
-        stream = self.rollouts.open(self.config.rollout, self.stop)
-        try:
+        with closing(self.rollouts.open(self.config.rollout, self.stop)) as stream:
             for response in responses:
                 self.decoder.roll_out(response, (), stream)
             while rolling:
                 self.decoder.accept(self.decoder.collect(rolling, stream))
-        finally:
-            stream.close()
 
     def _forks(
-        self, problems: Sequence[Problem], live: Sequence[Response], rights: Sequence[bool | None]
+        self, problems: Sequence[Problem], live: Sequence[Response], rights: Mapping[Response, bool | None]
     ) -> list[Fork]:
         """One fork of each response, at its position."""
         chosen, calls, seconds = self._choose(live)
@@ -240,28 +232,26 @@ class _Prober:
             before = self.objective.prefix_rewards(live, prefixes, tokens)
         ended = self._roll_out(problems, live, [own[1:] for own in tokens])
         forks = []
-        for i, (problem, response) in enumerate(zip(problems, live, strict=True)):
+        for i, response in enumerate(live):
             own = log_probs[i, torch.tensor(tokens[i], device=log_probs.device)].tolist()
             drawn = tuple(response.current.tokens.tolist())
-            tried = [(response.current.reward, rights[i], drawn, 0), *ended[i]]
+            tried = [(response.current.reward, rights[response], drawn, 0), *ended[response.index]]
             forks.append(
                 Fork(
-                    problem.id,
+                    problems[response.index].id,
                     response.position,
                     len(response.current.tokens),
                     float(log_probs[i].max().exp()),
                     tuple(Candidate(t, p, b, *e) for t, p, b, e in zip(tokens[i], own, before[i], tried, strict=True)),
                     {name: picked[i] for name, picked in chosen.items()},
                     {name: count[i] for name, count in calls.items()},
-                    {name: spent[i] for name, spent in seconds.items()},
+                    dict(seconds),
                 )
             )
         return forks
 
-    def _choose(
-        self, live: Sequence[Response]
-    ) -> tuple[dict[str, list[int]], dict[str, list[int]], dict[str, list[float]]]:
-        """Proposal → for each response the token, the model calls and the seconds."""
+    def _choose(self, live: Sequence[Response]) -> tuple[dict[str, list[int]], dict[str, list[int]], dict[str, float]]:
+        """Proposal → for each response the token and the model calls, and the seconds of one."""
         by = Proposer(self.objective, self.models.pair.sampler, self._phase)
         chosen, calls, seconds = {}, {}, {}
         for name in self.proposals:
@@ -270,30 +260,29 @@ class _Prober:
                 response.stats = SequenceStats()
             start = time.perf_counter()
             chosen[name] = PROPOSALS[name](live, by)
-            seconds[name] = [(time.perf_counter() - start) / len(live)] * len(live)
+            seconds[name] = (time.perf_counter() - start) / len(live)
             calls[name] = [response.stats.model_calls for response in live]
         return chosen, calls, seconds
 
     def _roll_out(
         self, problems: Sequence[Problem], live: Sequence[Response], tokens: Sequence[Sequence[int]]
-    ) -> list[list[_Ended]]:
-        """What each token of each response was rolled out to."""
+    ) -> dict[int, list[_Ended]]:
+        """Index of a response → what each of its tokens was rolled out to."""
         # The noise of a position is that of the response, as in a decode.
         rows = [
-            (i, Response(r.prompt_ids, (*r.committed, token), r.seed, r.limit, r.frame, index=r.index))
-            for i, r in enumerate(live)
-            for token in tokens[i]
+            Response(r.prompt_ids, (*r.committed, token), r.seed, r.limit, r.frame, index=r.index)
+            for r, own in zip(live, tokens, strict=True)
+            for token in own
         ]
-        ended: list[list[_Ended]] = [[] for _ in live]
+        ended: dict[int, list[_Ended]] = {response.index: [] for response in live}
         for first in range(0, len(rows), self.config.max_batch_size):
             some = rows[first : first + self.config.max_batch_size]
-            own = [row for _, row in some]
-            drawn = rollout(self.rollouts, own, self.config.rollout, self.stop)
-            responses = [torch.cat([d.tokens.new_tensor(r.prefix), d.tokens]) for r, d in zip(own, drawn, strict=True)]
-            rewards = self.objective.rewards(own, responses)
-            for (i, row), new, response, reward in zip(some, drawn, responses, rewards, strict=True):
-                right = self._right(problems[i], response)
-                ended[i].append((reward, right, tuple(response.tolist()), len(new.tokens)))
+            drawn = rollout(self.rollouts, some, self.config.rollout, self.stop)
+            responses = [torch.cat([d.tokens.new_tensor(r.prefix), d.tokens]) for r, d in zip(some, drawn, strict=True)]
+            rewards = self.objective.rewards(some, responses)
+            for row, new, response, reward in zip(some, drawn, responses, rewards, strict=True):
+                right = self._right(problems[row.index], response)
+                ended[row.index].append((reward, right, tuple(response.tolist()), len(new.tokens)))
                 row.release()
         return ended
 

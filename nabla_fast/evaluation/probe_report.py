@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from nabla_fast.evaluation.bootstrap import LEVEL, RESAMPLES, interval
+from nabla_fast.evaluation.bootstrap import LEVEL, RESAMPLES, interval, with_interval
 from nabla_fast.evaluation.probe import Candidate, Fork, Probe
 from nabla_fast.whole_files import write_json
 
@@ -70,7 +70,7 @@ def recommendation(told: Mapping[str, Any]) -> dict[str, Any]:
     that reaches `NEARLY` the largest gain.
     """
     proposals, judges = told["proposals"], told["concordance"]["reward"]
-    unit = (100, "points of accuracy") if told["labels"] == "verifier" else (1, "of reward")
+    how = (100, "+.1f", " points of accuracy") if told["labels"] == "verifier" else (1, "+.3f", " of reward")
     if not told["mendable_forks"]:
         return {"proposal": None, "why": "No fork was found at which another token mends the answer; look at more."}
     if judges is not None and judges["low"] <= CHANCE:
@@ -84,10 +84,10 @@ def recommendation(told: Mapping[str, Any]) -> dict[str, Any]:
     if better:
         largest = max(proposals[name]["gain"]["mean"] for name in better)
         name = next(own for own in better if proposals[own]["gain"]["mean"] >= NEARLY * largest)
-        gained = _difference(proposals[name]["gain_over_control"], *unit)
+        gained = with_interval(proposals[name]["gain_over_control"], *how)
         return {"proposal": name, "why": f"Use {name}: beside the likeliest other token it brings {gained} a fork."}
     first, prefix = (
-        _difference(proposals[name]["gain_over_control"], *unit) for name in ("first_order", "prefix_reward")
+        with_interval(proposals[name]["gain_over_control"], *how) for name in ("first_order", "prefix_reward")
     )
     why = (
         f"Use likeliest: beside the likeliest other token, this reward's gradient brings {first} a fork and its score "
@@ -113,8 +113,8 @@ def prepare(directory: Path) -> None:
 
 def write(directory: Path, probe: Probe, told: Mapping[str, Any]) -> None:
     """Writes ``probe.json``, with the figures ``told``, every answer and every fork, and ``probe.png``."""
-    answers = [asdict(answer) for answer in probe.answers]
-    write_json(directory / RESULTS, {**told, "all_answers": answers, "all_forks": [f.to_dict() for f in probe.forks]})
+    found = asdict(probe)
+    write_json(directory / RESULTS, {**told, "all_answers": found["answers"], "all_forks": found["forks"]})
     draw(told, directory / PLOT)
 
 
@@ -161,15 +161,13 @@ def _proposal(name: str, forks: Sequence[Fork], mendable: Sequence[Fork], *, lab
         new = fork.of(chooses)
         return fork.calls[chooses] + (new.tokens + 1 if name != GUIDED and new is not fork.present else 0)
 
+    def mends(fork: Fork, proposal: str = chooses) -> float:
+        return float(_is_best(fork, fork.of(proposal), labels))
+
     changed = [fork for fork in forks if fork.of(chooses) is not fork.present]
     return {
-        "precision_at_1": _over(mendable, lambda fork: float(_is_best(fork, fork.of(chooses), labels))),
-        "precision_over_control": _over(
-            mendable,
-            lambda fork: (
-                float(_is_best(fork, fork.of(chooses), labels)) - float(_is_best(fork, fork.of(CONTROL), labels))
-            ),
-        ),
+        "precision_at_1": _over(mendable, mends),
+        "precision_over_control": _over(mendable, lambda fork: mends(fork) - mends(fork, CONTROL)),
         "gain": _over(forks, gain),
         "gain_over_control": _over(forks, lambda fork: gain(fork) - gain(fork, CONTROL)),
         "proposed": len(changed) / max(len(forks), 1),
@@ -267,10 +265,3 @@ def _interval(values: Sequence[float]) -> dict[str, float] | None:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _difference(measure: Mapping[str, float], scale: float, unit: str) -> str:
-    mean, low, high = (
-        format(scale * measure[part], "+.1f" if scale > 1 else "+.3f") for part in ("mean", "low", "high")
-    )
-    return f"{mean} {unit} ({low} to {high})"

@@ -10,16 +10,17 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import Any
 
 from nabla_fast.evaluation.batch import Models
 from nabla_fast.evaluation.journal import Journal, Record
 from nabla_fast.evaluation.records import latest
-from nabla_fast.evaluation.runner import Plan, left_to_do, make_worker
+from nabla_fast.evaluation.runner import left_to_do
 from nabla_fast.evaluation.tasks import Task
-from nabla_fast.evaluation.worker import Piece
+from nabla_fast.evaluation.worker import Piece, Plan, Worker
+from nabla_fast.models.loading import choose_device
 from nabla_fast.stopping import kept_handlers
 
 # A piece that was running on so many workers when they died is taken to be what kills them.
@@ -53,6 +54,38 @@ class Cluster:
     gpu: bool = False
 
 
+def choose_cluster(
+    engine: str,
+    address: str | None,
+    workers: int | None,
+    cpus_per_worker: int | None,
+    device: str,
+    reward_device: str | None = None,
+) -> Cluster | None:
+    """Where ``engine`` ("local" or "ray") runs; None for this process.
+
+    Raises:
+        ValueError: for another engine, an option that means nothing to a local one, or a device that Ray cannot give.
+    """
+    options = {"--ray-address": address, "--workers": workers, "--cpus-per-worker": cpus_per_worker}
+    if engine == "local":
+        for option, value in options.items():
+            if value is not None:
+                raise ValueError(f"{option} is {value}, but --engine is local; give --engine ray, or leave it out")
+        return None
+    if engine != "ray":
+        raise ValueError(f"--engine is {engine!r}; use local or ray")
+    chosen = choose_device(device)
+    if reward_device is not None and choose_device(reward_device, "--reward-device") != chosen:
+        raise ValueError(
+            f"--reward-device is {reward_device} and --device {device}, but Ray gives each worker one device; leave "
+            "out --reward-device, or use --engine local"
+        )
+    if chosen.type == "cuda" and chosen.index:
+        raise ValueError(f"--device is {device}, but Ray gives each worker a GPU of its own; use --device cuda")
+    return Cluster(address, workers, cpus_per_worker, chosen.type == "cuda")
+
+
 def evaluate(
     load: Callable[[], Models],
     task: Task,
@@ -67,14 +100,7 @@ def evaluate(
 
     Lines come in the order in which answers are finished, each while others are under way. A lost worker is replaced
     wherever Ray finds room, and what it had not told is run again; a problem that is lost with three workers is
-    recorded as failed.
-
-    Args:
-        load: makes the models; called once in each worker, on its machine.
-        retry_failed, on_record: as there.
-
-    Returns:
-        The latest record of every piece of work.
+    recorded as failed. ``load`` makes the models; it is called once in each worker, on its machine.
 
     Raises:
         ImportError: if ray is not installed.
@@ -105,7 +131,7 @@ class _Actor:
         torch.set_num_threads(cpus)
         self._error: str | None = None
         try:
-            self._worker = make_worker(load(), task, plan)
+            self._worker = Worker(load(), task, plan)
         except Exception as error:
             self._error = f"{type(error).__name__}: {error}"
 
@@ -147,18 +173,9 @@ class _Call:
     piece: Piece | None = None
     told: set[str] = field(default_factory=set)
 
-    def left(self) -> list[Piece]:
-        """What is left of the piece, a problem each."""
-        split = [] if self.piece is None else self.piece.split()
-        return [one for one in split if one.problems[0].id not in self.told]
-
 
 class _Deaths:
-    """How often workers died, and of what.
-
-    Args:
-        size: how many workers there are to be.
-    """
+    """How often workers died, of ``size`` that there are to be, and of what."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -175,14 +192,16 @@ class _Deaths:
         if call.piece is None:
             self._unloaded += 1
             return [], []
-        left = call.left()
+        left = [replace(call.piece, problems=(one,)) for one in call.piece.problems if one.id not in call.told]
         if len(call.piece.problems) > 1 or not left:
             return left, []
-        self._lost[call.piece.key] += 1
-        self._suspects.add(call.piece.problems[0].id)
-        if self._lost[call.piece.key] < _DEATHS_OF_A_PIECE:
+        problem = call.piece.problems[0].id
+        key = call.piece.arm, call.piece.seed, problem
+        self._lost[key] += 1
+        self._suspects.add(problem)
+        if self._lost[key] < _DEATHS_OF_A_PIECE:
             return left, []
-        return [], call.piece.failed(WorkerLostError(f"{self._lost[call.piece.key]} workers died on it; {error}"))
+        return [], call.piece.failed(WorkerLostError(f"{self._lost[key]} workers died on it; {error}"))
 
     def require_hope(self, error: Exception) -> None:
         """Raises WorkerLostError where workers only ever die."""

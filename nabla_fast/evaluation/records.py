@@ -63,52 +63,48 @@ def _fault(record: Record) -> str | None:
     return None
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_amount(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _is_natural(value: Any) -> bool:
     return _is_amount(value) and value >= 0
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def _are_phases(value: Any) -> bool:
     return isinstance(value, Mapping) and set(value) <= set(PHASES) and all(map(_is_natural, value.values()))
 
 
-def _or_null(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or accepts(value)
+def _is_a(*kinds: type) -> Callable[[Any], bool]:
+    # A bool is no int here.
+    return lambda value: type(value) in kinds
 
 
 _Field = tuple[Callable[[Any], bool], str]
-_TEXT: _Field = (_is_text, "text")
-_COUNT: _Field = (_is_count, "a whole number")
+_NULL = type(None)
+_TEXT: _Field = (_is_a(str), "text")
+_COUNT: _Field = (_is_a(int), "a whole number")
 _NATURAL: _Field = (_is_natural, "a number of at least 0")
+_AMOUNT_OR_NULL: _Field = (lambda value: value is None or _is_amount(value), "a number or null")
 
 _ALWAYS: dict[str, _Field] = {
     "method": _TEXT,
     "n": _COUNT,
     "seed": _COUNT,
     "problem": _TEXT,
-    "error": (_or_null(_is_text), "text or null"),
-    "right": (_or_null(lambda value: isinstance(value, bool)), "true, false or null"),
+    "error": (_is_a(str, _NULL), "text or null"),
+    "right": (_is_a(bool, _NULL), "true, false or null"),
 }
 _ANSWERED: dict[str, _Field] = {
     "text": _TEXT,
     **dict.fromkeys((*COUNTERS, "flops", "seconds"), _NATURAL),
-    **dict.fromkeys(("reward", "reward_before"), (_or_null(_is_amount), "a number or null")),
+    "reward": _AMOUNT_OR_NULL,
+    "reward_before": _AMOUNT_OR_NULL,
     "phases": (_are_phases, f"seconds of {', '.join(PHASES)}"),
 }
 _OPTIONAL: dict[str, _Field] = {
     # Only where there is one.
     "budget": _TEXT,
     # Records of version 0.1.0 before its release have none.
-    "finish_reason": (_or_null(lambda value: value in ("stop", "length")), '"stop", "length" or null'),
+    "finish_reason": (lambda value: value in ("stop", "length", None), '"stop", "length" or null'),
 }

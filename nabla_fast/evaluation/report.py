@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from nabla_fast.evaluation import equal_cost, plots
+from nabla_fast.evaluation import plots
 from nabla_fast.evaluation.bootstrap import LEVEL, RESAMPLES, interval, paired_difference
 from nabla_fast.evaluation.budget import COSTS
 from nabla_fast.evaluation.journal import Record, read_records
@@ -18,20 +20,15 @@ from nabla_fast.evaluation.records import COUNTERS, latest, require_records
 from nabla_fast.evaluation.runner import CONFIG, RESULTS, SUMMARY, read_json
 from nabla_fast.whole_files import write_json
 
-# Name in the summary → name in a record. Each gets an interval over problems.
-_MEASURES = {
-    "accuracy": "right",
-    "reward": "reward",
-    "reward_before": "reward_before",
-    "model_calls": "model_calls",
-    "seconds": "seconds",
-    "flops": "flops",
-}
+# Each gets an interval over problems.
+_MEASURES = ("accuracy", "reward", "reward_before", "model_calls", "seconds", "flops")
 _COSTS = ("model_calls", "flops", "seconds")
 _DIFFERENCES = ("accuracy", "reward", "model_calls", "seconds", "flops")
 
 Arms = dict[str, list[Record]]
 """Label → records, the failed ones among them."""
+Point = tuple[float, Mapping[str, float]]
+"""A method at one n: its mean cost per problem, above 0, and problem id → share of right answers."""
 
 
 def read_run(directory: Path) -> tuple[dict[str, Any], Arms]:
@@ -141,8 +138,8 @@ def _arm(arm: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
         "answers": len(good),
         "failed": len(records) - len(good),
     }
-    for name, field in _MEASURES.items():
-        values = list(_by_problem(good, field).values())
+    for name in _MEASURES:
+        values = list(_by_problem(good, name).values())
         figures[name] = asdict(interval(values)) if values else None
     figures["finish_reasons"] = dict(Counter(r["finish_reason"] for r in good if r.get("finish_reason")))
     figures["counters"] = {name: _ratio(_total(good, name), len(good)) for name in COUNTERS}
@@ -160,15 +157,32 @@ def _against_best_of_n(told: Mapping[str, Any], arms: Arms) -> dict[str, dict[st
     """Label of an arm that searches by the reward → cost → accuracy minus Best-of-N's at it; {} without Best-of-N."""
     good = {label: [r for r in records if r["error"] is None] for label, records in arms.items()}
     good = {label: records for label, records in good.items() if records}
-    found: dict[str, dict[str, dict[str, float] | None]] = {}
     curve = [label for label in good if told[label]["method"] == "best-of-n"]
-    for label in good if curve else ():
-        if told[label]["method"] in (*PROPOSALS, *SEARCHES):
-            found[label] = {}
-            for cost in _COSTS:
-                difference = equal_cost.difference(_point(good[label], cost), [_point(good[n], cost) for n in curve])
-                found[label][cost] = None if difference is None else asdict(difference)
-    return found
+    compared = [label for label in good if curve and told[label]["method"] in (*PROPOSALS, *SEARCHES)]
+    return {
+        label: {
+            cost: at_equal_cost(_point(good[label], cost), [_point(good[n], cost) for n in curve]) for cost in _COSTS
+        }
+        for label in compared
+    }
+
+
+def at_equal_cost(ours: Point, curve: Sequence[Point]) -> dict[str, float] | None:
+    """Accuracy of ``ours`` minus that of ``curve`` at the cost of ``ours``, with a paired bootstrap interval.
+
+    The curve is interpolated linearly in the logarithm of the cost between its neighbouring points, for each problem.
+
+    Returns:
+        None where the cost lies outside the curve (nothing is extrapolated), or no problem is common to the points.
+    """
+    cost, accuracy = ours
+    for (low, below), (high, above) in pairwise(sorted(curve, key=lambda point: point[0])):
+        if low <= cost <= high:
+            share = 0.0 if low == high else math.log(cost / low) / math.log(high / low)
+            both = [p for p in accuracy if p in below and p in above]
+            theirs = [(1 - share) * below[p] + share * above[p] for p in both]
+            return asdict(paired_difference([accuracy[p] for p in both], theirs)) if both else None
+    return None
 
 
 def _with_this_budget(told: Mapping[str, Any], arms: Arms) -> dict[str, dict[str, float] | None]:
@@ -178,18 +192,16 @@ def _with_this_budget(told: Mapping[str, Any], arms: Arms) -> dict[str, dict[str
     return {label: paired(theirs[0], arms[label]).get("accuracy") for label in compared if theirs}
 
 
-def _point(records: Sequence[Record], cost: str) -> equal_cost.Point:
-    costs = _by_problem(records, _MEASURES[cost]).values()
-    return equal_cost.Point(sum(costs) / len(costs), _by_problem(records, _MEASURES["accuracy"]))
+def _point(records: Sequence[Record], cost: str) -> Point:
+    costs = _by_problem(records, cost).values()
+    return sum(costs) / len(costs), _by_problem(records, "accuracy")
 
 
 def paired(first: Sequence[Record], second: Sequence[Record]) -> dict[str, dict[str, float]]:
     """Measure → second minus first, over the problems that both finished, with a paired bootstrap interval."""
     differences = {}
     for name in _DIFFERENCES:
-        ours, theirs = (
-            _by_problem([r for r in records if r["error"] is None], _MEASURES[name]) for records in (second, first)
-        )
+        ours, theirs = (_by_problem([r for r in records if r["error"] is None], name) for records in (second, first))
         both = [problem for problem in ours if problem in theirs]
         if both:
             found = paired_difference([ours[problem] for problem in both], [theirs[problem] for problem in both])
@@ -197,8 +209,9 @@ def paired(first: Sequence[Record], second: Sequence[Record]) -> dict[str, dict[
     return differences
 
 
-def _by_problem(records: Sequence[Record], field: str) -> dict[str, float]:
-    """Problem → mean over seeds, of the records that have the field; in the order of the ids, not of the finish."""
+def _by_problem(records: Sequence[Record], measure: str) -> dict[str, float]:
+    """Problem → mean over seeds, of the records that have the measure; in the order of the ids, not of the finish."""
+    field = "right" if measure == "accuracy" else measure
     values: dict[str, list[float]] = {}
     for record in sorted(records, key=lambda record: (record["problem"], record["seed"])):
         if record[field] is not None:
@@ -212,11 +225,3 @@ def _total(records: Sequence[Record], field: str) -> int:
 
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-def points(measure: Mapping[str, float] | None) -> str:
-    """A difference of shares and its interval, in percentage points."""
-    if measure is None:
-        return "-"
-    mean, low, high = (100 * measure[part] for part in ("mean", "low", "high"))
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"

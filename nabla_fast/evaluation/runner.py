@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from nabla_fast.evaluation.methods import MAX_ROLLOUTS, METHODS, ONE_N, PROPOSAL
 from nabla_fast.evaluation.plots import FILES as PLOTS
 from nabla_fast.evaluation.records import Key, key, latest, require_records
 from nabla_fast.evaluation.tasks import Problem, Task
-from nabla_fast.evaluation.worker import Arm, Piece, Worker
+from nabla_fast.evaluation.worker import Arm, Piece, Plan, Worker
 from nabla_fast.search_config import SearchConfig
 from nabla_fast.stats import PHASES
 from nabla_fast.whole_files import part_of, require_own_files, write_json
@@ -34,48 +34,6 @@ _OLD_PAIRS = {"demo": "smollm2", "bundled": "arithmetic"}
 MOST_SAMPLES = 100_000
 # What is traced: a trace of a whole evaluation would have gigabytes.
 PROFILED_PROBLEMS, PROFILED_TOKENS = 2, 64
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be run.
-
-    Attributes:
-        arms: methods, each at its n.
-        seeds: of the noise. Greedy decoding has none and is run for the first seed alone.
-        config: settings of all methods; ``seed`` and ``max_rollouts`` are replaced.
-        batch_size: most sequences decoded together.
-        budget: what each problem may cost; arms that draw more than once then have the n 0, and ``max_rollouts`` of
-            ``config`` counts.
-        search: settings of the searches over steps.
-    """
-
-    arms: tuple[Arm, ...]
-    seeds: tuple[int, ...]
-    config: NablaConfig
-    batch_size: int
-    budget: Budget | None = None
-    search: SearchConfig = field(default_factory=SearchConfig)
-
-    def runs(self, seed: int) -> list[Arm]:
-        """The arms that are run for ``seed``."""
-        return [arm for arm in self.arms if arm.method != "greedy" or seed == self.seeds[0]]
-
-    def sequences(self, arm: Arm) -> int:
-        """Most sequences of one problem that an arm has under way together."""
-        if arm.method == SEARCHES[0]:
-            return arm.n or self.search.search_width**2
-        # A sequence of the decode loop is one sequence whatever its n, and so is a simulation.
-        return 1 if arm.method in (*PROPOSALS, *SEARCHES) else max(1, arm.n)
-
-    def keys(self, problems: Sequence[Problem]) -> list[Key]:
-        """Everything that there is to do."""
-        return [
-            (arm.method, arm.n, seed, problem.id)
-            for seed in self.seeds
-            for arm in self.runs(seed)
-            for problem in problems
-        ]
 
 
 def make_plan(
@@ -258,7 +216,7 @@ def evaluate(
     Returns:
         The latest record of every piece of work.
     """
-    worker = make_worker(models, task, plan)
+    worker = Worker(models, task, plan)
 
     def tell(record: Record) -> None:
         journal.append(record)
@@ -270,11 +228,6 @@ def evaluate(
     return latest(journal.records)
 
 
-def make_worker(models: Models, task: Task, plan: Plan) -> Worker:
-    """Who does the pieces of a plan."""
-    return Worker(models, task, plan.config, plan.batch_size, plan.budget, plan.search)
-
-
 def trace(models: Models, task: Task, plan: Plan, directory: Path) -> None:
     """Writes a profile of the first problems by every method at its smallest n, their answers cut short.
 
@@ -283,7 +236,7 @@ def trace(models: Models, task: Task, plan: Plan, directory: Path) -> None:
     smallest = {arm.method: arm for arm in sorted(plan.arms, key=lambda arm: -arm.n)}
     config = plan.config.replace(max_new_tokens=min(PROFILED_TOKENS, plan.config.max_new_tokens))
     few = replace(plan, arms=tuple(smallest.values()), config=config)
-    worker = make_worker(models, task, few)
+    worker = Worker(models, task, few)
     with profiling.tracing(directory):
         for piece in pieces(few, plan.seeds[0], task.problems[:PROFILED_PROBLEMS], ()):
             with record_function(piece.arm.label):

@@ -6,7 +6,8 @@ import ast
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from itertools import islice
@@ -176,6 +177,11 @@ def _refuse(options: Mapping[str, str | None], why: str) -> None:
             raise ValueError(f"{option} is {value!r}, but {why}; leave it out")
 
 
+def _require_known(task: str, options: Mapping[str, Any], known: set[str]) -> None:
+    for name in sorted(set(options) - known):
+        raise ValueError(f"--task-option is {name}, which {task} does not have; it has {', '.join(sorted(known))}")
+
+
 def _task(name: str, problems: list[Problem], grader: Grader, **source: Any) -> Task:
     text = json.dumps([[p.id, [dict(m) for m in p.chat], p.reference] for p in problems], sort_keys=True)
     digest = sha256(text.encode()).hexdigest()[:16]
@@ -192,12 +198,7 @@ def _gym_task(task: str, options: dict[str, Any], max_problems: int | None) -> T
     if name not in DATASETS:
         close = difflib.get_close_matches(name, DATASETS, n=4) or sorted(DATASETS)
         raise ValueError(f"--task is {task!r}, which reasoning-gym does not have; use one of {', '.join(close)}")
-    known = {field.name for field in fields(DATASETS[name][1])}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise ValueError(
-            f"--task-option is {unknown[0]}, which {task} does not have; it has {', '.join(sorted(known))}"
-        )
+    _require_known(task, options, {field.name for field in fields(DATASETS[name][1])})
     settings = {"seed": 0, "size": max(_GYM_SIZE, max_problems or 0), **options}
     try:
         dataset = reasoning_gym.create_dataset(name, **settings)
@@ -218,9 +219,7 @@ def _gym_task(task: str, options: dict[str, Any], max_problems: int | None) -> T
 
 
 def _arithmetic_task(options: dict[str, Any], split: str, max_problems: int | None) -> Task:
-    unknown = sorted(set(options) - {"seed"})
-    if unknown:
-        raise ValueError(f"--task-option is {unknown[0]}, which {ARITHMETIC} does not have; it has seed")
+    _require_known(ARITHMETIC, options, {"seed"})
     if split not in arithmetic.SPLITS:
         raise ValueError(f"--split is {split!r}; {ARITHMETIC} has {', '.join(arithmetic.SPLITS)}")
     seed = options.get("seed", 0)
@@ -240,7 +239,9 @@ def _file_task(name: str, keys: tuple[str, str], max_problems: int | None) -> Ta
     problems = [_file_problem(file, number, line, keys) for number, line in lines][:max_problems]
     if not problems:
         raise ValueError(f"--task: {file} holds no problem")
-    _require_distinct(problems, file)
+    for problem_id, times in Counter(problem.id for problem in problems).items():
+        if times > 1:
+            raise ValueError(f'--task: two problems of {file} have the "id" {problem_id}; give each its own')
     return _task(name, problems, MathGrader(), prompt_column=keys[0], answer_column=keys[1])
 
 
@@ -253,14 +254,6 @@ def _file_problem(file: Path, number: int, line: str, keys: tuple[str, str]) -> 
         if key not in value:
             raise ValueError(f'{where} has no "{key}"; it has {", ".join(value) or "nothing"}')
     return _problem(str(value.get("id", f"line-{number:05d}")), value[keys[0]], value[keys[1]], where)
-
-
-def _require_distinct(problems: Sequence[Problem], file: Path) -> None:
-    seen: set[str] = set()
-    for problem in problems:
-        if problem.id in seen:
-            raise ValueError(f'--task: two problems of {file} have the "id" {problem.id}; give each its own')
-        seen.add(problem.id)
 
 
 def _problem(problem_id: str, prompt: Any, answer: Any, where: str, suffix: str = "") -> Problem:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 
 from nabla_fast.config import NablaConfig
 from nabla_fast.evaluation.batch import Answer, Models, make_batch
 from nabla_fast.evaluation.budget import Budget
 from nabla_fast.evaluation.journal import Record
-from nabla_fast.evaluation.methods import METHODS, ONE_N
+from nabla_fast.evaluation.methods import METHODS, ONE_N, PROPOSALS, SEARCHES
+from nabla_fast.evaluation.records import Key
 from nabla_fast.evaluation.tasks import Problem, Task
 from nabla_fast.rollout import ServerLostError
 from nabla_fast.sampling import sequence_seeds
@@ -35,21 +36,54 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What is to be run.
+
+    Attributes:
+        arms: methods, each at its n.
+        seeds: of the noise. Greedy decoding has none and is run for the first seed alone.
+        config: settings of all methods; ``seed`` and ``max_rollouts`` are replaced.
+        batch_size: most sequences decoded together.
+        budget: what each problem may cost; arms that draw more than once then have the n 0, and ``max_rollouts`` of
+            ``config`` counts.
+        search: settings of the searches over steps.
+    """
+
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    config: NablaConfig
+    batch_size: int
+    budget: Budget | None = None
+    search: SearchConfig = field(default_factory=SearchConfig)
+
+    def runs(self, seed: int) -> list[Arm]:
+        """The arms that are run for ``seed``."""
+        return [arm for arm in self.arms if arm.method != "greedy" or seed == self.seeds[0]]
+
+    def sequences(self, arm: Arm) -> int:
+        """Most sequences of one problem that an arm has under way together."""
+        if arm.method == SEARCHES[0]:
+            return arm.n or self.search.search_width**2
+        # A sequence of the decode loop is one sequence whatever its n, and so is a simulation.
+        return 1 if arm.method in (*PROPOSALS, *SEARCHES) else max(1, arm.n)
+
+    def keys(self, problems: Sequence[Problem]) -> list[Key]:
+        """Everything that there is to do."""
+        return [
+            (arm.method, arm.n, seed, problem.id)
+            for seed in self.seeds
+            for arm in self.runs(seed)
+            for problem in problems
+        ]
+
+
+@dataclass(frozen=True)
 class Piece:
     """Problems, with distinct prompts, that an arm decodes together for a seed."""
 
     arm: Arm
     seed: int
     problems: tuple[Problem, ...]
-
-    @property
-    def key(self) -> tuple[Arm, int, tuple[str, ...]]:
-        """Tells pieces of one task apart."""
-        return self.arm, self.seed, tuple(problem.id for problem in self.problems)
-
-    def split(self) -> list[Piece]:
-        """A piece for each problem."""
-        return [replace(self, problems=(problem,)) for problem in self.problems]
 
     def failed(self, error: Exception) -> list[Record]:
         """The records of problems that came to nothing."""
@@ -62,26 +96,11 @@ class Worker:
     Args:
         models: loaded once for all pieces.
         task: problems and their grader.
-        config: settings; the seed is a piece's own.
-        size: most sequences to decode together.
-        budget: what each problem may cost, where arms have no n.
-        search: settings of the searches over steps.
+        plan: what the pieces are of.
     """
 
-    def __init__(
-        self,
-        models: Models,
-        task: Task,
-        config: NablaConfig,
-        size: int,
-        budget: Budget | None = None,
-        search: SearchConfig | None = None,
-    ) -> None:
-        self._models = models
-        self._more = budget, search
-        self._task = task
-        self._config = config
-        self._size = size
+    def __init__(self, models: Models, task: Task, plan: Plan) -> None:
+        self._models, self._task, self._plan = models, task, plan
         self._prompts: dict[str, tuple[int, ...]] = {}
         self._refused: dict[str, Exception] = {}
         for problem in task.problems:
@@ -115,13 +134,14 @@ class Worker:
             self._decode(piece, gradable, tell)
 
     def _decode(self, piece: Piece, problems: Sequence[Problem], tell: Callable[[Record], None]) -> None:
+        plan, grader = self._plan, self._task.grader
         told: set[int] = set()
         untold: list[Exception] = []
 
         def answered(i: int, answer: Answer) -> None:
             record = self._graded(piece, problems[i], answer)
-            if self._more[0] is not None:
-                record["budget"] = str(self._more[0])
+            if plan.budget is not None:
+                record["budget"] = str(plan.budget)
             try:
                 tell(record)
             except Exception as error:
@@ -130,10 +150,10 @@ class Worker:
             told.add(i)
 
         try:
-            config = self._config.replace(seed=piece.seed)
+            config = plan.config.replace(seed=piece.seed)
             seeds = [self._seeds(piece.seed)[problem.id] for problem in problems]
-            grader, n = self._task.grader, piece.arm.n
-            batch = make_batch(self._models, problems, seeds, grader, config, n, self._size, answered, *self._more)
+            more = {"on_answer": answered, "budget": plan.budget, "search": plan.search}
+            batch = make_batch(self._models, problems, seeds, grader, config, piece.arm.n, plan.batch_size, **more)
             for i, answer in enumerate(METHODS[piece.arm.method](batch)):
                 if i not in told:
                     answered(i, answer)
@@ -143,12 +163,12 @@ class Worker:
         except Exception as error:
             if untold:
                 raise
-            left = [problem for i, problem in enumerate(problems) if i not in told]
             if len(problems) == 1:
                 tell(_record(piece, problems[0], error=error))
                 return
-            for problem in left:
-                self._decode(piece, [problem], tell)
+            for i, problem in enumerate(problems):
+                if i not in told:
+                    self._decode(piece, [problem], tell)
 
     def _seeds(self, seed: int) -> dict[str, int]:
         """Problem id → seed of its noise, by all problems of the task, so that no batch has a say in it."""
@@ -162,7 +182,7 @@ class Worker:
         try:
             found = grader.answer(problem.id, answer.text if answer.spoken is None else answer.spoken)
             right = grader.right(problem.id, problem.reference, found)
-            shown = None if found is None else grader.text(found)
+            shown = None if found is None else str(found)
         except Exception as error:
             return {**_record(piece, problem, error=error), **told}
         return {**_record(piece, problem, right=right, answer=shown), **told}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nabla_fast.evaluation.bootstrap import with_interval
 from nabla_fast.whole_files import write_json
 
 CARD, FIGURES = "README.md", "probes.json"
@@ -65,8 +66,4 @@ def write_card(
 
 
 def _row(label: str, columns: list[tuple[str, Mapping[str, Any]]], figure: Any) -> str:
-    return f"| {label} | " + " | ".join(_told(figure(told)) for _, told in columns) + " |"
-
-
-def _told(measure: Mapping[str, float] | None) -> str:
-    return "-" if measure is None else f"{measure['mean']:.2f} ({measure['low']:.2f} to {measure['high']:.2f})"
+    return f"| {label} | " + " | ".join(with_interval(figure(told), 1, ".2f") for _, told in columns) + " |"

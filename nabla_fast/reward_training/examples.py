@@ -97,7 +97,8 @@ def collect(
         ValueError: if ``folder`` holds examples of other problems, or drawn with other settings or another policy.
         BlockingIOError: if another process is writing to it.
     """
-    _require_same(folder, {"policy": str(model.config.name_or_path), "forks": forks, **_drawing(config)})
+    settings = {"policy": str(model.config.name_or_path), "forks": forks, **_drawing(config)}
+    require_same(folder / SETTINGS, "examples drawn", settings)
     file = folder / EXAMPLES
     chats = {problem.id: _plain(problem.chat) for problem in task.problems}
     with Journal(file) as journal:
@@ -139,18 +140,17 @@ def _drawing(config: NablaConfig) -> dict[str, Any]:
     return {name: told[name] for name in (*sampling, *forks)}
 
 
-def _require_same(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Keeps what examples are drawn with, or refuses those that were drawn with something else."""
-    file = folder / SETTINGS
+def require_same(file: Path, what: str, settings: Mapping[str, Any]) -> None:
+    """Keeps the settings of ``what`` in ``file``, or raises ValueError where it holds others."""
     plain = json.loads(json.dumps(settings))
-    if file.exists():
-        found = read_json(file)
-        for name in plain:
-            if found.get(name) != plain[name]:
-                told = f"{folder} holds examples drawn with {name} {found.get(name)!r}, not {plain[name]!r}"
-                raise ValueError(f"{told}; use another folder")
-    else:
+    if not file.exists():
         write_json(file, plain)
+        return
+    found = read_json(file)
+    for name in sorted({*found, *plain}):
+        old, new = found.get(name), plain.get(name)
+        if old != new:
+            raise ValueError(f"{file.parent} holds {what} with {name} {old!r}, not {new!r}; use another folder")
 
 
 def _example(problem: Problem, drawn: Answer, forks: Sequence[Fork]) -> Example:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from nabla_fast.ops import upcast
 
@@ -51,14 +52,12 @@ class Loss:
         judge: mean cross-entropy of the score at the end of a row.
         prefix: that of the scores of prefixes; None where no row has one.
         point: cross-entropy of the first-order gains at the pointers; None where there are none.
-        scores: (B,) at the ends.
     """
 
     total: Tensor
     judge: Tensor
     prefix: Tensor | None
     point: Tensor | None
-    scores: Tensor
 
 
 def reward_loss(
@@ -115,7 +114,7 @@ def reward_loss(
         ]
         point_loss = torch.stack(each).sum() / sum(len(row.pointers) for row in batch)
         total = total + point * point_loss
-    return Loss(total, judge, prefix_loss, point_loss, at_end)
+    return Loss(total, judge, prefix_loss, point_loss)
 
 
 def accumulate(
@@ -129,27 +128,17 @@ def accumulate(
     Returns:
         The loss of all rows, without a graph.
     """
-    pointing = [i for i, row in enumerate(rows) if row.pointers]
-    others = [i for i, row in enumerate(rows) if not row.pointers]
-    parts = [some[first : first + at_once] for some in (pointing, others) for first in range(0, len(some), at_once)]
+    pointing = [row for row in rows if row.pointers]
+    others = [row for row in rows if not row.pointers]
     losses = []
-    scores = sharpness.new_empty(len(rows))
-    for part in parts:
-        own = [rows[i] for i in part]
+    for own in (some[first : first + at_once] for some in (pointing, others) for first in range(0, len(some), at_once)):
         loss = reward_loss(classifier, own, sharpness=sharpness, prefix=prefix, point=point, batch=rows)
         loss.total.backward()
-        scores[part] = loss.scores.detach()
         losses.append((loss.total, loss.judge, loss.prefix, loss.point))
     total, judge, prefix_loss, point_loss = (_sum(of_parts) for of_parts in zip(*losses, strict=True))
     assert total is not None
     assert judge is not None
-    return Loss(total, judge, prefix_loss, point_loss, scores)
-
-
-def first_choice(gradient: Tensor, pointer: Pointer, table: Tensor) -> bool:
-    """Whether the token of the largest first-order gain is one of the better ones."""
-    tokens = [*pointer.better, *pointer.worse]
-    return int((upcast(table[tokens]) @ upcast(gradient)).argmax()) < len(pointer.better)
+    return Loss(total, judge, prefix_loss, point_loss)
 
 
 def _points(gradient: Tensor, pointer: Pointer, table: Tensor, sharpness: Tensor) -> Tensor:
@@ -169,8 +158,7 @@ def _cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
 
 def _padded(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """ids (B, T) and mask (B, T), padded on the right, and the index (B,) of each row's last token."""
-    width = max(len(row.ids) for row in rows)
-    ids = torch.tensor([[*row.ids, *[0] * (width - len(row.ids))] for row in rows], device=device)
+    ids = pad_sequence([torch.tensor(row.ids, device=device) for row in rows], batch_first=True)
     ends = torch.tensor([len(row.ids) - 1 for row in rows], device=device)
-    mask = torch.arange(width, device=device) <= ends.unsqueeze(1)
+    mask = torch.arange(ids.shape[1], device=device) <= ends.unsqueeze(1)
     return ids, mask.long(), ends

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -15,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nabla_fast.config import require_int, require_number
 from nabla_fast.models.chat import ConversationFrame, conversation_frame
-from nabla_fast.reward_training.examples import Example
+from nabla_fast.reward_training.examples import Example, require_same
 from nabla_fast.reward_training.losses import Loss, Pointer, Row, accumulate
 
 STATE, SETTINGS, ADAPTER = "training.pt", "settings.json", "adapter"
@@ -50,29 +50,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "answers", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+            require_int(name, getattr(self, name), minimum=1)
+        require_number("learning_rate", self.learning_rate, minimum=0.0, open_minimum=True)
         for name in ("prefix", "point"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-
-
-def as_dict(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as plain data."""
-    return asdict(recipe)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a step said: its number from 1, the losses, and the share of its rows that are judged right."""
-
-    number: int
-    judge: float
-    prefix: float | None
-    point: float | None
-    accuracy: float
+            require_number(name, getattr(self, name), minimum=0.0)
 
 
 def train(
@@ -83,7 +64,7 @@ def train(
     recipe: Recipe,
     *,
     device: str | torch.device = "cpu",
-    on_step: Callable[[Step], None] = lambda _: None,
+    on_step: Callable[[int, Loss], None] = lambda *_: None,
 ) -> Path:
     """Trains an adapter, or goes on where an earlier call in ``folder`` was stopped.
 
@@ -94,7 +75,7 @@ def train(
         tokenizer: of the policy that wrote the examples; the base must have the same vocabulary.
         examples: with right and wrong answers.
         folder: keeps the state, and gets the adapter.
-        on_step: hears of every step.
+        on_step: hears of every step's number, from 1, and of its loss.
 
     Returns:
         The adapter's folder, which `nabla_fast.models.loading.load_reward_model` reads.
@@ -108,7 +89,9 @@ def train(
     if len(labels) < 2:
         which = "right" if True in labels else "wrong"
         raise ValueError(f"all answers are {which}: there is nothing to tell apart; use easier or harder problems")
-    _require_same(folder, base, recipe, len(examples))
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"base": base, "examples": len(examples), **asdict(recipe)}
+    require_same(folder / SETTINGS, "a training", settings)
     torch.manual_seed(recipe.seed)
     model, own = _adapted(base, recipe, device)
     if own.get_vocab() != tokenizer.get_vocab():
@@ -131,7 +114,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        on_step(_told(step + 1, loss, rows))
+        on_step(step + 1, loss)
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             state.save(step + 1)
             saved = time.monotonic()
@@ -154,20 +137,18 @@ def draw_rows(
         opening = len(frame.opening)
         pointers = tuple(Pointer(opening + s.position, s.better, s.worse) for s in example.swaps)
         # The answer with the forks always; of the others right and wrong ones in turn.
-        sides: dict[bool, list[int]] = {True: [], False: []}
-        for i in range(1, len(example.answers)):
-            sides[example.answers[i].right].append(i)
+        first, *others = example.answers
+        sides = {right: [answer for answer in others if answer.right is right] for right in (True, False)}
         for own in sides.values():
             draw.shuffle(own)
-        chosen, right = [0], not example.answers[0].right
+        chosen = [first]
         while len(chosen) < recipe.answers and (sides[True] or sides[False]):
-            chosen.append((sides[right] or sides[not right]).pop())
-            right = not example.answers[chosen[-1]].right
-        for i in chosen:
-            answer = example.answers[i]
+            right = chosen[-1].right
+            chosen.append((sides[not right] or sides[right]).pop())
+        for answer in chosen:
             at = None if answer.fork is None else opening + answer.fork
             ids = (*frame.opening, *_closed(answer.tokens, frame.closing))
-            rows.append(Row(ids, answer.right, at, pointers if i == 0 else ()))
+            rows.append(Row(ids, answer.right, at, pointers if answer is first else ()))
     return rows
 
 
@@ -219,26 +200,8 @@ class _State:
         return int(state["step"])
 
 
-def _require_same(folder: Path, base: str, recipe: Recipe, examples: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    file, settings = folder / SETTINGS, {"base": base, "examples": examples, **asdict(recipe)}
-    if file.exists():
-        found = json.loads(file.read_text())
-        other = sorted(name for name in {*found, *settings} if found.get(name) != settings.get(name))
-        if other:
-            old, new = (some.get(other[0]) for some in (found, settings))
-            raise ValueError(f"{folder} holds a training with {other[0]} {old!r}, not {new!r}; use another folder")
-    file.write_text(json.dumps(settings, indent=2) + "\n")
-
-
 def _schedule(step: int, steps: int) -> float:
     warm_up = max(1, steps // 20)
     if step < warm_up:
         return (step + 1) / warm_up
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-
-def _told(number: int, loss: Loss, rows: Sequence[Row]) -> Step:
-    judged = [(score > 0) == row.right for score, row in zip(loss.scores.tolist(), rows, strict=True)]
-    prefix, point = (None if part is None else float(part) for part in (loss.prefix, loss.point))
-    return Step(number, float(loss.judge), prefix, point, sum(judged) / len(judged))

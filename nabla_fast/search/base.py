@@ -137,33 +137,24 @@ class Prompt:
         return [*own, *sequence_seeds(seed, [(*self.sequence.prompt_ids, *tokens)] * (count - len(own)))]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Running:
     """A search under way.
 
     Attributes:
         draws: what it has asked for.
-        drawn: for each of them what has come of it, and the sequence that drew it; None before that.
+        drawn: index of a draw → what has come of it, and the sequence that drew it.
     """
 
     prompt: Prompt
     search: Search
     draws: list[Draw] = field(default_factory=list)
-    drawn: list[tuple[Response, Sequence] | None] = field(default_factory=list)
-
-    def ask(self, draws: list[Draw]) -> None:
-        """The next draws."""
-        self.draws, self.drawn = draws, [None] * len(draws)
+    drawn: dict[int, tuple[Response, Sequence]] = field(default_factory=dict)
 
     @property
-    def waits(self) -> bool:
-        """Whether a draw has not ended."""
-        return any(one is None for one in self.drawn)
-
-    @property
-    def responses(self) -> list[tuple[Response, Sequence]]:
-        """What has come of the draws, in their order."""
-        return [one for one in self.drawn if one is not None]
+    def ended(self) -> list[tuple[Response, Sequence]]:
+        """What has come of the draws when all have ended, in their order."""
+        return [self.drawn[i] for i in range(len(self.draws))]
 
 
 def run(
@@ -218,11 +209,7 @@ def run(
 
 
 class _Driver:
-    """Runs searches together.
-
-    Args:
-        steps, batch_size: as in `run`.
-    """
+    """Runs searches together, as `run` says."""
 
     def __init__(
         self, pair: Pair, objective: Objective, stream: RolloutStream, steps: bool, batch_size: int | None
@@ -240,24 +227,28 @@ class _Driver:
     ) -> Generator[tuple[Prompt, Response], None, None]:
         """Each prompt and its answer, when it is found."""
         waiting, queue = deque(prompts), deque[tuple[_Running, int]]()
+
+        def ask(one: _Running, draws: list[Draw]) -> None:
+            one.draws, one.drawn = draws, {}
+            queue.extend((one, i) for i in range(len(draws)))
+
         while waiting or queue or self._under_way:
             while (waiting or queue) and (self._batch_size is None or len(self._under_way) < self._batch_size):
                 if not queue:
                     prompt = waiting.popleft()
                     self._open(prompt)
                     one = _Running(prompt, search(prompt))
-                    one.ask(next(one.search))
-                    queue.extend((one, i) for i in range(len(one.draws)))
+                    ask(one, next(one.search))
                 self._submit(*queue.popleft())
             complete = self._collect()
             self._score(complete)
             for one in complete:
+                known = one.prompt.rewards
+                responses = [replace(response, reward=known.get(response.tokens)) for response, _ in one.ended]
                 try:
-                    one.ask(one.search.send([response for response, _ in one.responses]))
+                    ask(one, one.search.send(responses))
                 except StopIteration as end:
                     yield one.prompt, end.value
-                else:
-                    queue.extend((one, i) for i in range(len(one.draws)))
 
     def _open(self, prompt: Prompt) -> None:
         """Reads the prompt once for all continuations, where caches can be shared by them."""
@@ -299,12 +290,12 @@ class _Driver:
         """Waits until rollouts have ended; the searches that have all that they asked for."""
         with self._objective.clock.phase("rollout", [sequence.stats for sequence in self._under_way]):
             ended = self._stream.collect()
-        touched: list[_Running] = []
+        touched: dict[_Running, None] = {}
         for sequence, rollout in ended:
             one, i = self._under_way.pop(sequence)
             one.drawn[i] = self._response(one.prompt, sequence, rollout), sequence
-            touched += [] if any(one is other for other in touched) else [one]
-        return [one for one in touched if not one.waits]
+            touched[one] = None
+        return [one for one in touched if len(one.drawn) == len(one.draws)]
 
     def _response(self, prompt: Prompt, sequence: Sequence, rollout: Rollout) -> Response:
         """The response that a rollout has made, counted and not scored yet."""
@@ -322,14 +313,12 @@ class _Driver:
 
     def _score(self, complete: Seq[_Running]) -> None:
         """Scores what is to be scored, each response of a prompt once."""
-        asked: list[tuple[Prompt, Sequence, Response]] = []
+        unknown: dict[tuple[_Running, tuple[int, ...]], tuple[Prompt, Sequence, Response]] = {}
         for one in complete:
-            new: set[tuple[int, ...]] = set()
-            for draw, (response, sequence) in zip(one.draws, one.responses, strict=True):
-                known = response.tokens in one.prompt.rewards or response.tokens in new
-                if (draw.scored or response.finished) and not known:
-                    new.add(response.tokens)
-                    asked.append((one.prompt, sequence, response))
+            for draw, (response, sequence) in zip(one.draws, one.ended, strict=True):
+                if (draw.scored or response.finished) and response.tokens not in one.prompt.rewards:
+                    unknown.setdefault((one, response.tokens), (one.prompt, sequence, response))
+        asked = list(unknown.values())
         size = self._batch_size or max(1, len(asked))
         for first in range(0, len(asked), size):
             some = asked[first : first + size]
@@ -340,9 +329,6 @@ class _Driver:
             rewards = self._objective.rewards([own for _, own, _ in some], responses, keep=True, ended=ended)
             for (prompt, _, response), reward in zip(some, rewards, strict=True):
                 prompt.rewards[response.tokens] = reward
-        for one in complete:
-            found = one.prompt.rewards
-            one.drawn = [(replace(response, reward=found.get(response.tokens)), own) for response, own in one.responses]
 
     def _unscored(self, sequence: Sequence, response: Response) -> int:
         """Tokens of a conversation that the reward model has to read."""

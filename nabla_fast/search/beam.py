@@ -6,7 +6,7 @@ scores a partial response, read at its last token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from itertools import count
 
@@ -43,7 +43,8 @@ def beam_search(
     beams, width = shape(n, settings)
     complete: list[Response] = []
     kept = [prompt.empty]
-    for seed in _seeds(prompt, repeated=enough is not None):
+    for number in count() if enough else range(1):
+        seed = sequence_seeds(prompt.sequence.seed, [(number,)])[0] if number else prompt.sequence.seed
         kept = [prompt.empty]
         while (open_ := [one for one in kept if not one.finished]) and not (enough and enough(prompt)):
             each = beams * width if open_ == [prompt.empty] else width
@@ -63,16 +64,8 @@ def beam_search(
     return max(complete, key=lambda one: one.score)
 
 
-def _seeds(prompt: Prompt, *, repeated: bool) -> Iterator[int]:
-    """The prompt's own seed; then others, if searches are repeated."""
-    seed = prompt.sequence.seed
-    yield seed
-    for number in count(1) if repeated else ():
-        yield sequence_seeds(seed, [(number,)])[0]
-
-
-def _best(responses: Seq[Response], count: int) -> list[Response]:
+def _best(responses: Seq[Response], most: int) -> list[Response]:
     """Those of the highest rewards, the best first, of equals the earlier; the same response once."""
     distinct = {one.tokens: one for one in reversed(responses)}
     first = [one for one in responses if distinct[one.tokens] is one]
-    return sorted(first, key=lambda one: -one.score)[:count]
+    return sorted(first, key=lambda one: -one.score)[:most]

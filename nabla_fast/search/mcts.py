@@ -70,11 +70,7 @@ def mcts(prompt: Prompt, n: int, settings: SearchConfig, enough: Callable[[Promp
 
 
 def selected(root: Node, settings: SearchConfig, rewards: list[float]) -> list[Node]:
-    """The nodes from the root to the one that is expanded next.
-
-    Args:
-        rewards: of all simulations so far, by which values are scaled.
-    """
+    """The nodes from the root to the one that is expanded next; ``rewards`` of all simulations so far scale values."""
     path = [root]
     while path[-1].draws >= settings.search_width and path[-1].open:
         parent = path[-1]

@@ -83,14 +83,15 @@ def test_samples_are_the_first_ones_that_fit(loaded, method, text):
             kept, spent = 0, 0.0
             while spent < budget.amount:
                 one = group.records[kept]
-                work = methods.flops_of(many, i, one, len(group.sequences[kept]), conversations=one.reward_calls)
+                work = many.flops(i, one, len(group.sequences[kept]), conversations=one.reward_calls)
                 kept, spent = kept + 1, spent + (work if budget.kind == "flops" else one.model_calls)
             first = group.first(kept)
             counts.append(kept)
             assert answer.stats.counters() == first.stats.counters()
             if scored:
                 assert answer.reward == pytest.approx(first.rewards[baselines.best(first)])
-                assert answer.text == first.texts[baselines.best(first)]
+                tokens = first.sequences[baselines.best(first)]
+                assert answer.text == loaded.pair.tokenizer.decode(tokens, skip_special_tokens=True)
             cost = answer.flops if budget.kind == "flops" else answer.stats.model_calls
             assert cost == pytest.approx(spent)
         assert text == "calls=1" or max(counts) > 2, "too small a budget to tell anything"

@@ -103,7 +103,7 @@ def test_self_consistency_takes_the_majority_and_scores_nothing(models):
     (group,) = baselines.sample(
         *(pair := _pair(models),), *_tokens(pair, PROMPTS[:1]), 8, CONFIG, scored=False, batch_size=3
     )
-    first = [text[:1] for text in group.texts]
+    first = [TOKENIZER.decode(tokens, skip_special_tokens=True)[:1] for tokens in group.sequences]
     assert out.texts[0][:1] == max(first, key=first.count)
     assert out.stats.totals.reward_calls == 0
     assert out.rewards[0] != out.rewards[0]
@@ -168,19 +168,19 @@ def test_flops_by_hand(loaded):
     size = flops.Sizes(language=100, reward=10, head=40)
     stats = SequenceStats(rollouts=2, generated_tokens=9, reward_calls=2, gradient_evaluations=3, dto_iterations=5)
     stats.revisions.append(Revision(2, 1, 7, 0.0, 1.0, True))
-    work = flops.Work(stats, prompt=4, frame=(6, 1), response=5, conversations=1)
+    work = {"prompt": 4, "frame": (6, 1), "response": 5, "conversations": 1}
     rollouts = 2 * 100 * (4 + (4 + 3) + 9)
     rewards = 2 * 10 * (6 + 9 + 2 * 1)
     gradients = 2 * 2 * (100 + 10) * 5 * 3
     head = 4 * 40 * 5
-    assert flops.estimate(size, work, CONFIG) == rollouts + rewards + gradients + head
+    assert flops.estimate(size, stats, CONFIG, **work) == rollouts + rewards + gradients + head
     # A reward model that takes whole conversations reads opening, answer and closing for every score and gradient.
-    whole = flops.estimate(replace(size, continues=False), work, CONFIG)
+    whole = flops.estimate(replace(size, continues=False), stats, CONFIG, **work)
     read = stats.reward_calls * (6 + 5 + 1) + 2 * stats.gradient_evaluations * (6 + 1)
     assert whole == rollouts + 2 * 10 * read + gradients + head
-    without = flops.estimate(size, work, CONFIG.replace(parameterization="logits"))
+    without = flops.estimate(size, stats, CONFIG.replace(parameterization="logits"), **work)
     assert without == rollouts + rewards + gradients
-    every_row = flops.estimate(size, work, CONFIG.replace(update_postfix=True))
+    every_row = flops.estimate(size, stats, CONFIG.replace(update_postfix=True), **work)
     assert every_row == rollouts + rewards + gradients + 5 * head
 
 

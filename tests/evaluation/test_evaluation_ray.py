@@ -43,9 +43,6 @@ class Grader:
     def answer(self, problem_id, response):
         return response
 
-    def text(self, answer):
-        return answer
-
     def same(self, one, other):
         return one == other
 
@@ -71,7 +68,7 @@ def load(deadly=(), endless=()):
     from nabla_fast.evaluation.methods import Answer
     from nabla_fast.stats import SequenceStats
 
-    def make_batch(models, asked, seeds, grader, config, n, size, on_answer, *more):
+    def make_batch(models, asked, seeds, grader, config, n, size, on_answer, **more):
         return SimpleNamespace(problems=asked, seeds=seeds, n=n, on_answer=on_answer)
 
     def method(batch):

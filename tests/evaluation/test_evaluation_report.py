@@ -16,8 +16,8 @@ from nabla_fast.cli import eval_tables
 from nabla_fast.cli.console import print_table
 from nabla_fast.evaluation import plots, report
 from nabla_fast.evaluation.bootstrap import interval, paired_difference
-from nabla_fast.evaluation.equal_cost import Point, difference
 from nabla_fast.evaluation.journal import Journal
+from nabla_fast.evaluation.report import at_equal_cost
 from nabla_fast.evaluation.runner import CONFIG, RESULTS, SUMMARY, Arm
 from nabla_fast.stats import SequenceStats
 from nabla_fast.whole_files import write_json
@@ -223,21 +223,21 @@ def test_a_configuration_of_something_else_is_refused(tmp_path):
 
 
 def point(cost, *right):
-    return Point(cost, {f"p{i}": float(value) for i, value in enumerate(right)})
+    return cost, {f"p{i}": float(value) for i, value in enumerate(right)}
 
 
 def test_equal_cost_is_interpolated_in_the_logarithm_problem_by_problem():
     curve = [point(100, 1, 1, 1, 0), point(10, 0, 1, 0, 0), point(1000, 1, 1, 1, 1)]
-    found = difference(point(10**1.5, 1, 1, 0, 0), curve)
+    found = at_equal_cost(point(10**1.5, 1, 1, 0, 0), curve)
     # Halfway between 10 and 100 the curve has 0.5, 1, 0.5, 0.
-    assert found.mean == pytest.approx((0.5 + 0 - 0.5 + 0) / 4)
-    assert found.low < 0 < found.high
-    assert difference(point(100, 1, 1, 1, 0), curve).mean == 0
-    assert difference(point(1000, 1, 1, 1, 1), curve).mean == 0
+    assert found["mean"] == pytest.approx((0.5 + 0 - 0.5 + 0) / 4)
+    assert found["low"] < 0 < found["high"]
+    assert at_equal_cost(point(100, 1, 1, 1, 0), curve)["mean"] == 0
+    assert at_equal_cost(point(1000, 1, 1, 1, 1), curve)["mean"] == 0
     for outside in (9.9, 1001):
-        assert difference(point(outside, 1, 1, 1, 1), curve) is None
-    assert difference(point(50, 1, 1, 1, 1), curve[:1]) is None
-    assert difference(Point(50, {"other": 1.0}), curve) is None
+        assert at_equal_cost(point(outside, 1, 1, 1, 1), curve) is None
+    assert at_equal_cost(point(50, 1, 1, 1, 1), curve[:1]) is None
+    assert at_equal_cost((50, {"other": 1.0}), curve) is None
 
 
 def test_nabla_is_set_against_best_of_n_at_equal_cost(tmp_path):

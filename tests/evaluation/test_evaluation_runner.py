@@ -45,9 +45,6 @@ class Grader:
             raise GradingError("score_answer failed")
         return response
 
-    def text(self, answer):
-        return str(answer)
-
     def same(self, one, other):
         return one == other
 
@@ -86,7 +83,7 @@ def made_up(monkeypatch):
     def method(name):
         return lambda batch: options.answer(SimpleNamespace(**vars(batch), method=name, delay=options.delay))
 
-    def make_batch(models, problems, seeds, grader, config, n, size, on_answer, *more):
+    def make_batch(models, problems, seeds, grader, config, n, size, on_answer, **more):
         return SimpleNamespace(problems=problems, seeds=seeds, n=n, size=size, on_answer=on_answer)
 
     monkeypatch.setattr(worker, "make_batch", make_batch)

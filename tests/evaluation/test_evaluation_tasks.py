@@ -52,7 +52,7 @@ def test_equal_mathematics_is_one_vote(mathematics):
     )
     assert mathematics.same(half, other)
     assert not mathematics.same(half, third)
-    assert mathematics.text(third) == r"\frac{1}{3}"
+    assert str(third) == r"\frac{1}{3}"
     assert mathematics.answer("p", "none") is None
 
 

@@ -339,6 +339,7 @@ def test_arguments_are_converted():
         ({"zzz": 3}, ValueError, r"'zzz', which nabla_fast does not know\. It takes pretrained"),
         ({"max_iters": "many"}, TypeError, "max_iters must be int, got 'many'"),
         ({"seed": True}, TypeError, "seed must be int, got True"),
+        ({"task_sampling": 1}, TypeError, "task_sampling must be bool, got 1"),
         ({"max_iters": -1}, ValueError, "max_iters must be at least 0"),
         ({"method": "beam"}, ValueError, "method is 'beam'; use one of nabla, likeliest"),
         ({"preset": "gsm8k"}, ValueError, "preset is 'gsm8k'; use one of math500, aime, amc"),

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from nabla_fast.config import NablaConfig, Sampling
@@ -48,7 +50,8 @@ def generate(
         ValueError, TypeError: if ``tokenizer``, ``reward_model`` or ``nabla_config`` cannot be used, and as
             `nabla_fast.custom_generate`.
     """
-    once = None if streamer is None else _EndedOnce(streamer)
+    # Ended by whoever comes first.
+    once = None if streamer is None else SimpleNamespace(put=streamer.put, end=functools.cache(streamer.end))
     try:
         for name, value in (("tokenizer", tokenizer), ("reward_model", reward_model)):
             if value is None:
@@ -82,17 +85,3 @@ def _config(given: NablaConfig | Mapping[str, Any] | None) -> NablaConfig:
         if name in given and isinstance(given[name], Mapping)
     }
     return NablaConfig().replace(**{**given, **samplings})
-
-
-class _EndedOnce:
-    """A streamer that is ended by whoever comes first."""
-
-    def __init__(self, streamer: Any) -> None:
-        self.put = streamer.put
-        self._end = streamer.end
-        self._ended = False
-
-    def end(self) -> None:
-        if not self._ended:
-            self._ended = True
-            self._end()

@@ -35,19 +35,15 @@ def kept_pair(model: Any, tokenizer: Any, reward_model: Any, reward_tokenizer: A
     if hasattr(own, "base_model") and hasattr(own, "config"):
         read_as = replace(reward_model, model=None) if isinstance(reward_model, ProcessReward) else None
         key = (language_model.vocab_size, eos_token_ids, read_as, fingerprint(own))
-        rewards = _kept(own, key, (tokenizer, reward_tokenizer), make)
+        tokenizers = (tokenizer, reward_tokenizer)
+        kept = vars(own).get(_ATTRIBUTE)
+        if kept is None or kept.key != key or any(a is not b for a, b in zip(kept.tokenizers, tokenizers, strict=True)):
+            kept = vars(own)[_ATTRIBUTE] = _Kept(key, tokenizers, make())
+        rewards = kept.rewards
     else:
         # A function has no embeddings of its own, and would keep the language model's.
         rewards = make()
     return Pair(language_model, tokenizer, rewards, eos_token_ids, vllm.chosen(language_model, config))
-
-
-def _kept(owner: Any, key: Hashable, tokenizers: tuple[Any, Any], make: Any) -> RewardModel:
-    kept = vars(owner).get(_ATTRIBUTE)
-    if kept is None or kept.key != key or any(a is not b for a, b in zip(kept.tokenizers, tokenizers, strict=True)):
-        kept = vars(owner)[_ATTRIBUTE] = _Kept(key, tokenizers, make())
-    rewards: RewardModel = kept.rewards
-    return rewards
 
 
 class _Kept:

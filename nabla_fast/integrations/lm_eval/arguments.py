@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -192,58 +192,42 @@ def converted(name: str, value: Any, kind: str) -> Any:
         return None
     for read_as in plain:
         try:
-            return _READERS[read_as.partition("[")[0]](value, read_as)
+            if not isinstance(value, bool) or read_as == "bool":
+                return _READERS[read_as](value)
         except (ValueError, KeyError, TypeError):
             continue
     raise TypeError(f"{name} must be {kind.replace(' | ', ' or ')}, got {value!r}")
 
 
-def _integer(value: Any, _: str) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+def _integer(value: Any) -> int:
+    if isinstance(value, float) and not value.is_integer():
         raise ValueError
     return int(value)
 
 
-def _number(value: Any, _: str) -> float:
-    if isinstance(value, bool):
-        raise ValueError
-    return float(value)
-
-
-def _switch(value: Any, _: str) -> bool:
-    words = {"true": True, "false": False}
-    return value if isinstance(value, bool) else words[value.lower()]
-
-
-def _text(value: Any, _: str) -> str:
-    if isinstance(value, bool | dict | list):
+def _text(value: Any) -> str:
+    if isinstance(value, dict | list):
         raise ValueError
     return str(value)
 
 
-def _several(value: Any, kind: str) -> tuple[Any, ...]:
+def _several(value: Any) -> list[Any]:
     if isinstance(value, str):
-        value = json.loads(value) if value.startswith("[") else [value]
-    entries = [value] if isinstance(value, int) else list(value)
-    return tuple(int(entry) if "int" in kind else entry for entry in entries)
+        return list(json.loads(value)) if value.startswith("[") else [value]
+    return [value] if isinstance(value, int) else list(value)
 
 
-def _mapping(value: Any, _: str) -> dict[str, Any]:
+def _mapping(value: Any) -> dict[str, Any]:
     return dict(json.loads(value) if isinstance(value, str) else value)
 
 
-def _sampling(value: Any, _: str) -> Sampling:
-    if isinstance(value, Sampling):
-        return value
-    return Sampling(**_mapping(value, ""))
-
-
-_READERS = {
+_READERS: dict[str, Callable[[Any], Any]] = {
     "int": _integer,
-    "float": _number,
-    "bool": _switch,
+    "float": float,
+    "bool": lambda value: {"true": True, "false": False}[str(value).lower()],
     "str": _text,
-    "tuple": _several,
-    "dict": _mapping,
-    "Sampling": _sampling,
+    "tuple[int, ...]": lambda value: tuple(map(int, _several(value))),
+    "tuple[str, ...]": lambda value: tuple(_several(value)),
+    "dict[str, Any]": _mapping,
+    "Sampling": lambda value: value if isinstance(value, Sampling) else Sampling(**_mapping(value)),
 }

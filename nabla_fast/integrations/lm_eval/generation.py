@@ -45,7 +45,7 @@ def configured(
         changes["max_new_tokens"] = int(given[length])
         if longest is not None and changes["max_new_tokens"] > longest:
             changes["max_new_tokens"] = longest
-            _warn_once(
+            warn_once(
                 f"the task's {length}={given[length]} is cut to the {longest} that preset or max_new_tokens in "
                 "--model_args allows"
             )
@@ -53,7 +53,7 @@ def configured(
         changes |= _sampling(config, given)
     elif any(name in given for name in _SAMPLING):
         said = ", ".join(f"{name}={given[name]}" for name in _SAMPLING if name in given)
-        _warn_once(
+        warn_once(
             f"the task's {said} does not count: rollouts are sampled by the model's own settings "
             f"({_told(config.rollout)}); task_sampling=true in --model_args lets the task's count"
         )
@@ -86,5 +86,6 @@ def _told(sampling: Sampling) -> str:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Warns with this message, once."""
     logger.warning(message)

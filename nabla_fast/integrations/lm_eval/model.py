@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import postprocess_generated_text
+from torch import Tensor
 from tqdm import tqdm
 
 import nabla_fast
+from nabla_fast import baselines
 from nabla_fast.demo.pairs import PAIRS
-from nabla_fast.generate import make_pair
+from nabla_fast.generate import make_pair, run, stop_rule
 from nabla_fast.integrations.lm_eval.arguments import read
-from nabla_fast.integrations.lm_eval.decoding import decode
-from nabla_fast.integrations.lm_eval.generation import configured, logger
+from nabla_fast.integrations.lm_eval.generation import configured, logger, warn_once
 from nabla_fast.models.chat import Chat, ChatTemplateError, encode
 from nabla_fast.models.reward_model import RewardFrame
 from nabla_fast.stats import SequenceStats, Stats
@@ -116,14 +117,14 @@ class NablaLM(HFLM):
         hidden = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=hidden, desc="Running generate_until requests") as bar:
 
-            def end(i: int, text: str) -> None:
-                answers[i] = text
-                self.cache_hook.add_partial("generate_until", requests[i].args, text)
+            def end(rows: list[int], i: int, text: str) -> None:
+                answers[rows[i]] = text
+                self.cache_hook.add_partial("generate_until", requests[rows[i]].args, text)
                 bar.update(1)
 
             for rows in groups.values():
                 contexts, (gen_kwargs, *_) = zip(*(requests[i].args for i in rows), strict=True)
-                self._answer(contexts, gen_kwargs, functools.partial(_renumbered, rows, end))
+                self._answer(contexts, gen_kwargs, functools.partial(end, rows))
         _report(self.arguments.method, self.records[before:])
         return [answers[i] for i in range(len(requests))]
 
@@ -131,25 +132,41 @@ class NablaLM(HFLM):
         self, contexts: Sequence[str], gen_kwargs: dict[str, Any], on_answer: Callable[[int, str], None]
     ) -> None:
         arguments = self.arguments
-        config = configured(
-            self.settings,
-            gen_kwargs,
-            task_sampling=arguments.task_sampling or arguments.method == "greedy",
-            longest=arguments.longest,
-        )
+        greedy = arguments.method == "greedy"
+        sampling = arguments.task_sampling or greedy
+        config = configured(self.settings, gen_kwargs, task_sampling=sampling, longest=arguments.longest)
         prompts, frames = zip(*map(self._prompt, contexts), strict=True)
 
-        def end(i: int, tokens: list[int]) -> None:
-            on_answer(i, self._text(tokens, config.stop_strings))
+        def end(i: int, tokens: Tensor) -> None:
+            on_answer(i, self._text(tokens.tolist(), config.stop_strings))
 
-        self.records += decode(self.pair, prompts, frames, config, arguments.method, self._samples, end)
+        if arguments.method == "best-of-n":
+            groups = baselines.sample(
+                self.pair,
+                prompts,
+                frames,
+                self._samples,
+                config,
+                scored=True,
+                batch_size=config.max_batch_size,
+                on_group=lambda i, group: end(i, group.sequences[baselines.best(group)]),
+            )
+            self.records += [group.stats for group in groups]
+            return
+        config = baselines.greedy_settings(config) if greedy else config
+        stop = stop_rule(self.pair, config)
+        out = run(self.pair, prompts, frames, config, stop, on_end=lambda one: end(one.index, one.current.tokens))
+        self.records += out.stats.sequences
 
     def _prompt(self, context: str) -> tuple[tuple[int, ...], RewardFrame]:
         """The token ids of a context, and what the reward model sees around a response to it."""
         chat = self._chats.get(context)
         if chat is not None:
             return tuple(encode(self.tokenizer, context)), self._frame(chat)
-        _warn_of_raw_text()
+        warn_once(
+            "contexts are raw text, which the language model continues; reward models judge conversations: use "
+            "--apply_chat_template with a chat model"
+        )
         ids = tuple(self.tok_encode(context)) or (self.prefix_token_id,)
         return ids, self.pair.reward_model.prompt_frame(ids)
 
@@ -193,10 +210,6 @@ class NablaLM(HFLM):
         return {**super().get_model_info(), "nabla_fast": own}
 
 
-def _renumbered(rows: Sequence[int], on_answer: Callable[[int, str], None], i: int, text: str) -> None:
-    on_answer(rows[i], text)
-
-
 def _report(method: str, records: list[SequenceStats]) -> None:
     totals = Stats(records).totals
     logger.info(
@@ -216,11 +229,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         theirs.setLevel(level)
-
-
-@functools.cache
-def _warn_of_raw_text() -> None:
-    logger.warning(
-        "contexts are raw text, which the language model continues; reward models judge conversations: use "
-        "--apply_chat_template with a chat model"
-    )
