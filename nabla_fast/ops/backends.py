@@ -8,7 +8,7 @@ all.
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import os
 import warnings
 from collections.abc import Callable
@@ -168,8 +168,6 @@ def _refusal(wanted: str, device_type: str, reason: str) -> str:
 @functools.cache
 def _import(backend: str) -> ModuleType | str:
     """The module of a back end, or why it cannot be imported."""
-    if importlib.util.find_spec(_MODULES[backend]) is None:
-        return "this version of nabla_fast does not have it"
     try:
         return importlib.import_module(_MODULES[backend])
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The CUDA back end, for operators that need what Triton does not offer; without autograd.
+"""The CUDA back end, for operators that need what Triton does not offer; without autograd or checks of its own.
 
 * `token_diff`: one launch.
 * `dto_step` of few rows with a dense gradient: up to ``max_steps`` steps of Adam in one launch. A row stops on the
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast.ops import checks, native
+from nabla_fast.ops import native
 from nabla_fast.ops.types import DTOInputs, DTOOptions, DTOState, DTOStep, Head, Tables, TokenDiff
 
 # A row of latents passes over the whole head by itself, so more of them are better multiplied together. A row of
@@ -110,19 +110,7 @@ def _why_not_on(index: int) -> str | None:
 
 
 def token_diff(old: Tensor, new: Tensor) -> TokenDiff:
-    """`reference.token_diff`: (B, m) int64 twice, any strides.
-
-    Raises:
-        RuntimeError: if the shapes differ, or the launch fails.
-        TypeError: if a dtype is not int64.
-    """
-    if old.dtype != torch.int64 or new.dtype != torch.int64:
-        raise TypeError(f"token_diff takes int64 tokens, got {old.dtype} and {new.dtype}")
-    if old.ndim != 2 or old.shape != new.shape or old.device != new.device:
-        raise RuntimeError(
-            f"token_diff takes two (B, m) tensors of one device, got {tuple(old.shape)} on {old.device} and "
-            f"{tuple(new.shape)} on {new.device}"
-        )
+    """`reference.token_diff`: (B, m) int64 twice, any strides."""
     first, count = old.new_empty(old.shape[0]), old.new_empty(old.shape[0])
     with _device(old.device) as device:
         _call(
@@ -139,13 +127,9 @@ def dto_step(state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOpt
 
     Raises:
         RuntimeError: if the launch fails.
-        TypeError: if a dtype is wrong.
-        ValueError: if a shape, layout or device does not fit the others, tau is not positive and finite, or max_steps
-            is negative.
     """
     if isinstance(inputs.gradient, Tensor) and (inputs.group is None or len(state.parameters) == 1):
-        _check(state, inputs, tables.head.weight, options)
-        plan = _plan_for(state, inputs, tables.head, options.latents)
+        plan = _plan_for(state, tables.head, options.latents)
         if plan is not None:
             return _run(state, inputs, tables.head, options, plan)
     from nabla_fast.ops import triton
@@ -153,48 +137,7 @@ def dto_step(state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOpt
     return triton.dto_step(state, inputs, tables, options)
 
 
-def _prepared(inputs: DTOInputs) -> DTOInputs:
-    """With the types and strides that the kernels read. Copies what has others."""
-    rates = inputs.learning_rates if inputs.learning_rates.dtype == torch.float64 else inputs.learning_rates.float()
-    gradient, soft, hard = (
-        None if x is None else x.float() if x.stride(-1) == 1 else x.float().contiguous() for x in _rows_of(inputs)
-    )
-    assert gradient is not None
-    return DTOInputs(rates.contiguous(), gradient, soft, hard)
-
-
-def _rows_of(inputs: DTOInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The dense gradient and the noises."""
-    assert isinstance(inputs.gradient, Tensor)
-    return inputs.gradient, inputs.soft_noise, inputs.hard_noise
-
-
-def _check(state: DTOState, inputs: DTOInputs, weight: Tensor, options: DTOOptions) -> None:
-    """Checks what raw pointers cannot: sizes, dtypes and devices."""
-    checks.temperature("tau", options.tau)
-    checks.at_least_zero("max_steps", options.max_steps)
-    if weight.ndim != 2 or state.parameters.ndim != 2:
-        raise ValueError(
-            f"weight must be (V, d) and parameters (N, d) or (N, V), got {tuple(weight.shape)} and "
-            f"{tuple(state.parameters.shape)}"
-        )
-    rows, (vocabulary, hidden) = len(state.parameters), weight.shape
-    row, entries = (rows, hidden if options.latents else vocabulary), (rows, vocabulary)
-    names = (*DTOState._fields, "learning_rates", "gradient", "soft_noise", "hard_noise", "weight")
-    shapes: list[tuple[int | str, ...]]
-    shapes = [row, row, row, (rows,), (rows,), ("S",), entries, entries, entries, (vocabulary, hidden)]
-    tensors = (*state, inputs.learning_rates, *_rows_of(inputs), weight)
-    for name, x, wanted in zip(names, tensors, shapes, strict=True):
-        if x is None:
-            continue
-        if x.layout != torch.strided:
-            raise ValueError(f"{name} must be a dense tensor, got layout {x.layout}")
-        checks.device(name, x, "parameters", state.parameters)
-        checks.dtype(name, x, (torch.int64,) if name in ("step", "tokens") else checks.FLOATS)
-        checks.shape(name, x, wanted)
-
-
-def _plan_for(state: DTOState, inputs: DTOInputs, head: Head, latents: bool) -> _Plan | None:
+def _plan_for(state: DTOState, head: Head, latents: bool) -> _Plan | None:
     """The launch plan of these rows; None if the kernels cannot run them."""
     parameters, weight = state.parameters, head.weight
     rows, width = parameters.shape
@@ -207,9 +150,9 @@ def _plan_for(state: DTOState, inputs: DTOInputs, head: Head, latents: bool) -> 
     ):
         return None
     if not latents:
-        plan = _plan_logits(rows, vocabulary, parameters.device)
+        plan = _planned("logits", parameters.device, rows, vocabulary)
     elif weight.dtype in _WEIGHT_TYPES and _reads_in_16_bytes(weight):
-        plan = _plan_latents(rows, vocabulary, _WEIGHT_TYPES[weight.dtype], width, parameters.device)
+        plan = _planned("latents", parameters.device, rows, vocabulary, _WEIGHT_TYPES[weight.dtype], width)
     else:
         return None
     return plan if plan.team else None
@@ -221,26 +164,23 @@ def _reads_in_16_bytes(weight: Tensor) -> bool:
 
 
 @functools.cache
-def _plan_latents(rows: int, vocabulary: int, weight_type: int, hidden: int, device: torch.device) -> _Plan:
+def _planned(name: str, device: torch.device, *sizes: int) -> _Plan:
     plan = _Plan()
     with _device(device) as (index, _):
-        _call("plan_latents", rows, vocabulary, weight_type, hidden, index, ctypes.byref(plan))
-    return plan
-
-
-@functools.cache
-def _plan_logits(rows: int, vocabulary: int, device: torch.device) -> _Plan:
-    plan = _Plan()
-    with _device(device) as (index, _):
-        _call("plan_logits", rows, vocabulary, index, ctypes.byref(plan))
+        _call(f"plan_{name}", *sizes, index, ctypes.byref(plan))
     return plan
 
 
 def _run(state: DTOState, inputs: DTOInputs, head: Head, options: DTOOptions, plan: _Plan) -> DTOStep:
     with _device(state.parameters.device) as device:
-        inputs, tokens = _prepared(inputs), state.tokens.contiguous()
-        gradient, *noises = _rows_of(inputs)
-        rates = inputs.learning_rates
+        # With the types and strides that the kernels read. Copies what has others.
+        tokens, rates = state.tokens.contiguous(), inputs.learning_rates.contiguous()
+        rates = rates if rates.dtype == torch.float64 else rates.float()
+        assert isinstance(inputs.gradient, Tensor)
+        gradient, *noises = (
+            None if x is None else x.float() if x.stride(-1) == 1 else x.float().contiguous()
+            for x in (inputs.gradient, inputs.soft_noise, inputs.hard_noise)
+        )
         token, changed = torch.empty_like(tokens), torch.empty_like(tokens, dtype=torch.bool)
         scratch = torch.empty(max(16, plan.scratch_bytes), dtype=torch.uint8, device=token.device)
         rows = _Rows(

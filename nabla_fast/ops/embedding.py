@@ -54,13 +54,9 @@ def linear_relaxed_backward(
     return reference.linear_relaxed_backward(h, head, vectors, tables, tau)
 
 
-def _straight_through_derivative(
-    z: Tensor, tables: Sequence[Tensor], tau: float, backend: str, result: HardEmbeddings
-) -> Tensor:
-    return relaxed_backward(z, result.embeddings, tables, tau, backend)
-
-
-@operator(derivative=_straight_through_derivative)
+@operator(
+    derivative=lambda z, tables, tau, backend, result: relaxed_backward(z, result.embeddings, tables, tau, backend)
+)
 def straight_through_embedding(
     z: Annotated[Tensor, "float N V"],
     tables: Annotated[Sequence[Tensor], "float V d_k", 2],
@@ -80,13 +76,11 @@ def straight_through_embedding(
     return reference.straight_through_embedding(z, tables, tau)
 
 
-def _linear_straight_through_derivative(
-    h: Tensor, head: Head, tables: Sequence[Tensor], tau: float, backend: str, result: HardEmbeddings
-) -> Tensor:
-    return linear_relaxed_backward(h, head, result.embeddings, tables, tau, backend)
-
-
-@operator(derivative=_linear_straight_through_derivative)
+@operator(
+    derivative=lambda h, head, tables, tau, backend, result: linear_relaxed_backward(
+        h, head, result.embeddings, tables, tau, backend
+    )
+)
 def linear_straight_through_embedding(
     h: Annotated[Tensor, "float N d"],
     head: Head,
@@ -114,11 +108,13 @@ def soft_embedding_backward(
     return reference.soft_embedding_backward(z, vector, table, offset, top, max_prob, token, tau)
 
 
-def _recorded_derivative(z: Tensor, table: Tensor, tau: float, backend: str, result: RecordedMixture) -> Tensor:
-    return soft_embedding_backward(z, result.mixture, table, *result[1:], tau, backend)
-
-
-@operator(derivative=_recorded_derivative, called="soft_embedding", internal=True)
+@operator(
+    derivative=lambda z, table, tau, backend, result: soft_embedding_backward(
+        z, result.mixture, table, *result[1:], tau, backend
+    ),
+    called="soft_embedding",
+    internal=True,
+)
 def soft_embedding_recorded(
     z: Annotated[Tensor, "float N V"],
     table: Annotated[Tensor, "float V e"],
@@ -129,11 +125,10 @@ def soft_embedding_recorded(
     return reference.soft_embedding_recorded(z, table, tau)
 
 
-def _soft_derivative(z: Tensor, table: Tensor, tau: float, backend: str, result: Tensor) -> Tensor:
-    return relaxed_backward(z, [result], [table], tau, backend)
-
-
-@operator(derivative=_soft_derivative, recorded=soft_embedding_recorded)
+@operator(
+    derivative=lambda z, table, tau, backend, result: relaxed_backward(z, [result], [table], tau, backend),
+    recorded=soft_embedding_recorded,
+)
 def soft_embedding(
     z: Annotated[Tensor, "float N V"],
     table: Annotated[Tensor, "float V e"],
@@ -168,13 +163,13 @@ def linear_soft_embedding_backward(
     return reference.linear_soft_embedding_backward(h, head, vector, table, offset, top, max_prob, token, tau)
 
 
-def _linear_recorded_derivative(
-    h: Tensor, head: Head, table: Tensor, tau: float, backend: str, result: RecordedMixture
-) -> Tensor:
-    return linear_soft_embedding_backward(h, head, result.mixture, table, *result[1:], tau, backend)
-
-
-@operator(derivative=_linear_recorded_derivative, called="linear_soft_embedding", internal=True)
+@operator(
+    derivative=lambda h, head, table, tau, backend, result: linear_soft_embedding_backward(
+        h, head, result.mixture, table, *result[1:], tau, backend
+    ),
+    called="linear_soft_embedding",
+    internal=True,
+)
 def linear_soft_embedding_recorded(
     h: Annotated[Tensor, "float N d"],
     head: Head,
@@ -186,12 +181,13 @@ def linear_soft_embedding_recorded(
     return reference.linear_soft_embedding_recorded(h, head, table, tau)
 
 
-def _linear_soft_derivative(h: Tensor, head: Head, table: Tensor, tau: float, backend: str, result: Tensor) -> Tensor:
+@operator(
     # <p, G> is <mixture, grad>, but as a sum rounded at the size of G it would cost a nearly certain token its digits.
-    return linear_relaxed_backward(h, head, [result], [table], tau, backend)
-
-
-@operator(derivative=_linear_soft_derivative, recorded=linear_soft_embedding_recorded)
+    derivative=lambda h, head, table, tau, backend, result: linear_relaxed_backward(
+        h, head, [result], [table], tau, backend
+    ),
+    recorded=linear_soft_embedding_recorded,
+)
 def linear_soft_embedding(
     h: Annotated[Tensor, "float N d"],
     head: Head,

@@ -24,12 +24,10 @@ torch.library.register_fake(
 _backward = getattr(torch.ops, NAMESPACE).log_likelihood_backward
 
 
-def _derivative(h: Tensor, head: Head, tokens: Tensor, need_grad: bool, backend: str, result: LogLikelihood) -> Tensor:
-    gradient: Tensor = _backward(result.log_likelihood, result.gradient, h)
-    return gradient
-
-
-@operator(derivative=_derivative, called="linear_log_likelihood")
+@operator(
+    derivative=lambda h, *_, result: _backward(result.log_likelihood, result.gradient, h),
+    called="linear_log_likelihood",
+)
 def log_likelihood_gradient(
     h: Annotated[Tensor, "float N d"],
     head: Head,

@@ -20,6 +20,7 @@ import torch
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _STEM = "_native_torch_"
+_AGAIN = "install it again with `pip install --no-build-isolation`"
 
 _LIBRARY = torch.library.Library("nabla_fast", "FRAGMENT")
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -102,7 +103,7 @@ def _load_and_call(name: str) -> Callable[..., Any]:
         if not _has_kernel(f"nabla_fast::{name}"):  # or it would come here again
             raise RuntimeError(
                 f"{name} of the native back end cannot run: the native library is of an earlier version of nabla_fast; "
-                "install it again with `pip install --no-build-isolation`"
+                f"{_AGAIN}"
             )
         return getattr(torch.ops.nabla_fast, name).default.redispatch(_CPU, *arguments)
 
@@ -125,14 +126,9 @@ def _load(directory: Path) -> str | None:
         others = [file.stem.removeprefix(_STEM).replace("_", ".") for file in directory.glob(f"{_STEM}*.so")]
         if others:
             # Not tried: torch's C++ interface changes between versions, and a wrong call could crash the process.
-            return (
-                f"the native library was built for torch {' and '.join(sorted(others))}, running {torch.__version__}; "
-                "install nabla_fast again with `pip install --no-build-isolation`"
-            )
-        return (
-            "the native library was not built when nabla_fast was installed; install it again with "
-            "`pip install --no-build-isolation`"
-        )
+            built = " and ".join(sorted(others))
+            return f"the native library was built for torch {built}, running {torch.__version__}; {_AGAIN}"
+        return f"the native library was not built when nabla_fast was installed; {_AGAIN}"
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -140,10 +136,7 @@ def _load(directory: Path) -> str | None:
             f"the native library, built for torch {_torch_version()}, running {torch.__version__}, cannot load: {error}"
         )
     if not _fits(path):
-        return (
-            "the native library is of another version of nabla_fast; install it again with "
-            "`pip install --no-build-isolation`"
-        )
+        return f"the native library is of another version of nabla_fast; {_AGAIN}"
     return None
 
 

@@ -110,25 +110,8 @@ def linear_relaxed_stats(
     return RelaxedStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def linear_log_likelihood(h: Tensor, head: Head, tokens: Tensor) -> Tensor:
-    """log softmax(logits(h))[token] per row: (N,), differentiable with respect to h.
-
-    Args:
-        h: (N, d) hidden states.
-        head: output head.
-        tokens: (N,) int64.
-    """
-    logits = linear_logits(h, head)
-    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, dim=-1)
-
-
 def straight_through_embedding(z: Tensor, tables: Sequence[Tensor], tau: float = 1.0) -> HardEmbeddings:
-    """Embeddings of the hard tokens; `relaxed_backward` is the gradient, that of ``softmax(z / tau) @ table``.
-
-    Args:
-        z: (N, V) logits.
-        tables: one or two embedding tables (V, d_k).
-    """
+    """Embeddings of the hard tokens; `relaxed_backward` is the gradient, that of ``softmax(z / tau) @ table``."""
     dtype = functools.reduce(torch.promote_types, (table.dtype for table in tables), upcast(z).dtype)
     token = hard_token(z)
     bad, rows = (token < 0).unsqueeze(-1), token.clamp(min=0)
@@ -184,11 +167,6 @@ def relaxed_backward(z: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tens
 
     A constant makes no difference to p * (G - <p, G>), but where one token is nearly certain, G - <p, G> is what is
     left of two numbers that are nearly equal. Relative to that token's G every digit of its gradient counts.
-
-    Args:
-        z: (N, V) logits.
-        vectors: (N, d_k) per table, the gradients with respect to the embeddings.
-        tables: (V, d_k) each.
     """
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in (*vectors, *tables)), upcast(z).dtype)
     gradient = torch.zeros(z.shape, dtype=dtype, device=z.device)
@@ -237,7 +215,7 @@ def linear_relaxed_backward(
 
 
 def log_likelihood_gradient(h: Tensor, head: Head, tokens: Tensor, need_grad: bool) -> LogLikelihood:
-    """`linear_log_likelihood` without autograd, and its gradient from the same pass over the vocabulary."""
+    """log softmax(logits(h))[token] per row, and with ``need_grad`` its gradient (N, d)."""
     logits = linear_logits(h, head)
     log_p = torch.log_softmax(_relative(logits, 1.0)[0], dim=-1)
     entry = tokens.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)
@@ -372,9 +350,6 @@ def draw_token(
     """One token (N,) int64 per row of logits z (N, V), by Gumbel-max over what temperature, top-k and top-p keep.
 
     Of equal scores the lowest token; -1 for a row without meaning. Temperature 0 takes `hard_token`.
-
-    Args:
-        low, high: (N,) int64, key words of the noise (`nabla_fast.ops.noise`).
     """
     z = upcast(z)
     if temperature == 0:
@@ -414,15 +389,13 @@ def _adam(
     step: Tensor,
     learning_rates: Tensor,
     weight_decay: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
 ) -> None:
     """Adam with a step count per row (1 for the first step), as `torch.optim.Adam` does it."""
     count = step.to(parameters.dtype).unsqueeze(-1)
     rate = learning_rates.to(parameters.dtype)[step - 1].unsqueeze(-1)
     if weight_decay:
         grad = grad + weight_decay * parameters
-    exp_avg.lerp_(grad, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    denominator = (exp_avg_sq / (1 - betas[1] ** count)).sqrt_().add_(eps)
-    parameters.sub_(rate / (1 - betas[0] ** count) * exp_avg / denominator)
+    exp_avg.lerp_(grad, 1 - 0.9)
+    exp_avg_sq.mul_(0.999).addcmul_(grad, grad, value=1 - 0.999)
+    denominator = (exp_avg_sq / (1 - 0.999**count)).sqrt_().add_(1e-8)
+    parameters.sub_(rate / (1 - 0.9**count) * exp_avg / denominator)

@@ -31,16 +31,20 @@ R = TypeVar("R")
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def operator(
-    *,
-    derivative: Callable[..., Tensor] | None = None,
-    check: Callable[..., None] | None = None,
-    called: str | None = None,
-    case: Callable[..., str] | None = None,
-    recorded: Callable[..., Any] | None = None,
-    internal: bool = False,
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Declares the decorated function as an operator, and puts in its place what calls the operator.
+def operator(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Declares the decorated function as an `Operator` with these options, which takes its place."""
+
+    def declare(function: Callable[P, R]) -> Callable[P, R]:
+        return cast("Callable[P, R]", update_wrapper(Operator(function, **options), function))
+
+    return declare
+
+
+class Operator:
+    """A declared operator; a call chooses a back end and goes through PyTorch's dispatcher.
+
+    A call that nothing but the native kernel has to see goes to it at once, behind the same checks: the dispatcher with
+    kernels in Python takes longer than most calls of one row.
 
     Args:
         derivative: the gradient of the first argument: takes the operator's arguments, and the results as keyword
@@ -53,20 +57,6 @@ def operator(
             derivative would otherwise compute again. A call that will be differentiated takes it in its place, if the
             chosen back end has it.
         internal: whether it is not called by its own name, and may be missing in any back end but the reference.
-    """
-
-    def declare(function: Callable[P, R]) -> Callable[P, R]:
-        made = Operator(function, derivative, check, called, case, recorded, internal)
-        return cast("Callable[P, R]", update_wrapper(made, function))
-
-    return declare
-
-
-class Operator:
-    """A declared operator; a call chooses a back end and goes through PyTorch's dispatcher.
-
-    A call that nothing but the native kernel has to see goes to it at once, behind the same checks: the dispatcher with
-    kernels in Python takes longer than most calls of one row.
 
     Attributes:
         name: of the operator, and of its function in every back end.
@@ -76,16 +66,16 @@ class Operator:
     def __init__(
         self,
         function: Callable[..., Any],
-        derivative: Callable[..., Tensor] | None,
-        check: Callable[..., None] | None,
-        called: str | None,
-        case: Callable[..., str] | None,
-        recorded: Callable[..., Any] | None,
-        internal: bool,
+        *,
+        derivative: Callable[..., Tensor] | None = None,
+        check: Callable[..., None] | None = None,
+        called: str | None = None,
+        case: Callable[..., str] | None = None,
+        recorded: Operator | None = None,
+        internal: bool = False,
     ) -> None:
         self.name, self.body = function.__name__, function
-        self._recorded = cast("Operator | None", recorded)
-        self._called = called or self.name
+        self._recorded, self._called = recorded, called or self.name
         self._derivative, self._check, self._case = derivative, check, case
         hints = get_type_hints(function, include_extras=True)
         parameters = list(inspect.signature(function).parameters.values())

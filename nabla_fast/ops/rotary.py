@@ -35,18 +35,13 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
     """The meaning of `rotary`; with ``inverse`` its transposed, which the backward pass is."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    turned = [x * cos + (_turned_back(x * sin) if inverse else _turned(x) * sin) for x in (q, k)]
+    turned = [x * cos - _turned(x * sin) if inverse else x * cos + _turned(x) * sin for x in (q, k)]
     return turned[0], turned[1]
 
 
 def _turned(x: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat([-second, first], dim=-1)
-
-
-def _turned_back(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([second, -first], dim=-1)
 
 
 def _cuda(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:

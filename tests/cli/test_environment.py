@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from nabla_fast import cli, environment
-from nabla_fast.ops import native
+from nabla_fast.ops import cuda, native
 
 
 def test_report_is_plain_data() -> None:
@@ -45,6 +45,7 @@ def test_doctor_says_which_measurements_decide() -> None:
 
 def test_missing_native_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "why_missing", lambda: "the native library was not built")
+    monkeypatch.setattr(cuda, "_why_not_built", cuda._why_not_built.__wrapped__)
     backends = environment.report()["backends"]
     assert backends["native"] == {"available": False, "reason": "the native library was not built"}
     assert backends["cuda"] == backends["native"]

@@ -62,8 +62,7 @@ class Place:
 
     def team(self, blocks: int, kept: bool = False) -> None:
         self.blocks, self.kept = blocks, kept
-        cuda._plan_latents.cache_clear()
-        cuda._plan_logits.cache_clear()
+        cuda._planned.cache_clear()
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch) -> Place:

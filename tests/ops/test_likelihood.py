@@ -25,7 +25,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nabla_fast import ops
-from nabla_fast.ops import reference
 from nabla_fast.ops.types import Head
 from nabla_fast.testing.operators import logits
 
@@ -167,18 +166,6 @@ def test_an_id_outside_the_vocabulary_is_never_an_index(backend):
     for x in backend.log_likelihood_gradient(h, head, torch.tensor([1, -1, 257]), True):
         nan = x.isnan() if x.ndim == 1 else x.isnan().all(-1)
         assert nan.tolist() == [False, True, True]
-
-
-@by("reference")
-@pytest.mark.parametrize(("scale", "softcap"), [(1.0, 0.0), (1.7, 0.0), (1.0, 3.0), (0.6, 2.0)])
-def test_the_differentiable_meaning_is_the_same(backend, scale, softcap):
-    """`reference.linear_log_likelihood`, which is differentiated by autograd."""
-    h, head = hidden_states(6, 67, 12, (torch.float64, torch.float64), scale, softcap)
-    tokens, h = integers(1, 67, 6), h.requires_grad_()
-    log_pi = reference.linear_log_likelihood(h, head, tokens)
-    near(log_pi, textbook(h.detach(), head, tokens)[0], 1e-12)
-    (gradient,) = torch.autograd.grad(log_pi.sum(), h)
-    near(gradient, textbook(h.detach(), head, tokens)[1], 1e-12)
 
 
 @by("reference", "native")
