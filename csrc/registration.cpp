@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/operators.h"
+#include "gradient_cache.h"
 
 namespace {
 
@@ -31,6 +32,18 @@ void register_cpu(torch::Library& m) {
   NABLA_FAST_CPU_OPERATORS(NABLA_FAST_REGISTER_DEFAULT)
 }
 
+void register_gradient_cache(torch::Library& m) {
+  using nabla_fast::GradientCache;
+  m.class_<GradientCache>("GradientCache")
+      .def(torch::init<int64_t>())
+      .def("find", &GradientCache::find)
+      .def("find_reward", &GradientCache::find_reward)
+      .def("insert", &GradientCache::insert)
+      .def("insert_reward", &GradientCache::insert_reward)
+      .def("clear", &GradientCache::clear)
+      .def("stats", &GradientCache::stats);
+}
+
 // What PyTorch has against the kernels' arguments: they are of another version than the schemas in Python. An exception
 // that left the initialization of a library would end the process.
 std::string& misfit() {
@@ -47,6 +60,8 @@ TORCH_LIBRARY_IMPL(nabla_fast, CPU, m) {
     misfit() = error.what();
   }
 }
+
+TORCH_LIBRARY_FRAGMENT(nabla_fast, m) { register_gradient_cache(m); }
 
 // Read through ctypes: plain C, because they must answer before any operator is called.
 extern "C" __attribute__((visibility("default"))) const char* nabla_fast_misfit() { return misfit().c_str(); }

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nabla_fast.ops import TokenGradient
+from nabla_fast.ops import TokenGradient, native
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,9 @@ class GradientCache:
     def __init__(self, max_bytes: int) -> None:
         if max_bytes < 0:
             raise ValueError(f"GradientCache: max_bytes must be 0 or more, got {max_bytes}")
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._counters = dict.fromkeys(("hits", "misses", "reward_hits", "reward_misses", "evictions"), 0)
-        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # most recently used last
-        # An entry that leaves dies after the lock is given back: a tensor's last owner may have code to run.
-        self._lock = threading.Lock()
+        self._cache: Any = (
+            torch.classes.nabla_fast.GradientCache(max_bytes) if native.available() else _PythonCache(max_bytes)
+        )
 
     def find(self, tokens: Tensor, start: int) -> Evaluation | None:
         """The evaluation of exactly these tokens that covers response positions from ``start`` on, or None; a use.
@@ -98,27 +96,19 @@ class GradientCache:
         Raises:
             ValueError: if ``start`` is negative.
         """
-        key = _key("find", tokens)
+        _check_tokens("find", tokens)
         _check_start("find", start)
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is None or entry.evaluation is None or entry.evaluation.start > start:
-                self._counters["misses"] += 1
-                return None
-            self._counters["hits"] += 1
-            self._entries.move_to_end(key)
-            return entry.evaluation
+        found = self._cache.find(tokens, start)
+        if found is None:
+            return None
+        entry_start, (*factors, log_likelihoods), reward = found
+        return Evaluation(entry_start, TokenGradient(*factors), log_likelihoods, reward)
 
     def find_reward(self, tokens: Tensor) -> float | None:
         """The reward of exactly these tokens, or None; a use of its entry."""
-        key = _key("find_reward", tokens)
-        with self._lock:
-            entry = self._entries.get(key)
-            self._counters["reward_misses" if entry is None else "reward_hits"] += 1
-            if entry is None:
-                return None
-            self._entries.move_to_end(key)
-            return entry.reward
+        _check_tokens("find_reward", tokens)
+        reward: float | None = self._cache.find_reward(tokens)
+        return reward
 
     def insert(self, tokens: Tensor, evaluation: Evaluation) -> None:
         """Keeps an evaluation in place of an older one of the same tokens, unless that one starts earlier.
@@ -130,76 +120,41 @@ class GradientCache:
             ValueError: if the start is negative, a tensor holds no data, or the shapes do not fit together or to the
                 number of tokens.
         """
-        key = _key("insert", tokens)
+        _check_tokens("insert", tokens)
         _check_start("insert", evaluation.start)
         values = [*evaluation.factors, evaluation.log_likelihoods]
         _check_values(values, evaluation.start, len(tokens))
-        entry = _Entry(evaluation.reward, evaluation, len(key) + sum(value.nbytes for value in values))
-        with self._lock:
-            old = self._entries.get(key)
-            if old is not None and old.evaluation is not None and old.evaluation.start < evaluation.start:
-                self._entries.move_to_end(key)
-                return
-            dropped = self._put(key, entry)
-        del old, dropped
+        self._cache.insert(tokens, evaluation.start, values, float(evaluation.reward))
 
     def insert_reward(self, tokens: Tensor, reward: float) -> None:
         """Keeps a reward: of an entry that is there, next to its evaluation, else on its own; a use of the entry."""
-        key = _key("insert_reward", tokens)
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is not None:
-                entry.reward = reward
-                if entry.evaluation is not None:
-                    entry.evaluation = replace(entry.evaluation, reward=reward)
-                self._entries.move_to_end(key)
-                return
-            dropped = self._put(key, _Entry(reward, None, len(key)))
-        del dropped
+        _check_tokens("insert_reward", tokens)
+        self._cache.insert_reward(tokens, float(reward))
 
     def clear(self) -> None:
         """Drops every entry; the counters stay."""
-        with self._lock:
-            dropped, self._entries, self._bytes = self._entries, OrderedDict(), 0
-        del dropped
+        self._cache.clear()
 
     def stats(self) -> dict[str, int]:
         """Counters since the start: ``hits``, ``misses``, ``reward_hits``, ``reward_misses``, ``evictions`` (entries
         that made room for others); and ``entries`` and ``bytes`` held now.
         """
-        with self._lock:
-            return {**self._counters, "entries": len(self._entries), "bytes": self._bytes}
+        return dict(self._cache.stats())
 
-    def _put(self, key: bytes, entry: _Entry) -> list[_Entry]:
-        """Puts an entry in place of another one of its key, if it fits into the budget at all; what left for it."""
-        dropped: list[_Entry] = []
-        if entry.nbytes > self._max_bytes:
-            return dropped
-        if key in self._entries:
-            dropped.append(self._entries.pop(key))
-            self._bytes -= dropped[0].nbytes
-        self._entries[key] = entry
-        self._bytes += entry.nbytes
-        while self._bytes > self._max_bytes:
-            dropped.append(self._entries.popitem(last=False)[1])
-            self._bytes -= dropped[-1].nbytes
-            self._counters["evictions"] += 1
-        return dropped
+    def __len__(self) -> int:
+        return self.stats()["entries"]
+
+    @property
+    def bytes(self) -> int:
+        """Held now, never above ``max_bytes``."""
+        return self.stats()["bytes"]
 
 
-@dataclass
-class _Entry:
-    reward: float
-    evaluation: Evaluation | None  # None where only the reward is known
-    nbytes: int
-
-
-def _key(method: str, tokens: Tensor) -> bytes:
+def _check_tokens(method: str, tokens: Tensor) -> None:
     strided = isinstance(tokens, Tensor) and tokens.layout == torch.strided
     if not strided or tokens.dtype != torch.int64 or not tokens.is_cpu or tokens.ndim != 1:
         wanted = "tokens must be an int64 tensor of shape (n,) on the CPU"
         raise TypeError(f"GradientCache.{method}: {wanted}, got {_described(tokens)}")
-    return tokens.numpy().tobytes()
 
 
 def _check_start(method: str, start: int) -> None:
@@ -237,10 +192,13 @@ def _fault(value: Tensor, likelihoods: bool) -> type[Exception] | None:
     """The error class for a tensor that the cache cannot hold; None for one that it can."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_nested:
         return TypeError
-    if not (value.dtype == torch.float64 if likelihoods else value.is_floating_point()):
+    if likelihoods:
+        if value.dtype != torch.float64:
+            return TypeError
+        return None if value.ndim == 1 and value.is_cpu else ValueError
+    if not value.is_floating_point():
         return TypeError
-    fits = value.ndim == 1 and value.is_cpu if likelihoods else value.ndim == 2 and not value.is_meta
-    return None if fits else ValueError
+    return None if value.ndim == 2 and not value.is_meta else ValueError
 
 
 def _described(value: object) -> str:
@@ -249,3 +207,89 @@ def _described(value: object) -> str:
     if value.is_nested:
         return "a nested tensor"
     return f"{value.dtype} of shape {tuple(value.shape)}, {value.layout}, on {value.device}"
+
+
+@dataclass
+class _Entry:
+    start: int
+    values: list[Tensor]  # empty where only the reward is known
+    reward: float
+    nbytes: int
+
+
+class _PythonCache:
+    """``torch.classes.nabla_fast.GradientCache`` in Python, for where the native library is missing; slower."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._counters = dict.fromkeys(("hits", "misses", "reward_hits", "reward_misses", "evictions"), 0)
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # most recently used last
+        self._lock = threading.Lock()
+
+    def find(self, tokens: Tensor, start: int) -> tuple[int, list[Tensor], float] | None:
+        with self._lock:
+            entry = self._entries.get(key := _key(tokens))
+            if entry is None or not entry.values or entry.start > start:
+                self._counters["misses"] += 1
+                return None
+            self._counters["hits"] += 1
+            self._entries.move_to_end(key)
+            return entry.start, list(entry.values), entry.reward
+
+    def find_reward(self, tokens: Tensor) -> float | None:
+        with self._lock:
+            entry = self._entries.get(key := _key(tokens))
+            self._counters["reward_misses" if entry is None else "reward_hits"] += 1
+            if entry is None:
+                return None
+            self._entries.move_to_end(key)
+            return entry.reward
+
+    def insert(self, tokens: Tensor, start: int, values: list[Tensor], reward: float) -> None:
+        key = _key(tokens)
+        entry = _Entry(start, values, reward, len(key) + sum(value.nbytes for value in values))
+        dropped: list[_Entry] = []  # dies after the lock is given back: a tensor's last owner may have code to run
+        with self._lock:
+            old = self._entries.get(key)
+            if old is not None and old.values and old.start < start:
+                self._entries.move_to_end(key)
+            else:
+                self._add(key, entry, dropped)
+
+    def insert_reward(self, tokens: Tensor, reward: float) -> None:
+        key = _key(tokens)
+        dropped: list[_Entry] = []
+        with self._lock:
+            old = self._entries.get(key)
+            if old is not None:
+                old.reward = reward
+                self._entries.move_to_end(key)
+            else:
+                self._add(key, _Entry(0, [], reward, len(key)), dropped)
+
+    def clear(self) -> None:
+        with self._lock:
+            dropped, self._entries, self._bytes = self._entries, OrderedDict(), 0  # see insert
+        del dropped
+
+    def stats(self) -> dict[str, int]:
+        with self._lock:
+            return {**self._counters, "entries": len(self._entries), "bytes": self._bytes}
+
+    def _add(self, key: bytes, entry: _Entry, dropped: list[_Entry]) -> None:
+        """Puts an entry in place of another one of its key and makes room for it, if it fits into the budget at all."""
+        if entry.nbytes > self._max_bytes:
+            return
+        if key in self._entries:
+            dropped.append(self._entries.pop(key))
+        self._entries[key] = entry
+        self._bytes += entry.nbytes - sum(old.nbytes for old in dropped)
+        while self._bytes > self._max_bytes:
+            dropped.append(self._entries.popitem(last=False)[1])
+            self._bytes -= dropped[-1].nbytes
+            self._counters["evictions"] += 1
+
+
+def _key(tokens: Tensor) -> bytes:
+    return tokens.numpy().tobytes()

@@ -1,4 +1,4 @@
-"""The gradient cache, against a dict that forgets by the same rule."""
+"""The gradient cache, in C++ and in Python, against a dict that forgets by the same rule."""
 
 from __future__ import annotations
 
@@ -14,15 +14,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nabla_fast import gradient_cache
 from nabla_fast.gradient_cache import Evaluation, GradientCache
-from nabla_fast.ops import TokenGradient
+from nabla_fast.ops import TokenGradient, native
 
 WIDTH, REWARD_WIDTH = 4, 3
 ROOMY = 10**6
+Make = Callable[..., GradientCache]
 
 
-def make(max_bytes: int = ROOMY) -> GradientCache:
-    return GradientCache(max_bytes)
+@pytest.fixture(params=["native", "python"], scope="module")
+def make(request: pytest.FixtureRequest) -> Make:
+    """Makes caches of one of the two implementations."""
+    if request.param == "native" and not native.available():
+        pytest.skip("needs the native library")
+
+    def cache(max_bytes: int = ROOMY) -> GradientCache:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "available", lambda: request.param == "native")
+            return GradientCache(max_bytes)
+
+    return cache
 
 
 def key(*ids: int) -> Tensor:
@@ -54,7 +66,13 @@ def test_rows_and_likelihoods_from_a_position_are_counted_from_the_first_covered
                 method(position)
 
 
-def test_a_hit_is_the_entry_as_it_was_inserted_and_nothing_is_copied() -> None:
+def test_python_is_used_without_the_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(GradientCache(0)._cache, gradient_cache._PythonCache) is not native.available()
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert isinstance(GradientCache(0)._cache, gradient_cache._PythonCache)
+
+
+def test_a_hit_is_the_entry_as_it_was_inserted_and_nothing_is_copied(make: Make) -> None:
     cache, entry = make(), evaluation(rows=2, start=1, reward=0.3)
     assert cache.find(key(7, 8, 9), 5) is None
     cache.insert(key(7, 8, 9), entry)
@@ -69,19 +87,20 @@ def test_a_hit_is_the_entry_as_it_was_inserted_and_nothing_is_copied() -> None:
         assert cache.find(key(*ids), start) is None
     counters = {"hits": 3, "misses": 5, "reward_hits": 0, "reward_misses": 0, "evictions": 0}
     assert cache.stats() == {**counters, "entries": 1, "bytes": size(3, 2)}
+    assert (len(cache), cache.bytes) == (1, size(3, 2))
 
 
-def test_the_tokens_are_copied_and_their_strides_do_not_matter() -> None:
+def test_the_tokens_are_copied_and_their_strides_do_not_matter(make: Make) -> None:
     cache, tokens = make(), key(1, 9, 2, 9, 3, 9)
     cache.insert(tokens[::2], evaluation(reward=1.0))
     cache.insert(key(7).expand(3), evaluation(reward=2.0))
-    assert cache.stats()["bytes"] == 2 * size(3, 1)
+    assert cache.bytes == 2 * size(3, 1)
     assert cache.find_reward(tokens[::2]) == 1.0
     tokens.zero_()
     assert [cache.find_reward(key(*ids)) for ids in ((1, 2, 3), (7, 7, 7), (0, 0, 0))] == [1.0, 2.0, None]
 
 
-def test_the_least_recently_used_goes_first_and_whatever_touches_an_entry_is_a_use() -> None:
+def test_the_least_recently_used_goes_first_and_whatever_touches_an_entry_is_a_use(make: Make) -> None:
     uses: list[Callable[[GradientCache], Any]] = [
         lambda cache: cache.find(key(1), 0),
         lambda cache: cache.find_reward(key(1)),
@@ -101,20 +120,20 @@ def test_the_least_recently_used_goes_first_and_whatever_touches_an_entry_is_a_u
         assert cache.stats()["evictions"] == 1
 
 
-def test_bytes_are_those_of_the_tokens_and_tensors() -> None:
+def test_bytes_are_those_of_the_tokens_and_tensors(make: Make) -> None:
     cache = make()
     half = TokenGradient(*(factor.to(torch.bfloat16) for factor in evaluation(3).factors))
     cache.insert(key(1, 2, 3, 4), Evaluation(0, half, torch.zeros(3, dtype=torch.float64), 0.0))
-    assert cache.stats()["bytes"] == 4 * 8 + 3 * (2 * WIDTH + REWARD_WIDTH) * 2 + 3 * 8
+    assert cache.bytes == 4 * 8 + 3 * (2 * WIDTH + REWARD_WIDTH) * 2 + 3 * 8
 
 
-def test_tensors_are_freed_when_they_leave_also_where_that_runs_code_that_uses_the_cache() -> None:
+def test_tensors_are_freed_when_they_leave_also_where_that_runs_code_that_uses_the_cache(make: Make) -> None:
     cache = make(2 * size(1, 1))
     gone: list[int] = []
 
     def insert(name: int) -> None:
         entry = evaluation()
-        weakref.finalize(entry.factors.hidden, lambda: gone.append(name) if cache.stats()["bytes"] >= 0 else None)
+        weakref.finalize(entry.factors.hidden, lambda: gone.append(name) if cache.bytes >= 0 else None)
         cache.insert(key(name % 10), entry)
 
     insert(1)
@@ -144,7 +163,7 @@ WRONG_TOKENS: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize("method", ["find", "find_reward", "insert", "insert_reward"])
 @pytest.mark.parametrize(("tokens", "got"), WRONG_TOKENS)
-def test_wrong_tokens_are_refused(method: str, tokens: Any, got: str) -> None:
+def test_wrong_tokens_are_refused(make: Make, method: str, tokens: Any, got: str) -> None:
     cache = make()
     argument = {"find": (0,), "find_reward": (), "insert": (evaluation(),), "insert_reward": (0.0,)}[method]
     with pytest.raises(TypeError) as raised:
@@ -179,7 +198,7 @@ def test_wrong_tokens_are_refused(method: str, tokens: Any, got: str) -> None:
         ("factors", (torch.zeros(2, 4),), TypeError, "factors must be a TokenGradient, got 1 tensors"),
     ],
 )
-def test_wrong_evaluations_are_refused(part: str, wrong: Any, error: type[Exception], message: str) -> None:
+def test_wrong_evaluations_are_refused(make: Make, part: str, wrong: Any, error: type[Exception], message: str) -> None:
     right = evaluation(2)
     given = {"start": 0, "log_likelihoods": right.log_likelihoods, **right.factors._asdict(), part: wrong}
     factors = wrong if part == "factors" else TokenGradient(*(given[name] for name in TokenGradient._fields))
@@ -192,7 +211,7 @@ def test_wrong_evaluations_are_refused(part: str, wrong: Any, error: type[Except
     assert not any(cache.stats().values())
 
 
-def test_negative_numbers_are_refused() -> None:
+def test_negative_numbers_are_refused(make: Make) -> None:
     with pytest.raises(ValueError, match=r"^GradientCache.find: start must be 0 or more, got -3$"):
         make().find(key(1), -3)
     with pytest.raises(ValueError, match=r"^GradientCache: max_bytes must be 0 or more, got -1$"):
@@ -208,7 +227,7 @@ operations = st.tuples(
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from([0, size(2, 1), size(3, 3), 3 * size(2, 2)]), st.lists(operations, min_size=20, max_size=60))
-def test_any_operations_give_what_a_dict_gives(max_bytes: int, steps: list[Any]) -> None:
+def test_any_operations_give_what_a_dict_gives(make: Make, max_bytes: int, steps: list[Any]) -> None:
     cache = make(max_bytes)
     held: dict[tuple[int, ...], tuple[int | None, float]] = {}  # (start, reward), the least recently used first
     counts = dict.fromkeys(("hits", "misses", "reward_hits", "reward_misses", "evictions"), 0)
@@ -248,7 +267,7 @@ def test_any_operations_give_what_a_dict_gives(max_bytes: int, steps: list[Any])
         assert cache.stats() == {**counts, "entries": len(held), "bytes": total}
 
 
-def test_threads_share_a_cache() -> None:
+def test_threads_share_a_cache(make: Make) -> None:
     """Whatever the order, what is found belongs to the tokens, and the books balance in the end."""
     budget = 12 * size(3, 3)
     cache = make(budget)
@@ -274,7 +293,7 @@ def test_threads_share_a_cache() -> None:
                     counts["find"] += 1
                     found = cache.find(tokens, start)
                     assert found is None or (found.reward == number and len(found.log_likelihoods) == 3 - found.start)
-                    assert cache.stats()["bytes"] <= budget
+                    assert cache.bytes <= budget
         done.append(counts)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]

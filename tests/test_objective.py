@@ -318,7 +318,7 @@ def test_cached_tensors_keep_no_more_memory_than_is_counted() -> None:
     kept += [r.sequence.cache_key(r.response) for r in case.requests()]
     held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
     assert case.objective.cache is not None
-    assert sum(held.values()) == case.objective.cache.stats()["bytes"]
+    assert sum(held.values()) == case.objective.cache.bytes
 
 
 def test_a_small_budget_is_kept_and_changes_no_result() -> None:
@@ -329,7 +329,7 @@ def test_a_small_budget_is_kept_and_changes_no_result() -> None:
         ):
             same(ours, meant)
     assert tight.objective.cache is not None
-    assert tight.objective.cache.stats()["bytes"] <= 6000
+    assert tight.objective.cache.bytes <= 6000
     assert tight.objective.cache.stats()["evictions"] > 0
 
 

@@ -64,7 +64,7 @@ cp -r nabla_fast tests pyproject.toml "$folder"/tests/csrc/tests/*_test "$root/s
 rm -f "$root"/source/nabla_fast/*.so
 cp "$folder/library/$library.so" "$root/source/nabla_fast/"
 
-for test in draw_token linear; do
+for test in gradient_cache draw_token linear; do
     inside OMP_NUM_THREADS=1 LD_LIBRARY_PATH=/$torch_folder/lib ./${test}_test
 done
 # An import of torch takes a minute there: no tests that start processes, and none of real sizes.
