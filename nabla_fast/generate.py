@@ -19,6 +19,7 @@ from nabla_fast.config import NablaConfig
 from nabla_fast.decoder import Decoder, Observer
 from nabla_fast.graphs import usable
 from nabla_fast.models.chat import Chat, ChatTemplateError, as_chats, generation_prompt_ids
+from nabla_fast.models.checks import one_look
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.process_reward import reward_model_of
 from nabla_fast.models.reward_model import RewardFrame, RewardModel
@@ -224,6 +225,7 @@ def generate(
     return run(pair, prompt_ids, frames, config, stop, observer=observer, on_end=end, chats=chats, record=record)
 
 
+@one_look()
 def make_pair(model: Any, tokenizer: Any, reward_model: Any, reward_tokenizer: Any, config: NablaConfig) -> Pair:
     """Checks two models and their tokenizers, and wraps them as a pair."""
     language_model = LanguageModel(model, tokenizer)

@@ -10,7 +10,9 @@ its configuration, modules or weights have changed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -59,6 +61,17 @@ def warn_once(model: Any, message: str) -> None:
 
 
 _FOUND: WeakKeyDictionary[Any, dict[str, tuple[int, Any]]] = WeakKeyDictionary()
+_states: ContextVar[dict[int, int] | None] = ContextVar("states", default=None)
+
+
+@contextmanager
+def one_look() -> Iterator[None]:
+    """A block of `remembered` questions: each model's fingerprint is taken once, and again after it was tried."""
+    token = _states.set({})
+    try:
+        yield
+    finally:
+        _states.reset(token)
 
 
 def remembered(model: Any, name: str, what: str, find: Callable[[], T]) -> T:
@@ -67,7 +80,8 @@ def remembered(model: Any, name: str, what: str, find: Callable[[], T]) -> T:
     Raises:
         ValueError: if the model raises whatever it is when it is tried; the message begins with ``name``.
     """
-    state = fingerprint(model)
+    states = _states.get()
+    state = fingerprint(model) if states is None or id(model) not in states else states[id(model)]
     found = _FOUND.setdefault(model, {})
     if what not in found or found[what][0] != state:
         try:
@@ -75,13 +89,16 @@ def remembered(model: Any, name: str, what: str, find: Callable[[], T]) -> T:
             with torch.inference_mode(False), inexact, quantised_layers.exact(model):
                 answer = find()
             # Of a model that has run: some note something in their first pass.
-            found[what] = fingerprint(model), answer
+            state = fingerprint(model)
+            found[what] = state, answer
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             if str(error).startswith(name):
                 raise
             raise ValueError(f"{name} cannot be used: a few token ids raise {_brief(error)}") from error
+    if states is not None:
+        states[id(model)] = state
     value: T = found[what][1]
     return value
 

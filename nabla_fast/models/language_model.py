@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from nabla_fast.models.backbone import Backbone, Inputs
 from nabla_fast.models.linear_layers import linear
 from nabla_fast.models.numerics import is_close, relative_error
 from nabla_fast.models.sequence_cache import SequenceCache
+from nabla_fast.models.tokenizer_facts import vocabulary_size
 from nabla_fast.ops import Head, linear_logits, scaled_and_capped
 from nabla_fast.ops import linear as few_rows
 
@@ -94,7 +96,7 @@ class LanguageModel:
         checks.leave_inference_mode(model)
         weight = checks.dense_weight(model, lm_head, self.name, "output head")
         self.model = model
-        self.vocab_size = min(max(tokenizer.get_vocab().values()) + 1, weight.shape[0])
+        self.vocab_size = min(vocabulary_size(tokenizer), weight.shape[0])
         self.width: int = weight.shape[1]
         weight = _head_weight(weight, getattr(lm_head, "bias", None), self.vocab_size, self.name)
         self.head = Head(weight, _logit_factor(model), _softcap(model))
@@ -165,7 +167,6 @@ class LanguageModel:
         )
 
 
-@torch.no_grad()
 def embedding_table(model: Any, name: str, vocab_size: int | None = None) -> EmbeddingTable:
     """The input embeddings of a model, their scale measured, as it lives in different places in different families.
 
@@ -174,14 +175,22 @@ def embedding_table(model: Any, name: str, vocab_size: int | None = None) -> Emb
     """
     module = model.get_input_embeddings()
     weight = checks.dense_weight(model, module, name, "input embedding")
+    measure = partial(_embedding_scale, module, weight, name)
+    known = isinstance(model, torch.nn.Module) and hasattr(model, "config")
+    return EmbeddingTable(weight[:vocab_size], checks.remembered(model, name, "scale", measure) if known else measure())
+
+
+@torch.no_grad()
+def _embedding_scale(module: Any, weight: Tensor, name: str) -> float:
     # The longest rows, because some (a padding token's) are zero and tell nothing.
-    ids = weight.float().norm(dim=1).topk(min(8, weight.shape[0])).indices
+    lengths = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
+    ids = lengths.topk(min(8, weight.shape[0])).indices
     rows, embedded = weight[ids].double(), module(ids).detach().double()
     scale = float((rows * embedded).sum() / (rows * rows).sum().clamp(min=1e-300))
     scale = 1.0 if abs(scale - 1.0) < 1e-6 else scale
     if not torch.allclose(embedded, rows * scale, rtol=1e-2, atol=1e-6):
         raise ValueError(f"{name} has input embeddings that are not a scaled table, which is not supported")
-    return EmbeddingTable(weight[:vocab_size], scale)
+    return scale
 
 
 def _head_weight(weight: Tensor, bias: Tensor | None, vocab_size: int, name: str) -> Tensor:

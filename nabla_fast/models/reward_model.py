@@ -16,7 +16,7 @@ from nabla_fast.models.chat import Chat, conversation_frame
 from nabla_fast.models.cross_tokenizer import CrossTokenizer, Reading
 from nabla_fast.models.language_model import EmbeddingTable, LanguageModel, context_length, embedding_table
 from nabla_fast.models.reward_head import RewardHead, require_embeddings_argument, reward_head
-from nabla_fast.models.vocabulary import Alignment, align, aligned_table, require_same_tokenization
+from nabla_fast.models.vocabulary import Alignment, agreement, aligned_table
 
 RewardFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -271,9 +271,7 @@ class RewardModel:
         return conversation_frame(self.tokenizer, _SHORT_CHAT).closing
 
     def _align(self, language_tokenizer: Any, vocab_size: int, eos_token_ids: Collection[int]) -> Alignment:
-        alignment = align(language_tokenizer, self.tokenizer, vocab_size, self._own_table.weight.shape[0])
-        if self.tokenizer is not language_tokenizer and alignment.close:
-            require_same_tokenization(language_tokenizer, self.tokenizer, alignment)
+        alignment = agreement(language_tokenizer, self.tokenizer, vocab_size, self._own_table.weight.shape[0])
         for token in eos_token_ids:
             if self._closing and alignment.partner[token] < 0:
                 alignment.partner[token] = self._closing[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nabla_fast.models.chat import encode
 from nabla_fast.models.language_model import EmbeddingTable
+from nabla_fast.models.tokenizer_facts import remembered
 from nabla_fast.ops import upcast
 
 MINIMUM_SHARE = 0.9
@@ -109,7 +110,24 @@ def aligned_table(alignment: Alignment, table: EmbeddingTable, tokenizer: Any, r
     return EmbeddingTable(weight, table.scale, partner)
 
 
-def require_same_tokenization(tokenizer: Any, reward_tokenizer: Any, alignment: Alignment) -> None:
+def agreement(tokenizer: Any, reward_tokenizer: Any, vocab_size: int, reward_vocab_size: int) -> Alignment:
+    """`align`, and where vocabularies are `Alignment.close`, `require_same_tokenization`.
+
+    What gives no warning is found out once for as long as both tokenizers are as they were.
+    """
+
+    def find() -> tuple[Alignment, bool]:
+        found = align(tokenizer, reward_tokenizer, vocab_size, reward_vocab_size)
+        if tokenizer is reward_tokenizer or not found.close:
+            return found, not (found.close and found.unmatched)
+        return found, require_same_tokenization(tokenizer, reward_tokenizer, found) and not found.unmatched
+
+    what = ("agreement", vocab_size, reward_vocab_size)
+    found, _ = remembered(tokenizer, reward_tokenizer, what, find, keep=lambda known: known[1])
+    return replace(found, partner=found.partner.clone())
+
+
+def require_same_tokenization(tokenizer: Any, reward_tokenizer: Any, alignment: Alignment) -> bool:
     """Compares how two aligned tokenizers split a sample of texts: fixed ones, and random tokens of the vocabulary.
 
     Vocabularies can agree token by token where the rules that cut text in front of them do not: ``AutoTokenizer`` puts
@@ -119,6 +137,9 @@ def require_same_tokenization(tokenizer: Any, reward_tokenizer: Any, alignment: 
 
     Only what stands in the text counts: no BOS that a tokenizer adds, and no unknown token, which another tokenizer may
     leave out. Texts with a token that one of the two does not have are left out: `align` has told of those.
+
+    Returns:
+        Whether all of them are the same.
 
     Raises:
         ValueError: if fewer than 90 % of the sample's tokens are the same, as for vocabularies.
@@ -141,7 +162,7 @@ def require_same_tokenization(tokenizer: Any, reward_tokenizer: Any, alignment: 
     texts = [*_TEXTS, *rows_of_tokens(tokenizer, [i for i, theirs in enumerate(partner) if theirs >= 0])]
     different = [text for text in texts if differ(text)]
     if not different:
-        return
+        return True
     compared = [pair for pair in map(cuts, texts) if pair is not None]
     common = sum(block.size for pair in compared for block in SequenceMatcher(None, *pair, False).get_matching_blocks())
     share = 2 * common / sum(len(ours) + len(theirs) for ours, theirs in compared)
@@ -155,6 +176,7 @@ def require_same_tokenization(tokenizer: Any, reward_tokenizer: Any, alignment: 
     if share < MINIMUM_SHARE:
         raise ValueError(message)
     warnings.warn(message, stacklevel=2)
+    return False
 
 
 def rows_of_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
