@@ -111,13 +111,16 @@ void Check::product(const at::Tensor& rows, const char* rows_argument, const at:
   table(entries, table_argument, "V", rows.size(1));
 }
 
+void Check::tables(at::TensorList tables, int64_t entries) const {
+  for (size_t i = 0; i < tables.size(); ++i) table(tables[i], "tables", entries, "d_k", static_cast<int64_t>(i));
+}
+
 void Check::vectors_and_tables(at::TensorList vectors, at::TensorList tables, int64_t rows, int64_t entries) const {
   TORCH_CHECK(vectors.size() == tables.size() && !tables.empty(), name_, ": vectors and tables must be as many and at ",
               "least one, got ", vectors.size(), " and ", tables.size());
+  this->tables(tables, entries);
   for (size_t i = 0; i < tables.size(); ++i) {
-    const auto index = static_cast<int64_t>(i);
-    table(tables[i], "tables", entries, "d", index);
-    floats(vectors[i], "vectors", {rows, tables[i].size(1)}, index);
+    floats(vectors[i], "vectors", {rows, tables[i].size(1)}, static_cast<int64_t>(i));
   }
 }
 

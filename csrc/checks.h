@@ -46,6 +46,9 @@ class Check {
   void product(const at::Tensor& rows, const char* rows_argument, const at::Tensor& table,
                const char* table_argument) const;
 
+  // Tables (entries, d_k).
+  void tables(at::TensorList tables, int64_t entries) const;
+
   // As many vectors (rows, d_k) as tables (entries, d_k), and at least one of each.
   void vectors_and_tables(at::TensorList vectors, at::TensorList tables, int64_t rows, int64_t entries) const;
 

@@ -24,11 +24,11 @@ std::vector<int64_t> to_vector(const at::Tensor& integers) {
 
 std::vector<int64_t> group_starts(const std::optional<at::Tensor>& group, int64_t rows) {
   std::vector<int64_t> starts;
-  const std::vector<int64_t> ids = group ? to_vector(*group) : std::vector<int64_t>();
+  const std::vector<int64_t> ids = group ? to_vector(*group) : row_numbers(0, rows);
   for (int64_t row = 0; row < rows; ++row) {
-    if (group && row > 0 && ids[row] == ids[row - 1]) continue;
-    TORCH_CHECK_VALUE(!group || row == 0 || ids[row] > ids[row - 1], "dto_step: group must ascend, got ",
-                      group ? ids[row] : 0, " after ", group && row ? ids[row - 1] : 0);
+    if (row > 0 && ids[row] == ids[row - 1]) continue;
+    TORCH_CHECK_VALUE(row == 0 || ids[row] > ids[row - 1], "dto_step: group must ascend, got ", ids[row], " after ",
+                      ids[row - 1]);
     starts.push_back(row);
   }
   starts.push_back(rows);

@@ -24,15 +24,11 @@ constexpr int64_t kFewestForTwoPasses = 16;
 PassInput pass_input(const DtoProblem& problem, const std::vector<int64_t>& rows) {
   const at::Tensor index =
       at::from_blob(const_cast<int64_t*>(rows.data()), {static_cast<int64_t>(rows.size())}, at::kLong);
-  PassInput input;
+  PassInput input(problem.weight, problem.scale, problem.softcap, problem.tau);
   input.rows = rows;
   input.hidden = problem.parameters.index_select(0, index);
-  input.weight = problem.weight;
-  input.scale = problem.scale;
-  input.softcap = problem.softcap;
   input.soft_noise = problem.soft_noise;
   input.hard_noise = problem.hard_noise;
-  input.tau = problem.tau;
   return input;
 }
 

@@ -66,9 +66,7 @@ class LogitsRows {
 
   // One step of rows whose weights are known; the last one leaves them behind.
   void step(const std::vector<int64_t>& rows, bool last) {
-    std::vector<Adam<acc_t>> rules;
-    rules.reserve(states_.size());
-    for (size_t i = 0; i < states_.size(); ++i) rules.emplace_back(1, 0, 0);
+    std::vector<Adam<acc_t>> rules(states_.size(), {1, 0, 0});
     for (const int64_t row : rows) {
       const double rate = problem_.rates[problem_.step[row]];
       rules[row - first_] = Adam<acc_t>(++problem_.step[row], rate, problem_.weight_decay);
@@ -236,7 +234,7 @@ class LogitsRows {
     const Vec max(static_cast<acc_t>(state.max));
     const Vec scale(static_cast<acc_t>(inverse_tau_));
     const Vec reference(static_cast<acc_t>(state.reference));
-    const auto weigh = [&](int64_t i, int64_t lanes) {
+    each_vector<Vec>(count, [&](int64_t i, int64_t lanes) {
       Vec x = Vec::loadu(z + i, lanes);
       if (block.soft) x = x + Vec::loadu(block.soft + i, lanes);
       Vec weight = ((x - max) * scale).exp_u20();
@@ -244,8 +242,7 @@ class LogitsRows {
       weight.store(e + i, lanes);
       sum = sum + weight;
       gradient_sum = gradient_sum + weighted(weight, Vec::loadu(block.gradient + i, lanes) - reference);
-    };
-    each_vector<Vec>(count, weigh);
+    });
   }
 
   // `part` with the sums of its weights.
@@ -288,7 +285,7 @@ class LogitsRows {
       Vec gradient_sum(acc_t(0));
       acc_t* e = stored ? stored + start : passing;
       if (!stored) weigh_block(block, state, z + start, e, count, sum, gradient_sum);
-      const auto step = [&](int64_t i, int64_t lanes) {
+      each_vector<Vec>(count, [&](int64_t i, int64_t lanes) {
         const Vec difference = Vec::loadu(block.gradient + i, lanes) - reference - expected;
         const Vec gradient = weighted(Vec::loadu(e + i, lanes) * scale, difference);
         Vec m = Vec::loadu(mean + start + i, lanes);
@@ -296,8 +293,7 @@ class LogitsRows {
         adam(Vec::loadu(z + start + i, lanes), gradient, m, v).store(z + start + i, lanes);
         m.store(mean + start + i, lanes);
         v.store(square + start + i, lanes);
-      };
-      each_vector<Vec>(count, step);
+      });
       add_maxima(part, block, z + start, start, count);
       if (last) continue;
       sum = gradient_sum = Vec(acc_t(0));

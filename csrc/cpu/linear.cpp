@@ -87,29 +87,23 @@ struct Entries {
   }
 };
 
-// Rows of a half-precision dtype.
-template <typename scalar_t>
-Tensor reordered(const Tensor& x) {
-  using E = Entries<scalar_t>;
-  const Tensor source = x.contiguous();
-  Tensor out = at::empty(x.sizes(), x.options().dtype(at::kFloat));
-  const scalar_t* from = source.const_data_ptr<scalar_t>();
-  float* to = out.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < x.numel(); i += E::kCount) {
-    Vec entries[E::kVectors];
-    E::load(from + i, entries);
-    for (int v = 0; v < E::kVectors; ++v) entries[v].store(to + i + v * Vec::size());
-  }
-  return out;
-}
-
 // Rows (M, K) in float32, in the order in which `Entries` has those of a weight.
 template <typename scalar_t>
 Tensor converted(const Tensor& x) {
   if constexpr (std::is_same_v<scalar_t, float> || std::is_same_v<scalar_t, int8_t>) {
     return x.to(at::kFloat).contiguous();
   } else {
-    return reordered<scalar_t>(x);
+    using E = Entries<scalar_t>;
+    const Tensor source = x.contiguous();
+    Tensor out = at::empty(x.sizes(), x.options().dtype(at::kFloat));
+    const scalar_t* from = source.const_data_ptr<scalar_t>();
+    float* to = out.mutable_data_ptr<float>();
+    for (int64_t i = 0; i < x.numel(); i += E::kCount) {
+      Vec entries[E::kVectors];
+      E::load(from + i, entries);
+      for (int v = 0; v < E::kVectors; ++v) entries[v].store(to + i + v * Vec::size());
+    }
+    return out;
   }
 }
 

@@ -1,6 +1,8 @@
 // What a softmax over a row adds up to, entry by entry, while the row's maximum is still rising.
 #pragma once
 
+#include "operators.h"
+
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
@@ -10,7 +12,6 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
-#include <tuple>
 #include <vector>
 
 namespace nabla_fast::cpu::CPU_CAPABILITY {
@@ -86,9 +87,6 @@ struct State {
 };
 
 namespace {
-
-// max_prob, lse, entropy, token, mask
-using Statistics = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 struct Thresholds {
   std::optional<double> entropy;

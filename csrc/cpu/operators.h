@@ -21,7 +21,7 @@ namespace nabla_fast::cpu {
 using Tensor = at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using TwoTensors = std::tuple<Tensor, Tensor>;
-using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // max_prob, lse, entropy, token, mask
 using HardEmbeddings = std::tuple<std::vector<Tensor>, Tensor>;
 
 // Of dto_step; `gradient` is dense, or the three factors.
@@ -39,10 +39,10 @@ using HardEmbeddings = std::tuple<std::vector<Tensor>, Tensor>;
   X(draw_token, Tensor,                                                                                          \
     (const Tensor& z, const Tensor& low, const Tensor& high, double temperature, std::optional<int64_t> top_k,   \
      std::optional<double> top_p))                                                                               \
-  X(relaxed_stats, FiveTensors,                                                                                  \
+  X(relaxed_stats, Statistics,                                                                                   \
     (const Tensor& z, double tau, std::optional<double> entropy_threshold,                                       \
      std::optional<double> confidence_threshold))                                                                \
-  X(linear_relaxed_stats, FiveTensors,                                                                           \
+  X(linear_relaxed_stats, Statistics,                                                                            \
     (const Tensor& h, const Tensor& weight, double scale, double softcap, double tau,                            \
      std::optional<double> entropy_threshold, std::optional<double> confidence_threshold))                       \
   X(log_likelihood_gradient, TwoTensors,                                                                         \

@@ -142,11 +142,7 @@ Tensor linear_relaxed_backward(const Tensor& h, const Tensor& weight, double sca
   check.product(h, "h", weight, "weight");
   check.vectors_and_tables(vectors, tables, h.size(0), weight.size(0));
   check.inverse_of(tau);
-  PassInput input;
-  input.weight = weight;
-  input.scale = scale;
-  input.softcap = softcap;
-  input.tau = tau;
+  PassInput input(weight, scale, softcap, tau);
   input.values = weight;
   input.through_cap = true;
   return any_double({h, weight}) ? linear_backward<double>(input, h, vectors, tables)

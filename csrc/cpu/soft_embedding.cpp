@@ -38,9 +38,7 @@ Tensor soft_embedding(const Tensor& z, const Tensor& table, double tau) {
   check.logits(z);
   check.table(table, "table", z.size(1), "d_k");
   check.inverse_of(tau);
-  PassInput input;
-  input.z = z;
-  input.tau = tau;
+  PassInput input(z, tau);
   input.values = table;
   return any_double({z}) ? mixtures<double>(input, z.size(0), {}) : mixtures<float>(input, z.size(0), {});
 }
@@ -51,11 +49,7 @@ Tensor linear_soft_embedding(const Tensor& h, const Tensor& weight, double scale
   check.product(h, "h", weight, "weight");
   check.table(table, "table", weight.size(0), "d_k");
   check.inverse_of(tau);
-  PassInput input;
-  input.weight = weight;
-  input.scale = scale;
-  input.softcap = softcap;
-  input.tau = tau;
+  PassInput input(weight, scale, softcap, tau);
   input.values = table;
   return any_double({h, weight}) ? mixtures<double>(input, h.size(0), h) : mixtures<float>(input, h.size(0), h);
 }

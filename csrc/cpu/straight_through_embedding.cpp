@@ -30,14 +30,7 @@ Tensor table_rows(const Tensor& table, const Tensor& token) {
   return out;
 }
 
-void check_tables(const char* name, at::TensorList tables, int64_t vocabulary) {
-  const Check check(name);
-  for (size_t i = 0; i < tables.size(); ++i) {
-    check.table(tables[i], "tables", vocabulary, "d_k", static_cast<int64_t>(i));
-  }
-}
-
-HardEmbeddings embeddings(const FiveTensors& statistics, at::TensorList tables) {
+HardEmbeddings embeddings(const Statistics& statistics, at::TensorList tables) {
   const auto& [max_prob, lse, entropy, token, mask] = statistics;
   std::vector<Tensor> result;
   for (const Tensor& table : tables) {
@@ -50,17 +43,17 @@ HardEmbeddings embeddings(const FiveTensors& statistics, at::TensorList tables) 
 }  // namespace
 
 HardEmbeddings straight_through_embedding(const Tensor& z, at::TensorList tables, double tau) {
-  constexpr const char* kName = "straight_through_embedding";
-  Check(kName).logits(z);
-  check_tables(kName, tables, z.size(1));
+  const Check check("straight_through_embedding");
+  check.logits(z);
+  check.tables(tables, z.size(1));
   return embeddings(relaxed_stats(z, tau, {}, {}), tables);
 }
 
 HardEmbeddings linear_straight_through_embedding(const Tensor& h, const Tensor& weight, double scale, double softcap,
                                                  at::TensorList tables, double tau) {
-  constexpr const char* kName = "linear_straight_through_embedding";
-  Check(kName).product(h, "h", weight, "weight");
-  check_tables(kName, tables, weight.size(0));
+  const Check check("linear_straight_through_embedding");
+  check.product(h, "h", weight, "weight");
+  check.tables(tables, weight.size(0));
   return embeddings(linear_relaxed_stats(h, weight, scale, softcap, tau, {}, {}), tables);
 }
 

@@ -50,12 +50,10 @@ void each_pass(int64_t rows, const Work& work) {
 template <typename acc_t>
 void matmul(int64_t m, int64_t n, int64_t k, const acc_t* a, int64_t lda, const acc_t* b, int64_t ldb, acc_t* c,
             int64_t ldc, bool add) {
-#ifdef CPUBLAS_BRGEMM_F32F32F32
   if constexpr (std::is_same_v<acc_t, float>) {
     at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c);
     return;
   }
-#endif
   constexpr auto kDtype = c10::CppTypeToScalarType<acc_t>::value;
   // These tensors are nobody's leaves: no autograd, no view tracking, in whatever thread this runs.
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -139,14 +137,12 @@ class Rows {
   void multiply_strip(const Matrix& table, const TableTile<acc_t>& tile, int64_t begin, int64_t size, int64_t row,
                       int64_t n, acc_t* out, int64_t out_stride, bool add) const {
     if constexpr (std::is_same_v<acc_t, float>) {
-#ifdef CPUBLAS_BRGEMM_BF16BF16F32
       if (bfloat16_) {
         const auto* packed = static_cast<const at::BFloat16*>(packed_.const_data_ptr()) + row * width_;
         at::native::cpublas::brgemm(size, n, width_, table.row_stride, n, out_stride, add,
                                     table.address<at::BFloat16>(begin), packed, out);
         return;
       }
-#endif
     }
     matmul<acc_t>(size, n, width_, tile.data(), tile.stride(), packed_.const_data_ptr<acc_t>() + row * width_, n, out,
                   out_stride, add);
@@ -201,7 +197,8 @@ struct Split {
   void run(const Work& work) const {
     at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t part = first; part < last; ++part) work(part, first_tile(part), first_tile(part + 1));
-      release_matmul();
+      // Some processors hold the state of the last matmul in a thread's registers.
+      at::native::cpublas::brgemm_release();
     });
   }
 

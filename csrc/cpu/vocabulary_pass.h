@@ -22,6 +22,10 @@ struct GradientTerm {
 };
 
 struct PassInput {
+  PassInput(const at::Tensor& z, double tau) : z(z), tau(tau) {}
+  PassInput(const at::Tensor& weight, double scale, double softcap, double tau)
+      : weight(weight), scale(scale), softcap(softcap), tau(tau) {}
+
   int64_t vocabulary() const { return z.defined() ? z.size(1) : weight.size(0); }
 
   std::vector<int64_t> rows;  // n of them: which rows of the (N, V) tensors below
@@ -34,7 +38,7 @@ struct PassInput {
   at::Tensor hard_noise;            // (N, V) or undefined
   at::Tensor gradient;              // dense G (N, V), or undefined
   std::vector<GradientTerm> terms;  // or G as terms
-  double tau = 1;
+  double tau;
   at::Tensor values;         // (V, k): what is summed with the weights e; undefined for the tokens alone
   bool through_cap = false;  // weights carry the derivative of the softcap
   // (kept_size) of acc_t: the first of two passes leaves the logits there, for the second. Then it sums no values.

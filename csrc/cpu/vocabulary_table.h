@@ -18,7 +18,7 @@ namespace {
 
 // Whether bfloat16 products that accumulate in float32 run on the hardware's own instructions.
 inline bool has_bfloat16_matmul() {
-#if defined(CPU_CAPABILITY_AVX512) && defined(CPUBLAS_BRGEMM_BF16BF16F32)
+#if defined(CPU_CAPABILITY_AVX512)
   static const bool works = [] {
     if (!__builtin_cpu_supports("avx512bf16")) return false;
     try {
@@ -37,13 +37,6 @@ inline bool has_bfloat16_matmul() {
   return works && at::globalContext().userEnabledMkldnn();
 #else
   return false;
-#endif
-}
-
-// Some processors hold the state of the last matmul in a thread's registers.
-inline void release_matmul() {
-#ifdef CPUBLAS_BRGEMM_BF16BF16F32
-  at::native::cpublas::brgemm_release();
 #endif
 }
 
@@ -108,7 +101,6 @@ class PairedTile {
 
   // sums (rows, width) += weights (rows, size) times the tile. The weights lie `stride` apart and are rounded once.
   void add_product(int64_t rows, const float* weights, int64_t stride, float* sums) {
-#ifdef CPUBLAS_BRGEMM_BF16BF16F32
     const int64_t even = (size_ + 1) / 2 * 2;
     rounded_.resize(rows * even);
     for (int64_t row = 0; row < rows; ++row) {
@@ -118,7 +110,6 @@ class PairedTile {
     }
     at::native::cpublas::brgemm(rows, width_, even, even, width_, width_, true, rounded_.data(),
                                 reinterpret_cast<const at::BFloat16*>(pairs_.data()), sums);
-#endif
   }
 
  private:

@@ -177,10 +177,8 @@ def _run(state: DTOState, inputs: DTOInputs, head: Head, options: DTOOptions, pl
         tokens, rates = state.tokens.contiguous(), inputs.learning_rates.contiguous()
         rates = rates if rates.dtype == torch.float64 else rates.float()
         assert isinstance(inputs.gradient, Tensor)
-        gradient, *noises = (
-            None if x is None else x.float() if x.stride(-1) == 1 else x.float().contiguous()
-            for x in (inputs.gradient, inputs.soft_noise, inputs.hard_noise)
-        )
+        gradient = _float_rows(inputs.gradient)
+        noises = [None if x is None else _float_rows(x) for x in (inputs.soft_noise, inputs.hard_noise)]
         token, changed = torch.empty_like(tokens), torch.empty_like(tokens, dtype=torch.bool)
         scratch = torch.empty(max(16, plan.scratch_bytes), dtype=torch.uint8, device=token.device)
         rows = _Rows(
@@ -202,6 +200,10 @@ def _run(state: DTOState, inputs: DTOInputs, head: Head, options: DTOOptions, pl
         else:
             _call("dto_logits", ctypes.byref(rows), ctypes.byref(plan), *device)
     return DTOStep(token, changed)
+
+
+def _float_rows(x: Tensor) -> Tensor:
+    return x.float() if x.stride(-1) == 1 else x.float().contiguous()
 
 
 @contextlib.contextmanager

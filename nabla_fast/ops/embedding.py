@@ -108,13 +108,11 @@ def soft_embedding_backward(
     return reference.soft_embedding_backward(z, vector, table, offset, top, max_prob, token, tau)
 
 
-@operator(
-    derivative=lambda z, table, tau, backend, result: soft_embedding_backward(
-        z, result.mixture, table, *result[1:], tau, backend
-    ),
-    called="soft_embedding",
-    internal=True,
-)
+def _recorded_derivative(z: Tensor, table: Tensor, tau: float, backend: str, result: RecordedMixture) -> Tensor:
+    return soft_embedding_backward(z, result.mixture, table, *result[1:], tau, backend)
+
+
+@operator(derivative=_recorded_derivative, called="soft_embedding", internal=True)
 def soft_embedding_recorded(
     z: Annotated[Tensor, "float N V"],
     table: Annotated[Tensor, "float V e"],
@@ -163,13 +161,13 @@ def linear_soft_embedding_backward(
     return reference.linear_soft_embedding_backward(h, head, vector, table, offset, top, max_prob, token, tau)
 
 
-@operator(
-    derivative=lambda h, head, table, tau, backend, result: linear_soft_embedding_backward(
-        h, head, result.mixture, table, *result[1:], tau, backend
-    ),
-    called="linear_soft_embedding",
-    internal=True,
-)
+def _linear_recorded_derivative(
+    h: Tensor, head: Head, table: Tensor, tau: float, backend: str, result: RecordedMixture
+) -> Tensor:
+    return linear_soft_embedding_backward(h, head, result.mixture, table, *result[1:], tau, backend)
+
+
+@operator(derivative=_linear_recorded_derivative, called="linear_soft_embedding", internal=True)
 def linear_soft_embedding_recorded(
     h: Annotated[Tensor, "float N d"],
     head: Head,
