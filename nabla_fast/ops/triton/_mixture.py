@@ -191,7 +191,7 @@ def _relaxed_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     columns = tl.program_id(1) * BV + tl.arange(0, BV)
-    wanted = row < rows
+    inside = (row < rows)[:, None] & (columns < V)[None, :]
     row = tl.minimum(row, rows - 1)
     entry = tl.minimum(columns, V - 1)
     g = products(X, TABLE, D_X, row, entry, BN, BV, BD, EVEN_X, SWAP, UPCAST)
@@ -209,7 +209,7 @@ def _relaxed_kernel(
     if CAP:
         dz = tl.where(dz == 0, 0.0, dz * cap_slope(z, softcap))
     place = OUT.data + (row * OUT.row_stride)[:, None] + columns[None, :]
-    tl.store(place, dz.to(OUT.data.dtype.element_ty), mask=wanted[:, None] & (columns < V)[None, :])
+    tl.store(place, dz.to(OUT.data.dtype.element_ty), mask=inside)
 
 
 def write_relaxed(
