@@ -38,12 +38,19 @@ READ = {  # by a kernel that only takes them
     "stats": {"STATE", "TOKENS"},
     "gather": {"TOKEN"},
     "others": {"TOP", "TOKEN", "BASES"},
-    "likelihood": {"TOP", "Q", "LOG_PI", "BASES"},
+    "likelihood": {"TOP", "MAX_PROB", "Q", "LOG_PI", "BASES"},
     "linear_relaxed": {"TOP", "TOKEN", "ORIGIN", "Q"},
     "mixture": {"TOKEN", "SUMS"},
     "mean": {"TOKEN", "OFFSET"},
+    "relaxed": {"TOP", "MAX_PROB", "TOKEN", "ORIGIN", "Q"},
     "relaxed_product": {"TOP", "TOKEN", "ORIGIN", "Q"},
-    "weights": {"TOP", "Q", "ORIGIN"},
+    "weights": {"TOP", "MAX_PROB", "Q", "ORIGIN"},
+}
+# Fields of a softmax that a launch is given, and leaves alone.
+UNUSED = {
+    "others": {"MAX_PROB"},
+    "mean": {"TOP", "MAX_PROB"},
+    "weights": {"TOKEN"},
 }
 GATHERS = {"gather", "mixture", "mean"}
 IN_PLACE = {"likelihood": "WEIGHTS"}
@@ -74,7 +81,11 @@ class Record(TorchDispatchMode):
         """In place of ``JITFunction.run``."""
         named |= {parameter.name: value for parameter, value in zip(function.params, args, strict=False)}
         name = function.fn.__name__.strip("_").removesuffix("_kernel")
-        operands = {key: value for key, value in named.items() if isinstance(value, Tensor)}
+        for key, value in [*named.items()]:
+            if isinstance(value, tuple):  # a matrix, or tensors by name
+                named |= {key if field == "data" else field.upper(): x for field, x in value._asdict().items()}
+        unused = UNUSED.get(name, ())
+        operands = {key: value for key, value in named.items() if isinstance(value, Tensor) and key not in unused}
         written = {key for key in operands if key in WRITTEN and key not in READ.get(name, ())}
         unread = written - {IN_PLACE.get(name)} | {"TABLE", "COUNTER"} | ({"G"} if name == "mean" else set())
         read = [value for key, value in operands.items() if key not in unread]

@@ -83,7 +83,7 @@ class Pool:
         self.lock = threading.RLock()
         self.stream = separate_stream(device) if device.type == "cuda" else None
         self.outputs: list[Tensor] = []
-        self._recorded: WeakSet[Any] = WeakSet()
+        self.recorded: WeakSet[Any] = WeakSet()
 
     def spoil(self) -> None:
         """Overwrites the outputs of the last replay, as the next one does on a GPU."""
@@ -94,17 +94,6 @@ class Pool:
     def addresses(self) -> tuple[int, ...]:
         """Where the watched tensors are."""
         return tuple(x.data_ptr() for x in self.watched)
-
-    def record(self, function: Callable[[], Any]) -> tuple[Any, Any]:  # pragma: no cover - needs a GPU
-        """A CUDA graph of a function, and what the function gave."""
-        graph = torch.cuda.CUDAGraph()
-        # PyTorch has no use for the memory of graphs that are all gone, and refuses it.
-        memory = next((other.pool() for other in self._recorded), None)
-        # A wait of the host during the capture is an error; other threads may go on.
-        with torch.cuda.graph(graph, pool=memory, stream=self.stream, capture_error_mode="thread_local"):
-            out = function()
-        self._recorded.add(graph)
-        return graph, out
 
 
 class Graph:
@@ -187,7 +176,13 @@ class Graph:
         self.pool.counts.seconds += time.perf_counter() - start
 
     def _recorded(self, function: Callable[..., Any]) -> Callable[[], None]:  # pragma: no cover - needs a GPU
-        graph, out = self.pool.record(lambda: function(*self._inputs))
+        graph = torch.cuda.CUDAGraph()
+        # PyTorch has no use for the memory of graphs that are all gone, and refuses it.
+        memory = next((other.pool() for other in self.pool.recorded), None)
+        # A wait of the host during the capture is an error; other threads may go on.
+        with torch.cuda.graph(graph, pool=memory, stream=self.pool.stream, capture_error_mode="thread_local"):
+            out = function(*self._inputs)
+        self.pool.recorded.add(graph)
         self._outputs, self._spec = tree_flatten(out)
         replay: Callable[[], None] = graph.replay
         return replay

@@ -1,12 +1,12 @@
-"""Random inputs of the operators, their back ends by name, and comparisons with their meaning."""
+"""Random inputs of the operators, and their back ends by name."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from nabla_fast.ops import OPERATORS, DTOInputs, DTOOptions, DTOState, Head, Tables, TokenGradient, backends
 from nabla_fast.ops.reference import hard_tokens
@@ -104,29 +104,4 @@ def logits(seed: int, rows: int, vocabulary: int, kind: str = "random", dtype: t
 
 def double(x: Any) -> Any:
     """Tensors in float64, integers as they are; through tuples, lists and named tuples."""
-    if isinstance(x, Tensor):
-        return x.double() if x.is_floating_point() else x.clone()
-    if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return type(x)(*map(double, x))
-    return type(x)(map(double, x)) if isinstance(x, (tuple, list)) else x
-
-
-def close(
-    actual: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor], tolerance: float = 1e-5, unit: float = 1.0
-) -> None:
-    """Floats agree to ``tolerance`` of the largest value or ``unit`` (NaN where NaN), everything else exactly."""
-    if not isinstance(actual, Tensor):
-        assert len(actual) == len(expected)
-        for a, b in zip(actual, expected, strict=True):
-            close(a, b, tolerance, unit)
-        return
-    assert isinstance(expected, Tensor)
-    assert actual.shape == expected.shape
-    if not expected.is_floating_point():
-        assert actual.dtype == expected.dtype
-        assert torch.equal(actual, expected)
-        return
-    assert actual.dtype == torch.float32
-    finite = expected[expected.isfinite()]
-    scale = max(unit, finite.abs().max().item() if finite.numel() else 0.0)
-    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance * scale, equal_nan=True)
+    return tree_map_only(Tensor, lambda own: own.double() if own.is_floating_point() else own.clone(), x)

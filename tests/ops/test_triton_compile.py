@@ -21,9 +21,8 @@ SCRIPT = Path(__file__).with_name("triton_resources.py")
 # Shared memory that one block may use, in bytes.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 KERNELS = {
-    "decide", "gather", "likelihood", "linear_relaxed", "linear_stats", "logits_update", "mean", "mixture", "one_row",
-    "others", "relaxed_product", "rotary", "row_state", "row_stats", "scan_norm", "tile_norm", "token_diff", "update",
-    "weights",
+    "decide", "gather", "likelihood", "linear_stats", "logits_update", "mean", "mixture", "one_row", "others",
+    "relaxed", "rotary", "row_state", "row_stats", "scan_norm", "tile_norm", "token_diff", "update", "weights",
 }  # fmt: skip
 
 

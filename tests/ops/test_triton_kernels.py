@@ -19,9 +19,9 @@ from dto_cases import Problem, build, check
 from torch.utils._pytree import tree_map
 
 from nabla_fast.ops import triton as ops
-from nabla_fast.ops.triton import _dto_scratch, _row_stats
 from nabla_fast.ops.triton import _launch as launches
 from nabla_fast.ops.triton import _matmul as blocks
+from nabla_fast.ops.triton import _row_stats
 from nabla_fast.ops.triton._dto_watch import LAG, Watch
 from nabla_fast.testing.operators import double, logits
 
@@ -166,19 +166,18 @@ def test_the_products_of_a_step(backend):
 def test_triton_scratch_follows_the_memory_of_the_gpu():
     """Powers of two within bounds, and less where little is free."""
     gib = 2**30
-    least, most = _dto_scratch.LEAST, _dto_scratch.MOST
+    least, most = blocks.ENTRIES, blocks.MOST_ENTRIES
     for memory, free, entries in (
         (141 * gib, 120 * gib, most), (80 * gib, 70 * gib, most), (40 * gib, 30 * gib, most // 2),
         (24 * gib, 20 * gib, least), (8 * gib, gib, least), (141 * gib, 8 * gib, most // 2), (141 * gib, gib, least),
     ):  # fmt: skip
-        assert _dto_scratch.entries_within(memory, free) == entries
+        assert blocks.entries_within(memory, free) == entries
 
 
 def test_a_triton_call_that_is_captured_looks_at_nothing_on_the_host(monkeypatch):
     """On tensors without memory, which raise where their numbers are asked for, with launches left out."""
-    for module in ("dto_step", "_dto_rows", "_dto_one_row", "_softmax", "stats"):
-        if hasattr(sys.modules[f"nabla_fast.ops.triton.{module}"], "run"):
-            monkeypatch.setattr(sys.modules[f"nabla_fast.ops.triton.{module}"], "run", lambda *_, **__: None)
+    for module in ("_dto_rows", "_dto_one_row", "_softmax", "stats"):
+        monkeypatch.setattr(sys.modules[f"nabla_fast.ops.triton.{module}"], "launch", lambda *_, **__: None)
     launched = []
     rows = sys.modules["nabla_fast.ops.triton._dto_rows"].Rows
     monkeypatch.setattr(rows, "decide", lambda *_, **__: launched.append("step"))

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from nabla_fast.ops.triton import _launch
+from nabla_fast.ops.triton._softmax import outputs
 
 TARGET = GPUTarget("cuda", 90, 32)
 
@@ -48,6 +49,9 @@ def arguments():
     yield from (memory[1:], torch.empty(0, dtype=torch.bool), None, 0.0, 1.0, float("inf"))
     yield from (0, 1, 2, 16, 17, 32, -1, -16, 2**31 - 1, 2**31 - 16, 2**31, 2**31 + 1, -(2**31), -(2**31) - 16)
     yield from (2**40, 2**63 - 1, 2**63, 2**63 + 16)
+    x = torch.empty(6, 16)
+    yield from map(_launch.matrix, (x, x[:, :15], x[:, 1:], x.T, x.bfloat16(), x[:, :1].contiguous()))
+    yield from (outputs(8, x.device, *names) for names in ((), ("top",), ("top", "q"), ("token",)))
 
 
 def test_what_triton_tells_apart_has_another_kind():

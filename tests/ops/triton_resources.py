@@ -23,9 +23,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, KernelParam
 
 from nabla_fast.ops import triton as ops
 from nabla_fast.ops.triton import _matmul
@@ -38,7 +39,7 @@ TYPES = {
     torch.int8: "i8", torch.bool: "i1",
 }  # fmt: skip
 
-recorded: dict[str, tuple[str, JITFunction, dict[str, str], dict[Any, Any], dict[Any, Any], dict[str, Any]]] = {}
+recorded: dict[str, tuple[str, JITFunction, dict[str, Any], dict[Any, Any], dict[Any, Any], dict[str, Any]]] = {}
 label = ""
 
 
@@ -49,36 +50,37 @@ def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any
     options = {
         name: kwargs.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg") if name in kwargs
     }
-    signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     assert set(kwargs) == {p.name for p in self.params}, set(kwargs) ^ {p.name for p in self.params}
-    constexpr = {parameter.name: parameter.is_constexpr for parameter in self.params}
-    for i, parameter in enumerate(self.params):
-        value = kwargs[parameter.name]
-        aligned = False
-        one = type(value) is int and value == 1 and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or one:
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = value
-        elif isinstance(value, Tensor):
+
+    def specialise(parameter: KernelParam, path: tuple[int, ...], value: Any) -> Any:
+        if isinstance(value, tuple):
+            return type(value)(*(specialise(parameter, (*path, i), x) for i, x in enumerate(value)))
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialised):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, Tensor):
             assert value.device.type == "meta"
-            signature[parameter.name] = f"*{TYPES[value.dtype]}"
-            aligned = value.storage_offset() * value.element_size() % 16 == 0
+            kind, aligned = f"*{TYPES[value.dtype]}", value.storage_offset() * value.element_size() % 16 == 0
         elif isinstance(value, int):
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0 and not parameter.do_not_specialize
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0 and specialised
         else:
             assert isinstance(value, float), (parameter.name, value)
-            signature[parameter.name] = "fp32"
+            kind, aligned = "fp32", False
         if aligned:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
+        return kind
+
+    signature = {p.name: specialise(p, (i,), kwargs[p.name]) for i, p in enumerate(self.params)}
     name = self.fn.__name__.strip("_").removesuffix("_kernel")
     # One of those that differ in integers alone (their divisibility, or being 1) stands for all.
-    kinds = [kind for kind in signature.values() if not kind.startswith("i")]
-    static = {name: value for name, value in kwargs.items() if constexpr[name]}
-    absent = [name for name, value in kwargs.items() if value is None]
-    key = repr((name, [kind for kind in kinds if kind != "constexpr"], static, absent, options))
+    kinds = [kind for kind in tree_leaves(signature) if kind != "constexpr" and not kind.startswith("i")]
+    static = {p.name: kwargs[p.name] for p in self.params if p.is_constexpr}
+    absent = [path for path, value in constants.items() if value is None]
+    key = repr((name, kinds, static, absent, options))
     recorded.setdefault(key, (f"{name} [{label}]", self, signature, constants, attributes, options))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,17 +26,16 @@ def check(*tensors: Tensor) -> None:
             raise ValueError("backend 'triton' takes CUDA tensors, got a CPU tensor (TRITON_INTERPRET=1 allows it)")
 
 
-def run(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
-    """Launches a kernel on the tensors' own GPU, whatever the current one is.
+class Matrix(NamedTuple):
+    """A matrix among a kernel's arguments: inside, where its first entry is, and what a row and a column are apart."""
 
-    Fused multiply-adds are asked for by name, because Triton's default for them changes between versions;
-    ``enable_fp_fusion=False`` among the arguments asks for none.
-    """
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        # Left to itself, ptxas now and then spills a few bytes to stay at 128 registers; let it have what there is.
-        most = min(255, 65536 // (32 * arguments["num_warps"]))
-        kernel[grid](**{"enable_fp_fusion": True, **arguments}, maxnreg=most)
+    data: Tensor
+    row_stride: int
+    column_stride: int
+
+
+def matrix(x: Tensor | None) -> Matrix | None:
+    return None if x is None else Matrix(x, *x.stride())
 
 
 _COMPILED: dict[tuple[Any, ...], CompiledKernel] = {}
@@ -51,15 +50,16 @@ def launch(
     num_warps: int = 4,
     **options: Any,
 ) -> None:
-    """`run` for a kernel that is called often: from the second call on, what Triton compiled is launched at once.
+    """Launches a kernel on the tensors' own GPU; from the second call on, what Triton compiled is launched at once.
 
     Triton binds arguments by name and finds out at every call how each is specialised, which takes longer than many a
-    kernel. Here that is a look-up by `kind`, which tells apart whatever Triton does.
+    kernel. Here that is a look-up by `kind`, which tells apart whatever Triton does. Fused multiply-adds are asked for
+    by name, because Triton's default for them changes between versions.
 
     Args:
-        arguments: tensors, None, integers and floats, in the order of the kernel's parameters.
+        arguments: tensors, None, integers, floats, and named tuples of them, in the order of the kernel's parameters.
         constants: its constexpr parameters, which come last, in order.
-        options: num_stages.
+        options: num_stages; ``enable_fp_fusion=False`` for no fused multiply-adds.
     """
     key = (id(kernel), device, num_warps, *options.values(), *constants.values(), *map(kind, arguments))
     compiled = _COMPILED.get(key)
@@ -72,8 +72,9 @@ def launch(
             return
         # Constants are given by name here, but by place later.
         assert [*kernel.arg_names[len(arguments) :]] == [*constants], kernel.arg_names
+        # Left to itself, ptxas now and then spills a few bytes to stay at 128 registers; let it have what there is.
         most = min(255, 65536 // (32 * num_warps))
-        given = {**constants, "num_warps": num_warps, **options, "enable_fp_fusion": True, "maxnreg": most}
+        given = {**constants, "num_warps": num_warps, "enable_fp_fusion": True, **options, "maxnreg": most}
         compiled = kernel[grid](*arguments, **given)
     if isinstance(compiled, CompiledKernel):  # neither of the interpreter nor one that is still being compiled
         _COMPILED[key] = compiled
@@ -89,6 +90,8 @@ def kind(argument: Any) -> Any:
         # A tensor without memory stands for one at an aligned address.
         address = 0 if argument.device.type == "meta" else argument.data_ptr()
         return argument.dtype, address % 16
+    if isinstance(argument, tuple):
+        return tuple(map(kind, argument))
     if type(argument) is int:
         return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31, argument < 2**63
     if argument is None or type(argument) is float:
@@ -154,11 +157,6 @@ def split(length: int, unit: int, programs: int, device: torch.device, waves: in
     parts = max(1, min(units, 256, waves * multiprocessors(device) // max(1, programs)))
     size = triton.cdiv(units, parts) * unit
     return size, triton.cdiv(length, size)
-
-
-def strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
-    """``{name_axis: stride}``; 0 where there is no tensor."""
-    return {f"{name}_{axis}": 0 if x is None else x.stride(i) for i, axis in enumerate(axes)}
 
 
 def same_table(a: Tensor, b: Tensor) -> bool:

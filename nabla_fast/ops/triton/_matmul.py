@@ -21,19 +21,19 @@ from torch import Tensor
 
 from nabla_fast.ops.table_matmul import times_table
 from nabla_fast.ops.triton._launch import INTERPRET, architecture
-from nabla_fast.ops.types import (
-    Head,
-    Tables,
-    TokenGradient,
-)
+from nabla_fast.ops.types import Head, Tables, TokenGradient
 
-# Entries of one scratch: 256 MiB of float32.
-ENTRIES = 2**26
+# Entries of one scratch: 256 MiB of float32, and up to 1 GiB where a call multiplies by the head again and again.
+ENTRIES, MOST_ENTRIES = 2**26, 2**28
+# Then, shares of a GPU: of its memory that one scratch takes, and of what is free that all of them take together.
+_OF_ALL, _OF_FREE = 64, 4
+# Of an entry in all scratches of `dto_step`: a logit, its weight, and G where it is made again for every step.
+_BYTES = 12
 
 
 @triton.jit
-def _load_depth(X, offsets, depth, stride, D, EVEN: tl.constexpr):
-    at = X + offsets[:, None] + (depth.to(tl.int64) * stride)[None, :]
+def _load_depth(X, row, depth, D, EVEN: tl.constexpr):
+    at = X.data + (row * X.row_stride)[:, None] + (depth.to(tl.int64) * X.column_stride)[None, :]
     if EVEN:  # noqa: SIM108
         values = tl.load(at)
     else:
@@ -44,11 +44,7 @@ def _load_depth(X, offsets, depth, stride, D, EVEN: tl.constexpr):
 @triton.jit
 def products(
     H,
-    H_n,
-    H_d,
     W,
-    W_v,
-    W_d,
     D,
     row,
     entry,
@@ -68,12 +64,10 @@ def products(
         acc = tl.zeros([BV, BN], tl.float32)
     else:
         acc = tl.zeros([BN, BV], tl.float32)
-    h_rows = row * H_n
-    w_rows = entry.to(tl.int64) * W_v
     for start in range(0, D, BD):
         depth = start + tl.arange(0, BD)
-        h = _load_depth(H, h_rows, depth, H_d, D, EVEN)
-        w = _load_depth(W, w_rows, depth, W_d, D, EVEN)
+        h = _load_depth(H, row, depth, D, EVEN)
+        w = _load_depth(W, entry.to(tl.int64), depth, D, EVEN)
         if UPCAST:
             h = h.to(tl.float32)
             w = w.to(tl.float32)
@@ -164,19 +158,18 @@ class Bases(NamedTuple):
     width: int
 
 
-def row_blocks(rows: int, vocabulary: int) -> Iterator[slice]:
-    """Slices of at most `ENTRIES` logits, in whole tiles of a matrix product where they are long enough."""
-    most = max(1, ENTRIES // vocabulary)
-    size = most // 128 * 128 or most
-    for start in range(0, rows, size):
-        yield slice(start, min(rows, start + size))
-
-
 class Scratch:
-    """Buffers that the blocks of one call share: rows (R, V) whose lengths in memory are multiples of 16 bytes."""
+    """Buffers that the blocks of one call share: rows (R, V) whose lengths in memory are multiples of 16 bytes.
 
-    def __init__(self, rows: int, vocabulary: int, device: torch.device) -> None:
-        self.rows = max((block.stop - block.start for block in row_blocks(rows, vocabulary)), default=0)
+    Attributes:
+        blocks: of the call's rows, each of at most ``entries`` logits, in whole tiles of a product where that is long.
+    """
+
+    def __init__(self, rows: int, vocabulary: int, device: torch.device, entries: int | None = None) -> None:
+        self.entries = ENTRIES if entries is None else entries
+        most = max(1, self.entries // vocabulary)
+        size = most // 128 * 128 or most
+        self.blocks = [slice(start, min(rows, start + size)) for start in range(0, rows, size)]
         self.vocabulary, self.device = vocabulary, device
         self.buffers: dict[str, Tensor] = {}
 
@@ -184,7 +177,7 @@ class Scratch:
         """The buffer of this name, ``rows`` of it, with whatever it holds."""
         if name not in self.buffers:
             padded = -(-self.vocabulary // 8) * 8
-            self.buffers[name] = torch.empty(self.rows, padded, dtype=dtype, device=self.device)
+            self.buffers[name] = torch.empty(self.blocks[0].stop, padded, dtype=dtype, device=self.device)
         return self.buffers[name][:rows, : self.vocabulary]
 
     def weights(self, rows: int, dtypes: tuple[torch.dtype, ...]) -> tuple[Tensor, ...]:
@@ -192,13 +185,34 @@ class Scratch:
         return tuple(self.take(f"weights {i}", rows, dtype) for i, dtype in enumerate(dtypes))
 
 
+def entries_within(memory: int, free: int) -> int:
+    """Entries of one scratch on a GPU with so many bytes: a power of two, so that it seldom depends on what is free.
+
+    Another size of the blocks is another order of a product's sums.
+    """
+    wanted = min(MOST_ENTRIES, max(ENTRIES, 2 ** (memory // (4 * _OF_ALL)).bit_length() // 2))
+    while wanted > ENTRIES and wanted * _BYTES * _OF_FREE > free:
+        wanted //= 2
+    return wanted
+
+
+def many_entries(device: torch.device) -> int:
+    """Entries of a scratch as large as the device lets it be.
+
+    More rows in a block fill a matrix product better and read the head less often, up to a thousand or so.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return ENTRIES  # a capture is no place to ask the driver
+    free, memory = torch.cuda.mem_get_info(device)  # pragma: no cover - needs a GPU
+    kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # pragma: no cover
+    return entries_within(memory, free + kept_by_torch)  # pragma: no cover - needs a GPU
+
+
 def half_blocks(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of rows, and for each (R, V) of half precision in one buffer of as many bytes as one of `Scratch`."""
-    blocks = list(row_blocks(rows, -(-vocabulary // 2)))
-    most = max((block.stop - block.start for block in blocks), default=0)
-    buffer = torch.empty(most, -(-vocabulary // 8) * 8, dtype=dtype, device=device)
-    for block in blocks:
-        yield block, buffer[: block.stop - block.start, :vocabulary]
+    scratch = Scratch(rows, vocabulary, device, 2 * ENTRIES)
+    for block in scratch.blocks:
+        yield block, scratch.take("half", block.stop - block.start, dtype)
 
 
 def write_logits(out: Tensor, h: Tensor, head: Head, factor: float = 1.0) -> Tensor:
@@ -236,6 +250,6 @@ def write_gradient(out: Tensor, factors: TokenGradient, tables: Tables) -> Tenso
 
 def logits_in_blocks(h: Tensor, head: Head, scratch: Scratch) -> Iterator[tuple[slice, Tensor]]:
     """Some rows and their logits, a block at a time in one buffer."""
-    for rows in row_blocks(len(h), scratch.vocabulary):
+    for rows in scratch.blocks:
         part = h[rows]
         yield rows, write_logits(scratch.take("logits", len(part)), part, head)

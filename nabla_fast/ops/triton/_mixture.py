@@ -16,24 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.triton._launch import counters, last_to_arrive, launch
+from nabla_fast.ops.triton._launch import counters, last_to_arrive, launch, matrix
 from nabla_fast.ops.triton._matmul import Bases, cap_slope, capped, products, tile_shape
-from nabla_fast.ops.triton._softmax import load_row
+from nabla_fast.ops.triton._softmax import RowOutputs, load_row, put_parts
 from nabla_fast.ops.types import Head
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _others_kernel(
     Z,
-    Z_n,
-    Z_v,
     BASES,
-    TOP,
-    TOKEN,
+    ROW,
     HIGH,
-    HIGH_n,
     LOW,
-    LOW_n,
     SUMS,
     PARTS,
     COUNTER,
@@ -48,20 +43,14 @@ def _others_kernel(
     blocks = tl.num_programs(1)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < V
-    z = load_row(Z, row * Z_n, columns, Z_v, inside, float("-inf"))
-    top = tl.load(TOP + row)
+    z = load_row(Z, row, columns, inside, float("-inf"))
+    top = tl.load(ROW.top + row)
     if BASES is not None:  # z is e of another base
         e = z * tl.exp((tl.load(BASES + columns // WIDTH * rows + row, mask=inside, other=0.0) - top) * inv_tau)
     else:
         e = tl.exp((z - top) * inv_tau)
-    e = tl.where(inside & (columns != tl.load(TOKEN + row)), e, 0.0)
-    high = e.to(HIGH.dtype.element_ty)
-    tl.store(HIGH + row * HIGH_n + columns, high, mask=inside)
-    written = high.to(tl.float32)
-    if LOW is not None:
-        low = (e - written).to(LOW.dtype.element_ty)
-        tl.store(LOW + row * LOW_n + columns, low, mask=inside)
-        written += low.to(tl.float32)
+    e = tl.where(inside & (columns != tl.load(ROW.token + row)), e, 0.0)
+    written = put_parts(HIGH, LOW, row, columns, inside, e)
     at = PARTS + 2 * row * blocks
     tl.store(at + tl.program_id(1), tl.sum(e, axis=0))
     tl.store(at + blocks + tl.program_id(1), tl.sum(written, axis=0))
@@ -74,7 +63,7 @@ def _others_kernel(
 
 
 def write_others(
-    out: Sequence[Tensor], z: Tensor, inv_tau: float, top: Tensor, token: Tensor, bases: Bases | None = None
+    out: Sequence[Tensor], z: Tensor, inv_tau: float, row: RowOutputs, bases: Bases | None = None
 ) -> Tensor:
     """Writes e of all tokens but the likeliest into ``out``, one or two (R, V) that add up to it.
 
@@ -83,35 +72,30 @@ def write_others(
     Returns:
         (R, 2), the sum of e, and of what was written.
     """
-    rows, vocabulary = z.shape
-    block = 4096
+    (rows, vocabulary), block = z.shape, 4096
     blocks = triton.cdiv(vocabulary, block)
-    low = out[1] if len(out) > 1 else None
+    values, width = bases or (None, 1)
     sums = torch.empty(rows, 2, dtype=torch.float32, device=z.device)
     parts = torch.empty(rows, 2, blocks, dtype=torch.float32, device=z.device)
+    high, low = (*map(matrix, out), None)[:2]
     launch(
         _others_kernel, (rows, blocks), z.device,
-        (
-            z, *z.stride(), None if bases is None else bases.values, top, token,
-            out[0], out[0].stride(0), low, 0 if low is None else low.stride(0), sums,
-            parts, counters(rows, z.device), rows, vocabulary, inv_tau,
-        ),
-        {"WIDTH": 1 if bases is None else bases.width, "BLOCK": block, "BLOCKS": triton.next_power_of_2(blocks)},
+        (matrix(z), values, row, high, low, sums, parts, counters(rows, z.device), rows, vocabulary, inv_tau),
+        {"WIDTH": width, "BLOCK": block, "BLOCKS": triton.next_power_of_2(blocks)},
     )  # fmt: skip
     return sums
 
 
 @triton.jit
-def _mixture_kernel(PRODUCT, P_n, TABLE, T_v, T_d, TOKEN, SUMS, OUT, OFFSET, D, BD: tl.constexpr):
+def _mixture_kernel(PRODUCT, TABLE, TOKEN, SUMS, OUT, OFFSET, D, BD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     depth = tl.program_id(1) * BD + tl.arange(0, BD)
     inside = depth < D
     total = tl.load(SUMS + 2 * row)
     seen = tl.load(SUMS + 2 * row + 1)
     token = tl.load(TOKEN + row)
-    at = TABLE + tl.maximum(token, 0) * T_v + depth.to(tl.int64) * T_d
-    likeliest = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    others = tl.load(PRODUCT + row * P_n + depth, mask=inside, other=0.0)
+    likeliest = load_row(TABLE, tl.maximum(token, 0), depth, inside, 0.0)
+    others = load_row(PRODUCT, row, depth, inside, 0.0)
     others *= tl.where(seen > 0, total / seen, 1.0)
     offset = (others - total * likeliest) / (1.0 + total)
     offset = tl.where(token < 0, float("nan"), offset)
@@ -127,164 +111,72 @@ def write_mixture(
     rows, width = out.shape
     launch(
         _mixture_kernel, (rows, triton.cdiv(width, 1024)), out.device,
-        (product, product.stride(0), table, *table.stride(), token, sums, out, offset, width), {"BD": 1024},
+        (matrix(product), matrix(table), token, sums, out, offset, width), {"BD": 1024},
     )  # fmt: skip
 
 
 @triton.jit
-def _mean_kernel(X, X_n, X_d, OFFSET, TABLE, T_v, T_d, TOKEN, G, G_n, ROUNDED, ORIGIN, Q, D, BD: tl.constexpr):
+def _mean_kernel(X, OFFSET, TABLE, G, ROUNDED, ROW, D, BD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    token = tl.maximum(tl.load(TOKEN + row), 0)
+    token = tl.maximum(tl.load(ROW.token + row), 0)
     mean = tl.zeros([BD], tl.float32)
     origin = tl.zeros([BD], tl.float32)
     for start in range(0, D, BD):
         depth = start + tl.arange(0, BD)
         inside = depth < D
-        x = load_row(X, row * X_n, depth, X_d, inside, 0.0)
+        x = load_row(X, row, depth, inside, 0.0)
         if ROUNDED is not None:
             half = x.to(ROUNDED.dtype.element_ty)
             tl.store(ROUNDED + row * D + depth, half, mask=inside)
             x = half.to(tl.float32)
-        mean += x * load_row(OFFSET, row * D, depth, 1, inside, 0.0)
+        mean += x * load_row(OFFSET, row, depth, inside, 0.0)
         if G is None:
-            origin += x * load_row(TABLE, token * T_v, depth, T_d, inside, 0.0)
-    tl.store(Q + row, tl.sum(mean, axis=0))
+            origin += x * load_row(TABLE, token, depth, inside, 0.0)
+    tl.store(ROW.q + row, tl.sum(mean, axis=0))
     if G is not None:  # noqa: SIM108
-        at_token = tl.load(G + row * G_n + token)
+        at_token = tl.load(G.data + row * G.row_stride + token)
     else:
         at_token = tl.sum(origin, axis=0)
-    tl.store(ORIGIN + row, tl.where(tl.abs(at_token) < float("inf"), at_token, 0.0))
+    tl.store(ROW.origin + row, tl.where(tl.abs(at_token) < float("inf"), at_token, 0.0))
 
 
-def mean_of(
+def with_mean(
+    row: RowOutputs,
     vector: Tensor,
     offset: Tensor,
     table: Tensor,
-    token: Tensor,
     *,
     gradient: Tensor | None = None,
     rounded: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """G of the likeliest token, read from ``gradient`` (R, V) where that is given, and <p, D>: (R,) each.
+) -> RowOutputs:
+    """``row`` with G of the likeliest token, read from ``gradient`` (R, V) where that is given, and <p, D>.
 
     With ``rounded`` (R, e), both of the vector as it is written there.
     """
     rows, width = vector.shape
     origin, q = (torch.empty(rows, dtype=torch.float32, device=vector.device) for _ in range(2))
-    launch(
-        _mean_kernel, (rows,), vector.device,
-        (
-            vector, *vector.stride(), offset, table, *table.stride(), token, gradient,
-            0 if gradient is None else gradient.stride(0), rounded, origin, q, width,
-        ),
-        {"BD": 1024},
-    )  # fmt: skip
-    return origin, q
-
-
-@triton.jit
-def relaxed(z, g, columns, top, inverse, token, origin, q, inv_tau):
-    """p (D - q) / tau of a tile of logits z and G."""
-    p = tl.exp((z - top) * inv_tau) * inverse
-    # Of the likeliest token exactly 0, however its product was summed up.
-    d = tl.where(columns == token, 0.0, g - origin)
-    # Where p is 0 an infinite G moves nothing; NaN stays.
-    return tl.where(p == 0, 0.0, p * (d - q) * inv_tau)
+    row = row._replace(origin=origin, q=q)
+    if rows:
+        launch(
+            _mean_kernel, (rows,), vector.device,
+            (*map(matrix, (vector, offset, table, gradient)), rounded, row, width), {"BD": 1024},
+        )  # fmt: skip
+    return row
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _relaxed_product_kernel(
+def _relaxed_kernel(
     X,
-    X_n,
-    X_d,
     TABLE,
-    T_v,
-    T_d,
-    D,
-    Z,
-    Z_n,
-    Z_v,
-    OUT,
-    TOP,
-    INVERSE,
-    TOKEN,
-    ORIGIN,
-    Q,
-    rows,
-    V,
-    inv_tau,
-    BN: tl.constexpr,
-    BV: tl.constexpr,
-    BD: tl.constexpr,
-    EVEN: tl.constexpr,
-    SWAP: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    columns = tl.program_id(1) * BV + tl.arange(0, BV)
-    wanted = row < rows
-    row = tl.minimum(row, rows - 1)
-    entry = tl.minimum(columns, V - 1)
-    g = products(X, X_n, X_d, TABLE, T_v, T_d, D, row, entry, BN, BV, BD, EVEN, SWAP, UPCAST)
-    z = tl.load(Z + (row * Z_n)[:, None] + (entry.to(tl.int64) * Z_v)[None, :]).to(tl.float32)
-    dz = relaxed(
-        z, g, columns[None, :], tl.load(TOP + row)[:, None], tl.load(INVERSE + row)[:, None],
-        tl.load(TOKEN + row)[:, None], tl.load(ORIGIN + row)[:, None], tl.load(Q + row)[:, None], inv_tau,
-    )  # fmt: skip
-    at = OUT + (row * V)[:, None] + columns[None, :]
-    tl.store(at, dz.to(OUT.dtype.element_ty), mask=wanted[:, None] & (columns < V)[None, :])
-
-
-def write_relaxed_product(
-    out: Tensor,
-    z: Tensor,
-    x: Tensor,
-    table: Tensor,
-    inv_tau: float,
-    top: Tensor,
-    inverse: Tensor,
-    token: Tensor,
-    origin: Tensor,
-    q: Tensor,
-) -> None:
-    """Writes p (D - q) / tau into ``out`` (N, V), where G = <x, T_v> is made: G is never in memory."""
-    rows, width = x.shape
-    tiles = tile_shape(rows, z.device)
-    launch(
-        _relaxed_product_kernel, (triton.cdiv(rows, tiles.BN), triton.cdiv(len(table), tiles.BV)), z.device,
-        (
-            x, *x.stride(), table, *table.stride(), width, z, *z.stride(), out, top, inverse, token, origin, q, rows,
-            len(table), inv_tau,
-        ),
-        tiles.constants(width), **tiles.options,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _linear_relaxed_kernel(
-    X,
-    X_n,
-    X_d,
-    TABLE,
-    T_v,
-    T_d,
     D_X,
+    Z,
     H,
-    H_n,
-    H_d,
     W,
-    W_v,
-    W_d,
     D,
     scale,
     softcap,
     OUT,
-    OUT_n,
-    TOP,
-    INVERSE,
-    TOKEN,
-    ORIGIN,
-    Q,
+    ROW,
     rows,
     V,
     inv_tau,
@@ -302,39 +194,46 @@ def _linear_relaxed_kernel(
     inside = (row < rows)[:, None] & (columns < V)[None, :]
     row = tl.minimum(row, rows - 1)
     entry = tl.minimum(columns, V - 1)
-    g = products(X, X_n, X_d, TABLE, T_v, T_d, D_X, row, entry, BN, BV, BD, EVEN_X, SWAP, UPCAST)
-    z = products(H, H_n, H_d, W, W_v, W_d, D, row, entry, BN, BV, BD, EVEN, SWAP, UPCAST)
-    z = capped(z, scale, softcap, CAP)
-    dz = relaxed(
-        z, g, columns[None, :], tl.load(TOP + row)[:, None], tl.load(INVERSE + row)[:, None],
-        tl.load(TOKEN + row)[:, None], tl.load(ORIGIN + row)[:, None], tl.load(Q + row)[:, None], inv_tau,
-    )  # fmt: skip
+    g = products(X, TABLE, D_X, row, entry, BN, BV, BD, EVEN_X, SWAP, UPCAST)
+    if Z is not None:
+        at = Z.data + (row * Z.row_stride)[:, None] + (entry.to(tl.int64) * Z.column_stride)[None, :]
+        z = tl.load(at).to(tl.float32)
+    else:
+        z = capped(products(H, W, D, row, entry, BN, BV, BD, EVEN, SWAP, UPCAST), scale, softcap, CAP)
+    p = tl.exp((z - tl.load(ROW.top + row)[:, None]) * inv_tau) * tl.load(ROW.max_prob + row)[:, None]
+    # Of the likeliest token exactly 0, however its product was summed up.
+    likeliest = columns[None, :] == tl.load(ROW.token + row)[:, None]
+    d = tl.where(likeliest, 0.0, g - tl.load(ROW.origin + row)[:, None])
+    # Where p is 0 an infinite G moves nothing; NaN stays.
+    dz = tl.where(p == 0, 0.0, p * (d - tl.load(ROW.q + row)[:, None]) * inv_tau)
     if CAP:
         dz = tl.where(dz == 0, 0.0, dz * cap_slope(z, softcap))
-    tl.store(OUT + (row * OUT_n)[:, None] + columns[None, :], dz.to(OUT.dtype.element_ty), mask=inside)
+    place = OUT.data + (row * OUT.row_stride)[:, None] + columns[None, :]
+    tl.store(place, dz.to(OUT.data.dtype.element_ty), mask=inside)
 
 
-def write_linear_relaxed(
+def write_relaxed(
     out: Tensor,
-    h: Tensor,
-    head: Head,
+    z: Tensor | None,
     x: Tensor,
     table: Tensor,
     inv_tau: float,
-    top: Tensor,
-    inverse: Tensor,
-    token: Tensor,
-    origin: Tensor,
-    q: Tensor,
+    row: RowOutputs,
+    h: Tensor | None = None,
+    head: Head | None = None,
 ) -> None:
-    """`write_relaxed_product` for the logits of hidden states h (R, d), made beside G, and the softcap's slope."""
-    (rows, width), tiles = x.shape, tile_shape(len(x), h.device)
+    """Writes p (D - q) / tau into ``out`` (N, V), where G = <x, T_v> is made: G is never in memory.
+
+    Without logits ``z``, they are made beside G from hidden states h (N, d), and the softcap's slope is a factor more.
+    """
+    (rows, width), tiles = x.shape, tile_shape(len(x), x.device)
+    weight, scale, softcap = head or (None, 0.0, 0.0)
+    depth = 0 if h is None else h.shape[1]
     launch(
-        _linear_relaxed_kernel, (triton.cdiv(rows, tiles.BN), triton.cdiv(len(table), tiles.BV)), h.device,
+        _relaxed_kernel, (triton.cdiv(rows, tiles.BN), triton.cdiv(len(table), tiles.BV)), x.device,
         (
-            x, *x.stride(), table, *table.stride(), width, h, *h.stride(), head.weight, *head.weight.stride(),
-            h.shape[1], float(head.scale), float(head.softcap), out, out.stride(0), top, inverse, token, origin, q,
-            rows, len(table), inv_tau,
+            matrix(x), matrix(table), width, *map(matrix, (z, h, weight)), depth, float(scale), float(softcap),
+            matrix(out), row, rows, len(table), inv_tau,
         ),
-        {"CAP": head.softcap != 0, "EVEN_X": width % tiles.BD == 0, **tiles.constants(h.shape[1])}, **tiles.options,
+        {"CAP": softcap != 0, "EVEN_X": width % tiles.BD == 0, **tiles.constants(depth)}, **tiles.options,
     )  # fmt: skip

@@ -15,8 +15,8 @@ from nabla_fast.ops.triton._softmax import load_row, rescale, shift
 
 
 @triton.jit
-def load_tile(X, offset, columns, stride, V, other, MASKED: tl.constexpr):
-    at = X + offset + columns.to(tl.int64) * stride
+def load_tile(X, row, columns, V, other, MASKED: tl.constexpr):
+    at = X.data + row * X.row_stride + columns.to(tl.int64) * X.column_stride
     if MASKED:  # noqa: SIM108
         values = tl.load(at, mask=columns < V, other=other)
     else:
@@ -27,17 +27,9 @@ def load_tile(X, offset, columns, stride, V, other, MASKED: tl.constexpr):
 @triton.jit
 def _tile(
     Z,
-    Z_n,
-    Z_v,
     SOFT,
-    SOFT_n,
-    SOFT_v,
     HARD,
-    HARD_n,
-    HARD_v,
     G,
-    G_n,
-    G_v,
     origin,
     target,
     row,
@@ -45,22 +37,18 @@ def _tile(
     within,
     V,
     inv_tau,
-    max,
-    sum_exp,
-    sum_exp_logit,
-    sum_exp_grad,
-    best,
-    won,
+    state,
     ENTROPY: tl.constexpr,
     OTHERS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """The state with one tile more."""
+    max, sum_exp, sum_exp_logit, sum_exp_grad, best, won = state
     columns = first + within
-    z = load_tile(Z, row * Z_n, columns, Z_v, V, float("-inf"), MASKED)
+    z = load_tile(Z, row, columns, V, float("-inf"), MASKED)
     x = z
     if SOFT is not None:
-        x = z + load_tile(SOFT, row * SOFT_n, columns, SOFT_v, V, 0.0, MASKED)
+        x = z + load_tile(SOFT, row, columns, V, 0.0, MASKED)
     top = tl.max(x, axis=0)
     new_max = tl.maximum(max, top)
     base = shift(new_max)
@@ -73,13 +61,13 @@ def _tile(
         # Where e is 0 the difference may be -inf; any other number does as well there.
         sum_exp_logit += 0.6931471805599453 * tl.sum(e * tl.maximum(difference, -1e4), axis=0)
     if G is not None:
-        gradient = load_tile(G, row * G_n, columns, G_v, V, 0.0, MASKED) - origin
+        gradient = load_tile(G, row, columns, V, 0.0, MASKED) - origin
         sum_exp_grad += tl.sum(tl.where(e > 0, e * gradient, 0.0), axis=0)
     if OTHERS:
         sum_exp_grad += tl.sum(tl.where(columns == target, 0.0, e), axis=0)
     high = top
     if HARD is not None:
-        y = z + load_tile(HARD, row * HARD_n, columns, HARD_v, V, 0.0, MASKED)
+        y = z + load_tile(HARD, row, columns, V, 0.0, MASKED)
         high = tl.max(tl.where(y == y, y, float("inf")), axis=0)  # NaN is as bad as +inf, and a maximum drops it
     elif SOFT is not None:
         high = tl.max(z, axis=0)
@@ -90,17 +78,9 @@ def _tile(
 @triton.jit
 def scan_row(
     Z,
-    Z_n,
-    Z_v,
     SOFT,
-    SOFT_n,
-    SOFT_v,
     HARD,
-    HARD_n,
-    HARD_v,
     G,
-    G_n,
-    G_v,
     origin,
     target,
     row,
@@ -113,37 +93,29 @@ def scan_row(
     TILE: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The state of the entries from ``start`` to ``end``: six numbers (`_softmax`).
+    """The state of the entries from ``start`` to ``end``: the six fields (`_softmax`).
 
     With OTHERS the sum with a gradient is that of e over all entries but ``target``.
     """
     within = tl.arange(0, TILE)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    max = tl.full([LANES], float("-inf"), tl.float32)
-    sum_exp = tl.zeros([LANES], tl.float32)
-    sum_exp_logit = tl.zeros([LANES], tl.float32)
-    sum_exp_grad = tl.zeros([LANES], tl.float32)
-    best = tl.full([LANES], float("-inf"), tl.float32)
-    won = tl.zeros([LANES], tl.int32)
+    lowest = tl.full([LANES], float("-inf"), tl.float32)
+    zeros = tl.zeros([LANES], tl.float32)
+    state = (lowest, zeros, zeros, zeros, lowest, tl.zeros([LANES], tl.int32))
     whole = start + (end - start) // (TILE * LANES) * (TILE * LANES)
     for first in range(start, whole, TILE * LANES):
-        max, sum_exp, sum_exp_logit, sum_exp_grad, best, won = _tile(
-            Z, Z_n, Z_v, SOFT, SOFT_n, SOFT_v, HARD, HARD_n, HARD_v, G, G_n, G_v, origin, target, row, first, within,
-            V, inv_tau, max, sum_exp, sum_exp_logit, sum_exp_grad, best, won, ENTROPY, OTHERS, False,
-        )  # fmt: skip
+        state = _tile(Z, SOFT, HARD, G, origin, target, row, first, within, V, inv_tau, state, ENTROPY, OTHERS, False)
     if whole < end:
-        max, sum_exp, sum_exp_logit, sum_exp_grad, best, won = _tile(
-            Z, Z_n, Z_v, SOFT, SOFT_n, SOFT_v, HARD, HARD_n, HARD_v, G, G_n, G_v, origin, target, row, whole, within,
-            V, inv_tau, max, sum_exp, sum_exp_logit, sum_exp_grad, best, won, ENTROPY, OTHERS, True,
-        )  # fmt: skip
+        state = _tile(Z, SOFT, HARD, G, origin, target, row, whole, within, V, inv_tau, state, ENTROPY, OTHERS, True)
 
+    max, sum_exp, sum_exp_logit, sum_exp_grad, best, won = state
     top = tl.max(max, axis=0)
     sum_exp, sum_exp_logit, sum_exp_grad = rescale(max, sum_exp, sum_exp_logit, sum_exp_grad, shift(top), inv_tau)
     highest = tl.max(best, axis=0)
     # Tiles are ranges of the vocabulary in order, so the lowest index of the maximum lies in the first tile that won.
     columns = tl.min(tl.where(best == highest, won, V), axis=0) + within
     inside = columns < V
-    y = load_row(Z, row * Z_n, columns, Z_v, inside, float("-inf"))
+    y = load_row(Z, row, columns, inside, float("-inf"))
     if HARD is not None:
-        y += load_row(HARD, row * HARD_n, columns, HARD_v, inside, 0.0)
+        y += load_row(HARD, row, columns, inside, 0.0)
     token = tl.min(tl.min(tl.where((y == highest) & inside, columns, 2147483647), axis=1), axis=0)
-    return top, tl.sum(sum_exp, axis=0), tl.sum(sum_exp_logit, axis=0), tl.sum(sum_exp_grad, axis=0), highest, token
+    return top, tl.sum(sum_exp, axis=0), tl.sum(sum_exp_logit, axis=0), tl.sum(sum_exp_grad, axis=0), token, highest

@@ -2,16 +2,15 @@
 """Online softmax: a running maximum, and sums relative to it; partial states and how they are merged.
 
 A state has six fields, named as in csrc/cpu/online_softmax.h: max, the maximum of x; with e = exp((x - max) / tau), the
-sums sum_exp of e, sum_exp_logit of e (x - max) / tau and sum_exp_grad of e G; best, the maximum of the values whose
-argmax is the hard token; and that token. Differences are taken before the division by tau, so logits of 1e4 at
-tau = 0.05 lose nothing. A NaN or +inf needs no flag of its own: it makes sum_exp NaN, and sum_exp stays NaN (``tl.max``
-drops NaN, ``tl.sum`` does not); best is +inf where such a value is NaN.
+sums sum_exp of e, sum_exp_logit of e (x - max) / tau and sum_exp_grad of e G; the hard token, in memory as the bits of
+a float32; and best, the maximum of the values whose argmax it is. Differences are taken before the division by tau, so
+logits of 1e4 at tau = 0.05 lose nothing. A NaN or +inf needs no flag of its own: it makes sum_exp NaN, and sum_exp
+stays NaN (``tl.max`` drops NaN, ``tl.sum`` does not); best is +inf where such a value is NaN.
 
-Then, what reaches the vocabulary's entries, from logits in memory: softmax weights, or the logits' gradients.
+Then, what reaches the vocabulary's entries, from logits in memory: their gradients, of two kinds.
 
-    SOFTMAX      p                                        (embedding mixture)
-    LIKELIHOOD   ([v = target] - p) * slope               (gradient of log pi)
-    RELAXED      p (D - <p, D>) / tau * slope             (straight-through gradient), D = G - G(likeliest token)
+    a target     ([v = target] - p) * slope               (gradient of log pi)
+    G            p (D - <p, D>) / tau * slope             (straight-through gradient), D = G - G(likeliest token)
 
 For a nearly certain target 1 - p keeps no digits, so it is given as the sum of the other entries' p. slope is the
 softcap's, 1 without one. The weights come in float32, or in half precision for a product with a table: as one tensor
@@ -20,23 +19,52 @@ where what they are made from was in half precision too, else as two whose sum k
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.triton._launch import run, strides
-from nabla_fast.ops.triton._matmul import (
-    cap_slope,
-)
+from nabla_fast.ops.triton._launch import launch, matrix
+from nabla_fast.ops.triton._matmul import cap_slope
 
-FIELDS = 5  # and the token, an integer
+FIELDS = tl.constexpr(6)
+
+_UNWANTED: Any = None
 
 
-def new_state(splits: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Room for the partial states, (fields, splits, N), and their hard tokens, (splits, N)."""
-    state = torch.empty(FIELDS, splits, rows, dtype=torch.float32, device=device)
-    return state, torch.empty(splits, rows, dtype=torch.int32, device=device)
+class RowOutputs(NamedTuple):
+    """What is found out about rows, on the host and as an argument of kernels; None is not wanted, or not known.
+
+    Attributes:
+        top: (N,) the maximum that the softmax is taken relative to.
+        max_prob: (N,) the largest probability, which is what e^((z - top) / tau) is to be multiplied with.
+        lse, entropy, token, mask: as in `RelaxedStats`.
+        origin: (N,) G at the tokens that are given.
+        q: (N,) <p, G - origin>; for a target 1 - p of it, the sum of the others' p.
+        log_pi: (N,) log p of the target.
+    """
+
+    top: Tensor = _UNWANTED
+    max_prob: Tensor = _UNWANTED
+    lse: Tensor = _UNWANTED
+    entropy: Tensor = _UNWANTED
+    token: Tensor = _UNWANTED
+    mask: Tensor = _UNWANTED
+    origin: Tensor = _UNWANTED
+    q: Tensor = _UNWANTED
+    log_pi: Tensor = _UNWANTED
+
+    def rows(self, index: slice) -> RowOutputs:
+        """Of some rows."""
+        return RowOutputs(*(x if x is None else x[index] for x in self))
+
+
+def outputs(rows: int, device: torch.device, *names: str) -> RowOutputs:
+    """Memory for those outputs, each with its own: an operator's results may not share it."""
+    dtypes = {"token": torch.int64, "mask": torch.bool}
+    return RowOutputs(**{n: torch.empty(rows, dtype=dtypes.get(n, torch.float32), device=device) for n in names})
 
 
 @triton.jit
@@ -56,31 +84,31 @@ def rescale(max, sum_exp, sum_exp_logit, sum_exp_grad, base, inv_tau):
 
 
 @triton.jit
-def store_state(STATE, TOKENS, split, splits, row, rows, mask, max, sum_exp, sum_exp_logit, sum_exp_grad, best, token):
-    """Writes one split's state of one row, or of a block of rows."""
-    at = STATE + split * rows + row
-    field = splits * rows
-    tl.store(at, max, mask=mask)
-    tl.store(at + field, sum_exp, mask=mask)
-    tl.store(at + 2 * field, sum_exp_logit, mask=mask)
-    tl.store(at + 3 * field, sum_exp_grad, mask=mask)
-    tl.store(at + 4 * field, best, mask=mask)
-    tl.store(TOKENS + split * rows + row, token, mask=mask)
+def put_fields(at, step, mask, values):
+    """Writes numbers, or blocks of them, that lie ``step`` apart."""
+    for i in tl.static_range(len(values)):
+        tl.store(at + i * step, values[i], mask=mask)
 
 
 @triton.jit
-def merge(STATE, TOKENS, row, rows, splits, inv_tau, SPLITS: tl.constexpr):
-    """The states of a block of rows, merged over the splits: all fields but best. A bad row has token -1."""
+def take_state(at, step, inside):
+    """The fields of partial states but best, past the cache of this multiprocessor, which others do not write to."""
+    max = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
+    sum_exp = tl.load(at + step, mask=inside, other=0.0, cache_modifier=".cg")
+    sum_exp_logit = tl.load(at + 2 * step, mask=inside, other=0.0, cache_modifier=".cg")
+    sum_exp_grad = tl.load(at + 3 * step, mask=inside, other=0.0, cache_modifier=".cg")
+    token = tl.load(at + 4 * step, mask=inside, other=0.0, cache_modifier=".cg").to(tl.int32, bitcast=True)
+    return max, sum_exp, sum_exp_logit, sum_exp_grad, token
+
+
+@triton.jit
+def merge(STATE, row, rows, splits, inv_tau, SPLITS: tl.constexpr):
+    """The states (fields, splits, N) of a block of rows, merged: all fields but best. A bad row has token -1."""
     part = tl.arange(0, SPLITS)[None, :]
     inside = (part < splits) & (row < rows)[:, None]
     at = STATE + part * rows + row[:, None]
-    field = splits * rows
-    max = tl.load(at, mask=inside, other=float("-inf"))
-    sum_exp = tl.load(at + field, mask=inside, other=0.0)
-    sum_exp_logit = tl.load(at + 2 * field, mask=inside, other=0.0)
-    sum_exp_grad = tl.load(at + 3 * field, mask=inside, other=0.0)
-    best = tl.load(at + 4 * field, mask=inside, other=float("-inf"))
-    token = tl.load(TOKENS + part * rows + row[:, None], mask=inside, other=0)
+    max, sum_exp, sum_exp_logit, sum_exp_grad, token = take_state(at, splits * rows, inside)
+    best = tl.load(at + 5 * splits * rows, mask=inside, other=float("-inf"))
     top = tl.max(max, axis=1)
     sum_exp, sum_exp_logit, sum_exp_grad = rescale(
         max, sum_exp, sum_exp_logit, sum_exp_grad, shift(top)[:, None], inv_tau
@@ -93,41 +121,25 @@ def merge(STATE, TOKENS, row, rows, splits, inv_tau, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def load_row(X, offset, columns, stride, inside, other):
-    """Values of one row in float32."""
-    return tl.load(X + offset + columns.to(tl.int64) * stride, mask=inside, other=other).to(tl.float32)
-
-
-def float_rows(count: int, rows: int, device: torch.device) -> tuple[Tensor, ...]:
-    """``count`` float32 tensors (N,), each with memory of its own: an operator's results may not share it."""
-    return tuple(torch.empty(rows, dtype=torch.float32, device=device) for _ in range(count))
+def load_row(X, row, columns, inside, other):
+    """Values of one row of a matrix in float32."""
+    at = X.data + row * X.row_stride + columns.to(tl.int64) * X.column_stride
+    return tl.load(at, mask=inside, other=other).to(tl.float32)
 
 
 @triton.jit
 def _weights_kernel(
     Z,
-    Z_n,
-    Z_v,
     G,
-    G_n,
-    G_v,
-    ORIGIN,
     SOFT,
-    SOFT_n,
-    SOFT_v,
     HELD,
-    TOP,
-    INVERSE,
-    Q,
+    ROW,
     TARGET,
     HIGH,
-    HIGH_n,
     LOW,
-    LOW_n,
     V,
     softcap,
     inv_tau,
-    KIND: tl.constexpr,
     CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -137,37 +149,43 @@ def _weights_kernel(
             return
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < V
-    z = load_row(Z, row * Z_n, columns, Z_v, inside, float("-inf"))
+    z = load_row(Z, row, columns, inside, float("-inf"))
     x = z
     if SOFT is not None:
-        x = z + load_row(SOFT, row * SOFT_n, columns, SOFT_v, inside, 0.0)
-    weight = tl.exp((x - tl.load(TOP + row)) * inv_tau) * tl.load(INVERSE + row)
-    if KIND == "likelihood":
-        weight = tl.where(columns == tl.load(TARGET + row), tl.load(Q + row), -weight)
-    if KIND == "relaxed":
-        g = load_row(G, row * G_n, columns, G_v, inside, 0.0) - tl.load(ORIGIN + row)
+        x = z + load_row(SOFT, row, columns, inside, 0.0)
+    weight = tl.exp((x - tl.load(ROW.top + row)) * inv_tau) * tl.load(ROW.max_prob + row)
+    if TARGET is not None:
+        weight = tl.where(columns == tl.load(TARGET + row), tl.load(ROW.q + row), -weight)
+    else:
+        g = load_row(G, row, columns, inside, 0.0) - tl.load(ROW.origin + row)
         # Where p is 0 an infinite G moves nothing; NaN stays.
-        weight = tl.where(weight == 0, 0.0, weight * (g - tl.load(Q + row)) * inv_tau)
+        weight = tl.where(weight == 0, 0.0, weight * (g - tl.load(ROW.q + row)) * inv_tau)
     if CAP:
         # A -inf logit has weight 0, and a slope that is not a number.
         weight = tl.where(weight == 0, 0.0, weight * cap_slope(z, softcap))
-    high = weight.to(HIGH.dtype.element_ty)
-    tl.store(HIGH + row * HIGH_n + columns, high, mask=inside)
+    put_parts(HIGH, LOW, row, columns, inside, weight)
+
+
+@triton.jit
+def put_parts(HIGH, LOW, row, columns, inside, weight):
+    """Writes weights in the dtype of HIGH, and what that leaves out where there is a LOW; gives what was written."""
+    high = weight.to(HIGH.data.dtype.element_ty)
+    tl.store(HIGH.data + row * HIGH.row_stride + columns, high, mask=inside)
+    written = high.to(tl.float32)
     if LOW is not None:
-        tl.store(LOW + row * LOW_n + columns, (weight - high.to(tl.float32)).to(LOW.dtype.element_ty), mask=inside)
+        low = (weight - written).to(LOW.data.dtype.element_ty)
+        tl.store(LOW.data + row * LOW.row_stride + columns, low, mask=inside)
+        written += low.to(tl.float32)
+    return written
 
 
 def write_weights(
     out: tuple[Tensor, ...],
     z: Tensor,
     inv_tau: float,
-    kind: str,
-    top: Tensor,
-    inverse: Tensor,
+    row: RowOutputs,
     *,
     gradient: Tensor | None = None,
-    origin: Tensor | None = None,
-    q: Tensor | None = None,
     target: Tensor | None = None,
     soft: Tensor | None = None,
     held: Tensor | None = None,
@@ -175,20 +193,16 @@ def write_weights(
 ) -> tuple[Tensor, ...]:
     """Writes the weights of rows z (R, V) into ``out``, one or two (R, V) tensors, and returns it.
 
-    ``top`` and ``inverse`` (R,) make p = exp((x - top) / tau) * inverse; ``q`` (R,) is <p, D>, or of a likelihood 1 - p
-    of the target. Rows with ``held`` set are left alone.
+    Of ``row``, top and max_prob make p = exp((x - top) / tau) * max_prob; with a gradient, origin and q are D's; with a
+    target, q is its 1 - p. Rows with ``held`` set are left alone.
     """
-    rows, vocabulary = z.shape
-    block = 2048
-    high, low = out[0], out[1] if len(out) > 1 else None
+    (rows, vocabulary), block = z.shape, 2048
+    high, low = (*map(matrix, out), None)[:2]
     if rows:
-        run(
+        launch(
             _weights_kernel, (rows, triton.cdiv(vocabulary, block)), z.device,
-            Z=z, **strides("Z", z, "nv"), G=gradient, **strides("G", gradient, "nv"), ORIGIN=origin,
-            SOFT=soft, **strides("SOFT", soft, "nv"), HELD=held, TOP=top, INVERSE=inverse, Q=q, TARGET=target,
-            HIGH=high, HIGH_n=high.stride(0), LOW=low, LOW_n=0 if low is None else low.stride(0), V=vocabulary,
-            softcap=float(softcap), inv_tau=inv_tau, KIND=kind, CAP=softcap != 0 and kind != "softmax",
-            BLOCK=block, num_warps=4,
+            (*map(matrix, (z, gradient, soft)), held, row, target, high, low, vocabulary, float(softcap), inv_tau),
+            {"CAP": softcap != 0, "BLOCK": block},
         )  # fmt: skip
     return out
 

@@ -23,27 +23,18 @@ import torch
 from torch import Tensor
 
 from nabla_fast.ops.table_matmul import times_rows
-from nabla_fast.ops.triton._dto_one_row import OneRowPass, fits
+from nabla_fast.ops.triton._dto_one_row import fits, one_row_pass
 from nabla_fast.ops.triton._dto_rows import Rows
-from nabla_fast.ops.triton._dto_scratch import BlockScratch
 from nabla_fast.ops.triton._dto_watch import Watch
 from nabla_fast.ops.triton._gradient import at_tokens, from_factors
 from nabla_fast.ops.triton._launch import check
-from nabla_fast.ops.triton._matmul import write_gradient, write_logits
-from nabla_fast.ops.triton._softmax import write_weights
+from nabla_fast.ops.triton._matmul import Scratch, many_entries, write_gradient, write_logits
+from nabla_fast.ops.triton._softmax import weight_dtypes, write_weights
 from nabla_fast.ops.triton.stats import row_state
-from nabla_fast.ops.types import (
-    DTOInputs,
-    DTOOptions,
-    DTOState,
-    DTOStep,
-    Tables,
-    TokenGradient,
-)
+from nabla_fast.ops.types import DTOInputs, DTOOptions, DTOState, DTOStep, Tables, TokenGradient
 
 # G is kept from step to step where it is no larger than so many scratches.
 KEPT = 4
-Step = Callable[[int], bool]
 
 
 class _Problem(NamedTuple):
@@ -52,9 +43,12 @@ class _Problem(NamedTuple):
     rows: Rows
     gradient: Tensor | TokenGradient
     tables: Tables
-    inv_tau: float
     soft: Tensor | None
     hard: Tensor | None
+
+
+# Makes step number ``made``, or says that no row moves; and takes the hard tokens of what the last step has left.
+Steps = tuple[Callable[[int], bool], Callable[[int], None]]
 
 
 def dto_step(state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOptions) -> DTOStep:
@@ -67,44 +61,40 @@ def dto_step(state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOpt
     if not len(parameters):
         return DTOStep(torch.empty_like(state.tokens), torch.zeros_like(state.tokens, dtype=torch.bool))
     rows = Rows(state, inputs, options)
-    problem = _Problem(rows, gradient, tables, rows.inv_tau, inputs.soft_noise, inputs.hard_noise)
+    problem = _Problem(rows, gradient, tables, inputs.soft_noise, inputs.hard_noise)
     few = fits(len(parameters), [table.shape[1] for table in (tables.head.weight, *tables[1:3])])
-    steps, tokens_now = (_one_row if few else _latents_blocks)(problem) if latents else _logits_rows(problem)
-    for made in range(options.max_steps):
-        if not steps(made):
-            break
-    else:
-        tokens_now(options.max_steps)
+    move, look = (_one_row if few else _latents_blocks)(problem) if latents else _logits_rows(problem)
+    if all(move(made) for made in range(options.max_steps)):
+        look(options.max_steps)
     state.step.add_(rows.made)
     return DTOStep(rows.current, (rows.current != state.tokens) | (rows.current < 0))
 
 
-def _one_row(problem: _Problem) -> tuple[Step, Step]:
+def _one_row(problem: _Problem) -> Steps:
     rows, tables = problem.rows, problem.tables
     gradient = from_factors(problem.gradient, tables)
-    over = OneRowPass(rows.parameters, tables.head, gradient, rows.expected)
+    over, state, sums = one_row_pass(
+        rows.parameters, tables.head, gradient, rows.expected, rows.inv_tau, problem.soft, problem.hard, rows.held
+    )
 
-    def look(made: int) -> bool:
-        over.run(problem.inv_tau, problem.soft, problem.hard, rows.held)
-        rows.decide(over.state, made)
-        return True
+    def look(made: int) -> None:
+        over()
+        rows.decide(state, made)
 
     def move(made: int) -> bool:
         look(made)
-        rows.update_latents(over.sums, over.state[0], tables.head.scale, made)
+        rows.update_latents(sums, state, tables.head.scale, made)
         return True
 
     return move, look
 
 
-def _latents_blocks(problem: _Problem) -> tuple[Step, Step]:
+def _latents_blocks(problem: _Problem) -> Steps:
     rows, head = problem.rows, problem.tables.head
     parameters = rows.parameters
-    scratch = BlockScratch(len(parameters), head.weight.shape[0], parameters.device)
-    dense = _dense(problem, scratch)
-    # float16's range does not hold every weight.
-    dtype = torch.bfloat16 if head.weight.dtype == torch.bfloat16 else torch.float32
-    origin = _origin(problem)
+    scratch = Scratch(len(parameters), len(head.weight), parameters.device, many_entries(parameters.device))
+    dense, origin = _dense(problem, scratch), _origin(problem)
+    (dtype,) = weight_dtypes(torch.bfloat16, head.weight.dtype)
     sums = torch.empty(1, *parameters.shape, dtype=torch.float32, device=parameters.device)
     watch = Watch(rows.held)
 
@@ -119,60 +109,58 @@ def _latents_blocks(problem: _Problem) -> tuple[Step, Step]:
         if not watch.moving(made):
             return False
         for block, z in logits(made):
-            g, soft, held = dense(block), _rows(problem.soft, block), rows.held[block]
-            state = row_state(
-                z, problem.inv_tau, soft=soft, hard=_rows(problem.hard, block), gradient=g, origin=origin[block],
-                held=held,
-            )  # fmt: skip
-            rows.decide(state, made, block)
+            g = dense(block)
+            _look(problem, made, block, z, g, origin)
+            row = rows.softmax._replace(origin=origin).rows(block)
             weights = write_weights(
-                (scratch.take("weights", len(z), dtype),), z, problem.inv_tau, "relaxed", rows.top[block],
-                rows.inverse[block], gradient=g, origin=origin[block], q=rows.q[block], soft=soft, held=held,
-                softcap=head.softcap,
+                (scratch.take("weights", len(z), dtype),), z, rows.inv_tau, row, gradient=g,
+                soft=_rows(problem.soft, block), held=rows.held[block], softcap=head.softcap,
             )  # fmt: skip
             times_rows(weights, head.weight, sums[0, block])
         rows.update_latents(sums, None, head.scale, made)
         watch.note(made)
         return True
 
-    def look(made: int) -> bool:
+    def look(made: int) -> None:
         for block, z in logits(made):
-            soft, hard, held = _rows(problem.soft, block), _rows(problem.hard, block), rows.held[block]
-            rows.decide(row_state(z, problem.inv_tau, soft=soft, hard=hard, held=held), made, block)
-        return True
+            _look(problem, made, block, z, None, origin)
 
     return move, look
 
 
-def _logits_rows(problem: _Problem) -> tuple[Step, Step]:
-    rows, inv_tau = problem.rows, problem.inv_tau
+def _logits_rows(problem: _Problem) -> Steps:
+    rows = problem.rows
     z = rows.parameters
-    scratch = BlockScratch(len(z), z.shape[1], z.device)
-    dense = _dense(problem, scratch)
-    origin = _origin(problem)
+    scratch = Scratch(len(z), z.shape[1], z.device, many_entries(z.device))
+    dense, origin = _dense(problem, scratch), _origin(problem)
     # Launches that find all rows held cost next to nothing, unless G is made for them.
     watch = None if _kept(problem, scratch) else Watch(rows.held)
 
-    def look(made: int, with_gradient: bool = False) -> bool:
+    def look(made: int, with_gradient: bool = False) -> None:
         for block in scratch.blocks:
-            state = row_state(
-                z[block], inv_tau, soft=_rows(problem.soft, block), hard=_rows(problem.hard, block),
-                gradient=dense(block) if with_gradient else None, origin=origin[block], held=rows.held[block],
-            )  # fmt: skip
-            rows.decide(state, made, block)
-        return True
+            _look(problem, made, block, z[block], dense(block) if with_gradient else None, origin)
 
     def move(made: int) -> bool:
         if watch is not None and not watch.moving(made):
             return False
         look(made, with_gradient=True)
         for block in scratch.blocks:
-            rows.update_logits(made, block, dense(block), origin, _rows(problem.soft, block))
+            rows.update_logits(made, block.start, dense(block), origin, _rows(problem.soft, block))
         if watch is not None:
             watch.note(made)
         return True
 
     return move, look
+
+
+def _look(problem: _Problem, made: int, block: slice, z: Tensor, gradient: Tensor | None, origin: Tensor) -> None:
+    """Statistics and hard tokens of a block's logits z (R, V)."""
+    rows = problem.rows
+    state = row_state(
+        z, rows.inv_tau, soft=_rows(problem.soft, block), hard=_rows(problem.hard, block), gradient=gradient,
+        origin=origin[block], held=rows.held[block],
+    )  # fmt: skip
+    rows.decide(state, made, block.start)
 
 
 def _origin(problem: _Problem) -> Tensor:
@@ -185,13 +173,13 @@ def _rows(x: Tensor | None, block: slice) -> Tensor | None:
     return None if x is None else x[block]
 
 
-def _kept(problem: _Problem, scratch: BlockScratch) -> bool:
+def _kept(problem: _Problem, scratch: Scratch) -> bool:
     """Whether all of G is in memory from the first step to the last."""
     gradient = problem.gradient
     return isinstance(gradient, Tensor) or len(gradient.hidden) * scratch.vocabulary <= KEPT * scratch.entries
 
 
-def _dense(problem: _Problem, scratch: BlockScratch) -> Callable[[slice], Tensor]:
+def _dense(problem: _Problem, scratch: Scratch) -> Callable[[slice], Tensor]:
     """G of a block of rows: a slice of what there is or can be kept, else made when it is asked for."""
     gradient, tables = problem.gradient, problem.tables
     if isinstance(gradient, Tensor):

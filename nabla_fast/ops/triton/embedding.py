@@ -28,54 +28,37 @@ import triton.language as tl
 from torch import Tensor
 
 from nabla_fast.ops.table_matmul import times_rows
-from nabla_fast.ops.triton._launch import check, run, strides
+from nabla_fast.ops.triton._launch import check, launch, matrix
 from nabla_fast.ops.triton._matmul import (
     Bases,
     Scratch,
     half_blocks,
     logits_in_blocks,
     rounded,
-    row_blocks,
     write_terms,
 )
-from nabla_fast.ops.triton._mixture import (
-    mean_of,
-    write_linear_relaxed,
-    write_mixture,
-    write_others,
-    write_relaxed_product,
-)
-from nabla_fast.ops.triton._row_stats import RowOutputs, outputs, row_stats
-from nabla_fast.ops.triton._softmax import (
-    weight_dtypes,
-    write_weights,
-)
+from nabla_fast.ops.triton._mixture import with_mean, write_mixture, write_others, write_relaxed
+from nabla_fast.ops.triton._row_stats import row_stats
+from nabla_fast.ops.triton._softmax import RowOutputs, load_row, outputs, weight_dtypes, write_weights
 from nabla_fast.ops.triton.stats import linear_row, linear_stats
-from nabla_fast.ops.types import (
-    HardEmbeddings,
-    Head,
-    RecordedMixture,
-)
+from nabla_fast.ops.types import HardEmbeddings, Head, RecordedMixture
 
 
 @triton.jit
-def _gather_kernel(TABLE, T_v, T_d, TOKEN, OUT, D, BD: tl.constexpr):
+def _gather_kernel(TABLE, TOKEN, OUT, D, BD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     depth = tl.program_id(1) * BD + tl.arange(0, BD)
     inside = depth < D
     token = tl.load(TOKEN + row)
-    at = TABLE + tl.maximum(token, 0) * T_v + depth.to(tl.int64) * T_d
-    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    value = load_row(TABLE, tl.maximum(token, 0), depth, inside, 0.0)
     tl.store(OUT + row * D + depth, tl.where(token < 0, float("nan"), value), mask=inside)
 
 
 def _gather(table: Tensor, token: Tensor) -> Tensor:
     out = torch.empty(token.shape[0], table.shape[1], dtype=torch.float32, device=table.device)
     if out.numel():
-        run(
-            _gather_kernel, (out.shape[0], triton.cdiv(out.shape[1], 1024)), out.device,
-            TABLE=table, **strides("T", table, "vd"), TOKEN=token, OUT=out, D=out.shape[1], BD=1024, num_warps=4,
-        )  # fmt: skip
+        grid = (len(out), triton.cdiv(out.shape[1], 1024))
+        launch(_gather_kernel, grid, out.device, (matrix(table), token, out, out.shape[1]), {"BD": 1024})
     return out
 
 
@@ -124,7 +107,7 @@ def _weight_blocks(count: int, table: Tensor, source: torch.dtype) -> Iterator[t
             yield rows, (weights,)
         return
     scratch = Scratch(count, len(table), table.device)
-    for rows in row_blocks(count, len(table)):
+    for rows in scratch.blocks:
         yield rows, scratch.weights(rows.stop - rows.start, dtypes)
 
 
@@ -143,7 +126,7 @@ def _mix(
     bases: Bases | None = None,
 ) -> None:
     """The mixture of the rows z (R, V), or of weights relative to ``bases`` in their place, and its offset."""
-    sums = write_others(weights, z, inv_tau, softmax.top, softmax.token, bases)
+    sums = write_others(weights, z, inv_tau, softmax, bases)
     times_rows(weights, table, out)
     write_mixture(out, offset, out, table, softmax.token, sums)
 
@@ -196,26 +179,20 @@ def linear_soft_embedding_backward(
 ) -> Tensor:
     """`reference.linear_soft_embedding_backward`."""
     check(h, head.weight, vector, table)
-    out, offset = torch.empty(h.shape, dtype=torch.float32, device=h.device), offset.contiguous()
+    out, softmax = torch.empty(h.shape, dtype=torch.float32, device=h.device), RowOutputs(top, max_prob, token=token)
     if _all_bfloat16(h, head.weight, table):
         x = torch.empty(vector.shape, dtype=h.dtype, device=h.device)
-        origin, q = mean_of(vector, offset, table, token, rounded=x) if len(h) else (top, top)
+        softmax = with_mean(softmax, vector, offset, table, rounded=x)
         for rows, half in half_blocks(len(h), len(table), h.dtype, h.device):
-            write_linear_relaxed(
-                half, h[rows], head, x[rows], table, 1.0 / tau, top[rows], max_prob[rows], token[rows], origin[rows],
-                q[rows],
-            )  # fmt: skip
+            write_relaxed(half, None, x[rows], table, 1.0 / tau, softmax.rows(rows), h[rows], head)
             times_rows((half,), head.weight, out[rows], alpha=head.scale)
         return out
     scratch = Scratch(len(h), len(table), h.device)
     for rows, z in logits_in_blocks(h, head, scratch):
         gradient = write_terms(scratch.take("gradient", len(z)), rounded([vector[rows]], [table], h.dtype), [table])
-        origin, q = mean_of(vector[rows], offset[rows], table, token[rows], gradient=gradient)
+        row = with_mean(softmax.rows(rows), vector[rows], offset[rows], table, gradient=gradient)
         weights = scratch.weights(len(z), weight_dtypes(h.dtype, head.weight.dtype))
-        write_weights(
-            weights, z, 1.0 / tau, "relaxed", top[rows], max_prob[rows], gradient=gradient, origin=origin, q=q,
-            softcap=head.softcap,
-        )  # fmt: skip
+        write_weights(weights, z, 1.0 / tau, row, gradient=gradient, softcap=head.softcap)
         times_rows(weights, head.weight, out[rows], alpha=head.scale)
     return out
 
@@ -232,22 +209,19 @@ def soft_embedding_backward(
 ) -> Tensor:
     """`reference.soft_embedding_backward`."""
     check(z, vector, table)
-    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    dz, softmax = torch.empty(z.shape, dtype=z.dtype, device=z.device), RowOutputs(top, max_prob, token=token)
     if not len(z):
         return dz
-    offset = offset.contiguous()
     if _all_bfloat16(z, table):
         x = torch.empty(vector.shape, dtype=z.dtype, device=z.device)
-        origin, q = mean_of(vector, offset, table, token, rounded=x)
-        write_relaxed_product(dz, z, x, table, 1.0 / tau, top, max_prob, token, origin, q)
+        softmax = with_mean(softmax, vector, offset, table, rounded=x)
+        write_relaxed(dz, z, x, table, 1.0 / tau, softmax)
         return dz
     scratch = Scratch(len(z), len(table), z.device)
-    for rows in row_blocks(*z.shape):
+    for rows in scratch.blocks:
         gradient = write_terms(_gradient_of(dz[rows], scratch), [vector[rows]], [table])
-        origin, q = mean_of(vector[rows], offset[rows], table, token[rows], gradient=gradient)
-        write_weights(
-            (dz[rows],), z[rows], 1.0 / tau, "relaxed", top[rows], max_prob[rows], gradient=gradient, origin=origin, q=q
-        )
+        row = with_mean(softmax.rows(rows), vector[rows], offset[rows], table, gradient=gradient)
+        write_weights((dz[rows],), z[rows], 1.0 / tau, row, gradient=gradient)
     return dz
 
 
@@ -264,14 +238,10 @@ def relaxed_backward(z: Tensor, vectors: Sequence[Tensor], tables: Sequence[Tens
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     scratch = Scratch(len(z), z.shape[1], z.device)
     vectors = rounded(vectors, tables, z.dtype)
-    for rows in row_blocks(*z.shape):
-        part = z[rows]
+    for rows in scratch.blocks:
         gradient = write_terms(_gradient_of(dz[rows], scratch), [vector[rows] for vector in vectors], tables)
-        row = _row_of(part, gradient, 1.0 / tau)
-        write_weights(
-            (dz[rows],), part, 1.0 / tau, "relaxed", row.top, row.max_prob, gradient=gradient, origin=row.origin,
-            q=row.q,
-        )  # fmt: skip
+        row = _row_of(z[rows], gradient, 1.0 / tau)
+        write_weights((dz[rows],), z[rows], 1.0 / tau, row, gradient=gradient)
     return dz
 
 
@@ -294,9 +264,6 @@ def linear_relaxed_backward(
         gradient = write_terms(scratch.take("gradient", len(z)), [vector[rows] for vector in vectors], tables)
         row = _row_of(z, gradient, 1.0 / tau)
         weights = scratch.weights(len(z), weight_dtypes(h.dtype, head.weight.dtype))
-        write_weights(
-            weights, z, 1.0 / tau, "relaxed", row.top, row.max_prob, gradient=gradient,
-            origin=row.origin, q=row.q, softcap=head.softcap,
-        )  # fmt: skip
+        write_weights(weights, z, 1.0 / tau, row, gradient=gradient, softcap=head.softcap)
         times_rows(weights, head.weight, out[rows], alpha=head.scale)
     return out

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.triton._launch import check, counters, last_to_arrive, launch, split
+from nabla_fast.ops.triton._launch import check, counters, last_to_arrive, launch, matrix, split
 from nabla_fast.ops.triton._matmul import (
     Scratch,
     capped,
@@ -29,11 +29,8 @@ from nabla_fast.ops.triton._matmul import (
     write_terms,
 )
 from nabla_fast.ops.triton._row_scan import load_tile
-from nabla_fast.ops.triton._softmax import shift
-from nabla_fast.ops.types import (
-    Tables,
-    TokenGradient,
-)
+from nabla_fast.ops.triton._softmax import put_fields, shift
+from nabla_fast.ops.types import Tables, TokenGradient
 
 # Of a part of a row: max, sum of e^(z - max), mean of w, sum of squares about it.
 FIELDS = tl.constexpr(4)
@@ -47,16 +44,6 @@ def _moved(max, new_max, total, mean, nll):
 
 
 @triton.jit
-def _of_tile(z, g, base, inside, count, nll, AXIS: tl.constexpr):
-    """Sum of e^(z - base), mean of w, squares about it, along an axis of a tile."""
-    e = tl.where(inside, tl.exp(z - base), 0.0)
-    w = tl.where(inside, g - tl.where(nll == 0, 0.0, nll * (z - base)), 0.0)
-    mean = tl.sum(w, axis=AXIS) / tl.maximum(count, 1)
-    about = tl.where(inside, w - tl.expand_dims(mean, AXIS), 0.0)
-    return tl.sum(e, axis=AXIS), mean, tl.sum(about * about, axis=AXIS)
-
-
-@triton.jit
 def _joined(count, mean, squares, other_count, other_mean, other_squares):
     """Mean and squares about it of two sets of numbers."""
     both = tl.maximum(count + other_count, 1)
@@ -66,7 +53,45 @@ def _joined(count, mean, squares, other_count, other_mean, other_squares):
 
 
 @triton.jit
-def _norm(top, total, mean, squares, count, nll):
+def _with_tile(state, z, g, inside, count, seen, nll, AXIS: tl.constexpr):
+    """The state after ``count`` entries, with a tile of ``seen`` more along an axis."""
+    max, total, mean, squares = state
+    new_max = tl.maximum(max, tl.max(z, axis=AXIS))
+    total, mean = _moved(max, new_max, total, mean, nll)
+    base = tl.expand_dims(shift(new_max), AXIS)
+    e = tl.where(inside, tl.exp(z - base), 0.0)
+    w = tl.where(inside, g - tl.where(nll == 0, 0.0, nll * (z - base)), 0.0)
+    own_mean = tl.sum(w, axis=AXIS) / tl.maximum(seen, 1)
+    about = tl.where(inside, w - tl.expand_dims(own_mean, AXIS), 0.0)
+    mean, squares = _joined(count, mean, squares, seen, own_mean, tl.sum(about * about, axis=AXIS))
+    return new_max, total + tl.sum(e, axis=AXIS), mean, squares
+
+
+@triton.jit
+def _take_parts(at, step, inside):
+    """The states of parts, past the cache of this multiprocessor, which others do not write to."""
+    max = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
+    total = tl.load(at + step, mask=inside, other=0.0, cache_modifier=".cg")
+    mean = tl.load(at + 2 * step, mask=inside, other=0.0, cache_modifier=".cg")
+    squares = tl.load(at + 3 * step, mask=inside, other=0.0, cache_modifier=".cg")
+    return max, total, mean, squares
+
+
+@triton.jit
+def _over(state, count, nll):
+    """The states of lanes or parts, the first axis, as one."""
+    max, total, mean, squares = state
+    top = tl.max(max, axis=0)
+    total, mean = _moved(max, tl.expand_dims(top, 0), total, mean, nll)
+    weight = count.to(tl.float32)
+    whole = tl.sum(tl.where(count > 0, weight * mean, 0.0), axis=0) / tl.sum(weight, axis=0)
+    away = tl.where(count > 0, mean - tl.expand_dims(whole, 0), 0.0)
+    return top, tl.sum(total, axis=0), whole, tl.sum(squares + weight * away * away, axis=0)
+
+
+@triton.jit
+def _norm(state, count, nll):
+    top, total, mean, squares = state
     log_total = tl.log(total)
     away = mean + nll * log_total
     # A row without meaning has no log-sum-exp, whatever the likelihood's weight is.
@@ -77,9 +102,7 @@ def _norm(top, total, mean, squares, count, nll):
 @triton.jit
 def _scan_norm_kernel(
     Z,
-    Z_n,
     G,
-    G_n,
     OUT,
     PARTS,
     COUNTER,
@@ -94,81 +117,40 @@ def _scan_norm_kernel(
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     within = tl.arange(0, TILE)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    max = tl.full([LANES], float("-inf"), tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    mean = tl.zeros([LANES], tl.float32)
-    squares = tl.zeros([LANES], tl.float32)
+    zeros = tl.zeros([LANES], tl.float32)
+    state = (tl.full([LANES], float("-inf"), tl.float32), zeros, zeros, zeros)
     count = tl.zeros([LANES], tl.int32)
     start = split * size
     end = tl.minimum(start + size, V)
     for first in range(start, end, TILE * LANES):
         columns = first + within
         inside = columns < end
-        z = load_tile(Z, row * Z_n, columns, 1, end, float("-inf"), True)
-        g = load_tile(G, row * G_n, columns, 1, end, 0.0, True)
-        new_max = tl.maximum(max, tl.max(z, axis=0))
-        total, mean = _moved(max, new_max, total, mean, nll)
-        max = new_max
+        z = load_tile(Z, row, columns, end, float("-inf"), True)
+        g = load_tile(G, row, columns, end, 0.0, True)
         seen = tl.sum(inside.to(tl.int32), axis=0)
-        own_total, own_mean, own_squares = _of_tile(z, g, shift(max)[None, :], inside, seen, nll, 0)
-        total += own_total
-        mean, squares = _joined(count, mean, squares, seen, own_mean, own_squares)
+        state = _with_tile(state, z, g, inside, count, seen, nll, 0)
         count += seen
-    top, total, mean, squares = _over(max, total, mean, squares, count, nll)
+    state = _over(state, count, nll)
     if SPLITS > 1:
-        at = PARTS + (row * splits + split) * FIELDS
-        tl.store(at, top)
-        tl.store(at + 1, total)
-        tl.store(at + 2, mean)
-        tl.store(at + 3, squares)
+        put_fields(PARTS + (row * splits + split) * FIELDS, 1, None, state)
         if not last_to_arrive(COUNTER + row, splits):
             return
-        # Past the cache of this multiprocessor, which others do not write to.
         part = tl.arange(0, SPLITS)
-        at = PARTS + (row * splits + part) * FIELDS
-        inside = part < splits
-        parts_max = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        parts_total = tl.load(at + 1, mask=inside, other=0.0, cache_modifier=".cg")
-        parts_mean = tl.load(at + 2, mask=inside, other=0.0, cache_modifier=".cg")
-        parts_squares = tl.load(at + 3, mask=inside, other=0.0, cache_modifier=".cg")
-        parts_count = tl.maximum(tl.minimum(V - part * size, size), 0)
-        top, total, mean, squares = _over(parts_max, parts_total, parts_mean, parts_squares, parts_count, nll)
-    tl.store(OUT + row, _norm(top, total, mean, squares, V, nll))
-
-
-@triton.jit
-def _over(max, total, mean, squares, count, nll):
-    """The states of lanes or parts, the first axis, as one."""
-    top = tl.max(max, axis=0)
-    total, mean = _moved(max, tl.expand_dims(top, 0), total, mean, nll)
-    weight = count.to(tl.float32)
-    whole = tl.sum(tl.where(count > 0, weight * mean, 0.0), axis=0) / tl.sum(weight, axis=0)
-    away = tl.where(count > 0, mean - tl.expand_dims(whole, 0), 0.0)
-    return top, tl.sum(total, axis=0), whole, tl.sum(squares + weight * away * away, axis=0)
+        parts = _take_parts(PARTS + (row * splits + part) * FIELDS, 1, part < splits)
+        state = _over(parts, tl.maximum(tl.minimum(V - part * size, size), 0), nll)
+    tl.store(OUT + row, _norm(state, V, nll))
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _tile_norm_kernel(
     H,
-    H_n,
-    H_d,
     W,
-    W_v,
-    W_d,
     D,
     A,
-    A_n,
-    A_d,
     E,
-    E_v,
-    E_d,
     D_E,
     B,
-    B_n,
-    B_d,
     R,
-    R_v,
-    R_d,
     D_R,
     OUT,
     PARTS,
@@ -195,59 +177,38 @@ def _tile_norm_kernel(
     row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     wanted = row < rows
     clamped = tl.minimum(row, rows - 1)
-    max = tl.full([BN], float("-inf"), tl.float32)
-    total = tl.zeros([BN], tl.float32)
-    mean = tl.zeros([BN], tl.float32)
-    squares = tl.zeros([BN], tl.float32)
+    zeros = tl.zeros([BN], tl.float32)
+    nothing = (tl.full([BN], float("-inf"), tl.float32), zeros, zeros, zeros)
+    state = nothing
     start = split * size
     end = tl.minimum(start + size, V)
     for first in range(start, end, BV):
         columns = first + tl.arange(0, BV)
         inside = wanted[:, None] & (columns < end)[None, :]
         entry = tl.minimum(columns, V - 1)
-        g = products(A, A_n, A_d, E, E_v, E_d, D_E, clamped, entry, BN, BV, BD, EVEN_E, SWAP, UPCAST)
-        g += products(B, B_n, B_d, R, R_v, R_d, D_R, clamped, entry, BN, BV, BD, EVEN_R, SWAP, UPCAST)
-        z = products(H, H_n, H_d, W, W_v, W_d, D, clamped, entry, BN, BV, BD, EVEN, SWAP, UPCAST)
+        g = products(A, E, D_E, clamped, entry, BN, BV, BD, EVEN_E, SWAP, UPCAST)
+        g += products(B, R, D_R, clamped, entry, BN, BV, BD, EVEN_R, SWAP, UPCAST)
+        z = products(H, W, D, clamped, entry, BN, BV, BD, EVEN, SWAP, UPCAST)
         z = tl.where(inside, capped(z, scale, softcap, CAP), float("-inf"))
-        new_max = tl.maximum(max, tl.max(z, axis=1))
-        total, mean = _moved(max, new_max, total, mean, nll)
-        max = new_max
-        seen = tl.minimum(end - first, BV)
-        own_total, own_mean, own_squares = _of_tile(z, g, shift(max)[:, None], inside, seen, nll, 1)
-        total += own_total
-        mean, squares = _joined(first - start, mean, squares, seen, own_mean, own_squares)
-    at = PARTS + split * FIELDS * rows + row
-    tl.store(at, max, mask=wanted)
-    tl.store(at + rows, total, mask=wanted)
-    tl.store(at + 2 * rows, mean, mask=wanted)
-    tl.store(at + 3 * rows, squares, mask=wanted)
+        state = _with_tile(state, z, g, inside, first - start, tl.minimum(end - first, BV), nll, 1)
+    put_fields(PARTS + split * FIELDS * rows + row, rows, wanted, state)
     if not last_to_arrive(COUNTER + tl.program_id(0), splits):
         return
-    top = tl.full([BN], float("-inf"), tl.float32)
-    total = tl.zeros([BN], tl.float32)
-    mean = tl.zeros([BN], tl.float32)
-    squares = tl.zeros([BN], tl.float32)
+    top, total, mean, squares = nothing
     for begin in range(0, splits, CHUNK):
-        # Past the cache of this multiprocessor, which others do not write to.
         index = begin + tl.arange(0, CHUNK)
         there = (index < splits)[:, None] & wanted[None, :]
-        place = PARTS + (index * FIELDS * rows)[:, None] + row[None, :]
-        parts_max = tl.load(place, mask=there, other=float("-inf"), cache_modifier=".cg")
-        parts_total = tl.load(place + rows, mask=there, other=0.0, cache_modifier=".cg")
-        parts_mean = tl.load(place + 2 * rows, mask=there, other=0.0, cache_modifier=".cg")
-        parts_squares = tl.load(place + 3 * rows, mask=there, other=0.0, cache_modifier=".cg")
+        parts = _take_parts(PARTS + (index * FIELDS * rows)[:, None] + row[None, :], rows, there)
         counts = tl.maximum(tl.minimum(V - index * size, size), 0)[:, None]
-        parts_top, whole_total, whole_mean, whole_squares = _over(
-            parts_max, parts_total, parts_mean, parts_squares, counts, nll
-        )
+        parts_top, parts_total, parts_mean, parts_squares = _over(parts, counts, nll)
         merged = tl.maximum(top, parts_top)
         total, mean = _moved(top, merged, total, mean, nll)
-        whole_total, whole_mean = _moved(parts_top, merged, whole_total, whole_mean, nll)
-        total += whole_total
+        parts_total, parts_mean = _moved(parts_top, merged, parts_total, parts_mean, nll)
+        total += parts_total
         parts_count = tl.minimum(V - begin * size, CHUNK * size)
-        mean, squares = _joined(begin * size, mean, squares, parts_count, whole_mean, whole_squares)
+        mean, squares = _joined(begin * size, mean, squares, parts_count, parts_mean, parts_squares)
         top = merged
-    tl.store(OUT + row, _norm(top, total, mean, squares, V, nll), mask=wanted)
+    tl.store(OUT + row, _norm((top, total, mean, squares), V, nll), mask=wanted)
 
 
 def gradient_norm(factors: TokenGradient, tables: Tables) -> Tensor:
@@ -275,7 +236,7 @@ def _scan(norm: Tensor, z: Tensor, g: Tensor, nll: float) -> None:
     parts = torch.empty(rows * splits * FIELDS.value, dtype=torch.float32, device=z.device)
     launch(
         _scan_norm_kernel, (rows, splits), z.device,
-        (z, z.stride(0), g, g.stride(0), norm, parts, counters(rows, z.device), vocabulary, size, float(nll)),
+        (matrix(z), matrix(g), norm, parts, counters(rows, z.device), vocabulary, size, float(nll)),
         {"SPLITS": triton.next_power_of_2(splits), "TILE": tile, "LANES": lanes},
     )  # fmt: skip
 
@@ -286,18 +247,17 @@ def _by_tiles(norm: Tensor, factors: TokenGradient, tables: Tables) -> None:
     blocks = triton.cdiv(rows, tiles.BN)
     size, splits = split(vocabulary, tiles.BV, blocks, norm.device)
     parts = torch.empty(splits, FIELDS.value, rows, dtype=torch.float32, device=norm.device)
-    operands: list[Tensor | int] = []
-    for factor, table in zip(factors, (head.weight, tables.embedding, tables.reward_embedding), strict=True):
-        operands += [factor, *factor.stride(), table, *table.stride(), factor.shape[1]]
-    even = {f"EVEN_{name}": operands[at] % tiles.BD == 0 for name, at in (("E", 13), ("R", 20))}
+    pairs = [*zip(factors, (head.weight, tables.embedding, tables.reward_embedding), strict=True)]
+    _, even_e, even_r = (factor.shape[1] % tiles.BD == 0 for factor in factors)
     launch(
         _tile_norm_kernel, (blocks, splits), norm.device,
         (
-            *operands, norm, parts, counters(blocks, norm.device), rows, vocabulary, size, float(head.scale),
-            float(head.softcap), float(tables.nll_coeff),
+            *(x for factor, table in pairs for x in (matrix(factor), matrix(table), factor.shape[1])), norm, parts,
+            counters(blocks, norm.device), rows, vocabulary, size, float(head.scale), float(head.softcap),
+            float(tables.nll_coeff),
         ),
         {
-            "CAP": head.softcap != 0, "CHUNK": 2048 // tiles.BN, **even,
+            "CAP": head.softcap != 0, "CHUNK": 2048 // tiles.BN, "EVEN_E": even_e, "EVEN_R": even_r,
             **tiles.constants(factors.hidden.shape[1]),
         },
         **tiles.options,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nabla_fast.ops.table_matmul import times_rows
-from nabla_fast.ops.triton._launch import check, launch
+from nabla_fast.ops.triton._launch import check, launch, matrix
 from nabla_fast.ops.triton._matmul import (
     Bases,
     Scratch,
@@ -24,29 +24,18 @@ from nabla_fast.ops.triton._matmul import (
     half_blocks,
     logits_in_blocks,
 )
-from nabla_fast.ops.triton._row_stats import RowOutputs, outputs, row_stats
-from nabla_fast.ops.triton._softmax import (
-    load_row,
-    weight_dtypes,
-    write_weights,
-)
+from nabla_fast.ops.triton._row_stats import row_stats
+from nabla_fast.ops.triton._softmax import RowOutputs, load_row, outputs, weight_dtypes, write_weights
 from nabla_fast.ops.triton.stats import linear_stats
-from nabla_fast.ops.types import (
-    Head,
-    LogLikelihood,
-)
+from nabla_fast.ops.types import Head, LogLikelihood
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _likelihood_kernel(
     WEIGHTS,
-    WEIGHTS_n,
     BASES,
-    TOP,
-    INVERSE,
+    ROW,
     TARGET,
-    Q,
-    LOG_PI,
     rows,
     V,
     softcap,
@@ -57,13 +46,14 @@ def _likelihood_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < V
-    e = load_row(WEIGHTS, row * WEIGHTS_n, columns, 1, inside, 0.0)
+    e = load_row(WEIGHTS, row, columns, inside, 0.0)
     base = tl.load(BASES + columns // WIDTH * rows + row, mask=inside, other=0.0)
-    top, inverse, others = tl.load(TOP + row), tl.load(INVERSE + row), tl.load(Q + row)
+    top, inverse, others = tl.load(ROW.top + row), tl.load(ROW.max_prob + row), tl.load(ROW.q + row)
     if CAP:  # of the target, whose logit its likelihood tells
-        others *= cap_slope(tl.load(LOG_PI + row) + top - tl.log(inverse), softcap)
+        others *= cap_slope(tl.load(ROW.log_pi + row) + top - tl.log(inverse), softcap)
     weight = tl.where(columns == tl.load(TARGET + row), others, -e * tl.exp(base - top) * inverse)
-    tl.store(WEIGHTS + row * WEIGHTS_n + columns, weight.to(WEIGHTS.dtype.element_ty), mask=inside)
+    at = WEIGHTS.data + row * WEIGHTS.row_stride + columns
+    tl.store(at, weight.to(WEIGHTS.data.dtype.element_ty), mask=inside)
 
 
 def _finish_weights(weights: Tensor, bases: Bases, row: RowOutputs, target: Tensor, softcap: float) -> None:
@@ -71,10 +61,7 @@ def _finish_weights(weights: Tensor, bases: Bases, row: RowOutputs, target: Tens
     (rows, vocabulary), block = weights.shape, 4096
     launch(
         _likelihood_kernel, (rows, triton.cdiv(vocabulary, block)), weights.device,
-        (
-            weights, weights.stride(0), bases.values, row.top, row.max_prob, target, row.q, row.log_pi, rows,
-            vocabulary, float(softcap),
-        ),
+        (matrix(weights), bases.values, row, target, rows, vocabulary, float(softcap)),
         {"CAP": softcap != 0, "WIDTH": bases.width, "BLOCK": block},
     )  # fmt: skip
 
@@ -102,8 +89,6 @@ def log_likelihood_gradient(h: Tensor, head: Head, tokens: Tensor, need_grad: bo
         row_stats(z, 1.0, out._replace(log_pi=log_pi[rows]), target=target)
         if need_grad:
             weights = scratch.weights(len(z), weight_dtypes(h.dtype, head.weight.dtype))
-            write_weights(
-                weights, z, 1.0, "likelihood", out.top, out.max_prob, target=target, q=out.q, softcap=head.softcap
-            )
+            write_weights(weights, z, 1.0, out, target=target, softcap=head.softcap)
             times_rows(weights, head.weight, gradient[rows], alpha=head.scale)
     return LogLikelihood(log_pi, gradient)

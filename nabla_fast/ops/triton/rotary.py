@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.triton._launch import check, run, strides
+from nabla_fast.ops.triton._launch import check, launch
 
 _HEADS = 16
 
@@ -70,16 +70,14 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tup
     half, k_heads = width // 2, k.shape[1]
     parts = triton.cdiv(q_heads, _HEADS) + triton.cdiv(k_heads, _HEADS)
     if batch and tokens:
-        # One for all rows of the batch, often.
-        tables = {**strides("C", cos, "bsd"), **strides("S", sin, "bsd")}
-        if len(cos) == 1:
-            tables |= {"C_b": 0}
-        if len(sin) == 1:
-            tables |= {"S_b": 0}
-        run(
-            _rotary_kernel, (batch * tokens, parts), q.device, Q=q, **strides("Q", q, "bhsd"), K=k,
-            **strides("K", k, "bhsd"), COS=cos, SIN=sin, **tables, QO=out_q, **strides("QO", out_q, "bhsd"), KO=out_k,
-            **strides("KO", out_k, "bhsd"), tokens=tokens, q_heads=q_heads, k_heads=k_heads, half=half,
-            INVERSE=inverse, HEADS=_HEADS, HALF=triton.next_power_of_2(half), num_warps=4, enable_fp_fusion=False,
+        # One table for all rows of the batch, often.
+        tables = [x for table in (cos, sin) for x in (table, table.stride(0) * (len(table) > 1), *table.stride()[1:])]
+        launch(
+            _rotary_kernel, (batch * tokens, parts), q.device,
+            (
+                q, *q.stride(), k, *k.stride(), *tables, out_q, *out_q.stride(), out_k, *out_k.stride(),
+                tokens, q_heads, k_heads, half,
+            ),
+            {"INVERSE": inverse, "HEADS": _HEADS, "HALF": triton.next_power_of_2(half)}, enable_fp_fusion=False,
         )  # fmt: skip
     return out_q, out_k

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.triton._launch import check, counters, last_to_arrive, launch, run, split, strides
+from nabla_fast.ops.triton._launch import check, counters, last_to_arrive, launch, matrix, split
 from nabla_fast.ops.triton._matmul import (
     Bases,
     Scratch,
@@ -31,12 +31,17 @@ from nabla_fast.ops.triton._matmul import (
     tile_shape,
 )
 from nabla_fast.ops.triton._row_scan import scan_row
-from nabla_fast.ops.triton._row_stats import RowOutputs, outputs, row_stats, tile_of_row, write_stats
-from nabla_fast.ops.triton._softmax import new_state, rescale, shift, store_state
-from nabla_fast.ops.types import (
-    Head,
-    RelaxedStats,
+from nabla_fast.ops.triton._row_stats import NO_THRESHOLDS, row_stats, tile_of_row, write_stats
+from nabla_fast.ops.triton._softmax import (
+    FIELDS,
+    RowOutputs,
+    outputs,
+    put_fields,
+    rescale,
+    shift,
+    take_state,
 )
+from nabla_fast.ops.types import Head, RelaxedStats
 
 STATS = ("max_prob", "lse", "entropy", "token", "mask")
 
@@ -44,26 +49,16 @@ STATS = ("max_prob", "lse", "entropy", "token", "mask")
 @triton.jit(do_not_specialize=["rows"])
 def _row_state_kernel(
     Z,
-    Z_n,
-    Z_v,
     SOFT,
-    SOFT_n,
-    SOFT_v,
     HARD,
-    HARD_n,
-    HARD_v,
     G,
-    G_n,
-    G_v,
     ORIGIN,
     HELD,
     STATE,
-    TOKENS,
     rows,
     V,
     size,
     inv_tau,
-    ENTROPY: tl.constexpr,
     TILE: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -76,72 +71,54 @@ def _row_state_kernel(
     if G is not None:
         origin = tl.load(ORIGIN + row)
     start = split * size
-    top, total, t, q, highest, token = scan_row(
-        Z, Z_n, Z_v, SOFT, SOFT_n, SOFT_v, HARD, HARD_n, HARD_v, G, G_n, G_v, origin, -1, row,
-        start, tl.minimum(start + size, V), V, inv_tau, ENTROPY, False, TILE, LANES,
-    )  # fmt: skip
-    store_state(STATE, TOKENS, split, tl.num_programs(1), row, rows, None, top, total, t, q, highest, token)
+    state = scan_row(
+        Z, SOFT, HARD, G, origin, -1, row, start, tl.minimum(start + size, V), V, inv_tau, False, False, TILE, LANES
+    )
+    top, total, t, q, token, highest = state
+    at = STATE + split * rows + row
+    token = token.to(tl.float32, bitcast=True)
+    put_fields(at, tl.num_programs(1) * rows, None, (top, total, t, q, token, highest))
 
 
 def row_state(
     z: Tensor,
     inv_tau: float,
     *,
-    entropy: bool = False,
     soft: Tensor | None = None,
     hard: Tensor | None = None,
     gradient: Tensor | None = None,
     origin: Tensor | None = None,
     held: Tensor | None = None,
-    state: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Partial states of ``softmax((z + soft) / tau)``, hard tokens of z + hard, sums with a dense gradient.
+) -> Tensor:
+    """Partial states (fields, splits, N) of ``softmax((z + soft) / tau)``, hard tokens of z + hard, sums with G.
 
-    The gradient is taken relative to ``origin`` (N,), its value at the row's likeliest token: only differences matter,
-    and G - <p, G> would cancel where that token is nearly certain. Rows with ``held`` set keep what ``state`` has. One
-    program per row where rows are many, else several per row.
+    The dense gradient G is taken relative to ``origin`` (N,), its value at the row's likeliest token: only differences
+    matter, and G - <p, G> would cancel where that token is nearly certain. Of rows with ``held`` set nothing is
+    written. One program per row where rows are many, else several per row.
     """
     rows, vocabulary = z.shape
     tile, lanes = tile_of_row(z, plain=soft is None and hard is None and gradient is None)
     size, splits = split(vocabulary, tile * lanes, rows, z.device, waves=4)
-    state = state or new_state(splits, rows, z.device)
+    state = torch.empty(FIELDS.value, splits, rows, dtype=torch.float32, device=z.device)
     if rows:
-        run(
+        launch(
             _row_state_kernel, (rows, splits), z.device,
-            Z=z, **strides("Z", z, "nv"), SOFT=soft, **strides("SOFT", soft, "nv"),
-            HARD=hard, **strides("HARD", hard, "nv"), G=gradient, **strides("G", gradient, "nv"), ORIGIN=origin,
-            HELD=held, STATE=state[0], TOKENS=state[1], rows=rows, V=vocabulary, size=size, inv_tau=inv_tau,
-            ENTROPY=entropy, TILE=tile, LANES=lanes, num_warps=4,
+            (*map(matrix, (z, soft, hard, gradient)), origin, held, state, rows, vocabulary, size, inv_tau),
+            {"TILE": tile, "LANES": lanes},
         )  # fmt: skip
     return state
-
-
-# Of one part of a row: max, sums, token, the target's logit, the sum without it.
-LINEAR_FIELDS = tl.constexpr(6)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _linear_stats_kernel(
     H,
-    H_n,
-    H_d,
     W,
-    W_v,
-    W_d,
     D,
     scale,
     softcap,
     TARGET,
-    TOP,
-    MAX_PROB,
-    LSE,
-    ENTROPY,
-    TOKEN,
-    MASK,
-    LOG_PI,
-    Q,
+    OUT,
     WEIGHTS,
-    WEIGHTS_n,
     BASES,
     PARTS,
     COUNTER,
@@ -179,12 +156,12 @@ def _linear_stats_kernel(
         columns = first + tl.arange(0, BV)
         inside = wanted[:, None] & (columns < V)[None, :]
         entry = tl.minimum(columns, V - 1)
-        z = products(H, H_n, H_d, W, W_v, W_d, D, clamped, entry, BN, BV, BD, EVEN, SWAP, UPCAST)
+        z = products(H, W, D, clamped, entry, BN, BV, BD, EVEN, SWAP, UPCAST)
         z = tl.where(inside, capped(z, scale, softcap, CAP), float("-inf"))
         if TARGET is not None:
             value += tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), axis=1)
         high = tl.max(z, axis=1)
-        if TOKEN is not None:
+        if OUT.token is not None:
             lowest = tl.min(tl.where(z == high[:, None], tl.arange(0, BV)[None, :], BV), axis=1)
             token = tl.where(high > max, first + lowest, token)
         new_max = tl.maximum(max, high)
@@ -194,25 +171,22 @@ def _linear_stats_kernel(
         difference = (z - base[:, None]) * inv_tau
         e = tl.exp(difference)
         sum_exp += tl.sum(e, axis=1)
-        if ENTROPY is not None:
+        if OUT.entropy is not None:
             sum_exp_logit += tl.sum(tl.where(e > 0, e * difference, 0.0), axis=1)
-        if Q is not None:
+        if OUT.q is not None:
             others += tl.sum(tl.where(columns[None, :] == target[:, None], 0.0, e), axis=1)
         if WEIGHTS is not None:
             if CAP and TARGET is not None:
                 # A -inf logit has weight 0, and a slope that is not a number.
                 e = tl.where(e == 0, 0.0, e * cap_slope(z, softcap))
-            place = WEIGHTS + (row * WEIGHTS_n)[:, None] + columns[None, :]
-            tl.store(place, e.to(WEIGHTS.dtype.element_ty), mask=inside)
+            place = WEIGHTS.data + (row * WEIGHTS.row_stride)[:, None] + columns[None, :]
+            tl.store(place, e.to(WEIGHTS.data.dtype.element_ty), mask=inside)
             tl.store(BASES + first // BV * rows + row, base, mask=wanted)
-    at = PARTS + row
-    part = split * LINEAR_FIELDS * rows
-    tl.store(at + part, max, mask=wanted)
-    tl.store(at + part + rows, sum_exp, mask=wanted)
-    tl.store(at + part + 2 * rows, sum_exp_logit, mask=wanted)
-    tl.store(at + part + 3 * rows, token.to(tl.float32, bitcast=True), mask=wanted)
-    tl.store(at + part + 4 * rows, value, mask=wanted)
-    tl.store(at + part + 5 * rows, others, mask=wanted)
+    # In the place of best, the target's logit.
+    token = token.to(tl.float32, bitcast=True)
+    put_fields(
+        PARTS + split * FIELDS * rows + row, rows, wanted, (max, sum_exp, sum_exp_logit, others, token, value)
+    )  # fmt: skip
     if not last_to_arrive(COUNTER + tl.program_id(0), splits):
         return
     top = tl.full([BN], float("-inf"), tl.float32)
@@ -222,16 +196,11 @@ def _linear_stats_kernel(
     value = tl.zeros([BN], tl.float32)
     token = tl.zeros([BN], tl.int32)
     for begin in range(0, splits, CHUNK):
-        # Past the cache of this multiprocessor, which others do not write to.
         index = begin + tl.arange(0, CHUNK)
         there = (index < splits)[:, None] & wanted[None, :]
-        place = PARTS + (index * LINEAR_FIELDS * rows)[:, None] + row[None, :]
-        parts_max = tl.load(place, mask=there, other=float("-inf"), cache_modifier=".cg")
-        parts_total = tl.load(place + rows, mask=there, other=0.0, cache_modifier=".cg")
-        parts_t = tl.load(place + 2 * rows, mask=there, other=0.0, cache_modifier=".cg")
-        parts_token = tl.load(place + 3 * rows, mask=there, other=0.0, cache_modifier=".cg").to(tl.int32, bitcast=True)
-        value += tl.sum(tl.load(place + 4 * rows, mask=there, other=0.0, cache_modifier=".cg"), axis=0)
-        parts_q = tl.load(place + 5 * rows, mask=there, other=0.0, cache_modifier=".cg")
+        place = PARTS + (index * FIELDS * rows)[:, None] + row[None, :]
+        parts_max, parts_total, parts_t, parts_q, parts_token = take_state(place, rows, there)
+        value += tl.sum(tl.load(place + 5 * rows, mask=there, other=0.0, cache_modifier=".cg"), axis=0)
         parts_top = tl.max(parts_max, axis=0)
         parts_lowest = tl.min(tl.where(there & (parts_max == parts_top[None, :]), parts_token, 2147483647), axis=0)
         token = tl.where(parts_top > top, parts_lowest, token)
@@ -247,13 +216,10 @@ def _linear_stats_kernel(
     if TARGET is not None:
         good = good & (target >= 0) & (target < V)
         log_pi = (value - top) * inv_tau - tl.log(total)
-        tl.store(LOG_PI + row, tl.where(good, log_pi, float("nan")), mask=wanted)
-    if Q is not None:
-        tl.store(Q + row, tl.where(good, q / total, float("nan")), mask=wanted)
-    write_stats(
-        TOP, MAX_PROB, LSE, ENTROPY, TOKEN, MASK, row, wanted, good, top, total, t, token, inv_tau, entropy_threshold,
-        confidence_threshold,
-    )  # fmt: skip
+        tl.store(OUT.log_pi + row, tl.where(good, log_pi, float("nan")), mask=wanted)
+    if OUT.q is not None:
+        tl.store(OUT.q + row, tl.where(good, q / total, float("nan")), mask=wanted)
+    write_stats(OUT, row, wanted, good, top, total, t, token, inv_tau, entropy_threshold, confidence_threshold)
 
 
 def linear_stats(
@@ -264,8 +230,7 @@ def linear_stats(
     *,
     target: Tensor | None = None,
     weights: Tensor | None = None,
-    entropy_threshold: float | None = None,
-    confidence_threshold: float | None = None,
+    thresholds: tuple[float, float] = NO_THRESHOLDS,
 ) -> Bases | None:
     """`row_stats` of the logits of `fused` hidden states h (N, d), none of which is written; in one launch.
 
@@ -279,44 +244,33 @@ def linear_stats(
     tiles = tile_shape(rows, h.device, full=weights is not None)
     blocks = triton.cdiv(rows, tiles.BN)
     size, splits = split(len(weight), tiles.BV, blocks, h.device)
-    parts = torch.empty(splits, LINEAR_FIELDS.value, rows, dtype=torch.float32, device=h.device)
+    parts = torch.empty(splits, FIELDS.value, rows, dtype=torch.float32, device=h.device)
     bases = None
     if weights is not None:
         bases = torch.empty(triton.cdiv(len(weight), tiles.BV), rows, dtype=torch.float32, device=h.device)
     launch(
         _linear_stats_kernel, (blocks, splits), h.device,
         (
-            h, *h.stride(), weight, *weight.stride(), depth, float(head.scale), float(head.softcap), target, *out[:6],
-            out.log_pi, out.q, weights, 0 if weights is None else weights.stride(0), bases, parts,
-            counters(blocks, h.device), rows, len(weight), size, inv_tau,
-            -math.inf if entropy_threshold is None else float(entropy_threshold),
-            math.inf if confidence_threshold is None else float(confidence_threshold),
+            matrix(h), matrix(weight), depth, float(head.scale), float(head.softcap), target, out, matrix(weights),
+            bases, parts, counters(blocks, h.device), rows, len(weight), size, inv_tau, *thresholds,
         ),
-        {"CAP": head.softcap != 0, "CHUNK": 2048 // tiles.BN, **tiles.constants(depth)}, **tiles.options,
+        {"CAP": head.softcap != 0, "CHUNK": 2048 // tiles.BN, **tiles.constants(depth)},
+        **tiles.options,
     )  # fmt: skip
     return None if bases is None else Bases(bases, tiles.BV)
 
 
 def linear_row(
-    h: Tensor,
-    head: Head,
-    inv_tau: float,
-    names: Sequence[str],
-    entropy_threshold: float | None = None,
-    confidence_threshold: float | None = None,
+    h: Tensor, head: Head, inv_tau: float, names: Sequence[str], thresholds: tuple[float, float] = NO_THRESHOLDS
 ) -> RowOutputs:
     """Statistics of the logits of h (N, d): from tiles where no logit need be written, else from blocks."""
     out = outputs(len(h), h.device, *names)
     if fused(h, head.weight):
-        linear_stats(
-            h, head, inv_tau, out, entropy_threshold=entropy_threshold, confidence_threshold=confidence_threshold
-        )
+        linear_stats(h, head, inv_tau, out, thresholds=thresholds)
         return out
     scratch = Scratch(len(h), head.weight.shape[0], h.device)
     for rows, z in logits_in_blocks(h, head, scratch):
-        row_stats(
-            z, inv_tau, out.rows(rows), entropy_threshold=entropy_threshold, confidence_threshold=confidence_threshold
-        )
+        row_stats(z, inv_tau, out.rows(rows), thresholds=thresholds)
     return out
 
 
@@ -325,9 +279,8 @@ def relaxed_stats(
 ) -> RelaxedStats:
     """`reference.relaxed_stats`."""
     check(z)
-    out = outputs(len(z), z.device, *STATS)
-    row_stats(z, 1.0 / tau, out, entropy_threshold=entropy_threshold, confidence_threshold=confidence_threshold)
-    return RelaxedStats(out.max_prob, out.lse, out.entropy, out.token, out.mask)
+    thresholds = _thresholds(entropy_threshold, confidence_threshold)
+    return _relaxed(row_stats(z, 1.0 / tau, outputs(len(z), z.device, *STATS), thresholds=thresholds))
 
 
 def linear_relaxed_stats(
@@ -339,5 +292,12 @@ def linear_relaxed_stats(
 ) -> RelaxedStats:
     """`reference.linear_relaxed_stats`."""
     check(h, head.weight)
-    out = linear_row(h, head, 1.0 / tau, STATS, entropy_threshold, confidence_threshold)
+    return _relaxed(linear_row(h, head, 1.0 / tau, STATS, _thresholds(entropy_threshold, confidence_threshold)))
+
+
+def _thresholds(entropy: float | None, confidence: float | None) -> tuple[float, float]:
+    return -math.inf if entropy is None else float(entropy), math.inf if confidence is None else float(confidence)
+
+
+def _relaxed(out: RowOutputs) -> RelaxedStats:
     return RelaxedStats(out.max_prob, out.lse, out.entropy, out.token, out.mask)

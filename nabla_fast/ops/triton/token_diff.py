@@ -8,10 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nabla_fast.ops.triton._launch import check, run, strides
-from nabla_fast.ops.types import (
-    TokenDiff,
-)
+from nabla_fast.ops.triton._launch import check, launch
+from nabla_fast.ops.types import TokenDiff
 
 
 @triton.jit(do_not_specialize=["OLD_b", "NEW_b", "length"])
@@ -38,8 +36,6 @@ def token_diff(old: Tensor, new: Tensor) -> TokenDiff:
     rows, length = old.shape
     first, count = (torch.empty(rows, dtype=torch.int64, device=old.device) for _ in range(2))
     if rows:
-        run(
-            _token_diff_kernel, (rows,), old.device, OLD=old, **strides("OLD", old, "bm"),
-            NEW=new, **strides("NEW", new, "bm"), FIRST=first, COUNT=count, length=length, BLOCK=512, num_warps=4,
-        )  # fmt: skip
+        arguments = (old, *old.stride(), new, *new.stride(), first, count, length)
+        launch(_token_diff_kernel, (rows,), old.device, arguments, {"BLOCK": 512})
     return TokenDiff(first, count)
