@@ -58,7 +58,14 @@ def _names(source: str) -> list[str]:
     return sorted(os.path.dirname(file) for file in list_repo_files(source) if file.endswith(f"/{_CONFIG}"))
 
 
-def _require_task(own: Any, folder: str, argument: str, *, language_model: bool) -> None:
+def adapter_config(folder: str, argument: str, *, language_model: bool) -> Any:
+    """The configuration of an adapter; ValueError for one of another kind of model, or that changes a model's input."""
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise ImportError(f'{folder} holds a peft adapter; run pip install "nabla_fast[gguf]"') from error
+    with reading(argument, folder):
+        own = PeftConfig.from_pretrained(folder)
     if own.task_type == "TOKEN_CLS":
         raise ValueError(
             f"{argument} is {folder}, a peft adapter of a token classifier; merge it into its base model "
@@ -73,6 +80,7 @@ def _require_task(own: Any, folder: str, argument: str, *, language_model: bool)
             f"{argument} is {folder}, a peft adapter of type {own.peft_type.value}, which changes what a model reads; "
             "give one of its layers, such as LORA"
         )
+    return own
 
 
 def load_adapter(
@@ -88,17 +96,12 @@ def load_adapter(
         language_model: or else a classifier with one label.
 
     Raises:
-        ValueError: for an adapter of another kind of model, or one that changes a model's input.
+        ImportError, ValueError: as `adapter_config` does, and if either cannot be loaded.
     """
-    try:
-        from peft import PeftConfig, PeftModel, load_peft_weights
-    except ImportError as error:
-        raise ImportError(f'{folder} holds a peft adapter; run pip install "nabla_fast[gguf]"') from error
+    own = adapter_config(folder, argument, language_model=language_model)
+    from peft import PeftModel, load_peft_weights
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    with reading(argument, folder):
-        own = PeftConfig.from_pretrained(folder)
-    _require_task(own, folder, argument, language_model=language_model)
     named = own.base_model_name_or_path if base is None else base
     if not named:
         raise ValueError(f"{argument} is {folder}, whose {_CONFIG} does not name a base model; add one")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nabla_fast.models.adapters import find_adapter, load_adapter
+from nabla_fast.models.adapters import adapter_config, find_adapter, load_adapter
 from nabla_fast.models.checkpoint import check_config, file_of, reading
 from nabla_fast.models.pretrained import choose_attention as choose_attention
 from nabla_fast.models.pretrained import choose_device as choose_device
@@ -124,7 +124,9 @@ def load_reward_model(
 
     folder = find_adapter(source, adapter, argument)
     convention = None
-    if folder is None:
+    if folder is not None:
+        adapter_config(folder, argument, language_model=False)
+    else:
         with reading(argument, source):
             check_config(source)
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
