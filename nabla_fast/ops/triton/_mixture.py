@@ -191,7 +191,10 @@ def _relaxed_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     columns = tl.program_id(1) * BV + tl.arange(0, BV)
-    inside = (row < rows)[:, None] & (columns < V)[None, :]
+    wanted = row < rows
+    # Where the mask is made decides on registers: behind one product, before two.
+    if Z is None:
+        inside = wanted[:, None] & (columns < V)[None, :]
     row = tl.minimum(row, rows - 1)
     entry = tl.minimum(columns, V - 1)
     g = products(X, TABLE, D_X, row, entry, BN, BV, BD, EVEN_X, SWAP, UPCAST)
@@ -208,6 +211,8 @@ def _relaxed_kernel(
     dz = tl.where(p == 0, 0.0, p * (d - tl.load(ROW.q + row)[:, None]) * inv_tau)
     if CAP:
         dz = tl.where(dz == 0, 0.0, dz * cap_slope(z, softcap))
+    if Z is not None:
+        inside = wanted[:, None] & (columns < V)[None, :]
     place = OUT.data + (row * OUT.row_stride)[:, None] + columns[None, :]
     tl.store(place, dz.to(OUT.data.dtype.element_ty), mask=inside)
 
