@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 # They read tensors of several devices: one moves what it reads, the others take indices from the CPU.
 _COPIES = {"aten::copy_", "aten::_to_copy"}
 _INDEXED = {"aten::index", "aten::index_put_", "aten::index_put", "aten::_unsafe_index"}
-_MOVES = {"to", "cpu", "cuda"}
+_MOVES = {"to", "cpu", "cuda", "as_tensor"}
 
 
 class PretendedDevices:
@@ -150,7 +150,7 @@ class _Functions(TorchFunctionMode):
 
     def _move(self, function: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
         devices, x = self.devices, args[0]
-        if name != "to":
+        if name in ("cpu", "cuda"):
             return devices.moved(x, CPU if name == "cpu" else torch.device("cuda:0"))
         target = kwargs.pop("device", None)
         rest = []
