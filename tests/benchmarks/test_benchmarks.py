@@ -355,7 +355,7 @@ class Echo:
         return self
 
     def send(self, key, request):
-        self.sent[key] = Completion(request.prompt_ids[-1:] * request.max_tokens, "length")
+        self.sent[key] = Completion(request.prompt_ids[-1:] * request.parameters["max_tokens"], "length")
 
     def wait(self):
         return [self.sent.popitem()]
