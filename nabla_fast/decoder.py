@@ -27,13 +27,15 @@ from nabla_fast.stats import Revision
 
 
 class Observer(Protocol):
-    """Callbacks about the progress of a decode."""
+    """Callbacks about the progress of a decode. Those that a subclass does not define do nothing."""
 
     def on_phase(self, phase: str, sequences: int) -> None:
         """A phase of `nabla_fast.stats.PHASES` begins for this number of sequences."""
+        return
 
     def on_commit(self, index: int, tokens: list[int], length: int) -> None:
         """Sequence ``index`` has committed ``tokens`` of a response that is ``length`` tokens long as it stands."""
+        return
 
 
 @dataclass(eq=False)

@@ -100,7 +100,8 @@ def test_an_evaluation_is_profiled_apart_from_its_results(evaluation, tmp_path, 
 
     def run(worker, piece, tell):
         if torch.autograd._profiler_enabled():
-            traced.append((piece.arm.label, [problem.id for problem in piece.problems], worker._plan.config.max_new_tokens))
+            problems, tokens = [problem.id for problem in piece.problems], worker._plan.config.max_new_tokens
+            traced.append((piece.arm.label, problems, tokens))
         return original(worker, piece, tell)
 
     monkeypatch.setattr(runner.Worker, "run", run)
