@@ -10,14 +10,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nabla_fast.config import Sampling
-from nabla_fast.graphs import CaptureError, bucket
+from nabla_fast.graphs import CaptureError, Counts, bucket
 from nabla_fast.models import checks, slots
 from nabla_fast.models.graphed import head_settings
 from nabla_fast.models.kept import Place, clear_graphs
@@ -30,9 +31,6 @@ from nabla_fast.rollout.device_step import DECLINED, ENDED, UNREADABLE, Report, 
 from nabla_fast.rollout.drafts import Drafter
 from nabla_fast.sampling import Sampler
 from nabla_fast.sequence import Sequence
-
-if TYPE_CHECKING:
-    from nabla_fast.rollout.hf import HFRollout
 
 # Most slots; further sequences wait until one is free.
 _SLOTS = 32
@@ -144,26 +142,34 @@ class DeviceStream:
     Where a step cannot be captured or memory runs out, everything goes on in another stream, with a warning.
 
     Args:
-        backend: the rollouts' model, sampler, draft and counts.
+        model: draws the tokens.
+        sampler: draws those that the device cannot.
+        draft_tokens: most draft tokens that one forward pass verifies.
         sampling, stop: see `RolloutBackend.open`.
         place: where the model's slots are between streams.
+        counts: of captures, to add its own to.
+        kernels: the context that forward passes run in.
         other: makes the stream that goes on with some rows.
     """
 
     def __init__(
         self,
-        backend: HFRollout,
+        model: LanguageModel,
+        sampler: Sampler,
+        draft_tokens: int,
         sampling: Sampling,
         stop: StopRule,
         place: Place,
+        counts: Counts,
+        kernels: Callable[[], AbstractContextManager[Any]],
         other: Callable[[list[Row]], RolloutStream],
     ) -> None:
-        self.backend, self.model, self.draft_tokens = backend, backend.language_model, backend.draft_tokens
+        self.model, self.sampler, self.draft_tokens = model, sampler, draft_tokens
         self.sampling, self.stop = sampling, stop
         self.waiting: list[Row] = []
         self.rows: list[Row] = []
         self.ended: list[tuple[Sequence, Rollout]] = []
-        self._place, self._make_other = place, other
+        self._place, self._counts, self._kernels, self._make_other = place, counts, kernels, other
         self._eos = tuple(sorted(stop.eos_token_ids))
         self._asks = bool(stop.stop_strings or stop.criteria)
         self._slots: Slots | None = None
@@ -182,7 +188,7 @@ class DeviceStream:
     def collect(self, passes: int | None = None) -> list[tuple[Sequence, Rollout]]:
         left = range(passes) if passes is not None else itertools.count()
         # What is made here outlasts the caller's inference mode.
-        with torch.inference_mode(False), torch.no_grad(), self.backend.fast_kernels():
+        with torch.inference_mode(False), torch.no_grad(), self._kernels():
             try:
                 for _ in left:
                     if self.ended or not (self.rows or self.waiting):
@@ -228,7 +234,7 @@ class DeviceStream:
         caches = extended(model.backbone, model.embedding, known, responses)
         if self._slots is None:
             self._slots = self._place.take(lambda: Slots(model.device))
-            self._slots.begin(model, self.backend.counts)
+            self._slots.begin(model, self._counts)
         count = 1 << (len(self.rows) + len(rows) - 1).bit_length()
         self._slots.reserve(caches[0], count, self._columns([*self.rows, *rows]))
         free = [slot for slot in range(count) if slot not in {row.slot for row in self.rows}]
@@ -330,7 +336,7 @@ class DeviceStream:
         last = row.length - 1
         logits = self.model.logits(self._state.hidden[row.slot, last : last + 1])
         response = tuple(row.response)
-        (token,) = self.backend.sampler(logits, self.sampling, [row.sequence], [response]).tolist()
+        (token,) = self.sampler(logits, self.sampling, [row.sequence], [response]).tolist()
         row.add(token)
         row.calls += 1
         row.version += 1
@@ -370,19 +376,25 @@ class DeviceStream:
 
 
 def stream(
-    backend: HFRollout, sampling: Sampling, stop: StopRule, other: Callable[[list[Row]], RolloutStream]
+    model: LanguageModel,
+    sampler: Sampler,
+    draft_tokens: int,
+    sampling: Sampling,
+    stop: StopRule,
+    counts: Counts,
+    kernels: Callable[[], AbstractContextManager[Any]],
+    other: Callable[[list[Row]], RolloutStream],
 ) -> DeviceStream | None:
     """A `DeviceStream` where model and settings allow it, else None.
 
     Warns:
         UserWarning: once per model that cannot be run so, with the reason.
     """
-    model = backend.language_model
-    if why_not(model, backend.sampler, sampling, stop) is not None:
+    if model.backbone.cache_kind != "prefix" or why_not(model, sampler, sampling, stop) is not None:
         return None
     place = Place(model.model, "rollouts", *head_settings(model), model.backbone.fused)
     reason = slots.why_not(model.backbone) or place.refused
     if reason is not None:
         checks.warn_once(model.model, f"{model.name} draws rollouts without graphs, slower: {reason}")
         return None
-    return DeviceStream(backend, sampling, stop, place, other)
+    return DeviceStream(model, sampler, draft_tokens, sampling, stop, place, counts, kernels, other)

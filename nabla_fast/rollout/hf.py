@@ -58,14 +58,18 @@ class HFRollout:
 
     def open(self, sampling: Sampling, stop: StopRule) -> RolloutStream:
         """See `RolloutBackend.open`."""
-        if self.language_model.backbone.cache_kind != "prefix":
+        model = self.language_model
+        if model.backbone.cache_kind != "prefix":
             return _SequentialStream(self, sampling, stop)
 
         def going_on(rows: list[device.Row]) -> RolloutStream:
             joining = [_Row(r.sequence, tuple(r.response), r.drafter, r.calls, r.drafted, r.accepted) for r in rows]
             return _Stream(self, sampling, stop, joining)
 
-        fast = device.stream(self, sampling, stop, going_on) if self.graphs else None
+        fast = None
+        if self.graphs:
+            settings = (self.sampler, self.draft_tokens, sampling, stop)
+            fast = device.stream(model, *settings, self.counts, self.fast_kernels, going_on)
         return fast or _Stream(self, sampling, stop)
 
 
