@@ -1,7 +1,8 @@
 """Mathematics in a process of its own, which can be ended whatever it computes: math-verify's own limit is an alarm.
 
-An alarm reaches the main thread alone, and not within one long operation on integers. This file runs as a script: a
-request is a line of JSON on standard input, its answer one on standard output.
+An alarm reaches the main thread alone, and not within one long operation on integers; and it goes off on a busy machine
+before anything was computed, so that a right answer would be none. Limits here are of processor time. This file runs as
+a script: a request is a line of JSON on standard input, its answer one on standard output.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 SECONDS = 5
-"""What math-verify may take for one parse or comparison."""
-_HARD_SECONDS = 20.0
+"""Processor time that math-verify may take for one parse, or for each comparison of two answers."""
+# Of a whole request, when the process is ended: 5 seconds of it may be one operation that nothing interrupts.
+_HARD_SECONDS = 20
+# For a process that computes nothing.
+_WAIT_SECONDS = 600.0
 # Importing math-verify is part of the first answer.
 _START_SECONDS = 120.0
 
@@ -47,7 +52,7 @@ class MathProcess:
             if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
                 self._start()
             try:
-                return self._answer(json.dumps(request).encode() + b"\n", _HARD_SECONDS)
+                return self._answer(json.dumps(request).encode() + b"\n", _WAIT_SECONDS)
             except (OSError, TimeoutError, EOFError, ValueError):
                 self._stop()
                 return None
@@ -76,7 +81,7 @@ class MathProcess:
     def _start(self) -> None:
         if self._owner == os.getpid():  # after a fork it is the parent's
             self._stop()
-        command = [sys.executable, "-I", str(Path(__file__).resolve()), json.dumps(sys.path)]
+        command = [sys.executable, "-I", str(Path(__file__).resolve()), json.dumps([sys.path, _HARD_SECONDS])]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -105,26 +110,37 @@ def shared() -> MathProcess:
 
 
 def _serve() -> None:
-    sys.path[:] = json.loads(sys.argv[1])
+    sys.path[:], hard_seconds = json.loads(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import logging
+    import resource
 
     import math_verify
+    from math_verify.errors import TimeoutException
 
+    def stop(signal_number: int, frame: Any) -> None:
+        raise TimeoutException  # as math-verify's own alarm does, which it takes for no answer
+
+    signal.signal(signal.SIGPROF, stop)
     logging.disable(logging.CRITICAL)
-    parse = functools.lru_cache(256)(lambda text: math_verify.parse(text, parsing_timeout=SECONDS))
+    parse = functools.lru_cache(256)(lambda text: math_verify.parse(text, parsing_timeout=None))
     for line in sys.stdin:
         what, *texts = json.loads(line)
         told: Any = True
+        _, most = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + hard_seconds, most))
+        signal.setitimer(signal.ITIMER_PROF, SECONDS, SECONDS)
         try:
             if what == "parse":
                 found = parse(texts[0])
                 # math-verify puts the text that it read after what it made of it.
                 told = str(found[-1]) if found else None
             elif what == "same":
-                told = bool(math_verify.verify(*map(parse, texts), timeout_seconds=SECONDS))
-        except Exception:
+                told = bool(math_verify.verify(*map(parse, texts), timeout_seconds=None))
+        except (Exception, TimeoutException):
             told = None
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(json.dumps(told) + "\n")
         sys.stdout.flush()
 

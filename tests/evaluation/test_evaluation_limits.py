@@ -31,7 +31,8 @@ def in_a_thread(work):
 
 
 def test_grading_has_its_limit_in_every_thread(monkeypatch):
-    monkeypatch.setattr(math_process, "_HARD_SECONDS", 3.0)
+    monkeypatch.setattr(math_process, "_HARD_SECONDS", 3)
+    math_process.shared()._stop()  # which had the limit from its start
     grader = MathGrader()
     grader.check("p", "12")
 
@@ -45,6 +46,27 @@ def test_grading_has_its_limit_in_every_thread(monkeypatch):
         assert not right
         assert seconds < 30
     assert grader.right("p", "12", grader.answer("p", "so $12$")), "the next answer is graded as ever"
+
+
+def test_a_busy_machine_takes_no_time_from_a_grader():
+    """Stopped for longer than math-verify may compute, which its own alarm would take for an answer that is none."""
+    helper = math_process.MathProcess()
+    assert helper.parse("$1$") == "1"
+    found = []
+    for ask in (lambda: helper.parse("$12$"), lambda: helper.same("$12$", "$\\frac{24}{2}$")):
+        asking = threading.Thread(target=lambda ask=ask: found.append(ask()), daemon=True)
+        os.kill(helper._process.pid, signal.SIGSTOP)
+        asking.start()
+        # It goes on for a moment, which is enough to begin, and is stopped again.
+        time.sleep(0.1)
+        os.kill(helper._process.pid, signal.SIGCONT)
+        time.sleep(0.002)
+        os.kill(helper._process.pid, signal.SIGSTOP)
+        time.sleep(math_process.SECONDS + 1)
+        os.kill(helper._process.pid, signal.SIGCONT)
+        asking.join(60)
+    helper._stop()
+    assert found == ["12", True]
 
 
 def test_a_grader_that_is_killed_is_begun_again():
