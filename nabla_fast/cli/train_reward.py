@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ from rich.progress import TimeRemainingColumn
 from nabla_fast.cli.console import ERR, OUT, counted, counting_bars, status
 from nabla_fast.cli.models import ModelChoice, chosen_models
 from nabla_fast.cli.options import AnswerColumn, PromptColumn, configured, with_shared_options
+from nabla_fast.whole_files import write_json
 
 if TYPE_CHECKING:
     from nabla_fast.config import NablaConfig
@@ -101,6 +104,28 @@ def _split(whole: Task, problems: int) -> tuple[Task, Task]:
     return replace(whole, problems=trained), replace(whole, problems=held_out)
 
 
+def _figures(
+    models: tuple[Any, Any, Any, Any], held_out: Task, config: NablaConfig, more: Mapping[str, Any]
+) -> dict[str, Any]:
+    from nabla_fast.evaluation import methods, probe_report
+    from nabla_fast.evaluation.probe import probe
+
+    return probe_report.figures(probe(methods.load(*models, config), held_out, config, **more), labels=True)
+
+
+def _kept(file: Path, asked: Mapping[str, Any], find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """``find()``, or what it gave in an earlier call that asked the same."""
+    from nabla_fast.evaluation.runner import read_json
+
+    plain = json.loads(json.dumps(asked))
+    known = read_json(file) if file.exists() else {}
+    if known.get("asked") != plain:
+        known = {"asked": plain, "figures": find()}
+        write_json(file, known)
+    figures: dict[str, Any] = known["figures"]
+    return figures
+
+
 def _run(
     choice: ModelChoice,
     config: NablaConfig,
@@ -112,8 +137,6 @@ def _run(
     forks: int,
     batch_size: int,
 ) -> None:
-    from nabla_fast.evaluation import methods, probe_report
-    from nabla_fast.evaluation.probe import probe
     from nabla_fast.models.loading import load_reward_model
     from nabla_fast.reward_training import card, examples, training
 
@@ -137,11 +160,19 @@ def _run(
         figures: dict[str, dict[str, Any]] = {}
         rewards = {"before": (reward[0], reward[1])} if reward else {}
         rewards["trained"] = load_reward_model(adapter, device=model.device)
+        asked = {
+            "policy": str(model.config.name_or_path),
+            "task": held_out.description,
+            "problems": [problem.id for problem in held_out.problems],
+            "settings": config.to_dict(),
+            "forks": forks,
+        }
+        of = {"before": choice.describe(), "trained": {"base": base, "examples": len(found), **asdict(recipe)}}
         for label, own in rewards.items():
             advance = partial(bars.advance, bars.add_task(f"probe, {label}", total=len(held_out.problems)))
-            loaded = methods.load(model, tokenizer, *own, config)
-            looked = probe(loaded, held_out, config, forks=forks, batch_size=batch_size, on_problems=advance)
-            figures[label] = probe_report.figures(looked, labels=True)
+            more = {"forks": forks, "batch_size": batch_size, "on_problems": advance}
+            look = partial(_figures, (model, tokenizer, *own), held_out, config, more)
+            figures[label] = _kept(out / f"probe-{label}.json", {**asked, "reward_model": of[label]}, look)
     after = figures["trained"]
     told = {"base": base, "task": trained.description, "examples": len(found), "recipe": asdict(recipe)}
     card.write_card(adapter, told, figures.get("before"), after)

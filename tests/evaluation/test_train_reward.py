@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import nabla_fast as nf
 from nabla_fast import cli
+from nabla_fast.cli import train_reward
 from nabla_fast.evaluation.tasks import Problem, Task
 from nabla_fast.models.loading import load_reward_model
 from nabla_fast.reward_training import card, examples, training
@@ -309,10 +310,21 @@ def test_the_command_leaves_an_adapter_with_a_card(base, tmp_path, monkeypatch):
         '"steps": 2',
     ):
         assert part in text
-    # Again, with a reward model to compare with: nothing is drawn or trained anew.
+    # Again, with a reward model to compare with: nothing is drawn, trained or probed anew.
     before = (tmp_path / examples.EXAMPLES).read_text()
     again = [*arguments, "--reward-model", adapter]
+    probed = []
+    original = train_reward._figures
+    monkeypatch.setattr(train_reward, "_figures", lambda *given: probed.append(given[0][2]) or original(*given))
     found = CliRunner().invoke(cli.app, list(map(str, again)), env={"COLUMNS": "200"})
     assert found.exit_code == 0, (found.output, found.exception)
+    assert len(probed) == 1
+    assert json.loads((adapter / card.FIGURES).read_text())["after"] == figures["after"]
+    # With another setting both are.
+    found = CliRunner().invoke(cli.app, [*map(str, again), "--forks", "1"], env={"COLUMNS": "200"})
+    assert "drawn with forks 3, not 1" in str(found.exception)
+    found = CliRunner().invoke(cli.app, [*map(str, again), "--reward-coeff", "2"], env={"COLUMNS": "200"})
+    assert found.exit_code == 0, (found.output, found.exception)
+    assert len(probed) == 3
     assert (tmp_path / examples.EXAMPLES).read_text() == before
     assert "| figure | before | trained |" in (adapter / card.CARD).read_text()
