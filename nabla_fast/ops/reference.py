@@ -315,11 +315,7 @@ def dto_step(state: DTOState, inputs: DTOInputs, tables: Tables, options: DTOOpt
 
 
 def hard_tokens(
-    parameters: Tensor,
-    head: Head,
-    latents: bool,
-    hard_noise: Tensor | None = None,
-    soft_noise: Tensor | None = None,
+    parameters: Tensor, head: Head, latents: bool, hard_noise: Tensor | None = None, soft_noise: Tensor | None = None
 ) -> Tensor:
     """argmax of the rows' logits plus ``hard_noise``: (N,) int64; -1 for a row without meaning.
 

@@ -28,7 +28,6 @@ class VLLMEngine:
     Attributes:
         name, model, context_length: see `nabla_fast.rollout.engine.Engine`.
         gpu_memory_utilization: as given.
-        close: called, ends vLLM's processes, as the end of the interpreter would, and frees their memory.
         params: ``vllm.SamplingParams``.
         ids: numbers of requests.
         answers: of any stream, by the name of the request, until they are taken.
@@ -58,13 +57,17 @@ class VLLMEngine:
         self.params = vllm.SamplingParams
         self._llm: Any = vllm.LLM(self.model, gpu_memory_utilization=gpu_memory_utilization, **options)
         # vLLM's own threads would notice the end of their processes while the interpreter ends, and abort it.
-        self.close = weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
+        self._end = weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
         self.context_length = int(self._llm.model_config.max_model_len)
         self.ids = itertools.count()
         self.answers: dict[str, Completion] = {}
 
     def open(self) -> EngineRequests:
         return EngineRequests(self)
+
+    def close(self) -> None:
+        """Ends vLLM's processes, as the end of the interpreter would, and frees their memory; nothing runs after it."""
+        self._end()
 
     def log_probabilities(self, token_ids: Sequence[int]) -> list[float]:
         """See `nabla_fast.rollout.engine.Engine`."""
