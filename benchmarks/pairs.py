@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 from published_schedule import Models
 from shapes import QWEN3_4B, QWEN25_7B, Shape
+from transformers import DynamicCache
 
 import nabla_fast as nf
 from nabla_fast.cli.models import quiet_transformers
 from nabla_fast.generate import Pair, make_pair
 from nabla_fast.models.chat import Message
 from nabla_fast.rollout import Rollout, RolloutBackend, RolloutStream, StopRule, rollout
+from nabla_fast.sampling import Sampler
 from nabla_fast.sequence import Sequence
 
 _TEMPLATE = (
@@ -86,6 +89,35 @@ class _AtOnce:
         self.submitted = []
 
 
+class PlainRollouts:
+    """Rollouts as a decode without this package has them: prompt and prefix are read anew for each, and a token is one
+    pass of the model as it is, behind transformers' own cache.
+
+    Tokens are drawn as ours are, so that both sides get the same ones, and for less than transformers' warpers take.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.sampler = model, Sampler()
+
+    def open(self, sampling: nf.Sampling, stop: StopRule) -> RolloutStream:
+        """See `RolloutBackend.open`."""
+        return _AtOnce(lambda sequences: [self._one(sequence, sampling, stop) for sequence in sequences])
+
+    def _one(self, sequence: Sequence, sampling: nf.Sampling, stop: StopRule) -> Rollout:
+        cache, response, latents = DynamicCache(config=self.model.config), sequence.prefix, []
+        fed = [*sequence.prompt_ids, *sequence.prefix]
+        while not stop.ended(sequence, response):
+            ids = torch.tensor([fed], device=self.model.device)
+            hidden = self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            logits = self.model.get_output_embeddings()(hidden)
+            fed = self.sampler(logits, sampling, [sequence], [response]).tolist()
+            response = (*response, *fed)
+            latents.append(hidden)
+        if not latents:
+            return Rollout(torch.empty(0, dtype=torch.long), self.model.get_output_embeddings().weight[:0])
+        return Rollout(torch.tensor(response[len(sequence.prefix) :]), torch.cat(latents))
+
+
 @dataclass
 class Loaded:
     """A pair of models as both sides take it.
@@ -101,12 +133,13 @@ class Loaded:
     pair: Pair
 
 
-def smollm2() -> Loaded:
-    """SmolLM2-135M and its reward model in float32 on the CPU."""
+@functools.cache
+def smollm2(dtype: str = "float32") -> Loaded:
+    """SmolLM2-135M and its reward model on the CPU."""
     from nabla_fast.demo import load_smollm2, load_smollm2_reward
 
     quiet_transformers()
-    models = (*load_smollm2(device="cpu", dtype="float32"), *load_smollm2_reward(device="cpu", dtype="float32"))
+    models = (*load_smollm2(device="cpu", dtype=dtype), *load_smollm2_reward(device="cpu", dtype=dtype))
     for model in models[::2]:
         # Weights that are mapped from a file leave memory when the system wants it, and would count as what the next
         # call takes.

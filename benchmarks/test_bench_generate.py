@@ -1,9 +1,12 @@
-"""A whole decode against the published schedule, everything but rollouts, which both sides replay.
+"""A whole decode against the published schedule: everything but rollouts, which both sides replay; and with them.
 
 Settings are the published ones for MATH-500, but with latents. On a CPU SmolLM2 and its reward model answer a question
 in float32, where both sides give the same tokens; nabla_fast runs without its gradient cache as well. The published
 code knows the anchor "argmax" alone; under "rollout" its schedule is run with our anchor. On a GPU models of real sizes
 have random weights, and rollouts are random too; the published schedule decodes one sequence after the other.
+
+With rollouts, on a CPU, each side draws its own: nabla_fast as ``generate`` does, the published schedule token by token
+with the model as it is. There bfloat16 is measured as well, where the processor multiplies it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Any
 
 import torch
 from cases import Case, Record, Setting
-from pairs import Loaded, RandomRollouts, Replay, numbered_chat
+from pairs import Loaded, PlainRollouts, RandomRollouts, Replay, numbered_chat, smollm2
 from published_schedule import PublishedSchedule
 from sides import Outcome, compare, side_record
 from tables import CHECKPOINTED, NO_CACHE, OURS
@@ -23,6 +26,7 @@ import nabla_fast as nf
 from nabla_fast import decoder
 from nabla_fast.generate import stop_rule
 from nabla_fast.models.chat import generation_prompt_ids
+from nabla_fast.models.pretrained import multiplies_bfloat16
 from nabla_fast.objective import Objective
 from nabla_fast.rollout import HFRollout
 from nabla_fast.sampling import Sampler
@@ -73,6 +77,30 @@ def _outcome(stats: list[Any], tokens: list[torch.Tensor]) -> Outcome:
     }
 
 
+def measure_whole(setting: Setting, dtype: str, chat: Any, config: nf.NablaConfig, which: dict[str, Any]) -> Record:
+    """Rollouts are drawn by each side on its own, and charged."""
+    loaded = smollm2(dtype)
+    model = loaded.pair.language_model
+
+    def charged(side: Any, rollouts: Any, own: nf.NablaConfig) -> Outcome:
+        outcome = side(loaded, [chat], own, rollouts)
+        outcome["seconds"]["rollout"] = outcome.pop("uncharged_seconds")
+        return outcome
+
+    def sides(own: nf.NablaConfig) -> dict[str, Any]:
+        return {
+            OURS: functools.partial(charged, ours, HFRollout(model, draft_tokens=own.draft_tokens), own),
+            "published": functools.partial(charged, published, PlainRollouts(loaded.models.language_model), own),
+        }
+
+    for side in sides(config.replace(max_new_tokens=8, max_rollouts=2, gradient_threshold=0.0)).values():
+        side()
+    figures = compare(sides(config), setting.device, repeats=1, again=False)
+    shape = {**which, "tokens": config.max_new_tokens, "rollouts": config.max_rollouts}
+    name = "decode with its rollouts"
+    return side_record("generate", name, loaded.name, loaded.models.language_model.dtype, shape, figures)
+
+
 def measure_generate(setting: Setting, chats: list[Any], config: nf.NablaConfig, which: dict[str, Any]) -> Record:
     """``which`` tells the case from others of the same settings."""
     loaded, _ = load(setting.device)
@@ -111,7 +139,15 @@ def cases(setting: Setting) -> list[Case]:
             for i, chat in enumerate(chats)
             for anchor in ANCHORS
         ]
-        return both[:1] if setting.quick else both
+        whole = [
+            Case(
+                f"generate-whole-{i + 1}-{dtype}",
+                functools.partial(measure_whole, setting, dtype, chat, config, {"question": i + 1}),
+            )
+            for dtype in ("float32", *(("bfloat16",) if multiplies_bfloat16() else ()))
+            for i, chat in enumerate(chats)
+        ]
+        return [both[0], whole[0]] if setting.quick else [*both, *whole]
     # The gradient criterion is taken and always passes, so that the work does not depend on what the weights say.
     config = nf.NablaConfig.published(
         "math500",
