@@ -108,7 +108,8 @@ class PlainRollouts:
         fed = [*sequence.prompt_ids, *sequence.prefix]
         while not stop.ended(sequence, response):
             ids = torch.tensor([fed], device=self.model.device)
-            hidden = self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            out = self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+            hidden = out.last_hidden_state[:, -1]
             logits = self.model.get_output_embeddings()(hidden)
             fed = self.sampler(logits, sampling, [sequence], [response]).tolist()
             response = (*response, *fed)

@@ -32,6 +32,8 @@ struct DtoProblem {
   at::Tensor hard_noise;            // (N, V) or undefined
   at::Tensor gradient;              // (N, V), or undefined:
   std::vector<GradientTerm> terms;  // G in terms
+  at::Tensor start;                 // (N, d) latents, and
+  at::Tensor base;                  // (N, V) their products with the head, where those of others are made from them
 
   // Whether the group may make a step: its tokens are as they were, as far as `current` knows, and no row has used up
   // its learning rates.

@@ -18,6 +18,8 @@ namespace {
 constexpr int64_t kMostGradient = int64_t(1) << 26;
 // Entries of the logits (rows, V) that are kept between two passes, where those are not of one panel.
 constexpr int64_t kMostLogits = int64_t(1) << 25;
+// Steps from which on `Gradients::keep_base` pays.
+constexpr int64_t kFewestFromBase = 3;
 // Fewer rows are worked on at the speed at which the head is read, and two passes read it twice.
 constexpr int64_t kFewestForTwoPasses = 16;
 
@@ -27,6 +29,10 @@ PassInput pass_input(const DtoProblem& problem, const std::vector<int64_t>& rows
   PassInput input(problem.weight, problem.scale, problem.softcap, problem.tau);
   input.rows = rows;
   input.hidden = problem.parameters.index_select(0, index);
+  if (problem.base.defined()) {
+    input.hidden = input.hidden.sub(problem.start.index_select(0, index)).to(at::kBFloat16);
+    input.base = problem.base;
+  }
   input.soft_noise = problem.soft_noise;
   input.hard_noise = problem.hard_noise;
   return input;
@@ -119,6 +125,7 @@ class Gradients {
     const bool twice = problem_.gradient.defined() && n >= kFewestForTwoPasses;
     int64_t most = kRowsPerPass;
     if (twice) {
+      if (!problem_.base.defined()) keep_base(rows);
       most = std::clamp(kMostLogits / problem_.vocabulary / kPanel * kPanel, kPanel, kRowsPerPass);
       if (!logits_.defined()) {
         logits_ = at::empty({kept_size(std::min(most, n), problem_.vocabulary)}, problem_.parameters.options());
@@ -141,6 +148,18 @@ class Gradients {
     write_gradient<acc_t>(problem_.vocabulary, select_terms(problem_.terms, rows), rows, gradient);
     problem_.gradient = gradient;
     problem_.terms.clear();
+  }
+
+  // Beside a bfloat16 head the products of all further steps are those of how far the latents have moved, in bfloat16:
+  // what rounding loses is a part of the movement, not of the logits. Weights are rounded with it (`rounds_factors`).
+  void keep_base(const std::vector<int64_t>& rows) {
+    const auto size = static_cast<int64_t>(problem_.tokens.size()) * problem_.vocabulary;
+    if (std::is_same_v<acc_t, double> || problem_.max_steps < kFewestFromBase || size > kMostGradient) return;
+    if (!rounds_factors(at::kBFloat16, Matrix(problem_.weight))) return;
+    problem_.start = problem_.parameters.clone();
+    problem_.base = at::empty({values.size(0), problem_.vocabulary}, problem_.parameters.options());
+    write_gradient<acc_t>(problem_.vocabulary, select_terms({{problem_.start, problem_.weight}}, rows), rows,
+                          problem_.base);
   }
 
   DtoProblem& problem_;

@@ -3,6 +3,7 @@
 #include "adam.h"
 #include "dto_step.h"
 #include "matrix.h"
+#include "online_softmax.h"
 #include "vocabulary_pass.h"
 
 #include <ATen/Parallel.h>
@@ -17,7 +18,7 @@ namespace {
 // A row is cut into parts of fixed length, whatever the number of threads, so it moves alike alone and in a batch.
 constexpr int64_t kPart = 4096;
 // A block is gone through three times, from the first-level cache: step, maximum, weights.
-constexpr int64_t kBlock = 256;
+constexpr int64_t kBlock = 1024;
 // Groups are worked off together until they have this many rows, and the gradient rows of all of them come from one
 // reading of the tables. Weights and gradient of that many rows are kept for the steps still to come.
 constexpr int64_t kRowsTogether = 16;
@@ -192,14 +193,13 @@ class LogitsRows {
   void add_maxima(Part& part, const Block& block, const acc_t* z, int64_t begin, int64_t count) const {
     Vec x_max(kMinusInfinity);
     Vec y_max(kMinusInfinity);
-    each_vector<Vec>(count, [&](int64_t i, int64_t lanes) {
+    const acc_t* soft = block.soft;
+    const acc_t* hard = block.hard;
+    each_vector<Vec>(count, [=, &x_max, &y_max](int64_t i, int64_t lanes) NABLA_FAST_INLINE {
       Vec value = Vec::loadu(z + i, lanes);
       if (lanes < Vec::size()) value = Vec::set(Vec(kMinusInfinity), value, lanes);
-      const Vec y = block.hard ? value + Vec::loadu(block.hard + i, lanes) : value;
-      y_max = at::vec::maximum(y_max, y);
-      if (block.soft || block.hard) {
-        x_max = at::vec::maximum(x_max, block.soft ? value + Vec::loadu(block.soft + i, lanes) : value);
-      }
+      y_max = at::vec::maximum(y_max, hard ? value + Vec::loadu(hard + i, lanes) : value);
+      if (soft || hard) x_max = at::vec::maximum(x_max, soft ? value + Vec::loadu(soft + i, lanes) : value);
     });
     const auto at = [&](const acc_t* noise, acc_t value) {
       int64_t index = 0;
@@ -229,20 +229,25 @@ class LogitsRows {
   }
 
   // Weights of a block against the row's maximum, and their sums.
-  void weigh_block(const Block& block, const State& state, const acc_t* z, acc_t* e, int64_t count, Vec& sum,
-                   Vec& gradient_sum) const {
+  void weigh_block(const Block& block, const State& state, const acc_t* z, acc_t* e, int64_t count, Part& part) const {
     const Vec max(static_cast<acc_t>(state.max));
-    const Vec scale(static_cast<acc_t>(inverse_tau_));
+    const Vec scale(static_cast<acc_t>(inverse_tau_ * Power<acc_t>::kUnits));
     const Vec reference(static_cast<acc_t>(state.reference));
-    each_vector<Vec>(count, [&](int64_t i, int64_t lanes) {
+    const acc_t* soft = block.soft;
+    const acc_t* gradient = block.gradient;
+    Vec sum(acc_t(0));
+    Vec gradient_sum(acc_t(0));
+    each_vector<Vec>(count, [=, &sum, &gradient_sum](int64_t i, int64_t lanes) NABLA_FAST_INLINE {
       Vec x = Vec::loadu(z + i, lanes);
-      if (block.soft) x = x + Vec::loadu(block.soft + i, lanes);
-      Vec weight = ((x - max) * scale).exp_u20();
+      if (soft) x = x + Vec::loadu(soft + i, lanes);
+      Vec weight = power_or_zero<acc_t>((x - max) * scale);
       if (lanes < Vec::size()) weight = Vec::set(Vec(acc_t(0)), weight, lanes);
       weight.store(e + i, lanes);
       sum = sum + weight;
-      gradient_sum = gradient_sum + weighted(weight, Vec::loadu(block.gradient + i, lanes) - reference);
+      gradient_sum = gradient_sum + weighted(weight, Vec::loadu(gradient + i, lanes) - reference);
     });
+    part.sum_exp += Lanes<acc_t>(sum).sum();
+    part.sum_exp_grad += Lanes<acc_t>(gradient_sum).sum();
   }
 
   // `part` with the sums of its weights.
@@ -255,12 +260,7 @@ class LogitsRows {
       const int64_t count = std::min(kBlock, end - start);
       read_noise(block, row, start, count);
       read_gradient(block, row, start, count);
-      Vec sum(acc_t(0));
-      Vec gradient_sum(acc_t(0));
-      weigh_block(block, states_[row - first_], parameters(row) + start, e ? e + start : passing, count, sum,
-                  gradient_sum);
-      part.sum_exp += Lanes<acc_t>(sum).sum();
-      part.sum_exp_grad += Lanes<acc_t>(gradient_sum).sum();
+      weigh_block(block, states_[row - first_], parameters(row) + start, e ? e + start : passing, count, part);
     }
     return part;
   }
@@ -274,6 +274,7 @@ class LogitsRows {
     const Vec expected(static_cast<acc_t>(state.sum_exp_grad / state.sum_exp));
     const Vec reference(static_cast<acc_t>(state.reference));
     const Vec scale(static_cast<acc_t>(inverse_tau_ / state.sum_exp));
+    const Adam<acc_t> rule = adam;
     Part part;
     Block block;
     acc_t passing[kBlock];
@@ -281,25 +282,21 @@ class LogitsRows {
       const int64_t count = std::min(kBlock, end - start);
       read_noise(block, row, start, count);
       read_gradient(block, row, start, count);
-      Vec sum(acc_t(0));
-      Vec gradient_sum(acc_t(0));
       acc_t* e = stored ? stored + start : passing;
-      if (!stored) weigh_block(block, state, z + start, e, count, sum, gradient_sum);
-      each_vector<Vec>(count, [&](int64_t i, int64_t lanes) {
-        const Vec difference = Vec::loadu(block.gradient + i, lanes) - reference - expected;
+      Part before;
+      if (!stored) weigh_block(block, state, z + start, e, count, before);
+      const acc_t* own = block.gradient;
+      each_vector<Vec>(count, [=](int64_t i, int64_t lanes) NABLA_FAST_INLINE {
+        const Vec difference = Vec::loadu(own + i, lanes) - reference - expected;
         const Vec gradient = weighted(Vec::loadu(e + i, lanes) * scale, difference);
         Vec m = Vec::loadu(mean + start + i, lanes);
         Vec v = Vec::loadu(square + start + i, lanes);
-        adam(Vec::loadu(z + start + i, lanes), gradient, m, v).store(z + start + i, lanes);
+        rule(Vec::loadu(z + start + i, lanes), gradient, m, v).store(z + start + i, lanes);
         m.store(mean + start + i, lanes);
         v.store(square + start + i, lanes);
       });
       add_maxima(part, block, z + start, start, count);
-      if (last) continue;
-      sum = gradient_sum = Vec(acc_t(0));
-      weigh_block(block, state, z + start, e, count, sum, gradient_sum);
-      part.sum_exp += Lanes<acc_t>(sum).sum();
-      part.sum_exp_grad += Lanes<acc_t>(gradient_sum).sum();
+      if (!last) weigh_block(block, state, z + start, e, count, part);
     }
     return part;
   }

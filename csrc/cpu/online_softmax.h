@@ -104,7 +104,7 @@ struct Power<float> {
   // of -inf from adding 0 * inf = NaN to the entropy, and the exponent of the result a normal one.
   static constexpr float kLowest = -126;
 
-  // 2^x for -126 <= x <= 0, exactly 1 for 0. Relative error below 2e-7: that of the minimax polynomials is 1e-7, the
+  // 2^x for -126 <= x <= 126, exactly 1 for 0. Relative error below 2e-7: that of the minimax polynomials is 1e-7, the
   // rest is rounding, and its mean over x is below 2e-8.
   static at::vec::Vectorized<float> of(const at::vec::Vectorized<float>& x) {
     using Vec = at::vec::Vectorized<float>;
@@ -143,7 +143,7 @@ struct Power<double> {
   static at::vec::Vectorized<double> of(const at::vec::Vectorized<double>& x) { return x.exp(); }
 };
 
-// power(x), x <= 0, but 0 for what is too far below the maximum for Power: an infinity may be weighted with it.
+// power(x), but 0 for what is too far below the maximum for Power: an infinity may be weighted with it.
 template <typename acc_t>
 at::vec::Vectorized<acc_t> power_or_zero(const at::vec::Vectorized<acc_t>& x) {
   using Vec = at::vec::Vectorized<acc_t>;

@@ -33,13 +33,15 @@ class PartPass {
         soft_(optional_matrix(input.soft_noise)),
         hard_(optional_matrix(input.hard_noise)),
         dense_(optional_matrix(input.gradient)),
+        base_(optional_matrix(input.base)),
+        values_(optional_matrix(input.values)),
         workspace_(products.workspace(tile)),
         weights_(width_ ? blocks_ * kPanel * tile : 0),
         x_(tile),
         y_(tile),
         slope_(tile),
         gradient_(tile),
-        buffer_(tile),
+        buffer_(std::max(tile, width_)),
         sums(blocks_ * n_ * width_) {}
 
   void add_tile(int64_t start, int64_t count) {
@@ -48,6 +50,7 @@ class PartPass {
       const int64_t rows = std::min(kPanel, n_ - first);
       logits_ = kept_ ? kept_->block(start, first) : workspace_.logits.data();
       products_.compute(start, count, first / kPanel, tile_, workspace_, logits_);
+      for (int64_t row = 0; base_ && row < rows; ++row) add_base(first + row, row, start, count);
       for (int64_t row = 0; row < rows; ++row) add_row(first + row, row, start, count);
       for (int64_t block = 0; width_ && block < blocks_; ++block) {
         products_.add_values(rows, count, weights(block, 0), tile_, workspace_, sum(block, first));
@@ -61,9 +64,9 @@ class PartPass {
   void merge(PartPass& other) {
     for (int64_t i = 0; i < n_; ++i) {
       if (other.states[i].max > states[i].max) {
-        raise_max(i, other.states[i].max, other.states[i].reference);
+        raise_max(i, other.states[i].max, other.states[i].reference, states[i].token);
       } else {
-        other.raise_max(i, states[i].max, states[i].reference);
+        other.raise_max(i, states[i].max, states[i].reference, other.states[i].token);
       }
       states[i].add(other.states[i]);
     }
@@ -89,6 +92,7 @@ class PartPass {
   void add_row(int64_t i, int64_t row, int64_t start, int64_t count) {
     const int64_t padded = round_up(count, Vec::size());
     State& state = states[i];
+    const int64_t likeliest = state.token;
     acc_t max;
     acc_t best;
     read_logits(i, row, start, count, padded, max, best);
@@ -114,9 +118,19 @@ class PartPass {
         const acc_t own = gradient[std::find(x_.data(), x_.data() + count, max) - x_.data()];
         if (std::isfinite(own)) reference = own;
       }
-      raise_max(i, max, reference);
+      raise_max(i, max, reference, likeliest);
     }
+    if (input_.apart && state.token >= start) x_[state.token - start] = -kInfinity;
     write_weights(state, row, padded, gradient);
+  }
+
+  void add_base(int64_t i, int64_t row, int64_t start, int64_t count) {
+    const acc_t* base = base_->template read<acc_t>(input_.rows[i], start, count, acc_t(0), buffer_.data());
+    acc_t* logits = logits_ + row * tile_;
+    each_vector<Vec>(count, [&](int64_t j, int64_t lanes) {
+      (Vec::loadu(logits + j, lanes) + Vec::loadu(base + j, lanes)).store(logits + j, lanes);
+    });
+    HeadTransform{input_.scale, input_.softcap}.apply(logits, round_up(count, kPanelUnit));
   }
 
   // x = logit + soft noise into x_, y = logit + hard noise into y_ (or x_ where there is no noise), and their maxima.
@@ -180,7 +194,8 @@ class PartPass {
     state.sum_exp_grad += Lanes<acc_t>(gradient_sum).sum();
   }
 
-  void raise_max(int64_t i, double max, double reference) {
+  // `likeliest` is the entry that was at the maximum so far, -1 for none.
+  void raise_max(int64_t i, double max, double reference, int64_t likeliest) {
     const Rescale by = states[i].raise_max(max, inverse_tau_, reference);
     acc_t* plain = sum(blocks_ - 1, i);
     acc_t* with_gradient = sum(0, i);
@@ -190,6 +205,10 @@ class PartPass {
       }
       plain[j] = static_cast<acc_t>(by.factor * plain[j]);
     }
+    if (!input_.apart || likeliest < 0) return;
+    states[i].sum_exp += by.factor;
+    values_->copy(likeliest, 0, width_, buffer_.data());
+    for (int64_t j = 0; j < width_; ++j) plain[j] += static_cast<acc_t>(by.factor) * buffer_[j];
   }
 
  public:
@@ -204,7 +223,7 @@ class PartPass {
   int64_t blocks_;  // kinds of weights: none, e, or e (G - reference) before e
   int64_t width_;   // of what is summed with them, or 0
   double inverse_tau_;
-  std::optional<Matrix> z_, soft_, hard_, dense_;
+  std::optional<Matrix> z_, soft_, hard_, dense_, base_, values_;
   typename VocabularyProducts<acc_t>::Workspace workspace_;
   acc_t* logits_ = nullptr;  // of the panel
   std::vector<acc_t> weights_, x_, y_, slope_, gradient_, buffer_;
@@ -218,7 +237,9 @@ class PartPass {
 template <typename acc_t>
 PassOutput<acc_t> vocabulary_pass(const PassInput& input) {
   const auto source = (input.z.defined() ? input.z : input.hidden).scalar_type();
-  const VocabularyProducts<acc_t> products(input.hidden, input.weight, {input.scale, input.softcap}, input.terms,
+  const HeadTransform transform =
+      input.base.defined() ? HeadTransform{1, 0} : HeadTransform{input.scale, input.softcap};
+  const VocabularyProducts<acc_t> products(input.hidden, input.weight, transform, input.terms,
                                            input.kept.defined() ? at::Tensor() : input.values, source);
   const Split split(input.vocabulary(), products.width());
   std::vector<std::unique_ptr<PartPass<acc_t>>> passes(split.parts);

@@ -32,6 +32,7 @@ struct PassInput {
   at::Tensor z;               // (N, V) logits, or undefined:
   at::Tensor hidden;          // (n, d)
   at::Tensor weight;          // (V, d)
+  at::Tensor base;            // (N, V) what is added to hidden weight^T before scale and cap, or undefined
   double scale = 1;           // of hidden weight^T
   double softcap = 0;
   at::Tensor soft_noise;            // (N, V) or undefined
@@ -41,6 +42,9 @@ struct PassInput {
   double tau;
   at::Tensor values;         // (V, k): what is summed with the weights e; undefined for the tokens alone
   bool through_cap = false;  // weights carry the derivative of the softcap
+  // Without noise and gradient: of every row the likeliest entry, which is the hard token, is left out of all sums.
+  // Those of the others keep their digits where it holds nearly all of the weight.
+  bool apart = false;
   // (kept_size) of acc_t: the first of two passes leaves the logits there, for the second. Then it sums no values.
   at::Tensor kept;
 };

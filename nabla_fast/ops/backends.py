@@ -131,6 +131,8 @@ def why_not(operator: str, backend: str, device: torch.device | str) -> str | No
 
 def has(operator: str, backend: str) -> bool:
     """Whether a back end that `resolve` has chosen has an internal operator of its own."""
+    if backend == "native":
+        return native.has(operator)
     return backend in _MODULES and hasattr(importlib.import_module(_MODULES[backend]), operator)
 
 

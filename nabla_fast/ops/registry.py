@@ -85,7 +85,7 @@ class Operator:
         self._single = get_origin(hints["return"]) is Annotated
         self._result = field("result" if self._single else "", hints["return"])
         self._as_first = isinstance(self._result, Array) and self._result.kind == "first"
-        self._define(internal)
+        self._define()
         if not internal:
             backends.OPERATORS[self.name] = self
 
@@ -138,7 +138,7 @@ class Operator:
         results = self._native(*flat)
         return results if self._single else self._result.whole([*results], True)
 
-    def _define(self, internal: bool) -> None:
+    def _define(self) -> None:
         def schema(fields: Iterable[Any], lists: bool) -> list[str]:
             letters = iter("abcd")
             return [spelled for one in fields for spelled in one.schema(letters, lists)]
@@ -161,8 +161,6 @@ class Operator:
             )
         if self._written:
             LIBRARY.impl(self.name, self._announce, "ADInplaceOrView", with_keyset=True)
-        if internal:
-            return
         arguments_, results_ = (", ".join(schema(fields, True)) for fields in (self._fields, [self._result]))
         self._native = native.define(f"native_{self.name}({arguments_}) -> ({results_})")
 

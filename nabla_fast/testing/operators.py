@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from nabla_fast.models.pretrained import multiplies_bfloat16
 from nabla_fast.ops import OPERATORS, DTOInputs, DTOOptions, DTOState, Head, Tables, TokenGradient, backends
 from nabla_fast.ops.reference import hard_tokens
 
@@ -22,6 +23,11 @@ class Backend:
         if operator not in OPERATORS:
             raise AttributeError(f"no operator {operator!r}; there are {', '.join(OPERATORS)}")
         return backends.implementation(OPERATORS[operator], self.name)
+
+
+def native_rounds() -> bool:
+    """Whether native kernels round softmax weights beside a bfloat16 table, since the processor multiplies bfloat16."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and multiplies_bfloat16()
 
 
 def dto_arguments(

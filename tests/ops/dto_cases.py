@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nabla_fast.ops import reference
 from nabla_fast.ops.types import Head, Tables, TokenGradient
-from nabla_fast.testing.operators import Backend, double, dto_arguments, logits
+from nabla_fast.testing.operators import Backend, double, dto_arguments, logits, native_rounds
 
 RATE, RATES = 0.05, 20
 
@@ -166,6 +166,9 @@ def check(backend: Backend, problem: Problem, steps: int, slack: float = 1.0) ->
     rounding = (4 if halves else 1) * max(2e-5, 5e-6 / problem.options.get("tau", 1.0))
     # Of many such rows the weights of the table are rounded to bfloat16: `back_ends.weight_tolerance`.
     rounded = halves and problem.options["latents"] and len(problem.tokens) > 4
+    # Native kernels round them where the processor multiplies bfloat16, of many rows that make several steps.
+    if backend.name == "native" and problem.tables.head.weight.dtype == torch.bfloat16 and native_rounds():
+        rounded = problem.options["latents"] and not wide and len(problem.tokens) >= 16 and steps >= 3
     # From the first step on, Adam divides a gradient by its own size: where that is rounding, a step is anything up to
     # the learning rate, and later gradients are those of another place.
     warm = bool((problem.state[2] > 1e-3).all())

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nabla_fast import ops
 from nabla_fast.ops.types import Head, TokenGradient
 from nabla_fast.testing import operators as operator_inputs
-from nabla_fast.testing.operators import dto_arguments, randn, step_state
+from nabla_fast.testing.operators import dto_arguments, native_rounds, randn, step_state
 
 V, D, DR = 37, 8, 6
 CPU_BACKENDS = ("reference", "native")
@@ -149,6 +149,11 @@ def all_dtypes(name):
     return itertools.product(*(dtypes for _, dtypes in OPERANDS[name]))
 
 
+def rounds_factors(backend, chosen):
+    """Whether weights are rounded beside a table: of logits or hidden states in bfloat16, where `native_rounds`."""
+    return backend == "native" and native_rounds() and chosen[0] == torch.bfloat16 and torch.bfloat16 in chosen[1:]
+
+
 def fake_results(operator, arguments):
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
@@ -171,7 +176,9 @@ def test_results_are_as_the_fake_kernel_says_for_all_dtypes_and_as_exact_as_thei
                 fake.device,
                 fake.stride(),
             ), chosen
-            if one.is_floating_point():
+            if one.is_floating_point() and one.dtype == torch.float32 and rounds_factors(backend, chosen):
+                torch.testing.assert_close(one.double(), truth.double(), rtol=1e-2, atol=1e-2)
+            elif one.is_floating_point():
                 tolerance = {torch.float64: 1e-9, torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(one.dtype, 2e-4)
                 torch.testing.assert_close(one.double(), truth.double(), rtol=tolerance, atol=tolerance)
         if name.startswith("dto_step"):
@@ -404,10 +411,14 @@ def test_a_call_that_others_must_see_goes_through_the_dispatcher(dispatched):
     with FlopCounterMode(display=False):
         ops.relaxed_stats(z)
     ops.relaxed_stats(z.as_subclass(Other))
-    ops.soft_embedding(z.requires_grad_(), table).sum().backward()
-    assert dispatched == ["relaxed_stats", "relaxed_stats", "soft_embedding"]  # its backward has no derivative
+    ops.straight_through_embedding(z.requires_grad_(), [table]).embeddings[0].sum().backward()
+    assert dispatched == [
+        "relaxed_stats",
+        "relaxed_stats",
+        "straight_through_embedding",
+    ]  # its backward has no derivative
     with torch.no_grad():
-        ops.soft_embedding(z, table)
+        ops.straight_through_embedding(z, [table])
     ops.relaxed_stats(z)  # it has no derivative
     assert len(dispatched) == 3
 
