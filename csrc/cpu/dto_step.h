@@ -34,6 +34,7 @@ struct DtoProblem {
   std::vector<GradientTerm> terms;  // G in terms
   at::Tensor start;                 // (N, d) latents, and
   at::Tensor base;                  // (N, V) their products with the head, where those of others are made from them
+  bool at_start = false;            // the latents are there still
 
   // Whether the group may make a step: its tokens are as they were, as far as `current` knows, and no row has used up
   // its learning rates.

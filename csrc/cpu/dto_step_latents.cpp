@@ -32,6 +32,7 @@ PassInput pass_input(const DtoProblem& problem, const std::vector<int64_t>& rows
   if (problem.base.defined()) {
     input.hidden = input.hidden.sub(problem.start.index_select(0, index)).to(at::kBFloat16);
     input.base = problem.base;
+    input.base_alone = problem.at_start;
   }
   input.soft_noise = problem.soft_noise;
   input.hard_noise = problem.hard_noise;
@@ -135,6 +136,7 @@ class Gradients {
       const std::vector<int64_t> block(rows.begin() + first, rows.begin() + std::min(first + most, n));
       twice ? two_passes<acc_t>(problem_, block, logits_, values) : one_pass<acc_t>(problem_, block, values);
     }
+    problem_.at_start = false;
   }
 
   at::Tensor values;  // dL/dh (N, d)
@@ -157,6 +159,7 @@ class Gradients {
     if (std::is_same_v<acc_t, double> || problem_.max_steps < kFewestFromBase || size > kMostGradient) return;
     if (!rounds_factors(at::kBFloat16, Matrix(problem_.weight))) return;
     problem_.start = problem_.parameters.clone();
+    problem_.at_start = true;
     problem_.base = at::empty({values.size(0), problem_.vocabulary}, problem_.parameters.options());
     write_gradient<acc_t>(problem_.vocabulary, select_terms({{problem_.start, problem_.weight}}, rows), rows,
                           problem_.base);

@@ -107,9 +107,32 @@ Tensor converted(const Tensor& x) {
   }
 }
 
-template <typename scalar_t, typename out_t>
+// Whether the processor adds products of pairs of bfloat16 to float32 numbers in one instruction.
+bool multiplies_pairs() {
+#if defined(CPU_CAPABILITY_AVX512)
+  static const bool works = __builtin_cpu_supports("avx512bf16");
+  return works;
+#else
+  return false;
+#endif
+}
+
+// sum += the products of 32 bfloat16 numbers, two of them in each of its entries. In assembly: this file is compiled
+// for processors with AVX512 that do not have the instruction.
+inline void add_pairs(Vec& sum, const Bits& one, const Bits& other) {
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512 total = sum;
+  const __m512i a = one;
+  const __m512i b = other;
+  asm("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
+  sum = total;
+#endif
+}
+
+// x_t is float, or bfloat16 as the weight is: then `multiplies_pairs`.
+template <typename scalar_t, typename out_t, typename x_t = float>
 struct Product {
-  const float* x;  // (M, K)
+  const x_t* x;  // (M, K)
   const scalar_t* weight;
   int64_t weight_stride;
   int64_t size;        // K
@@ -127,6 +150,7 @@ struct Product {
 
  private:
   using E = Entries<scalar_t>;
+  static constexpr bool kPairs = std::is_same_v<x_t, at::BFloat16>;
 
   template <int rows>
   void range(int64_t row, int64_t begin, int64_t end) const {
@@ -138,26 +162,41 @@ struct Product {
 
   template <int rows, int entries>
   void block(int64_t row, int64_t n) const {
-    const float* a = x + row * size;
+    const x_t* a = x + row * size;
     const scalar_t* w = weight + n * weight_stride;
     Vec sums[rows * entries];
     unrolled<rows * entries>([&](auto i) { sums[i] = Vec(0.0F); });
-    for (int64_t k = 0; k < size; k += E::kCount) {
-      Vec values[entries * E::kVectors];
-      unrolled<entries>([&](auto i) {
-        const scalar_t* from = w + i * weight_stride + k;
-        // As a number: a pointer so far behind a buffer has no meaning.
-        __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + kPrefetchBytes));
-        E::load(from, values + i * E::kVectors);
-      });
-      unrolled<E::kVectors>([&](auto v) {
+    if constexpr (kPairs) {
+      for (int64_t k = 0; k < size; k += E::kCount) {
+        Bits values[entries];
+        unrolled<entries>([&](auto i) {
+          const scalar_t* from = w + i * weight_stride + k;
+          __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + kPrefetchBytes));
+          values[i] = Bits::loadu(from);
+        });
         unrolled<rows>([&](auto r) {
-          const Vec factor = Vec::loadu(a + r * size + k + v * Vec::size());
-          unrolled<entries>([&](auto i) {
-            sums[r * entries + i] = at::vec::fmadd(factor, values[i * E::kVectors + v], sums[r * entries + i]);
+          const Bits factor = Bits::loadu(a + r * size + k);
+          unrolled<entries>([&](auto i) { add_pairs(sums[r * entries + i], factor, values[i]); });
+        });
+      }
+    } else {
+      for (int64_t k = 0; k < size; k += E::kCount) {
+        Vec values[entries * E::kVectors];
+        unrolled<entries>([&](auto i) {
+          const scalar_t* from = w + i * weight_stride + k;
+          // As a number: a pointer so far behind a buffer has no meaning.
+          __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + kPrefetchBytes));
+          E::load(from, values + i * E::kVectors);
+        });
+        unrolled<E::kVectors>([&](auto v) {
+          unrolled<rows>([&](auto r) {
+            const Vec factor = Vec::loadu(a + r * size + k + v * Vec::size());
+            unrolled<entries>([&](auto i) {
+              sums[r * entries + i] = at::vec::fmadd(factor, values[i * E::kVectors + v], sums[r * entries + i]);
+            });
           });
         });
-      });
+      }
     }
     // Nothing below may be a call: it would send all sums to memory and back.
     unrolled<rows * entries>([&](auto i) {
@@ -169,17 +208,16 @@ struct Product {
   }
 };
 
-template <typename scalar_t, typename out_t>
-void multiply(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias, Tensor& out) {
-  const Tensor rows = converted<scalar_t>(x);
-  const Product<scalar_t, out_t> product{rows.const_data_ptr<float>(),
-                                         weight.const_data_ptr<scalar_t>(),
-                                         weight.stride(0),
-                                         x.size(1),
-                                         scale.defined() ? scale.const_data_ptr<float>() : nullptr,
-                                         bias.defined() ? bias.const_data_ptr<float>() : nullptr,
-                                         out.mutable_data_ptr<out_t>(),
-                                         weight.size(0)};
+template <typename scalar_t, typename out_t, typename x_t>
+void multiply(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias, Tensor& out, x_t) {
+  const Product<scalar_t, out_t, x_t> product{x.const_data_ptr<x_t>(),
+                                              weight.const_data_ptr<scalar_t>(),
+                                              weight.stride(0),
+                                              x.size(1),
+                                              scale.defined() ? scale.const_data_ptr<float>() : nullptr,
+                                              bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+                                              out.mutable_data_ptr<out_t>(),
+                                              weight.size(0)};
   const int64_t count = x.size(0);
   const int64_t groups = (count + kGroup - 1) / kGroup;
   const int64_t tile =
@@ -192,6 +230,14 @@ void multiply(const Tensor& x, const Tensor& weight, const Tensor& scale, const 
       }
     }
   });
+}
+
+template <typename scalar_t, typename out_t>
+void multiply(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias, Tensor& out) {
+  if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+    if (multiplies_pairs()) return multiply<scalar_t, out_t>(x.contiguous(), weight, scale, bias, out, at::BFloat16());
+  }
+  multiply<scalar_t, out_t>(converted<scalar_t>(x), weight, scale, bias, out, 0.0F);
 }
 
 }  // namespace

@@ -127,9 +127,13 @@ class PartPass {
   void add_base(int64_t i, int64_t row, int64_t start, int64_t count) {
     const acc_t* base = base_->template read<acc_t>(input_.rows[i], start, count, acc_t(0), buffer_.data());
     acc_t* logits = logits_ + row * tile_;
-    each_vector<Vec>(count, [&](int64_t j, int64_t lanes) {
-      (Vec::loadu(logits + j, lanes) + Vec::loadu(base + j, lanes)).store(logits + j, lanes);
-    });
+    if (input_.base_alone) {
+      std::copy_n(base, count, logits);
+    } else {
+      each_vector<Vec>(count, [&](int64_t j, int64_t lanes) {
+        (Vec::loadu(logits + j, lanes) + Vec::loadu(base + j, lanes)).store(logits + j, lanes);
+      });
+    }
     HeadTransform{input_.scale, input_.softcap}.apply(logits, round_up(count, kPanelUnit));
   }
 
@@ -239,9 +243,10 @@ PassOutput<acc_t> vocabulary_pass(const PassInput& input) {
   const auto source = (input.z.defined() ? input.z : input.hidden).scalar_type();
   const HeadTransform transform =
       input.base.defined() ? HeadTransform{1, 0} : HeadTransform{input.scale, input.softcap};
-  const VocabularyProducts<acc_t> products(input.hidden, input.weight, transform, input.terms,
-                                           input.kept.defined() ? at::Tensor() : input.values, source);
-  const Split split(input.vocabulary(), products.width());
+  const VocabularyProducts<acc_t> products(input.base_alone ? at::Tensor() : input.hidden, input.weight, transform,
+                                           input.terms, input.kept.defined() ? at::Tensor() : input.values, source);
+  // What is kept is cut as the products with `weight` are.
+  const Split split(input.vocabulary(), input.kept.defined() ? input.weight.size(1) : products.width());
   std::vector<std::unique_ptr<PartPass<acc_t>>> passes(split.parts);
   split.run([&](int64_t part, int64_t first, int64_t last) {
     passes[part] = std::make_unique<PartPass<acc_t>>(input, products, split.tile);

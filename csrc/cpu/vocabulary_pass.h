@@ -33,6 +33,7 @@ struct PassInput {
   at::Tensor hidden;          // (n, d)
   at::Tensor weight;          // (V, d)
   at::Tensor base;            // (N, V) what is added to hidden weight^T before scale and cap, or undefined
+  bool base_alone = false;    // since hidden is all zeros
   double scale = 1;           // of hidden weight^T
   double softcap = 0;
   at::Tensor soft_noise;            // (N, V) or undefined

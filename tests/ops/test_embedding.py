@@ -24,6 +24,7 @@ from back_ends import (
     near,
     product_tolerance,
     rounds_factors,
+    strided,
     takes,
     weight_tolerance,
 )  # fmt: skip
@@ -392,6 +393,45 @@ def test_recorded_mixtures_and_their_gradient_mean_what_the_others_do():
     ours = reference.soft_embedding_backward(z, vector, table, *recorded[1:], 0.7)
     meant = reference.relaxed_backward(z, [vector], [table], 0.7)
     torch.testing.assert_close(ours, meant, rtol=1e-9, atol=0, equal_nan=True)
+
+
+def records_of(backend, z, table, vector, head, tau):
+    """What a back end records of logits, or hidden states and a head, and what reaches them by it."""
+    x = (z,) if head is None else (z, head)
+    name = "soft_embedding" if head is None else "linear_soft_embedding"
+    recorded = getattr(ops.embedding, f"{name}_recorded")(*x, table, tau, backend)
+    back = getattr(ops.embedding, f"{name}_backward")(*x, vector, table, *recorded[1:], tau, backend)
+    return [*recorded, back]
+
+
+@by("native")
+@pytest.mark.parametrize("kind", ["random", "ties", "minus infinity", "dominant"])
+@pytest.mark.parametrize("shape", [(0, 33, 8), (1, 1, 8), (5, 700, 33), (65, 513, 64), (530, 31, 6)])
+@pytest.mark.parametrize("linear", [False, True])
+def test_native_records_are_the_references(backend, linear, shape, kind):
+    """Where the likeliest entry is found late, in another part of the vocabulary, or twice."""
+    rows, vocabulary, width = shape
+    z, table = logits(1, rows, vocabulary, kind, torch.float64), logits(2, vocabulary, width, dtype=torch.float64)
+    vector, head = logits(3, rows, width, dtype=torch.float64), None
+    if linear:
+        z, head = hidden_states(*shape, (torch.float64, torch.float64), 0.7, 5.0 if kind == "ties" else 0.0)
+    elif rows > 2 and vocabulary > 1:
+        z[0], z[1, -1], z[2, 0] = torch.linspace(-3, 3, vocabulary, dtype=torch.float64), math.nan, 90.0
+        z = strided(z)
+    meant = records_of("reference", z, table, vector, head, 0.6)
+    for ours, one in zip(records_of("native", z, table, vector, head, 0.6), meant, strict=True):
+        known = ~one.isnan() if one.is_floating_point() else slice(None)  # of a row without meaning, nothing is read
+        torch.testing.assert_close(ours[known], one[known], rtol=1e-9, atol=1e-12)
+
+
+@by("native")
+def test_records_that_are_none_are_refused(backend):
+    z, table, vector = logits(1, 3, 40), logits(2, 40, 6), logits(3, 3, 6)
+    recorded = ops.embedding.soft_embedding_recorded(z, table, 1.0, "native")
+    for i, wrong, what in ((2, recorded.top[:2], "top"), (4, recorded.token + 40, "token"), (1, table, "offset")):
+        rest = [*recorded[:i], wrong, *recorded[i + 1 :]][1:]
+        with pytest.raises((ValueError, RuntimeError), match=what):
+            torch.ops.nabla_fast.native_soft_embedding_backward(z, vector, table, *rest, 1.0)
 
 
 def test_recorded_mixtures_of_hidden_states_and_their_gradient_mean_what_the_others_do():
