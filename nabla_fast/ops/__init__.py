@@ -13,7 +13,8 @@ from nabla_fast.ops.embedding import (
 )
 from nabla_fast.ops.gradient_norm import gradient_norm
 from nabla_fast.ops.likelihood import linear_log_likelihood, log_likelihood_gradient
-from nabla_fast.ops.reference import linear_logits, row_chunks, scaled_and_capped, token_gradient, upcast
+from nabla_fast.ops.linear import token_gradient
+from nabla_fast.ops.reference import linear_logits, row_chunks, scaled_and_capped, upcast
 from nabla_fast.ops.stats import linear_relaxed_stats, relaxed_stats
 from nabla_fast.ops.token_diff import token_diff
 from nabla_fast.ops.types import (

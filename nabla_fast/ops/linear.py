@@ -11,10 +11,12 @@ import functools
 import torch
 from torch import Tensor
 
-from nabla_fast.ops import native
+from nabla_fast.ops import native, reference
+from nabla_fast.ops.types import Head, Tables, TokenGradient
 
 # Above it, PyTorch's products of float32 are as fast.
 MOST_ROWS = 16
+_THIRDS = 3
 _UNIT = 32  # the entries of a row must be a multiple of it
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -68,6 +70,31 @@ def linear(
     """
     product: Tensor = _native(x, weight, scale, bias, dtype or x.dtype)
     return product
+
+
+def token_gradient(factors: TokenGradient, tables: Tables) -> Tensor:
+    """`reference.token_gradient`, without a copy in float32 of half-precision tables where `fits`."""
+    return reference.token_gradient(factors, tables, product=_times_table)
+
+
+def logits(h: Tensor, head: Head) -> Tensor:
+    """`reference.linear_logits` likewise; without a derivative."""
+    return reference.scaled_and_capped(_times_table(h.detach(), head.weight), head)
+
+
+def _times_table(x: Tensor, table: Tensor, least: torch.dtype = torch.float32) -> Tensor:
+    if least == torch.float32 == x.dtype and table.dtype == torch.bfloat16 and len(x) * _THIRDS <= MOST_ROWS:
+        # Three bfloat16 numbers have all bits of a float32 one.
+        parts, rest = [], x
+        for _ in range(_THIRDS):
+            parts.append(rest.to(torch.bfloat16))
+            rest = rest - parts[-1].float()
+        both = torch.cat(parts)
+        if fits(both, table):
+            return linear(both, table, dtype=torch.float32).view(_THIRDS, len(x), -1).flip(0).sum(0)
+    if least == torch.float32 and fits(x, table):
+        return linear(x, table, dtype=torch.float32)
+    return reference.times_table(x, table, least)
 
 
 # It is asked for every layer of every token.

@@ -11,13 +11,13 @@ its mask False, and it makes no step. Nothing is indexed with an id outside the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from nabla_fast.ops import table_matmul
 from nabla_fast.ops.noise import MASK, with_noise
-from nabla_fast.ops.table_matmul import times_table
 from nabla_fast.ops.types import (
     DTOInputs,
     DTOOptions,
@@ -45,14 +45,14 @@ def upcast(x: Tensor) -> Tensor:
 
 def linear_logits(h: Tensor, head: Head, least: torch.dtype = torch.float32) -> Tensor:
     """Logits (N, V) of hidden states h (N, d): float32, or float64 where h, the head or ``least`` is."""
-    return scaled_and_capped(_product(h, head.weight, least), head)
+    return scaled_and_capped(times_table(h, head.weight, least), head)
 
 
-def _product(x: Tensor, table: Tensor, least: torch.dtype = torch.float32) -> Tensor:
+def times_table(x: Tensor, table: Tensor, least: torch.dtype = torch.float32) -> Tensor:
     """x @ table.T (N, V), float32 or float64."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, table.dtype), least)
     if x.is_cuda and dtype == torch.float32 != table.dtype:  # without a copy of the table in float32
-        return times_table(x, table, x.new_empty(len(x), len(table), dtype=dtype))
+        return table_matmul.times_table(x, table, x.new_empty(len(x), len(table), dtype=dtype))
     return x.to(dtype) @ table.T.to(dtype)
 
 
@@ -229,21 +229,27 @@ def log_likelihood_gradient(h: Tensor, head: Head, tokens: Tensor, need_grad: bo
     return LogLikelihood(log_pi, _head_backward(torch.where(known.unsqueeze(-1), weight, torch.nan), logits, head))
 
 
-def token_gradient(factors: TokenGradient, tables: Tables, least: torch.dtype = torch.float32) -> Tensor:
+def token_gradient(
+    factors: TokenGradient,
+    tables: Tables,
+    least: torch.dtype = torch.float32,
+    product: Callable[[Tensor, Tensor, torch.dtype], Tensor] = times_table,
+) -> Tensor:
     """The gradient over the vocabulary (N, V), up to a constant per row, which DTO does not see.
 
-    float32, or float64 where a factor, a table or ``least`` is.
+    float32, or float64 where a factor, a table or ``least`` is. ``product`` multiplies vectors with tables.
     """
     operands = (*factors, tables.head.weight, tables.embedding, tables.reward_embedding)
     dtype = functools.reduce(
         torch.promote_types, (x.dtype for x in operands), torch.promote_types(least, torch.float32)
     )
-    gradient = -tables.nll_coeff * linear_logits(factors.hidden, tables.head, dtype)
+    logits = scaled_and_capped(product(factors.hidden, tables.head.weight, dtype), tables.head)
+    gradient = -tables.nll_coeff * logits
     for vector, table in (
         (factors.embedding, tables.embedding),
         (factors.reward_embedding, tables.reward_embedding),
     ):
-        gradient += _product(vector, table, dtype)
+        gradient += product(vector, table, dtype)
     return gradient
 
 
