@@ -21,6 +21,7 @@ PHASE_COLOURS = {
     "selection": "#7FBFC2",
     "reward": "#D8C8A0",
     "resample": "#4A4A4A",
+    "rollout": "#A65E4E",
     "other": "#C9C9C9",
 }
 
@@ -153,7 +154,7 @@ def draw_phases(records: Sequence[Record], name: str, path: Path) -> None:
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(f"{label(record)}, on {name}", loc="left", fontsize=9)
-    grid[-1, 0].set_xlabel("seconds, rollouts left out")
+    grid[-1, 0].set_xlabel("seconds; rollouts, where they are replayed, left out")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in PHASE_COLOURS.values()]
     plot.legend(handles, list(PHASE_COLOURS), loc="outside lower center", ncols=len(handles), frameon=False)
     plot.savefig(path, dpi=120)

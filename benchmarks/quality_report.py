@@ -40,10 +40,10 @@ SECONDS = (
 _PROPOSED_ARMS = ("best-of-n 4", "best-of-n 8", "best-of-n 16", "likeliest 8", "dto 8", "guided 8")
 BRIEF: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     "proposals-judge-long-0": ("arithmetic, taught to judge", "proposals-timing-judge-long-0", _PROPOSED_ARMS),
-    "smollm2-products": (
-        "SmolLM2-135M, one-digit products, taught by answers",
-        "smollm2-products",
-        ("best-of-n 4", "best-of-n 8", "latents-rollout-control 8", "latents-rollout 8"),
+    "proposals-smollm2-products-ordinary": (
+        "SmolLM2-135M, products of one or two digits, taught by answers",
+        "proposals-smollm2-products-ordinary",
+        ("best-of-n 8", "likeliest 8", "dto 8", "guided 8"),
     ),
     "proposals-taught": ("arithmetic, taught to judge and to point", "proposals-timing-taught", _PROPOSED_ARMS),
 }
