@@ -10,7 +10,8 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from nabla_fast.ops import linear as few_rows
-from nabla_fast.ops import native
+from nabla_fast.ops import native, reference
+from nabla_fast.ops.types import Head, Tables, TokenGradient
 
 pytestmark = pytest.mark.skipif(native.why_missing() is not None, reason=str(native.why_missing()))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -172,3 +173,22 @@ def test_the_fake_kernel_has_the_real_ones_shape() -> None:
     with FakeTensorMode() as mode:
         out = few_rows.linear(mode.from_tensor(x), mode.from_tensor(weight), dtype=torch.float32)
     assert (out.shape, out.dtype) == ((3, 10), torch.float32)
+
+
+@pytest.mark.parametrize("table", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("rows", [0, 1, 5, 6, 17])
+def test_gradients_and_logits_of_few_rows_are_the_references(rows: int, dtype: torch.dtype, table: torch.dtype) -> None:
+    """Float32 rows beside a bfloat16 table lose none of their bits, of however many rows."""
+    hidden, weight, _ = operands(rows, 64, 45, torch.float64)
+    embedding, own, _ = operands(rows, 32, 46, torch.float64)
+    own, weight = own[:45].to(table), weight.to(table)
+    factors = TokenGradient(hidden.to(dtype), embedding.to(dtype), (3 * embedding).to(dtype))
+    tables = Tables(Head(weight, 0.5, 20.0), own, own, 0.7)
+    ours, z = few_rows.token_gradient(factors, tables), few_rows.logits(factors.hidden, tables.head)
+    wide = torch.promote_types(torch.promote_types(dtype, table), torch.float32)
+    assert ours.dtype == z.dtype == wide
+    exact = {"rtol": 2e-6, "atol": 4e-6 if wide == torch.float32 else 1e-12}
+    double = TokenGradient(*(factor.double() for factor in factors))
+    torch.testing.assert_close(ours.double(), reference.token_gradient(double, tables), **exact)
+    torch.testing.assert_close(z.double(), reference.linear_logits(double.hidden, tables.head), **exact)
