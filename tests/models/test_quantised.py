@@ -172,6 +172,14 @@ def decode(models: tuple[Any, Any], prompts: Any = PROMPTS, **changes: Any) -> l
     return [tokens.tolist() for tokens in out.sequences]
 
 
+def computes_in_bfloat16() -> bool:
+    """Whether bitsandbytes multiplies 4-bit weights in bfloat16 whatever the model's dtype is, as its kernel for
+    processors with AVX512-BF16 does."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    return bool(has_avx512bf16())
+
+
 @pytest.mark.parametrize("kind", kinds())
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_are_those_of_the_numbers_that_weights_stand_for(
@@ -188,7 +196,8 @@ def test_gradients_are_those_of_the_numbers_that_weights_stand_for(
     (ours,) = Objective(pair.language_model, pair.reward_model, CONFIG).evaluate([request])
     exact = numbers(language, LlamaForCausalLM), numbers(reward, LlamaForSequenceClassification)
     found = [apart(a, b) for a, b in zip(ours.factors[1:], gradients(*exact, request), strict=True)]
-    assert max(found) < (1e-4 if dtype == "float32" else 0.1)
+    rounded = dtype == "bfloat16" or (kind.startswith("bnb-4bit") and computes_in_bfloat16())
+    assert max(found) < (0.1 if rounded else 1e-4)
 
 
 @pytest.mark.parametrize("kind", kinds("int8", "int4", "bnb-8bit", "bnb-4bit"))
@@ -290,6 +299,11 @@ def test_a_quantised_output_head_is_copied_once(back_end: str, folders: dict[str
     else:
         from transformers import BitsAndBytesConfig
 
+        if computes_in_bfloat16():
+            pytest.skip(
+                "bitsandbytes' kernel for AVX512-BF16 refuses a vocabulary that is no multiple of 32; torchao's "
+                "head is tested, and this one on other processors"
+            )
         everything = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=[])
         model = AutoModelForCausalLM.from_pretrained(folders["language"], quantization_config=everything).eval()
     with torch.no_grad():
