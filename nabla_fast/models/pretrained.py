@@ -41,12 +41,6 @@ def choose_device(device: str | torch.device, argument: str = "device") -> torch
     return chosen
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for products of bfloat16, AVX512-BF16 or AMX; it emulates them otherwise."""
-    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(ask is not None and ask() for ask in asked)
-
-
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype that ``dtype`` names, "auto" being bfloat16 on CUDA and float32 elsewhere; ValueError for others."""
     if dtype == "auto":

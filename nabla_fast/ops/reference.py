@@ -245,10 +245,7 @@ def token_gradient(
     )
     logits = scaled_and_capped(product(factors.hidden, tables.head.weight, dtype), tables.head)
     gradient = -tables.nll_coeff * logits
-    for vector, table in (
-        (factors.embedding, tables.embedding),
-        (factors.reward_embedding, tables.reward_embedding),
-    ):
+    for vector, table in zip(factors[1:], (tables.embedding, tables.reward_embedding), strict=True):
         gradient += product(vector, table, dtype)
     return gradient
 
