@@ -27,10 +27,14 @@ constexpr int kSums = 24;
 #else
 constexpr int kSums = 10;
 #endif
-// A weight comes from memory: so far ahead, the hardware's own prefetching, which stops at a page, is too late.
-constexpr int64_t kPrefetchBytes = 4096;
-// What stays in the first-level cache while several groups of rows read it.
-constexpr int64_t kTileBytes = 8192;
+// Bytes of rows of x that stay in the first-level cache beside the weight, when each entry reads all of them again.
+constexpr int64_t kNearBytes = 12288;
+// Bytes of a weight's row up to which several rows that are read together lie in one page, where the hardware's own
+// prefetching takes them for one stream that jumps.
+constexpr int64_t kShortBytes = 2560;
+// Rows of the weight that several groups of rows of x read in turn, the later ones from a cache: a multiple of 3 and 4,
+// as many as are read together.
+constexpr int64_t kTile = 12;
 // Entries of a weight below which waking up a second thread takes longer than it helps.
 constexpr int64_t kGrain = 32768;
 // Of a row, so that no instruction set has a rest: the entries that 64 bytes hold in the narrower dtypes.
@@ -141,10 +145,11 @@ struct Product {
   out_t* out;          // (M, N)
   int64_t columns;     // N
 
-  // Rows [row, row + count) of x, at most kGroup, times entries [begin, end) of the weight.
-  void range(int64_t row, int64_t count, int64_t begin, int64_t end) const {
+  // Rows [row, row + count) of x, at most kGroup, times entries [begin, end) of the weight, which lies in memory, or in
+  // a cache.
+  void range(int64_t row, int64_t count, int64_t begin, int64_t end, bool from_memory) const {
     unrolled<kGroup>([&](auto before) {
-      if (count == before + 1) range<before + 1>(row, begin, end);
+      if (count == before + 1) range<before + 1>(row, begin, end, from_memory);
     });
   }
 
@@ -152,15 +157,43 @@ struct Product {
   using E = Entries<scalar_t>;
   static constexpr bool kPairs = std::is_same_v<x_t, at::BFloat16>;
 
+  // What is fetched from memory ahead of time, beside what the hardware finds out: nothing; of each row of the weight,
+  // what lies where it is read in the next rows; or as much, in the order of memory.
+  enum class Ahead { kNothing, kRows, kMemory };
+
   template <int rows>
-  void range(int64_t row, int64_t begin, int64_t end) const {
+  void range(int64_t row, int64_t begin, int64_t end, bool from_memory) const {
     constexpr int kAtOnce = std::min(4, kSums / rows);
-    int64_t n = begin;
-    for (; n + kAtOnce <= end; n += kAtOnce) block<rows, kAtOnce>(row, n);
-    for (; n < end; ++n) block<rows, 1>(row, n);
+    // One row of the weight after the other is what memory is fastest at, but reads all of x for each.
+    if (rows <= 3 && rows * size * int64_t(sizeof(x_t)) <= kNearBytes) {
+      blocks<rows, 1, Ahead::kNothing>(row, begin, end);
+    } else if (!from_memory) {
+      blocks<rows, kAtOnce, Ahead::kNothing>(row, begin, end);
+    } else if (size * int64_t(sizeof(scalar_t)) <= kShortBytes) {
+      blocks<rows, kAtOnce, Ahead::kMemory>(row, begin, end);
+    } else {
+      blocks<rows, kAtOnce, Ahead::kRows>(row, begin, end);
+    }
   }
 
-  template <int rows, int entries>
+  template <int rows, int entries, Ahead ahead>
+  void blocks(int64_t row, int64_t begin, int64_t end) const {
+    int64_t n = begin;
+    for (; n + entries <= end; n += entries) block<rows, entries, ahead>(row, n);
+    for (; n < end; ++n) block<rows, 1, ahead>(row, n);
+  }
+
+  template <int entries, Ahead ahead>
+  void fetch(const scalar_t* w, int64_t k, int entry) const {
+    if constexpr (ahead == Ahead::kNothing) return;
+    const int64_t next = entries * weight_stride;
+    const int64_t at = ahead == Ahead::kRows ? entry * weight_stride + k : entries * k + entry * E::kCount;
+    // As a number: a pointer behind a buffer has no meaning.
+    const auto address = reinterpret_cast<uintptr_t>(w) + static_cast<uintptr_t>(next + at) * sizeof(scalar_t);
+    __builtin_prefetch(reinterpret_cast<const void*>(address));
+  }
+
+  template <int rows, int entries, Ahead ahead>
   void block(int64_t row, int64_t n) const {
     const x_t* a = x + row * size;
     const scalar_t* w = weight + n * weight_stride;
@@ -170,9 +203,8 @@ struct Product {
       for (int64_t k = 0; k < size; k += E::kCount) {
         Bits values[entries];
         unrolled<entries>([&](auto i) {
-          const scalar_t* from = w + i * weight_stride + k;
-          __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + kPrefetchBytes));
-          values[i] = Bits::loadu(from);
+          fetch<entries, ahead>(w, k, i);
+          values[i] = Bits::loadu(w + i * weight_stride + k);
         });
         unrolled<rows>([&](auto r) {
           const Bits factor = Bits::loadu(a + r * size + k);
@@ -183,10 +215,8 @@ struct Product {
       for (int64_t k = 0; k < size; k += E::kCount) {
         Vec values[entries * E::kVectors];
         unrolled<entries>([&](auto i) {
-          const scalar_t* from = w + i * weight_stride + k;
-          // As a number: a pointer so far behind a buffer has no meaning.
-          __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + kPrefetchBytes));
-          E::load(from, values + i * E::kVectors);
+          fetch<entries, ahead>(w, k, i);
+          E::load(w + i * weight_stride + k, values + i * E::kVectors);
         });
         unrolled<E::kVectors>([&](auto v) {
           unrolled<rows>([&](auto r) {
@@ -220,13 +250,12 @@ void multiply(const Tensor& x, const Tensor& weight, const Tensor& scale, const 
                                               weight.size(0)};
   const int64_t count = x.size(0);
   const int64_t groups = (count + kGroup - 1) / kGroup;
-  const int64_t tile =
-      groups == 1 ? weight.size(0) : std::max<int64_t>(4, kTileBytes / int64_t(sizeof(scalar_t)) / x.size(1));
+  const int64_t tile = groups == 1 ? weight.size(0) : kTile;
   at::parallel_for(0, weight.size(0), std::max<int64_t>(1, kGrain / x.size(1)), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n += tile) {
       for (int64_t group = 0; group < groups; ++group) {
         const int64_t row = count * group / groups;
-        product.range(row, count * (group + 1) / groups - row, n, std::min(end, n + tile));
+        product.range(row, count * (group + 1) / groups - row, n, std::min(end, n + tile), group == 0);
       }
     }
   });
