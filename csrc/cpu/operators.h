@@ -73,7 +73,10 @@ using HardEmbeddings = std::tuple<std::vector<Tensor>, Tensor>;
   X(dto_step, TwoTensors, NABLA_FAST_DTO_STEP_ARGUMENTS)                                                             \
   X(linear, Tensor,                                                                                                  \
     (const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias,                 \
-     at::ScalarType dtype))
+     at::ScalarType dtype))                                                                                          \
+  X(rms_norm, Tensor, (const Tensor& x, const OptionalTensor& weight, double epsilon, bool offset))                  \
+  X(rotary, TwoTensors, (const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin))                    \
+  X(attention, Tensor, (const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, double scale))
 
 #define NABLA_FAST_DECLARE(name, result, arguments) result name arguments;
 

@@ -101,7 +101,7 @@ def as_on_a_gpu(*, fused: bool) -> Iterator[None]:
         patch.object(linear_layers, "_mkl_is_slow", lambda: False),
         patch.dict(sequence_cache.TOKENS_PER_PASS, {"cpu": sequence_cache.TOKENS_PER_PASS["cuda"]}),
         at("models.backbone", "fused_layers", found),
-        at("models.fused_layers", "functional", _Functional),
+        at("models.gpu_layers", "functional", _Functional),
         at("objective", "fast_kernels", fast),
         at("rollout.hf", "fast_kernels", fast),
     ):

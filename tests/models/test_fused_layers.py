@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from nabla_fast.models import fused_layers
+from nabla_fast.models import gpu_layers, layer_trials, token_layers
 from nabla_fast.models.fused_layers import find
 from nabla_fast.ops.rotary import reference
 from nabla_fast.testing import launches
@@ -156,9 +157,11 @@ def test_a_rotary_embedding_of_another_kind_stays() -> None:
         return tuple(x.flip(-1) for x in reference(q, k, cos, sin))  # type: ignore[return-value]
 
     like = torch.randn(1)
-    assert not fused_layers._is_rotary(interleaved, like)
-    assert fused_layers._is_rotary(lambda q, k, cos, sin: reference(q, k, cos, sin), like)
-    assert not fused_layers._is_rotary(lambda q, k, sin, cos: reference(q, k, cos, sin), like)
+    for kernel, gradient in ((gpu_layers.rotated, True), (token_layers.rotated, False)):
+        is_rotary = partial(layer_trials.is_rotary, like=like, kernel=kernel, gradient=gradient)
+        assert not is_rotary(interleaved)
+        assert is_rotary(lambda q, k, cos, sin: reference(q, k, cos, sin))
+        assert not is_rotary(lambda q, k, sin, cos: reference(q, k, cos, sin))
 
 
 @pytest.mark.parametrize("case", ["float64", "cos needs a gradient", "position argument", "partial", "unsqueeze_dim"])
@@ -174,7 +177,7 @@ def test_a_rotary_call_that_was_not_tried_is_the_models_own(case: str) -> None:
     cos = torch.randn(2, 3, 4 if case == "partial" else 8, dtype=dtype, requires_grad=case == "cos needs a gradient")
     more = ("x",) if case == "position argument" else ()
     options = {"unsqueeze_dim": 2} if case == "unsqueeze_dim" else {}
-    assert fused_layers._rotated(own, q, k, cos, cos.detach(), *more, **options) == "own"
+    assert gpu_layers.rotated(own, q, k, cos, cos.detach(), *more, **options) == "own"
     assert called == [case]
 
 

@@ -69,7 +69,7 @@ def run(command: list[str]) -> str:
 
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-@pytest.mark.parametrize("name", ["gradient_cache", "draw_token", "linear"])
+@pytest.mark.parametrize("name", ["gradient_cache", "draw_token", "linear", "token_layers"])
 def test_under_sanitizers(name: str, sanitizers: str) -> None:
     output = run([str(build(sanitizers) / f"{name}_test")])
     assert output == "passed\n"

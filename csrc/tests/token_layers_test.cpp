@@ -1,0 +1,95 @@
+// rms_norm, rotary and attention in the portable instruction set, against PyTorch's operators in double.
+#include <ATen/ops/cat.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/rand.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/rsqrt.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/where.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <optional>
+#include <tuple>
+
+#include "cpu/operators.h"
+
+namespace {
+
+using nabla_fast::cpu::DEFAULT::attention;
+using nabla_fast::cpu::DEFAULT::rms_norm;
+using nabla_fast::cpu::DEFAULT::rotary;
+
+void require(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  std::exit(1);
+}
+
+bool near(const at::Tensor& ours, const at::Tensor& meant) {
+  const double rounding = ours.scalar_type() == at::kFloat ? 1e-5 : 1e-2;
+  return ours.to(at::kDouble).allclose(meant, rounding, rounding);
+}
+
+void norms(at::ScalarType dtype, int64_t rows, int64_t width) {
+  const at::Tensor x = at::randn({rows, width}).to(dtype);
+  const at::Tensor weight = at::randn({width}).to(dtype);
+  const at::Tensor wide = x.to(at::kDouble);
+  const at::Tensor unit = wide.mul(at::rsqrt(wide.square().mean(-1, true).add(1e-6)));
+  require(near(rms_norm(x, std::nullopt, 1e-6, false), unit), "norm without a weight");
+  require(near(rms_norm(x, weight, 1e-6, false), unit.mul(weight.to(at::kDouble))), "norm");
+  require(near(rms_norm(x, weight, 1e-6, true), unit.mul(weight.to(at::kDouble).add(1))), "norm with an offset");
+}
+
+at::Tensor turned(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+  const at::Tensor wide = x.to(at::kDouble);
+  const auto halves = wide.chunk(2, -1);
+  const at::Tensor crossed = at::cat({halves[1].neg(), halves[0]}, -1);
+  return wide.mul(cos.to(at::kDouble).unsqueeze(1)).add(crossed.mul(sin.to(at::kDouble).unsqueeze(1)));
+}
+
+void rotations(at::ScalarType dtype, int64_t heads, int64_t tokens, int64_t width) {
+  const at::Tensor q = at::randn({2, tokens, heads, width}).to(dtype).transpose(1, 2);
+  const at::Tensor k = at::randn({2, 1, tokens, width}).to(dtype);
+  for (const int64_t tables : {1, 2}) {
+    const at::Tensor cos = at::randn({tables, tokens, width}).to(dtype);
+    const at::Tensor sin = at::randn({tables, tokens, width}).to(dtype);
+    const auto [queries, keys] = rotary(q, k, cos, sin);
+    require(near(queries, turned(q, cos, sin)) && near(keys, turned(k, cos, sin)), "rotary embedding");
+  }
+}
+
+void mixtures(at::ScalarType dtype, int64_t tokens, int64_t width, int64_t size, int64_t value_size) {
+  const at::Tensor q = at::randn({2, tokens, 4, size}).to(dtype).transpose(1, 2);
+  const at::Tensor k = at::randn({2, 2, width + 3, size}).to(dtype).narrow(2, 0, width);
+  const at::Tensor v = at::randn({2, 2, width, value_size}).to(dtype);
+  const at::Tensor mask = at::rand({2, 1, tokens, width}).gt(0.4);
+  mask.select(3, 0).fill_(true);
+  const at::Tensor keys = k.to(at::kDouble).repeat_interleave(2, 1);
+  const at::Tensor values = v.to(at::kDouble).repeat_interleave(2, 1);
+  const at::Tensor scores = q.to(at::kDouble).matmul(keys.transpose(2, 3)).mul(0.3);
+  const at::Tensor least = at::scalar_tensor(-std::numeric_limits<double>::infinity(), scores.options());
+  const auto meant = [&](const at::Tensor& z) { return z.softmax(-1).matmul(values).transpose(1, 2); };
+  require(near(attention(q, k, v, std::nullopt, 0.3), meant(scores)), "attention");
+  require(near(attention(q, k, v, mask, 0.3), meant(at::where(mask, scores, least))), "attention with a mask");
+  require(attention(q, k, v, at::ones({1, 1, 1, width}, at::kBool).logical_not(), 0.3).eq(0).all().item<bool>(),
+          "attention that reads nothing");
+}
+
+}  // namespace
+
+int main() {
+  for (const auto dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {
+    for (const int64_t width : {1, 7, 16, 31, 32, 33, 100}) norms(dtype, 3, width);
+    norms(dtype, 400, 100);  // by several threads
+    for (const int64_t width : {2, 6, 32, 66}) rotations(dtype, 3, 4, width);
+    for (const int64_t tokens : {1, 5}) {
+      mixtures(dtype, tokens, 5, 8, 8);
+      mixtures(dtype, tokens, 37, 33, 70);
+    }
+    mixtures(dtype, 4, 500, 64, 64);  // by several threads
+  }
+  std::puts("passed");
+}
