@@ -132,7 +132,7 @@ def smollm2(
     """
     torch.set_num_threads(threads)
     asked = _asked(trained) if trained else []
-    whole = load_task(GYM_PREFIX + task, {**HARDER[task], "seed": 9_000_000}, max_problems=2 * problems)
+    whole = load_task(GYM_PREFIX + task, {**HARDER[task], "seed": 9_000_000}, max_problems=4 * problems)
     held_out = replace(whole, problems=[p for p in whole.problems if list(p.chat) not in asked][:problems])
     rewards = {"ordinary": demo.load_smollm2_reward}
     if trained:
