@@ -32,7 +32,8 @@ def report(vllm_gpu_memory_utilization: float = VLLM_GPU_MEMORY_UTILIZATION) -> 
 
     Returns:
         ``versions``: package → version, or "not installed".
-        ``devices``: ``cpu`` with threads and vector instructions, ``cuda`` a list of GPUs with their memory in bytes.
+        ``devices``: ``cpu`` with threads, vector instructions and whether it multiplies bfloat16; ``cuda``, a list of
+            GPUs with their memory in bytes.
         ``backends``: name → ``available`` and ``reason``, why it is not (None if it is).
         ``operators``: operator → back end → why it cannot run here, None if it can.
         ``measured``: which back end was the fastest on which GPU; see `nabla_fast.ops.measured.report`.
@@ -88,11 +89,18 @@ def _why_not_installed(name: str, remedy: str) -> str | None:
     return f"{name} is not installed: {remedy}" if _version(name) == _NOT_INSTALLED else None
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16, AVX512-BF16 or AMX; it emulates them otherwise."""
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(ask is not None and ask() for ask in asked)
+
+
 def _cpu() -> dict[str, Any]:
     return {
         "architecture": platform.machine(),
         "threads": torch.get_num_threads(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "multiplies_bfloat16": multiplies_bfloat16(),
     }
 
 

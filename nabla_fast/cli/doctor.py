@@ -64,7 +64,8 @@ def _show_vllm(vllm: dict[str, Any]) -> None:
 
 def _devices(devices: dict[str, Any]) -> list[tuple[str, str]]:
     cpu = devices["cpu"]
-    rows = [("CPU", f"{cpu['architecture']}, {cpu['threads']} threads, {cpu['vector_instructions']}")]
+    half = "; multiplies bfloat16: --dtype bfloat16 is faster" if cpu["multiplies_bfloat16"] else ""
+    rows = [("CPU", f"{cpu['architecture']}, {cpu['threads']} threads, {cpu['vector_instructions']}{half}")]
     for gpu in devices["cuda"]:
         capability = gpu["compute_capability"].replace(".", "")
         rows.append((gpu["name"], f"sm_{capability}, {gpu['memory_bytes'] / 2**30:.0f} GiB"))

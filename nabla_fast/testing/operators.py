@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from nabla_fast.environment import multiplies_bfloat16
 from nabla_fast.ops import OPERATORS, DTOInputs, DTOOptions, DTOState, Head, Tables, TokenGradient, backends
 from nabla_fast.ops.reference import hard_tokens
 
@@ -22,12 +23,6 @@ class Backend:
         if operator not in OPERATORS:
             raise AttributeError(f"no operator {operator!r}; there are {', '.join(OPERATORS)}")
         return backends.implementation(OPERATORS[operator], self.name)
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for products of bfloat16, AVX512-BF16 or AMX; it emulates them otherwise."""
-    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(ask is not None and ask() for ask in asked)
 
 
 def native_rounds() -> bool:
