@@ -101,7 +101,7 @@ def find(model: Any) -> FusedLayers:
 
 
 def find_on_cpu(model: Any) -> FusedLayers:
-    """The layers of a model that the native kernels take the place of where few tokens have no gradient."""
+    """The layers of a model that the native kernels take the place of where there is no gradient."""
     like = layer_trials.numbers_like(model)
     if like is None or not token_kernels.available():
         return FusedLayers()

@@ -21,8 +21,8 @@ class Norm:
     """The forward pass of an RMS norm by one kernel: ``x / rms(x)`` times nothing, the weight, or (``offset``) one more
     than the weight; by its own where it is called in a way that was not tried."""
 
-    def __init__(self, module: Any, offset: bool) -> None:
-        self.module, self.own, self.offset = module, module.forward, offset
+    def __init__(self, module: Any, own: Callable[..., Any], offset: bool) -> None:
+        self.module, self.own, self.offset = module, own, offset
         self.epsilon = epsilon_of(module)
         self.made: tuple[tuple[Any, ...], Tensor] | None = None
 

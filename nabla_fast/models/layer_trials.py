@@ -1,6 +1,7 @@
 """Which layers of a model a kernel can take the place of, found by trying them on random numbers.
 
-One layer of each class, size and setting stands for the others.
+One layer of each class, size and setting stands for the others. A kernel goes back to a layer's own way for calls that
+it does not have; in a trial it must not, or the layer would be compared with itself.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from nabla_fast.models.quantised_layers import is_plain
 from nabla_fast.models.temporary import frozen
 
 ROTARY = "apply_rotary_pos_emb"
-# A module and whether one is added to its weight → a forward pass for it.
-NormKernel = Callable[[Any, bool], Callable[..., Any]]
-# A model's own function and its arguments → what that returns.
+# A module, its own forward pass, whether one is added to its weight → a forward pass for it.
+NormKernel = Callable[[Any, Callable[..., Any], bool], Callable[..., Any]]
+# A model's own function, and its arguments → what that returns.
 RotaryKernel = Callable[..., Any]
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
@@ -59,7 +60,7 @@ def norms(
             tried[key] = _offset_of_norm(module, like, kernel, gradient)
         offset = tried[key]
         if offset is not None:
-            found.append((module, kernel(module, offset)))
+            found.append((module, kernel(module, module.forward, offset)))
     return tuple(found)
 
 
@@ -93,7 +94,7 @@ def is_rotary(function: Callable[..., Any], like: Tensor, kernel: RotaryKernel, 
     cos, sin = (random_like(like, (2, 3, 8), seed) for seed in (2, 3))
     q, k = random_like(like, (2, 4, 3, 8), 0), random_like(like, (2, 2, 3, 8), 1)
     theirs = partial(_swapped, function, cos, sin)
-    return same(theirs, lambda q, k: kernel(function, q, k, cos, sin), [q, k], gradient=gradient)
+    return same(theirs, lambda q, k: kernel(refuse, q, k, cos, sin), [q, k], gradient=gradient)
 
 
 def fits_rotary(q: Any, k: Any, cos: Any, sin: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -114,6 +115,11 @@ def fits_rotary(q: Any, k: Any, cos: Any, sin: Any, args: Sequence[Any], kwargs:
     )
 
 
+def refuse(*_: Any, **__: Any) -> Any:
+    """In a trial, what a kernel goes back to."""
+    raise NotImplementedError("the kernel does not have this call")
+
+
 def random_like(like: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
     """Normal numbers, in float32 where ``like`` is of integers."""
     generator = torch.Generator().manual_seed(seed)
@@ -124,7 +130,7 @@ def random_like(like: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
 def same(theirs: Callable[..., Any], ours: Callable[..., Any], inputs: list[Tensor], *, gradient: bool = True) -> bool:
     """Whether two functions of tensors give the same, and the same gradients, but for rounding."""
     results = []
-    with torch.set_grad_enabled(gradient):
+    with torch.set_grad_enabled(gradient), torch.autocast(inputs[0].device.type, enabled=False):
         for function in (theirs, ours):
             given = [x.detach().requires_grad_(gradient) for x in inputs]
             try:
@@ -173,6 +179,7 @@ def _offset_of_norm(module: Any, like: Tensor, kernel: NormKernel, gradient: boo
         for offset in (False,) if weight is None else (False, True):
             # The smallest shows the epsilon.
             sizes = [size * x for size in (1.0, 1e-3, 30.0)]
-            if all(same(module.forward, kernel(module, offset), [y], gradient=gradient) for y in sizes):
+            ours = kernel(module, refuse, offset)
+            if all(same(module.forward, ours, [y], gradient=gradient) for y in sizes):
                 return offset
     return None

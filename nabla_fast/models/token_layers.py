@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast.models.layer_trials import epsilon_of, fits_rotary, random_like, same
+from nabla_fast.models.layer_trials import epsilon_of, fits_rotary, random_like, refuse, same
 from nabla_fast.ops import token_layers
 
 # Tokens up to which the kernel of attention is faster than PyTorch's, which shares keys among queries.
@@ -33,8 +33,8 @@ _OTHERS = ("softcap", "position_bias", "s_aux", "output_attentions")
 class Norm:
     """The forward pass of an RMS norm; see `nabla_fast.models.gpu_layers.Norm`."""
 
-    def __init__(self, module: Any, offset: bool) -> None:
-        self.module, self.own, self.offset = module, module.forward, offset
+    def __init__(self, module: Any, own: Callable[..., Any], offset: bool) -> None:
+        self.module, self.own, self.offset = module, own, offset
         self.epsilon = epsilon_of(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,7 +114,6 @@ def is_known(own: Any) -> bool:
         known = False
     if not known:
         return False
-    nothing: Any = None
     module: Any = torch.nn.Module()
     module.num_key_value_groups = 2
     like = torch.ones(1)
@@ -125,7 +124,7 @@ def is_known(own: Any) -> bool:
     def run(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda q, k, v: function(module, q, k, v, mask, scaling=0.3)[0]
 
-    return same(run(own), run(functools.partial(attention, nothing)), [q, k, v], gradient=False)
+    return same(run(own), run(functools.partial(attention, refuse)), [q, k, v], gradient=False)
 
 
 def _is_broadcast(mask: Tensor, query: Tensor, key: Tensor) -> bool:

@@ -125,6 +125,27 @@ def test_calls_of_norms_that_the_kernel_does_not_have(asked: list[str]) -> None:
         torch.testing.assert_close(norm(x), _Norm.forward(norm, x))
 
 
+class _NormOfNothing(torch.nn.Module):
+    """A norm of that name that is none, and has no weight to say in what it computes."""
+
+    eps = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+def test_a_layer_is_not_compared_with_itself() -> None:
+    """Where the kernel would go back to the layer's own way: under autocast, and in float64."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert len(_exchanged(_Norm(), _Shifted()).norms) == 1
+        token_layers.is_known.cache_clear()
+        assert token_layers.is_known(ALL_ATTENTION_FUNCTIONS["sdpa"])
+    linear = torch.nn.Linear(2, 2)
+    assert not _exchanged(_NormOfNothing(), linear).norms
+    assert not _exchanged(_NormOfNothing(), linear.double()).norms
+    assert not _exchanged(_Norm().double()).norms
+
+
 def test_calls_of_rotary_embeddings_that_the_kernel_does_not_have(asked: list[str]) -> None:
     def own(*args: Any, **kwargs: Any) -> str:
         return "own"
