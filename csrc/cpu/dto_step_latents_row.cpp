@@ -53,27 +53,22 @@ float horizontal_max(const Vec& vector) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, vector);
 }
 
-template <int64_t rows, typename weight_t>
-void dot_rows(const weight_t* weight, int64_t stride, const float* hidden, int64_t d, float* out) {
+// The product of a row of the head and the hidden state. One row after the other is what memory is fastest at: several
+// at a time, which would share the hidden state's registers, took twice as long.
+template <typename weight_t>
+float dot(const weight_t* weight, const float* hidden, int64_t d) {
   using Part = Chunk<weight_t>;
-  std::array<Vec, rows> sums;
-  for (Vec& sum : sums) sum = Vec(0.f);
+  Vec sum(0.f);
   int64_t j = 0;
   for (; j + Part::kSize <= d; j += Part::kSize) {
-    const Chunk<float> first(hidden + j);
-    const Chunk<float> second(hidden + j + (Part::kSize - Vec::size()));
-#pragma GCC unroll 8
-    for (int64_t row = 0; row < rows; ++row) {
-      const Part chunk(weight + row * stride + j);
-      sums[row] = at::vec::fmadd(chunk.parts.front(), first.parts[0], sums[row]);
-      if constexpr (chunk.parts.size() == 2) sums[row] = at::vec::fmadd(chunk.parts[1], second.parts[0], sums[row]);
+    const Part chunk(weight + j);
+    for (size_t k = 0; k < chunk.parts.size(); ++k) {
+      sum = at::vec::fmadd(chunk.parts[k], Vec::loadu(hidden + j + k * Vec::size()), sum);
     }
   }
-  for (int64_t row = 0; row < rows; ++row) {
-    float tail = 0;
-    for (int64_t k = j; k < d; ++k) tail += static_cast<float>(weight[row * stride + k]) * hidden[k];
-    out[row] = horizontal_sum(sums[row]) + tail;
-  }
+  float tail = 0;
+  for (; j < d; ++j) tail += static_cast<float>(weight[j]) * hidden[j];
+  return horizontal_sum(sum) + tail;
 }
 
 // with_gradient += sum of products[r] * row r, plain += sum of weights[r] * row r; on the way, fetches the next tile.
@@ -100,7 +95,11 @@ void add_rows(const weight_t* weight, int64_t stride, const float* products, con
 #pragma GCC unroll 8
     for (int64_t row = 0; row < rows; ++row) {
       const Part chunk(weight + row * stride + j);
-      __builtin_prefetch(weight + (rows + row) * stride + j);
+      // In the order of memory, and into the second-level cache: two tiles do not fit into the first. As a number: a
+      // pointer behind a buffer has no meaning.
+      const int64_t next = rows * stride + rows * j + row * Part::kSize;
+      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(weight) + next * sizeof(weight_t)),
+                         0, 2);
       for (size_t k = 0; k < kParts; ++k) {
         a[k] = at::vec::fmadd(p[row], chunk.parts[k], a[k]);
         b[k] = at::vec::fmadd(w[row], chunk.parts[k], b[k]);
@@ -165,8 +164,7 @@ class RowPass {
   // Makes the likely token the first maximum, wherever it stands: then hardly anything has to be rescaled, and small
   // weights are known to be small from the first tile on. Its own weight is added when its tile comes.
   void start_at(int64_t token) {
-    float x = 0;
-    dot_rows<1>(weight_ + token * stride_, stride_, hidden_.data(), d_, &x);
+    float x = dot(weight_ + token * stride_, hidden_.data(), d_);
     if (problem_.softcap != 0) x = static_cast<float>(problem_.softcap * std::tanh(x / problem_.softcap));
     float noise = 0;
     if (soft_) soft_->copy(row_.row, token, 1, &noise);
@@ -191,13 +189,7 @@ class RowPass {
       const weight_t* weight = weight_ + (start + i) * stride_;
       std::array<float, Vec::size()> z;
       z.fill(-kInfinity);
-      if (rows == kTile) {
-        dot_rows<kTile>(weight, stride_, hidden_.data(), d_, z.data());
-      } else {
-        for (int64_t row = 0; row < rows; ++row) {
-          dot_rows<1>(weight + row * stride_, stride_, hidden_.data(), d_, z.data() + row);
-        }
-      }
+      for (int64_t row = 0; row < rows; ++row) z[row] = dot(weight + row * stride_, hidden_.data(), d_);
       add_tile(start + i, rows, weight, z, soft ? soft + i : nullptr, hard ? hard + i : nullptr,
                gradient ? gradient + i : nullptr);
       if (state.max == kInfinity) return;
