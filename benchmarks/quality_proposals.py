@@ -185,9 +185,12 @@ def write_report(
                 for folder in sorted((work / "tune" / name).glob("*"))
             },
         }
-    probed = {file.stem: read_json(file) for file in sorted((work / "probes").glob("*.json"))}
+    probed = {file.stem: {**read_json(file), **_versions()} for file in sorted((work / "probes").glob("*.json"))}
     if probed:
-        write(output / "proposals-probes.json", {**_versions(), "rewards": probed})
+        # Beside those of rewards that were probed elsewhere.
+        file = output / "proposals-probes.json"
+        others = read_json(file)["rewards"] if file.exists() else {}
+        write(file, {"rewards": {**others, **probed}})
     write(output / "proposals-tuning.json", {**_versions(), "rewards": tuned})
 
 
