@@ -25,6 +25,8 @@ from nabla_fast.rollout.drafts import Drafter
 from nabla_fast.sampling import Sampler
 from nabla_fast.sequence import Sequence
 
+# Tokens of a draft below which none is made.
+_LEAST_DRAFT = 2
 # Columns in use per token of the longest sequence, from which on the batch is made anew without the unused ones.
 _SPREAD = 1.5
 
@@ -186,8 +188,9 @@ class _Stream:
     def _step(self) -> None:
         assert self.batch is not None
         model = self.backend.language_model
-        # Up to this, drafts cost little.
-        most = max(1, TOKENS_PER_PASS.get(model.device.type, 1) // len(self.rows))
+        # Up to this, drafts cost little. One of a single token is right too seldom to pay for that.
+        most = TOKENS_PER_PASS.get(model.device.type, 1) // len(self.rows)
+        most = most if most > _LEAST_DRAFT else 1
         hidden = self.batch.step([row.feed(most) for row in self.rows])
         responses = [response for row in self.rows for response in row.responses()]
         sequences = [row.sequence for row in self.rows for _ in row.responses()]
