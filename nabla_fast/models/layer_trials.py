@@ -93,8 +93,8 @@ def is_rotary(function: Callable[..., Any], like: Tensor, kernel: RotaryKernel, 
         return False
     cos, sin = (random_like(like, (2, 3, 8), seed) for seed in (2, 3))
     q, k = random_like(like, (2, 4, 3, 8), 0), random_like(like, (2, 2, 3, 8), 1)
-    theirs = partial(_swapped, function, cos, sin)
-    return same(theirs, lambda q, k: kernel(refuse, q, k, cos, sin), [q, k], gradient=gradient)
+    theirs, ours = (lambda q, k: function(q, k, cos, sin)), (lambda q, k: kernel(refuse, q, k, cos, sin))
+    return same(theirs, ours, [q, k], gradient=gradient)
 
 
 def fits_rotary(q: Any, k: Any, cos: Any, sin: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -152,10 +152,6 @@ def same(theirs: Callable[..., Any], ours: Callable[..., Any], inputs: list[Tens
         and relative_error(a.flatten(0, -2), b.flatten(0, -2)) <= _CLOSE[torch.finfo(a.dtype).bits]
         for a, b in zip(own, mine, strict=True)
     )
-
-
-def _swapped(function: Callable[..., Any], cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> Any:
-    return function(q, k, cos, sin)
 
 
 def _may_be_rms_norm(module: Any) -> bool:
