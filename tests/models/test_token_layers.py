@@ -164,7 +164,18 @@ def test_calls_of_rotary_embeddings_that_the_kernel_does_not_have(asked: list[st
     assert asked == ["rotary"]
 
 
-CASES = ("gradient", "dropout", "many tokens", "float mask", "causal", "float64", "heads", "dtypes", "mask's width")
+CASES = (
+    "gradient",
+    "dropout",
+    "many tokens",
+    "float mask",
+    "causal",
+    "float64",
+    "heads",
+    "dtypes",
+    "mask's width",
+    "batch",
+)
 OTHERS = ("softcap", "position_bias", "s_aux")
 
 
@@ -180,6 +191,8 @@ def test_calls_of_attention_that_the_kernel_does_not_have(case: str, asked: list
     tokens = 17 if case == "many tokens" else 2
     q, k, v = torch.randn(1, 4, tokens, 8, dtype=dtype), torch.randn(1, 2, 9, 8, dtype=dtype), torch.randn(1, 2, 9, 8)
     v = v.to(torch.bfloat16 if case == "dtypes" else dtype)
+    if case == "batch":
+        k, v = k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1)
     mask: Tensor | None = torch.ones(1, 1, tokens, 9, dtype=torch.bool)
     mask = {"causal": None, "float mask": torch.zeros(1, 1, tokens, 9), "mask's width": mask[..., :8]}.get(case, mask)
     module: Any = torch.nn.Module()
