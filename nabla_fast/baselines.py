@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast import search
+from nabla_fast.comparison import highest
 from nabla_fast.config import NablaConfig, Sampling
 from nabla_fast.decoder import Observer
 from nabla_fast.generate import NablaOutput, Pair, generate, make_pair, stop_rule
@@ -171,7 +172,7 @@ def mcts(
 def best(group: Samples) -> int:
     """Index of the highest reward, the first of equals."""
     assert group.rewards is not None, "the samples were not scored"
-    return max(range(len(group.rewards)), key=group.rewards.__getitem__)
+    return highest(group.rewards)
 
 
 def vote(answers: Seq[T | None], same: Callable[[T, T], bool]) -> int:

@@ -5,7 +5,6 @@ The steps are numbered as in the design: 1 roll out, 2 select, 3 optimize, 4 res
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as Seq
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast import dto, ops
+from nabla_fast.comparison import is_higher
 from nabla_fast.config import NablaConfig
 from nabla_fast.objective import Objective
 from nabla_fast.proposals import PROPOSALS, Proposer
@@ -25,9 +25,6 @@ from nabla_fast.sampling import Sampler
 from nabla_fast.selection import select
 from nabla_fast.sequence import Sequence, Trajectory
 from nabla_fast.stats import Revision
-
-# Relative difference of rewards that rounding makes in float32.
-_ROUNDING = 1e-6
 
 
 class Observer(Protocol):
@@ -190,14 +187,9 @@ class Decoder:
         return [sequence for sequence in sequences if not sequence.finished]
 
     def _replaces(self, sequence: Sequence, proposal: Trajectory) -> bool:
-        """Whether a proposal replaces the current trajectory, as it does if its reward is higher.
-
-        Rewards that are equal but for rounding, as of process rewards whose least step is in both, would else be told
-        apart by what else is in the batch.
-        """
+        """Whether a proposal replaces the current trajectory, as it does if its reward is higher."""
         old = sequence.current
-        higher = proposal.reward > old.reward and not math.isclose(proposal.reward, old.reward, rel_tol=_ROUNDING)
-        accepted = not self.config.rejection_sampling or higher
+        accepted = not self.config.rejection_sampling or is_higher(proposal.reward, old.reward)
         sequence.stats.rejections += not accepted
         sequence.stats.revisions.append(
             Revision(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast import dto, ops
+from nabla_fast.comparison import highest
 from nabla_fast.config import Sampling
 from nabla_fast.objective import Objective, Request
 from nabla_fast.sampling import Sampler
@@ -129,7 +130,7 @@ def sampler_of(sampler: Sampler, objective: Objective) -> Sampler:
 
 def _best(candidates: Seq[Seq[int]], rewards: Seq[Seq[float]]) -> list[int]:
     """The candidate of the highest reward of each sequence, of equals the first."""
-    return [own[max(range(len(own)), key=values.__getitem__)] for own, values in zip(candidates, rewards, strict=True)]
+    return [own[highest(values)] for own, values in zip(candidates, rewards, strict=True)]
 
 
 def _candidates(sequences: Seq[Sequence], by: Proposer) -> list[list[int]]:
