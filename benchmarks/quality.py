@@ -42,6 +42,8 @@ Threads = Annotated[int, typer.Option(help="CPU threads.")]
 Problems = Annotated[int, typer.Option(help="Problems of each task.")]
 
 SEEDS = (0, 1, 2)
+# "auto" would differ from one processor to another.
+WHERE = {"dtype": "float32"}
 ROLLOUTS = (2, 4, 8, 16)
 BATCH_SIZE = 128
 SMOLLM2_ROLLOUTS = (2, 4, 8)
@@ -159,7 +161,9 @@ def judge(
 ) -> None:
     """The same with a reward model that was trained to judge alone: its Best-of-N, and its gradient on and off."""
     torch.set_num_threads(threads)
-    models = methods.load(*arithmetic.load_policy(), *load_reward_model(reward_model), arithmetic.CONFIG)
+    models = methods.load(
+        *arithmetic.load_policy(**WHERE), *load_reward_model(reward_model, **WHERE), arithmetic.CONFIG
+    )
     task = load_task(ARITHMETIC, max_problems=problems)
     planned = plans({MAIN: read_json(work / TUNED / f"{MAIN}.json")})
     run(work / "measure" / "judge", models, task, [("best-of-n", n) for n in SAMPLES], arithmetic.CONFIG)
@@ -205,7 +209,7 @@ def smollm2(
 ) -> None:
     """SmolLM2 and its reward model on tasks of reasoning-gym; the learning rate is chosen on other problems."""
     torch.set_num_threads(threads)
-    models = methods.load(*demo.load_smollm2(), *demo.load_smollm2_reward(), example.CONFIG)
+    models = methods.load(*demo.load_smollm2(**WHERE), *demo.load_smollm2_reward(**WHERE), example.CONFIG)
     most = [("nabla", SMOLLM2_ROLLOUTS[-1])]
     for name in tasks.split(","):
         folder, once = work / "smollm2" / name, {"seeds": (0,), "batch_size": SMOLLM2_BATCH_SIZE}
@@ -248,7 +252,7 @@ def _accuracy(summary: dict[str, Any]) -> float:
 
 def bundled() -> Models:
     """The bundled pair, ready."""
-    return methods.load(*arithmetic.load_policy(), *arithmetic.load_reward(), arithmetic.CONFIG)
+    return methods.load(*arithmetic.load_policy(**WHERE), *arithmetic.load_reward(**WHERE), arithmetic.CONFIG)
 
 
 def baselines(samples: Sequence[int]) -> list[tuple[str, int]]:

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from machine import machine, write
-from quality import SEEDS, _accuracy, run
+from quality import SEEDS, WHERE, _accuracy, run
 from quality_methods import BLIND
 from quality_report import merged
 
@@ -134,11 +134,11 @@ def smollm2(
     asked = _asked(trained) if trained else []
     whole = load_task(GYM_PREFIX + task, {**HARDER[task], "seed": 9_000_000}, max_problems=4 * problems)
     held_out = replace(whole, problems=[p for p in whole.problems if list(p.chat) not in asked][:problems])
-    rewards = {"ordinary": demo.load_smollm2_reward}
+    rewards = {"ordinary": partial(demo.load_smollm2_reward, **WHERE)}
     if trained:
-        rewards["trained"] = partial(load_reward_model, trained / "adapter")
+        rewards["trained"] = partial(load_reward_model, trained / "adapter", **WHERE)
     for kind, load_own in rewards.items():
-        models = methods.load(*demo.load_smollm2(), *load_own(), example.CONFIG)
+        models = methods.load(*demo.load_smollm2(**WHERE), *load_own(), example.CONFIG)
         folder, how = work / "measure" / f"smollm2-{task}-{kind}", {"seeds": (0,), "batch_size": 32, "anew": True}
         samples = [("greedy", 1), *(("best-of-n", n) for n in SAMPLES if n <= ROLLOUTS)]
         run(folder / "baselines", models, held_out, samples, example.CONFIG, **how)
@@ -217,7 +217,7 @@ def _settings(work: Path, name: str, proposal: str) -> dict[str, Any]:
 
 
 def _models(rewards: Path, name: str) -> methods.Models:
-    return methods.load(*arithmetic.load_policy(), *load(rewards, name), arithmetic.CONFIG)
+    return methods.load(*arithmetic.load_policy(**WHERE), *load(rewards, name), arithmetic.CONFIG)
 
 
 def _against(folders: dict[str, Path]) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from test_bench_dto import load
 
 import nabla_fast as nf
 from nabla_fast import decoder
-from nabla_fast.environment import multiplies_bfloat16
 from nabla_fast.generate import stop_rule
 from nabla_fast.models.chat import generation_prompt_ids
+from nabla_fast.models.pretrained import multiplies_bfloat16
 from nabla_fast.objective import Objective
 from nabla_fast.rollout import HFRollout
 from nabla_fast.sampling import Sampler

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nabla_fast.config import VLLM_GPU_MEMORY_UTILIZATION, require_share
+from nabla_fast.models.pretrained import multiplies_bfloat16
 from nabla_fast.ops import backends, cuda, measured, native
 
 _PACKAGES = (
@@ -87,12 +88,6 @@ def _version(name: str) -> str:
 
 def _why_not_installed(name: str, remedy: str) -> str | None:
     return f"{name} is not installed: {remedy}" if _version(name) == _NOT_INSTALLED else None
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for products of bfloat16, AVX512-BF16 or AMX; it emulates them otherwise."""
-    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(ask is not None and ask() for ask in asked)
 
 
 def _cpu() -> dict[str, Any]:

@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     output = parser.parse_args().output
-    models = (*arithmetic.load_policy(), *arithmetic.load_reward())
+    models = (*arithmetic.load_policy(dtype="float32"), *arithmetic.load_reward(dtype="float32"))
     greedy = baselines.greedy(*models, arithmetic.QUESTION, arithmetic.CONFIG)
     whole = nf.generate(*models, arithmetic.QUESTION, arithmetic.CONFIG)
     runs = [nf.generate(*models, arithmetic.QUESTION, arithmetic.CONFIG.replace(max_rollouts=n)) for n in (1, 2)]

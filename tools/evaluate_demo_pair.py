@@ -43,7 +43,9 @@ def main(
 ) -> None:
     """Samples, scores, grades, writes OUTPUT and prints it."""
     torch.set_num_threads(threads)
-    models = methods.load(*arithmetic.load_policy(), *load_reward_model(reward_model), arithmetic.CONFIG)
+    models = methods.load(
+        *arithmetic.load_policy(dtype="float32"), *load_reward_model(reward_model, dtype="float32"), arithmetic.CONFIG
+    )
     task = load_task(ARITHMETIC, max_problems=problems)
     greedy = arithmetic.CONFIG.replace(rollout=Sampling(temperature=0.0))
     decoded = sample(models, task, problems, 1, greedy)

@@ -47,7 +47,7 @@ def main(
     samples = {task: BEST_OF if task == "products" else 4 for task in TASKS}
     answers = {task: _answers(work, task, sizes[task], samples[task], temperature) for task in TASKS}
     greedy = _answers(work, "products", products, 1, 0.0)
-    model, tokenizer = load_smollm2_reward() if reward is None else _loaded(reward)
+    model, tokenizer = load_smollm2_reward(dtype="float32") if reward is None else _loaded(reward)
     for records in answers.values():
         for record in records:
             chat = task_chat(record["entry"])
@@ -154,7 +154,7 @@ def _sample_chunk(
 def _loaded(reward: Path) -> tuple[Any, Any]:
     from nabla_fast.demo import smollm2_path
 
-    return load_reward_model(reward, base=smollm2_path())
+    return load_reward_model(reward, base=smollm2_path(), dtype="float32")
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -110,10 +110,10 @@ def train(
 def load(work: Path, name: str) -> tuple[Any, Any]:
     """A reward model that was made, or the bundled one ("taught"), and its tokenizer."""
     if name == "taught":
-        return load_reward()
+        return load_reward(dtype="float32")
     if not name.startswith("steps"):
-        return load_reward_model(work / name)
-    process, tokenizer = load_reward_model(work / name, step_separator="\n", step_aggregation="last")
+        return load_reward_model(work / name, dtype="float32")
+    process, tokenizer = load_reward_model(work / name, step_separator="\n", step_aggregation="last", dtype="float32")
     return replace(process, values_prefixes=True), tokenizer
 
 

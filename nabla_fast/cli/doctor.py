@@ -64,7 +64,7 @@ def _show_vllm(vllm: dict[str, Any]) -> None:
 
 def _devices(devices: dict[str, Any]) -> list[tuple[str, str]]:
     cpu = devices["cpu"]
-    half = "; multiplies bfloat16: --dtype bfloat16 is faster" if cpu["multiplies_bfloat16"] else ""
+    half = "; multiplies bfloat16, which --dtype auto takes" if cpu["multiplies_bfloat16"] else ""
     rows = [("CPU", f"{cpu['architecture']}, {cpu['threads']} threads, {cpu['vector_instructions']}{half}")]
     for gpu in devices["cuda"]:
         capability = gpu["compute_capability"].replace(".", "")

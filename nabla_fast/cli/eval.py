@@ -176,7 +176,7 @@ def _evaluate(
     keys = plan.keys(task.problems)
     # The directory first: a mistake there should not have to wait for the models.
     with runner.open_run(out, runner.describe(plan, task, source), keys) as journal:
-        load = partial(_load, choice.absolute(), plan.config)
+        load = partial(_load, choice.for_workers(), plan.config)
         if cluster is not None:
             engine = partial(ray_engine.evaluate, load, task, plan, journal, cluster)
         else:

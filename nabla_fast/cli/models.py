@@ -112,9 +112,16 @@ class ModelChoice:
             **self._given("adapter", "reward_adapter", *_STEPS),
         }
 
-    def absolute(self) -> ModelChoice:
-        """With local paths as workers find them, whose working directory is another one; hub ids as they are."""
-        return replace(self, model=_absolute(self.model), reward_model=_absolute(self.reward_model))
+    def for_workers(self) -> ModelChoice:
+        """As workers take it, whose working directory and processor are others: local paths are absolute (hub ids stay
+        as they are), and ``dtype`` is what "auto" comes to here, so that all of them compute alike.
+        """
+        return replace(
+            self,
+            model=_absolute(self.model),
+            reward_model=_absolute(self.reward_model),
+            dtype=self.describe()["dtype"] or self.dtype,
+        )
 
     def load(self) -> tuple[Any, Any, Any, Any]:
         """Language model, its tokenizer, reward model, its tokenizer.

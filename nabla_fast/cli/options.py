@@ -79,7 +79,7 @@ def _model_options() -> list[inspect.Parameter]:
     )
     how = {
         "device": "Of the models: auto, cpu, cuda or cuda:N.",
-        "dtype": "auto, bfloat16, float16, float32 or float64.",
+        "dtype": "auto (bfloat16 where the device multiplies it, else float32), bfloat16, float16, float32 or float64.",
         "attn_implementation": (
             "Attention of both models: auto, flash_attention_2, sdpa, eager, another name that transformers knows, or "
             "a kernel of the hub such as kernels-community/flash-attn3."

@@ -159,7 +159,9 @@ def _run(
         adapter = training.train(base, tokenizer, found, out, recipe, device=model.device, on_step=stepped)
         figures: dict[str, dict[str, Any]] = {}
         rewards = {"before": (reward[0], reward[1])} if reward else {}
-        rewards["trained"] = load_reward_model(adapter, device=model.device)
+        source = choice.describe()
+        how = {"dtype": str(source["dtype"]), "attn_implementation": choice.attn_implementation}
+        rewards["trained"] = load_reward_model(adapter, device=model.device, **how)
         asked = {
             "policy": str(model.config.name_or_path),
             "task": held_out.description,
@@ -167,7 +169,7 @@ def _run(
             "settings": config.to_dict(),
             "forks": forks,
         }
-        of = {"before": choice.describe(), "trained": {"base": base, "examples": len(found), **asdict(recipe)}}
+        of = {"before": source, "trained": {"base": base, "examples": len(found), **how, **asdict(recipe)}}
         for label, own in rewards.items():
             advance = partial(bars.advance, bars.add_task(f"probe, {label}", total=len(held_out.problems)))
             more = {"forks": forks, "batch_size": batch_size, "on_problems": advance}

@@ -42,7 +42,8 @@ def load_language_model(
             adapter (``adapter_config.json``) is loaded with its base model: the adapter is merged in float32, and the
             result cast to ``dtype``; beside a quantised base model it is left as it is.
         device: "auto" (CUDA where there is one, else CPU) or anything ``torch.device`` takes.
-        dtype: "auto" (bfloat16 on CUDA, float32 elsewhere), a torch dtype, or its name.
+        dtype: "auto" (bfloat16 on CUDA and on CPUs with AVX512-BF16 or AMX, float32 elsewhere), a torch dtype, or its
+            name.
         attn_implementation: "auto" (flash_attention_2 where flash-attn is installed, the device is CUDA and the dtype
             is half; else sdpa, or eager for families without sdpa), or what transformers' ``from_pretrained`` takes:
             one of those three, ``flash_attention_3``, ``flex_attention`` and its like, a name registered with

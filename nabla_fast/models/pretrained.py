@@ -41,10 +41,18 @@ def choose_device(device: str | torch.device, argument: str = "device") -> torch
     return chosen
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16, AVX512-BF16 or AMX; it emulates them otherwise."""
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(ask is not None and ask() for ask in asked)
+
+
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that ``dtype`` names, "auto" being bfloat16 on CUDA and float32 elsewhere; ValueError for others."""
+    """The dtype that ``dtype`` names, "auto" being bfloat16 where the device multiplies it (CUDA, and CPUs of
+    `multiplies_bfloat16`) and float32 elsewhere; ValueError for others."""
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        fast = device.type == "cuda" or (device.type == "cpu" and multiplies_bfloat16())
+        return torch.bfloat16 if fast else torch.float32
     chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in _DTYPES.values():
         raise ValueError(f'dtype is {dtype!r}; use "auto" or one of {", ".join(_DTYPES)} (or the torch dtype)')

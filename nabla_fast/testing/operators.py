@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from nabla_fast.environment import multiplies_bfloat16
+from nabla_fast.models.pretrained import multiplies_bfloat16
 from nabla_fast.ops import OPERATORS, DTOInputs, DTOOptions, DTOState, Head, Tables, TokenGradient, backends
 from nabla_fast.ops.reference import hard_tokens
 

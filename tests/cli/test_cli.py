@@ -19,7 +19,7 @@ import nabla_fast.baselines  # before a test takes the place of what it imports
 from nabla_fast import cli
 from nabla_fast.cli import console, generate, options
 from nabla_fast.cli.models import ModelChoice
-from nabla_fast.models import loading
+from nabla_fast.models import loading, pretrained
 from nabla_fast.testing.models import save_pair, tiny_process_model, tiny_tokenizer
 
 FAST = ("--max-new-tokens", "6", "--max-rollouts", "2", "--max-iters", "2", "--gradient-threshold", "none")
@@ -337,6 +337,18 @@ def test_a_run_says_only_what_is_not_as_usual():
         **choice.describe(),
         "reward_device": "meta",
     }
+
+
+def test_workers_compute_in_the_dtype_that_is_recorded(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    choice = ModelChoice("here", "hub/id", None, "cpu", "auto", "sdpa")
+    for native, expected in ((True, "bfloat16"), (False, "float32")):
+        with monkeypatch.context() as processor:
+            processor.setattr(pretrained, "multiplies_bfloat16", lambda native=native: native)
+            sent, recorded = choice.for_workers(), choice.describe()["dtype"]
+        assert sent.dtype == recorded == expected
+        assert sent == dataclasses.replace(choice, model=str(tmp_path / "here"), dtype=expected)
 
 
 def test_a_bad_setting_names_the_field(pair):

@@ -79,12 +79,12 @@ def test_visible_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("native_products", [False, True])
-def test_doctor_says_where_bfloat16_is_faster(native_products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_where_bfloat16_is_taken(native_products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: native_products, raising=False)
     assert environment.report()["devices"]["cpu"]["multiplies_bfloat16"] is native_products
     shown = CliRunner().invoke(cli.app, ["doctor"], env={"COLUMNS": "200"}).stdout
-    assert ("--dtype bfloat16 is faster" in " ".join(shown.split())) is native_products
+    assert ("multiplies bfloat16, which --dtype auto takes" in " ".join(shown.split())) is native_products
 
 
 def test_doctor_shows_what_vllm_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

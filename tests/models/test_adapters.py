@@ -75,7 +75,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def decode(model: Any, folders: dict[str, Path], reward: Any = None, **changes: Any) -> list[int]:
-    reward = load_reward_model(folders["reward"], device="cpu")[0] if reward is None else reward
+    reward = load_reward_model(folders["reward"], device="cpu", dtype="float32")[0] if reward is None else reward
     out = nf.generate(model, TOKENIZER, reward, TOKENIZER, "what is 3 times 4", CONFIG.replace(**changes))
     return list(out.sequences[0].tolist())
 
@@ -85,7 +85,7 @@ def test_a_language_model_that_is_an_adapter(name: str, folders: dict[str, Path]
     expected = with_adapters(folders)
     expected.set_adapter(name)
     for path, chosen in ((folders[name], None), (folders["several"], name)):
-        model, tokenizer = load_language_model(path, device="cpu", adapter=chosen)
+        model, tokenizer = load_language_model(path, device="cpu", dtype="float32", adapter=chosen)
         assert isinstance(model, LlamaForCausalLM)
         assert not any("lora" in key or weight.requires_grad for key, weight in model.named_parameters())
         torch.testing.assert_close(logits(model), logits(expected), rtol=1e-4, atol=1e-4)
@@ -101,15 +101,15 @@ def test_the_base_can_be_given(folders: dict[str, Path], tmp_path: Path) -> None
     )
     (tmp_path / "adapter_model.safetensors").write_bytes((folders["one"] / "adapter_model.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"does not name a base model"):
-        load_language_model(tmp_path, device="cpu")
-    given, _ = load_language_model(tmp_path, device="cpu", base=folders["language"])
-    assert torch.equal(logits(given), logits(load_language_model(folders["one"], device="cpu")[0]))
+        load_language_model(tmp_path, device="cpu", dtype="float32")
+    given, _ = load_language_model(tmp_path, device="cpu", dtype="float32", base=folders["language"])
+    assert torch.equal(logits(given), logits(load_language_model(folders["one"], device="cpu", dtype="float32")[0]))
 
 
 def test_a_reward_adapter_is_chosen_by_name(folders: dict[str, Path]) -> None:
     root, name = folders["reward adapter"].parent, folders["reward adapter"].name
-    chosen, _ = load_reward_model(root, device="cpu", adapter=name)
-    assert torch.equal(logits(chosen), logits(load_reward_model(root / name, device="cpu")[0]))
+    chosen, _ = load_reward_model(root, device="cpu", dtype="float32", adapter=name)
+    assert torch.equal(logits(chosen), logits(load_reward_model(root / name, device="cpu", dtype="float32")[0]))
 
 
 @pytest.mark.parametrize(
@@ -136,14 +136,14 @@ def test_a_reward_adapter_is_chosen_by_name(folders: dict[str, Path]) -> None:
 )
 def test_refusals_name_what_is_there(path: str, options: Any, message: str, folders: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=message):
-        load_language_model(folders[path], device="cpu", **options)
+        load_language_model(folders[path], device="cpu", dtype="float32", **options)
 
 
 def test_an_adapter_that_changes_the_input_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(folders["language"])
     get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="a peft adapter of type PROMPT_TUNING, which changes what a model reads"):
-        load_language_model(tmp_path, device="cpu")
+        load_language_model(tmp_path, device="cpu", dtype="float32")
 
 
 @pytest.mark.parametrize("name", [None, "one"])
@@ -166,16 +166,16 @@ def test_adapters_on_the_hub(name: str | None, folders: dict[str, Path], monkeyp
         def model_info(self, name: str, timeout: float) -> None:
             return None
 
-    expected = logits(load_language_model(folders["one"], device="cpu")[0])
+    expected = logits(load_language_model(folders["one"], device="cpu", dtype="float32")[0])
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     monkeypatch.setattr("transformers.utils.cached_file", cached_file)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda source: ["one/adapter_config.json", "README.md"])
-    model, _ = load_language_model("some/adapter", device="cpu", adapter=name)
+    model, _ = load_language_model("some/adapter", device="cpu", dtype="float32", adapter=name)
     assert asked == [("some/adapter", "adapter_config.json", name or ""), "some/adapter"]
     assert torch.equal(logits(model), expected)
     with pytest.raises(ValueError, match=r"adapter is 'new', and path is some/adapter, which has no .*; it has one"):
-        load_language_model("some/adapter", device="cpu", adapter="new")
+        load_language_model("some/adapter", device="cpu", dtype="float32", adapter="new")
 
 
 def test_a_cached_adapter_is_found_without_the_hub(monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]) -> None:
@@ -189,11 +189,13 @@ def test_a_cached_adapter_is_found_without_the_hub(monkeypatch: pytest.MonkeyPat
 
 def test_the_active_adapter_counts_in_every_call(folders: dict[str, Path]) -> None:
     """Chosen, chosen anew, switched off for a block, and weighed: nothing of an earlier call is used again."""
-    model, reward = with_adapters(folders), load_reward_model(folders["reward"], device="cpu")[0]
+    model, reward = with_adapters(folders), load_reward_model(folders["reward"], device="cpu", dtype="float32")[0]
     expected = {}
     for name in NAMES:
-        expected[name] = decode(load_language_model(folders[name], device="cpu")[0], folders, reward)
-    expected["none"] = decode(load_language_model(folders["language"], device="cpu")[0], folders, reward)
+        expected[name] = decode(load_language_model(folders[name], device="cpu", dtype="float32")[0], folders, reward)
+    expected["none"] = decode(
+        load_language_model(folders["language"], device="cpu", dtype="float32")[0], folders, reward
+    )
     assert len({tuple(tokens) for tokens in expected.values()}) == 3
     for name in (*NAMES, *NAMES):
         model.set_adapter(name)
@@ -206,7 +208,7 @@ def test_the_active_adapter_counts_in_every_call(folders: dict[str, Path]) -> No
 def test_adapters_inside_a_model_are_those_that_are_active(folders: dict[str, Path]) -> None:
     """As transformers' own `load_adapter` puts them there."""
     model = AutoModelForCausalLM.from_pretrained(folders["language"], dtype=torch.float32)
-    reward = load_reward_model(folders["reward"], device="cpu")[0]
+    reward = load_reward_model(folders["reward"], device="cpu", dtype="float32")[0]
     plain = decode(model.eval(), folders, reward)
     torch.manual_seed(0)
     model = inject_adapter_in_model(lora(), model, adapter_name="one").eval()
@@ -223,7 +225,7 @@ def test_a_reward_whose_adapter_is_switched_off(folders: dict[str, Path]) -> Non
     base = AutoModelForSequenceClassification.from_pretrained(folders["reward"], dtype=torch.float32)
     torch.manual_seed(0)
     reward = get_peft_model(base, lora("SEQ_CLS")).eval()
-    language, _ = load_language_model(folders["language"], device="cpu")
+    language, _ = load_language_model(folders["language"], device="cpu", dtype="float32")
 
     def scored() -> float:
         return nf.generate(language, TOKENIZER, reward, TOKENIZER, "is it", CONFIG.replace(max_rollouts=1)).rewards[0]
@@ -239,13 +241,15 @@ def test_a_reward_whose_adapter_is_switched_off(folders: dict[str, Path]) -> Non
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("quantization", ["bnb-8bit", "bnb-4bit"])
 def test_beside_a_quantised_base_an_adapter_is_not_merged(quantization: str, folders: dict[str, Path]) -> None:
-    language, _ = load_language_model(folders["several"], device="cpu", adapter="one", quantization=quantization)
-    reward, _ = load_reward_model(folders["reward adapter"], device="cpu", quantization=quantization)
+    language, _ = load_language_model(
+        folders["several"], device="cpu", dtype="float32", adapter="one", quantization=quantization
+    )
+    reward, _ = load_reward_model(folders["reward adapter"], device="cpu", dtype="float32", quantization=quantization)
     assert isinstance(language, PeftModel)
     assert isinstance(reward, PeftModel)
     assert not language.training
     with_it = decode(language, folders, reward)
     assert decode(language, folders, reward) == with_it
     with language.disable_adapter():
-        base, _ = load_language_model(folders["language"], device="cpu", quantization=quantization)
+        base, _ = load_language_model(folders["language"], device="cpu", dtype="float32", quantization=quantization)
         assert decode(language, folders, reward) == decode(base, folders, reward)

@@ -111,7 +111,7 @@ def emulated_flash(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def loaded(tmp_path: Path, attention: str, family: str = "llama") -> tuple[Any, ...]:
     folders = save_pair(tmp_path / family, family)
-    how = {"device": "cpu", "attn_implementation": attention}
+    how = {"device": "cpu", "dtype": "float32", "attn_implementation": attention}
     return *loading.load_language_model(folders[0], **how), *loading.load_reward_model(folders[1], **how)
 
 
@@ -186,8 +186,8 @@ def test_the_name_reaches_transformers_for_both_models(
 
     for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification):
         monkeypatch.setattr(auto_class, "from_pretrained", from_pretrained)
-    loading.load_language_model(folders[0], device="cpu", attn_implementation=name)
-    loading.load_reward_model(folders[1], device="cpu", attn_implementation=name)
+    loading.load_language_model(folders[0], device="cpu", dtype="float32", attn_implementation=name)
+    loading.load_reward_model(folders[1], device="cpu", dtype="float32", attn_implementation=name)
     assert given == [name, name]
 
 
@@ -212,7 +212,7 @@ def test_an_attention_that_the_model_does_not_have_is_named(tmp_path: Path, monk
     monkeypatch.setattr(transformers.LlamaForCausalLM, "_supports_flex_attn", False)
     folder, _ = save_pair(tmp_path)
     with pytest.raises(ValueError, match="attn_implementation is 'flex_attention', with which transformers does not"):
-        loading.load_language_model(folder, device="cpu", attn_implementation="flex_attention")
+        loading.load_language_model(folder, device="cpu", dtype="float32", attn_implementation="flex_attention")
 
 
 def test_a_damaged_checkpoint_is_not_blamed_on_the_attention(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_damaged_checkpoint_is_not_blamed_on_the_attention(tmp_path: Path) -> 
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
     with pytest.raises(ValueError, match=r"its config\.json and its weights are of different sizes") as caught:
-        loading.load_language_model(folder, device="cpu", attn_implementation="counted")
+        loading.load_language_model(folder, device="cpu", dtype="float32", attn_implementation="counted")
     assert "attn_implementation" not in str(caught.value)
 
 

@@ -136,7 +136,7 @@ def test_plain_tensors_in_a_pickle_are_loaded(pair: tuple[Path, Path], tmp_path:
     weights = load_file(folder / WEIGHTS)
     torch.save(weights, folder / "pytorch_model.bin")
     (folder / WEIGHTS).unlink()
-    model, _ = loading.load_language_model(folder, device="cpu")
+    model, _ = loading.load_language_model(folder, device="cpu", dtype="float32")
     state = model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in weights.items())
 
@@ -180,7 +180,7 @@ def test_an_adapter_that_is_a_hostile_pickle(adapter: Path, tmp_path: Path, monk
     (adapter / "adapter_model.safetensors").unlink()
     (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Hostile()))
     with pytest.raises(ValueError, match=r"adapter_model\.bin is damaged, or a pickle that would run code"):
-        loading.load_reward_model(adapter, device="cpu")
+        loading.load_reward_model(adapter, device="cpu", dtype="float32")
     assert not (tmp_path / "evidence").exists()
 
 
@@ -191,14 +191,14 @@ def test_an_adapter_that_lacks_a_tensor(adapter: Path, name: str) -> None:
     gone = next(key for key in weights if key.endswith(name))
     save_file({key: value for key, value in weights.items() if key != gone}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=rf"path is .*adapter.*{name.split('.')[0]}"):
-        loading.load_reward_model(adapter, device="cpu")
+        loading.load_reward_model(adapter, device="cpu", dtype="float32")
 
 
 def test_an_adapter_that_names_no_base(adapter: Path) -> None:
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
     with pytest.raises(ValueError, match=r"adapter_config\.json does not name a base model"):
-        loading.load_reward_model(adapter, device="cpu")
+        loading.load_reward_model(adapter, device="cpu", dtype="float32")
 
 
 class Hub:
@@ -226,7 +226,7 @@ def test_without_the_hub_the_cached_copy_is_loaded(monkeypatch: pytest.MonkeyPat
     hub = Hub(ConnectionError("no route"))
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
     monkeypatch.setattr(checkpoint, "cached_snapshot", lambda name: pair[0])
-    model, _ = loading.load_language_model("some/model", device="cpu")
+    model, _ = loading.load_language_model("some/model", device="cpu", dtype="float32")
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
 

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from nabla_fast.models import gguf, loading
+from nabla_fast.models import gguf, loading, pretrained
 
 SIZES = {
     "vocab_size": 16,
@@ -72,7 +72,7 @@ def adapter_folder(base: Path, folder: Path) -> tuple[Path, torch.Tensor]:
 
 
 def test_language_model_from_folder(language_model: Path) -> None:
-    model, tokenizer = loading.load_language_model(language_model, device="cpu")
+    model, tokenizer = loading.load_language_model(language_model, device="cpu", dtype="float32")
     assert isinstance(model, LlamaForCausalLM)
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
@@ -99,7 +99,7 @@ def test_reward_model_from_folder(tmp_path: Path) -> None:
 
 def test_adapter_is_merged(language_model: Path, tmp_path: Path) -> None:
     folder, expected = adapter_folder(language_model, tmp_path / "adapter")
-    model, tokenizer = loading.load_reward_model(folder, device="cpu")
+    model, tokenizer = loading.load_reward_model(folder, device="cpu", dtype="float32")
     assert isinstance(model, LlamaForSequenceClassification)
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert not any(p.requires_grad for p in model.parameters())
@@ -110,10 +110,10 @@ def test_adapter_is_merged(language_model: Path, tmp_path: Path) -> None:
 def test_adapter_with_the_base_given(language_model: Path, tmp_path: Path) -> None:
     folder, expected = adapter_folder(language_model, tmp_path / "adapter")
     moved = language_model.rename(tmp_path / "moved")
-    model, _ = loading.load_reward_model(folder, device="cpu", base=moved)
+    model, _ = loading.load_reward_model(folder, device="cpu", dtype="float32", base=moved)
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(FileNotFoundError, match=r"the adapter's base model is .*language_model"):
-        loading.load_reward_model(folder, device="cpu")
+        loading.load_reward_model(folder, device="cpu", dtype="float32")
 
 
 def test_family_without_sdpa_gets_eager(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_family_without_sdpa_gets_eager(tmp_path: Path) -> None:
     folder = tmp_path / "gemma2"
     Gemma2ForCausalLM(Gemma2Config(**SIZES)).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    model, _ = loading.load_language_model(folder, device="cpu")
+    model, _ = loading.load_language_model(folder, device="cpu", dtype="float32")
     assert model.config._attn_implementation in ("sdpa", "eager")
 
 
@@ -148,8 +148,12 @@ def test_automatic_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loading.choose_device("auto") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert loading.choose_device("auto") == torch.device("cuda")
-    assert loading.choose_dtype("auto", torch.device("cpu")) == torch.float32
     assert loading.choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert loading.choose_dtype("auto", torch.device("mps")) == torch.float32
+    for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(pretrained, "multiplies_bfloat16", lambda native=native: native)
+        assert loading.choose_dtype("auto", torch.device("cpu")) == expected
+        assert loading.choose_dtype("float32", torch.device("cpu")) == torch.float32
 
 
 @pytest.mark.parametrize("path", ["/no/such/model", "./no/such", "~/no/such", "no/such/model", "no-such.gguf"])
@@ -182,12 +186,12 @@ def test_unknown_arguments(language_model: Path, arguments: dict[str, object], m
 
 def test_reward_model_with_several_labels(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a classifier with 3 labels; a reward model has exactly one"):
-        loading.load_reward_model(reward_folder(tmp_path / "reward", 3), device="cpu")
+        loading.load_reward_model(reward_folder(tmp_path / "reward", 3), device="cpu", dtype="float32")
 
 
 def test_language_model_is_no_reward_model(language_model: Path) -> None:
     with pytest.raises(ValueError, match=r"no weights for score\.weight"):
-        loading.load_reward_model(language_model, device="cpu")
+        loading.load_reward_model(language_model, device="cpu", dtype="float32")
 
 
 def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -289,7 +293,7 @@ def test_real_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytes
     except FileNotFoundError as error:
         pytest.skip(str(error))
     monkeypatch.setenv("NABLA_FAST_CACHE", str(tmp_path / "cache"))
-    model, tokenizer = loading.load_language_model(file, device="cpu")
+    model, tokenizer = loading.load_language_model(file, device="cpu", dtype="float32")
     assert capfd.readouterr().err == ""
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert "quantization_config" not in model.config.to_dict()

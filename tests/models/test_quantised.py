@@ -120,7 +120,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def loaded(folders: dict[str, Path], kind: str, **options: Any) -> tuple[Any, Any]:
-    options = {"device": "cpu", "quantization": KINDS[kind](), **options}
+    options = {"device": "cpu", "dtype": "float32", "quantization": KINDS[kind](), **options}
     return load_language_model(folders["language"], **options)[0], load_reward_model(folders["reward"], **options)[0]
 
 
@@ -243,7 +243,7 @@ LOADERS = ((load_language_model, "language"), (load_reward_model, "reward"))
 
 @pytest.mark.parametrize("kind", kinds("int8", "float8", "bnb-4bit"))
 def test_process_reward_models(kind: str, folders: dict[str, Path]) -> None:
-    options = {"device": "cpu", "quantization": KINDS[kind](), "step_separator": "\n"}
+    options = {"device": "cpu", "dtype": "float32", "quantization": KINDS[kind](), "step_separator": "\n"}
     process, _ = load_reward_model(folders["process"], **options)
     # transformers would quantise the head of a token classifier.
     assert len(quantised(process.model)) == (14 if isinstance(options["quantization"], str) else 15)
@@ -283,7 +283,7 @@ def test_half_precision_inside_a_float32_model_is_compared_as_such(folders: dict
     from transformers import BitsAndBytesConfig
 
     inside = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    language, _ = load_language_model(folders["language"], device="cpu", quantization=inside)
+    language, _ = load_language_model(folders["language"], device="cpu", dtype="float32", quantization=inside)
     assert language.dtype == torch.float32
     assert quantised_layers.computes_in(language) == torch.bfloat16
     assert LanguageModel(language, TOKENIZER).backbone.cache_kind == "prefix"
@@ -294,7 +294,7 @@ def test_a_quantised_output_head_is_copied_once(back_end: str, folders: dict[str
     if back_end == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        model, _ = load_language_model(folders["language"], device="cpu")
+        model, _ = load_language_model(folders["language"], device="cpu", dtype="float32")
         quantize_(model, Int8WeightOnlyConfig())
     else:
         from transformers import BitsAndBytesConfig
@@ -312,7 +312,7 @@ def test_a_quantised_output_head_is_copied_once(back_end: str, folders: dict[str
         ours = LanguageModel(model, TOKENIZER)
     torch.testing.assert_close(ours.head.weight, expected, rtol=1e-5, atol=1e-6)
     assert LanguageModel(model, TOKENIZER).head.weight.data_ptr() == ours.head.weight.data_ptr()
-    reward, _ = load_reward_model(folders["reward"], device="cpu")
+    reward, _ = load_reward_model(folders["reward"], device="cpu", dtype="float32")
     assert decode((model, reward)) == decode((model, reward), graphs=False)
 
 
@@ -320,8 +320,8 @@ def test_quantised_input_embeddings_are_copied(folders: dict[str, Path]) -> None
     from torchao.quantization import IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup
 
-    model, _ = load_language_model(folders["language"], device="cpu")
-    reward, _ = load_reward_model(folders["reward"], device="cpu")
+    model, _ = load_language_model(folders["language"], device="cpu", dtype="float32")
+    reward, _ = load_reward_model(folders["reward"], device="cpu", dtype="float32")
     plain = copy.deepcopy(model), copy.deepcopy(reward)
     recipe = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
     for one, other in ((model, plain[0]), (reward, plain[1])):
@@ -377,7 +377,7 @@ def test_a_quantised_layer_with_another_gradient_is_named(
 def test_layers_that_round_their_inputs_are_refused(folders: dict[str, Path]) -> None:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    model, _ = load_language_model(folders["language"], device="cpu")
+    model, _ = load_language_model(folders["language"], device="cpu", dtype="float32")
     quantize_(model.model.layers, Int8DynamicActivationInt8WeightConfig())
     with pytest.raises(
         ValueError, match=r"its layer model.layers.0.self_attn.q_proj .* passes no gradient on; load it"
@@ -411,4 +411,4 @@ def test_a_missing_package_is_named(
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else there(name))
     with pytest.raises(ImportError, match=rf"quantization is '{name}', which needs {package}; run pip install \"nabla"):
-        load_language_model(folders["language"], device="cpu", quantization=name)
+        load_language_model(folders["language"], device="cpu", dtype="float32", quantization=name)
