@@ -13,6 +13,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -21,6 +22,7 @@ namespace nabla_fast::cpu {
 using Tensor = at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using TwoTensors = std::tuple<Tensor, Tensor>;
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;       // max_prob, lse, entropy, token, mask
 using RecordedMixture = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // mixture, offset, top, max_prob, token
 using HardEmbeddings = std::tuple<std::vector<Tensor>, Tensor>;
@@ -75,8 +77,19 @@ using HardEmbeddings = std::tuple<std::vector<Tensor>, Tensor>;
     (const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias,                 \
      at::ScalarType dtype))                                                                                          \
   X(rms_norm, Tensor, (const Tensor& x, const OptionalTensor& weight, double epsilon, bool offset))                  \
+  X(rms_norm_backward, Tensor,                                                                                       \
+    (const Tensor& grad, const Tensor& x, const OptionalTensor& weight, double epsilon, bool offset))                \
   X(rotary, TwoTensors, (const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin))                    \
-  X(attention, Tensor, (const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, double scale))
+  X(attention, Tensor, (const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, double scale)) \
+  X(attention_inputs, ThreeTensors,                                                                                  \
+    (const Tensor& x, const Tensor& query, const OptionalTensor& query_bias, const Tensor& key,                      \
+     const OptionalTensor& key_bias, const Tensor& value, const OptionalTensor& value_bias,                          \
+     const OptionalTensor& query_norm, const OptionalTensor& key_norm, const Tensor& cos, const Tensor& sin,         \
+     double epsilon, bool offset))                                                                                   \
+  X(gated_mlp, Tensor,                                                                                               \
+    (const Tensor& x, const Tensor& gate, const OptionalTensor& gate_bias, const Tensor& up,                         \
+     const OptionalTensor& up_bias, const Tensor& down, const OptionalTensor& down_bias,                             \
+     std::string_view activation))
 
 #define NABLA_FAST_DECLARE(name, result, arguments) result name arguments;
 

@@ -1,10 +1,12 @@
-// rms_norm, rotary and attention in the portable instruction set, against PyTorch's operators in double.
+// Layers and modules of few tokens in the portable instruction set, against PyTorch's operators in double.
 #include <ATen/ops/cat.h>
+#include <ATen/ops/gelu.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/rand.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/rsqrt.h>
 #include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/silu.h>
 #include <ATen/ops/where.h>
 
 #include <cstdint>
@@ -12,6 +14,7 @@
 #include <cstdlib>
 #include <limits>
 #include <optional>
+#include <string_view>
 #include <tuple>
 
 #include "cpu/operators.h"
@@ -19,7 +22,10 @@
 namespace {
 
 using nabla_fast::cpu::DEFAULT::attention;
+using nabla_fast::cpu::DEFAULT::attention_inputs;
+using nabla_fast::cpu::DEFAULT::gated_mlp;
 using nabla_fast::cpu::DEFAULT::rms_norm;
+using nabla_fast::cpu::DEFAULT::rms_norm_backward;
 using nabla_fast::cpu::DEFAULT::rotary;
 
 void require(bool condition, const char* what) {
@@ -41,6 +47,12 @@ void norms(at::ScalarType dtype, int64_t rows, int64_t width) {
   require(near(rms_norm(x, std::nullopt, 1e-6, false), unit), "norm without a weight");
   require(near(rms_norm(x, weight, 1e-6, false), unit.mul(weight.to(at::kDouble))), "norm");
   require(near(rms_norm(x, weight, 1e-6, true), unit.mul(weight.to(at::kDouble).add(1))), "norm with an offset");
+  const at::Tensor grad = at::randn({rows, width}).to(dtype);
+  const at::Tensor slopes = grad.to(at::kDouble).mul(weight.to(at::kDouble).add(1));
+  const at::Tensor along = unit.mul(unit.mul(slopes).mean(-1, true));
+  const at::Tensor factor = at::rsqrt(wide.square().mean(-1, true).add(1e-6));
+  require(width < 7 || near(rms_norm_backward(grad, x, weight, 1e-6, true), slopes.sub(along).mul(factor)),
+          "gradient of a norm");
 }
 
 at::Tensor turned(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
@@ -78,6 +90,37 @@ void mixtures(at::ScalarType dtype, int64_t tokens, int64_t width, int64_t size,
           "attention that reads nothing");
 }
 
+// Against products of the same numbers in double, of results that are rounded as often.
+void modules(at::ScalarType dtype, int64_t rows) {
+  const auto matrix = [&](int64_t out, int64_t in) { return at::randn({out, in}).mul(0.1).to(dtype); };
+  const auto times = [](const at::Tensor& x, const at::Tensor& weight) {
+    return x.to(at::kDouble).matmul(weight.to(at::kDouble).t());
+  };
+  const auto rounded = [&](const at::Tensor& x) { return x.to(dtype).to(at::kDouble); };
+  const at::Tensor x = at::randn({2, rows, 32}).to(dtype);
+  const at::Tensor gate = matrix(96, 32);
+  const at::Tensor up = matrix(96, 32);
+  const at::Tensor down = matrix(32, 96);
+  for (const auto* name : {"silu", "gelu", "gelu_tanh"}) {
+    const std::string_view activation(name);
+    const at::Tensor gates = rounded(times(x, gate));
+    const at::Tensor active = activation == "silu"   ? at::silu(gates)
+                              : activation == "gelu" ? at::gelu(gates)
+                                                     : at::gelu(gates, "tanh");
+    const at::Tensor meant = times(rounded(active.mul(rounded(times(x, up)))), down);
+    require(near(gated_mlp(x, gate, std::nullopt, up, std::nullopt, down, std::nullopt, activation), meant), name);
+  }
+  const at::Tensor cos = at::randn({1, rows, 16}).to(dtype);
+  const at::Tensor sin = at::randn({1, rows, 16}).to(dtype);
+  const at::Tensor scale = at::randn({16}).to(dtype);
+  const at::Tensor bias = at::randn({64}).to(dtype);
+  const auto [q, k, v] = attention_inputs(x, matrix(64, 32), bias, matrix(32, 32), std::nullopt, gate.narrow(0, 0, 32),
+                                          std::nullopt, scale, scale, cos, sin, 1e-6, false);
+  require(q.size(1) == 4 && k.size(1) == 2, "heads");
+  const at::Tensor values = times(x, gate.narrow(0, 0, 32)).view({2, rows, 2, 16}).transpose(1, 2);
+  require(near(v, values), "values");
+}
+
 }  // namespace
 
 int main() {
@@ -90,6 +133,7 @@ int main() {
       mixtures(dtype, tokens, 37, 33, 70);
     }
     mixtures(dtype, 4, 500, 64, 64);  // by several threads
+    for (const int64_t rows : {1, 3}) modules(dtype, rows);
   }
   std::puts("passed");
 }

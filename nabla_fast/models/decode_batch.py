@@ -159,7 +159,7 @@ class _Layer(DynamicLayer):
 
     def use(self, width: int) -> tuple[Tensor, Tensor]:
         """The first ``width`` columns are in use."""
-        keys, values = (x[:, :, :width] for x in self.buffers)
+        keys, values = (x.narrow(2, 0, width) for x in self.buffers)
         self.keys, self.values = keys, values
         return keys, values
 
@@ -169,7 +169,7 @@ class _Layer(DynamicLayer):
         if end > have:
             self.buffers = [pad(x, (0, 0, 0, max(end - have, have // 2))) for x in self.buffers]
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, begin:end] = new
+            buffer.narrow(2, begin, end - begin).copy_(new)
         return self.use(end)
 
 

@@ -1,7 +1,8 @@
 """Layers of a model as one kernel each, where transformers writes them as several operators; on a CPU, linear layers.
 
-What takes their place is in `nabla_fast.models.gpu_layers`, `nabla_fast.models.token_layers` for few tokens on a CPU,
-and `nabla_fast.models.linear_layers`. The model stays as it is: layers are exchanged for the length of a block.
+What takes their place is in `nabla_fast.models.gpu_layers`, `nabla_fast.models.token_layers` and
+`nabla_fast.models.token_modules` for few tokens on a CPU, and `nabla_fast.models.linear_layers`. The model stays as it
+is: layers are exchanged for the length of a block.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from nabla_fast.models import checks, gpu_layers, layer_trials, linear_layers, quantised_layers, token_layers
+from nabla_fast.models import (
+    checks,
+    gpu_layers,
+    layer_trials,
+    linear_layers,
+    quantised_layers,
+    token_layers,
+    token_modules,
+)
 from nabla_fast.models.temporary import set_attribute, while_any
 from nabla_fast.ops import token_layers as token_kernels
 
@@ -29,6 +38,7 @@ class FusedLayers:
         norms: modules, and the forward passes that take the place of theirs.
         rotary: Python modules whose attention layers call ``apply_rotary_pos_emb`` by that name, and what takes its
             place.
+        modules: attention and feed-forward modules, and the forward passes that take the place of theirs.
         attention: whether `nabla_fast.models.token_layers` takes the place of transformers' attention.
         linear: layers whose forward passes `nabla_fast.models.linear_layers` has.
         quantised: layers that `nabla_fast.models.quantised_layers` makes exact.
@@ -36,6 +46,7 @@ class FusedLayers:
 
     norms: tuple[tuple[torch.nn.Module, Callable[..., Any]], ...] = ()
     rotary: tuple[tuple[ModuleType, Callable[..., Any]], ...] = ()
+    modules: tuple[tuple[torch.nn.Module, Callable[..., Any]], ...] = ()
     attention: bool = False
     linear: tuple[torch.nn.Linear, ...] = ()
     quantised: tuple[Any, ...] = ()
@@ -43,11 +54,12 @@ class FusedLayers:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Exchanges them in this block, for all threads."""
-        norms, functions = dict(self.norms), dict(self.rotary)
+        norms, functions, modules = dict(self.norms), dict(self.rotary), dict(self.modules)
         tables = [ALL_ATTENTION_FUNCTIONS] if self.attention else []
         with (
             while_any("norm", norms, lambda module: set_attribute(module, "forward", norms[module])),
             while_any("rotary", functions, lambda page: set_attribute(page, layer_trials.ROTARY, functions[page])),
+            while_any("module", modules, lambda module: set_attribute(module, "forward", modules[module])),
             while_any("attention", tables, token_layers.exchange_attention),
             while_any("linear", self.linear, linear_layers.exchange),
             while_any("quantised", self.quantised, quantised_layers.exchange),
@@ -101,10 +113,10 @@ def find(model: Any) -> FusedLayers:
 
 
 def find_on_cpu(model: Any) -> FusedLayers:
-    """The layers of a model that the native kernels take the place of where there is no gradient."""
+    """The layers of a model that the native kernels take the place of: some with their gradients, some without one."""
     like = layer_trials.numbers_like(model)
     if like is None or not token_kernels.available():
         return FusedLayers()
-    norms = layer_trials.norms(model, like, token_layers.Norm, gradient=False)
-    rotary = layer_trials.rotary_functions(model, like, token_layers.rotated, gradient=False)
-    return FusedLayers(norms, rotary, attention=True)
+    norms = layer_trials.norms(model, like, token_layers.Norm)
+    rotary = layer_trials.rotary_functions(model, like, token_layers.rotated)
+    return FusedLayers(norms, rotary, token_modules.find(model, dict(norms)), attention=True)

@@ -1,4 +1,4 @@
-"""Layers of a model on a CPU where no gradient is asked for, by `nabla_fast.ops.token_layers`.
+"""Layers of a model on a CPU, by `nabla_fast.ops.token_layers`; attention where no gradient is asked for.
 
 RMS norms and rotary embeddings are exchanged where, tried on random numbers, a kernel gives what the layer gives;
 attention in transformers' table of implementations, in which "sdpa" means `scaled_dot_product_attention` whatever the
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from nabla_fast.models.layer_trials import epsilon_of, fits_rotary, random_like, refuse, same
 from nabla_fast.ops import token_layers
+from nabla_fast.ops.rotary import rotary
 
 # Tokens up to which the kernel of attention is faster than PyTorch's, which shares keys among queries.
 MOST_TOKENS = 16
-_ATTENTION = "sdpa"
+ATTENTION = "sdpa"
 # What transformers' own function of that name does something with.
 _ARGUMENTS = {
     *("module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "position_bias", "kwargs")
@@ -42,8 +43,9 @@ class Norm:
         weight = getattr(self.module, "weight", None)
         if (
             not isinstance(x, Tensor)
-            or not _is_for_kernels(x)
+            or not is_for_kernels(x, differentiable=True)
             or (weight is not None and not (weight.dtype is x.dtype and weight.shape == x.shape[-1:] and weight.is_cpu))
+            or (weight is not None and weight.requires_grad and torch.is_grad_enabled())
         ):
             return self.own(*args, **kwargs)
         return token_layers.rms_norm(x, weight, self.epsilon or 0.0, self.offset)
@@ -51,9 +53,12 @@ class Norm:
 
 def rotated(own: Callable[..., Any], q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
     """``apply_rotary_pos_emb``."""
-    if fits_rotary(q, k, cos, sin, args, kwargs) and _is_for_kernels(q):
+    if not fits_rotary(q, k, cos, sin, args, kwargs) or not is_for_kernels(q, differentiable=True):
+        return own(q, k, cos, sin, *args, **kwargs)
+    if not torch.is_grad_enabled():
         return token_layers.rotary(q, k, cos, sin)
-    return own(q, k, cos, sin, *args, **kwargs)
+    asked = cos.requires_grad or sin.requires_grad
+    return own(q, k, cos, sin) if asked else rotary(q, k, cos, sin)
 
 
 def attention(
@@ -71,7 +76,7 @@ def attention(
     """``sdpa_attention_forward`` of transformers."""
     fits = (
         isinstance(query, Tensor)
-        and _is_for_kernels(query)
+        and is_for_kernels(query)
         and query.shape[0] * query.shape[2] <= MOST_TOKENS
         and not dropout
         and query.dtype is key.dtype is value.dtype
@@ -94,14 +99,14 @@ def exchange_attention(table: Any) -> Callable[[], Any] | None:
 
     None where that is not what is known.
     """
-    own = table[_ATTENTION]
-    if _ATTENTION in table._local_mapping or not is_known(own):
+    own = table[ATTENTION]
+    if ATTENTION in table._local_mapping or not is_known(own):
         return None
 
     def back() -> None:
-        del table[_ATTENTION]
+        del table[ATTENTION]
 
-    table[_ATTENTION] = functools.partial(attention, own)
+    table[ATTENTION] = functools.partial(attention, own)
     return back
 
 
@@ -132,11 +137,13 @@ def _is_broadcast(mask: Tensor, query: Tensor, key: Tensor) -> bool:
     return mask.ndim == 4 and mask.shape[3] == key.shape[2] and all(a in (1, b) for a, b in rows)
 
 
-def _is_for_kernels(x: Tensor) -> bool:
+def is_for_kernels(x: Tensor, *, differentiable: bool = False) -> bool:
+    """Whether a call with ``x`` may be a native kernel's: on a CPU, in a dtype of theirs, and not under autograd unless
+    the kernel is differentiable."""
     return (
         x.is_cpu
         and x.dtype in token_layers.DTYPES
-        and not torch.is_grad_enabled()
+        and (differentiable or not torch.is_grad_enabled())
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )

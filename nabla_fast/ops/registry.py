@@ -262,7 +262,7 @@ class Operator:
             values, result = self._whole(flat[:-1]), self._results(results[0] if self._single else results)
             gradient = self._derivative(*values, flat[-1], result=result).to(flat[0].dtype)
         if torch.is_grad_enabled():  # create_graph=True
-            gradient = _Once.apply(self._called, gradient, flat[0], *grads)
+            gradient = Once.apply(self._called, gradient, flat[0], *grads)
         return gradient, *[None] * (len(flat) - 1)
 
 
@@ -286,8 +286,11 @@ def _doubled(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) else type(value)(*(x.double() for x in value))
 
 
-class _Once(torch.autograd.Function):
-    """A gradient that depends on an operator's first argument and on what is sent back, by a derivative that raises."""
+class Once(torch.autograd.Function):
+    """A gradient that depends on an operator's first argument and on what is sent back, by a derivative that raises.
+
+    ``apply(name of the operator, gradient, what it depends on...)``.
+    """
 
     @staticmethod
     def forward(ctx: Any, name: str, gradient: Tensor, *_: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layers on a CPU without a derivative, a native kernel each: not the method's operators, but what a token waits for.
+"""Layers on a CPU, a native kernel each: not the method's operators, but what a token waits for.
 
 PyTorch takes seven operators for an RMS norm, fourteen for a rotary embedding, and copies keys and values for queries
 that share them; a token of a small model spends as long on that as on its products. A row's result is the same
@@ -7,25 +7,56 @@ bits whatever is beside it.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from nabla_fast.ops import native
+from nabla_fast.ops.registry import Once
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _rms_norm = native.define("native_rms_norm(Tensor x, Tensor? weight, float epsilon, bool offset) -> Tensor")
+_rms_norm_backward = native.define(
+    "native_rms_norm_backward(Tensor grad, Tensor x, Tensor? weight, float epsilon, bool offset) -> Tensor"
+)
 _rotary = native.define("native_rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)")
 _attention = native.define("native_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor")
+_attention_inputs = native.define(
+    "native_attention_inputs(Tensor x, Tensor query, Tensor? query_bias, Tensor key, Tensor? key_bias, Tensor value, "
+    "Tensor? value_bias, Tensor? query_norm, Tensor? key_norm, Tensor cos, Tensor sin, float epsilon, bool offset) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_gated_mlp = native.define(
+    "native_gated_mlp(Tensor x, Tensor gate, Tensor? gate_bias, Tensor up, Tensor? up_bias, Tensor down, "
+    "Tensor? down_bias, str activation) -> Tensor"
+)
+
+Linear = tuple[Tensor, Tensor | None]
+"""A weight (out, in) and its bias (out,), or None."""
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
+}
 
 
 def available() -> bool:
     """Whether the native library has the kernels."""
-    return all(native.has(name) for name in ("rms_norm", "rotary", "attention"))
+    return all(
+        native.has(name)
+        for name in ("rms_norm", "rms_norm_backward", "rotary", "attention", "attention_inputs", "gated_mlp")
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, offset: bool = False) -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension, in float32, rounded once.
+
+    Differentiable once, in ``x`` alone.
 
     Args:
         x: (..., d) float32, bfloat16 or float16.
@@ -35,12 +66,31 @@ def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, offset: bool = Fa
     Returns:
         (..., d) of the dtype of ``x``, contiguous.
     """
-    out: Tensor = _rms_norm(x, weight, epsilon, offset)
+    differentiated = torch.is_grad_enabled() and x.requires_grad
+    out: Tensor = (_RMSNorm.apply if differentiated else _rms_norm)(x, weight, epsilon, offset)
     return out
 
 
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, epsilon: float, offset: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.settings = epsilon, offset
+        out: Tensor = _rms_norm(x, weight, epsilon, offset)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        x, weight = ctx.saved_tensors
+        with torch.no_grad():
+            gradient: Tensor = _rms_norm_backward(grad, x, weight, *ctx.settings)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradient = Once.apply("rms_norm", gradient, x, grad)
+        return gradient, None, None, None
+
+
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`nabla_fast.ops.rotary.rotary`, computed in float32 and rounded once."""
+    """`nabla_fast.ops.rotary.rotary`, computed in float32 and rounded once; without a derivative."""
     rotated: tuple[Tensor, Tensor] = _rotary(q, k, cos, sin)
     return rotated
 
@@ -62,8 +112,75 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     return out
 
 
+def attention_inputs(
+    x: Tensor,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    norms: tuple[Tensor | None, Tensor | None],
+    cos: Tensor,
+    sin: Tensor,
+    epsilon: float = 0.0,
+    offset: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of an attention layer: linear layers, `rms_norm` of each head, and `rotary`.
+
+    Args:
+        x: (B, S, d) float32, bfloat16 or float16.
+        query, key, value: linear layers of the same dtype as `nabla_fast.ops.linear.linear` takes them, whose outputs
+            are heads of D features.
+        norms: weights (D,) of the norm of queries and of that of keys; None where there is none.
+        cos, sin: (B or 1, S, D) of the same dtype.
+        epsilon, offset: of the norms.
+
+    Returns:
+        (B, heads, S, D) each; views of (B, S, heads, D).
+    """
+    heads: tuple[Tensor, Tensor, Tensor] = _attention_inputs(x, *query, *key, *value, *norms, cos, sin, epsilon, offset)
+    return heads
+
+
+def gated_mlp(x: Tensor, gate: Linear, up: Linear, down: Linear, activation: str) -> Tensor:
+    """down(activation(gate(x)) * up(x)), the product rounded once.
+
+    Args:
+        x: (..., d) float32, bfloat16 or float16.
+        gate, up, down: linear layers of the same dtype as `nabla_fast.ops.linear.linear` takes them.
+        activation: a key of `ACTIVATIONS`.
+
+    Returns:
+        (..., d_out), contiguous.
+    """
+    out: Tensor = _gated_mlp(x, *gate, *up, *down, activation)
+    return out
+
+
+@torch.library.register_fake("nabla_fast::native_attention_inputs")
+def _fake_attention_inputs(
+    x: Tensor, query: Tensor, query_bias: object, key: Tensor, key_bias: object, value: Tensor, *more: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    *_, cos, _, _, _ = more
+    assert isinstance(cos, Tensor)
+    q, k, v = (
+        x.new_empty(*x.shape[:2], len(w) // cos.shape[2], cos.shape[2]).transpose(1, 2) for w in (query, key, value)
+    )
+    return q, k, v
+
+
+@torch.library.register_fake("nabla_fast::native_gated_mlp")
+def _fake_gated_mlp(
+    x: Tensor, gate: Tensor, gate_bias: object, up: Tensor, up_bias: object, down: Tensor, *_: object
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(down))
+
+
 @torch.library.register_fake("nabla_fast::native_rms_norm")
 def _fake_rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, offset: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("nabla_fast::native_rms_norm_backward")
+def _fake_rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, epsilon: float, offset: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

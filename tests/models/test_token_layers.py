@@ -160,8 +160,11 @@ def test_calls_of_rotary_embeddings_that_the_kernel_does_not_have(asked: list[st
         ]:
             assert token_layers.rotated(own, *arguments, **named) == "own"
         assert token_layers.rotated(own, q, k, cos, cos)[0].shape == q.shape
-    assert token_layers.rotated(own, q, k, cos, cos) == "own"
+    assert token_layers.rotated(own, q, k, cos.clone().requires_grad_(), cos) == "own"
     assert asked == ["rotary"]
+    leaf = q.clone().requires_grad_()
+    assert token_layers.rotated(own, leaf, k, cos, cos)[0].requires_grad
+    assert asked == ["rotary"] * 2
 
 
 CASES = (

@@ -1,4 +1,4 @@
-"""RMS norm, rotary embedding and attention of few tokens by the native kernels, against float64."""
+"""Layers and modules of few tokens by the native kernels, against float64."""
 
 from __future__ import annotations
 
@@ -47,6 +47,25 @@ def test_norms_equal_float64(dtype: torch.dtype, width: int, rows: int) -> None:
             out = token_layers.rms_norm(x, given, 1e-5, offset)
             assert out.dtype == dtype
             assert_near(out, norm(x, given, 1e-5, offset))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 7, 33, 64, 576, 1001])
+def test_gradients_of_norms_equal_float64(dtype: torch.dtype, width: int) -> None:
+    for size in (1.0, 1e-3, 30.0):
+        x, grad = (guarded(size * random(5, width, dtype=dtype, seed=seed)) for seed in (0, 2))
+        weight = guarded(random(width, dtype=dtype, seed=1), at_start=bool(width % 2))
+        for given, offset in ((None, False), (weight, False), (weight, True)):
+            wide, leaf = (y.clone().requires_grad_() for y in (x.double(), x))
+            (exact,) = torch.autograd.grad(norm(wide, given, 1e-5, offset), wide, grad.double())
+            (ours,) = torch.autograd.grad(token_layers.rms_norm(leaf, given, 1e-5, offset), leaf, grad)
+            assert ours.dtype == dtype
+            # What is left is a difference of what is taken away.
+            scale = (grad.double() / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()).norm()
+            assert (ours.double() - exact).norm() <= 4 * ROUNDING[dtype] * (exact.norm() + scale * (width == 1))
+    (twice,) = torch.autograd.grad(token_layers.rms_norm(leaf, None, 1e-5).sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative of rms_norm"):
+        twice.sum().backward()
 
 
 def test_norms_of_views() -> None:
@@ -134,6 +153,70 @@ def test_attention_of_views_and_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", list(token_layers.ACTIVATIONS))
+@pytest.mark.parametrize(
+    ("rows", "sizes", "bias"), [(1, (32, 64), False), (5, (64, 96), True), (9, (576, 1536), False)]
+)
+def test_gated_networks_equal_float64(
+    dtype: torch.dtype, activation: str, rows: int, sizes: tuple[int, int], bias: bool
+) -> None:
+    d, inner = sizes
+    x = random(2, rows, d, dtype=dtype)
+    shapes = ((inner, d), (inner, d), (d, inner))
+    layers = [
+        (random(*s, dtype=dtype, seed=i) / s[1] ** 0.5, random(s[0], seed=9) if bias else None)
+        for i, s in enumerate(shapes)
+    ]
+    for size in (1, 20):  # where activations are flat, too
+        given = guarded(size * x, at_start=bool(rows % 2))
+        gate, up, down = [(guarded(w), None if b is None else guarded(b)) for w, b in layers]
+        out = token_layers.gated_mlp(given, gate, up, down, activation)
+        exact = [(w.double(), None if b is None else b.double()) for w, b in layers]
+        wide = size * x.double()
+        product = token_layers.ACTIVATIONS[activation](F.linear(wide, *exact[0])) * F.linear(wide, *exact[1])
+        meant = F.linear(product, *exact[2])
+        assert out.dtype == dtype
+        assert out.shape == (2, rows, d)
+        # Three roundings of products' results, and float32's own.
+        assert (out.double() - meant).norm() <= 3 * ROUNDING[dtype] * meant.norm()
+    alone = [token_layers.gated_mlp(x[1, n], gate, up, down, activation) for n in range(rows)]
+    assert torch.equal(torch.stack(alone), token_layers.gated_mlp(x, gate, up, down, activation)[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("bias", "norms", "offset"), [(False, False, False), (True, False, False), (False, True, True)]
+)
+@pytest.mark.parametrize("tables", [1, 2])
+def test_inputs_of_attention_equal_float64(
+    dtype: torch.dtype, bias: bool, norms: bool, offset: bool, tables: int
+) -> None:
+    d, size, heads = 64, 32, (4, 2, 2)
+    x = guarded(random(2, 3, d, dtype=dtype))
+    cos, sin = (guarded(random(tables, 3, size, dtype=dtype, seed=i)) for i in (1, 2))
+    layers = [
+        (random(n * size, d, dtype=dtype, seed=i) / 8, random(n * size, dtype=dtype, seed=i) if bias else None)
+        for i, n in enumerate(heads)
+    ]
+    weights = [random(size, dtype=dtype, seed=i) if norms else None for i in (5, 6)]
+    ours = token_layers.attention_inputs(x, *layers, (weights[0], weights[1]), cos, sin, 1e-5, offset)
+    meant = []
+    for (weight, own), scale, n in zip(layers, [*weights, None], heads, strict=True):
+        rows = F.linear(x.double(), weight.double(), None if own is None else own.double()).view(2, 3, n, size)
+        meant.append((rows if scale is None else norm(rows, scale, 1e-5, offset)).transpose(1, 2))
+    meant[:2] = rotary_reference(*meant[:2], cos.double(), sin.double())
+    for one, exact in zip(ours, meant, strict=True):
+        assert one.shape == exact.shape
+        assert one.dtype == dtype
+        assert (one.double() - exact).norm() <= 3 * ROUNDING[dtype] * exact.norm()
+    alone = token_layers.attention_inputs(
+        x[1:, 2:], *layers, (weights[0], weights[1]), cos[-1:, 2:], sin[-1:, 2:], 1e-5, offset
+    )
+    for one, whole in zip(alone, ours, strict=True):
+        assert torch.equal(one[0], whole[1, :, 2:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_query_is_the_same_in_any_company(dtype: torch.dtype) -> None:
     """Bit for bit: with columns masked before and between its own, whatever they hold, and beside other queries."""
     q, k, v = random(1, 4, 6, 40, dtype=dtype), random(1, 2, 37, 40, dtype=dtype), random(1, 2, 37, 24, dtype=dtype)
@@ -191,6 +274,8 @@ def test_large_and_missing_numbers(dtype: torch.dtype) -> None:
 
 def test_what_the_kernels_refuse() -> None:
     q, k, cos, mask = random(2, 4, 3, 8), random(2, 2, 7, 8), random(1, 3, 8), torch.ones(2, 1, 3, 7, dtype=torch.bool)
+    w, tables = random(96, 64), [random(1, 96, 8)] * 2
+    heads = (w, None, w, None, w, None, None, None)
     ops: Any = torch.ops.nabla_fast
     for kernel, wrong, said in [
         (ops.native_rms_norm, (q[0, 0, 0, 0], None, 1e-6, False), r"\(\.\.\., d\)"),
@@ -198,6 +283,9 @@ def test_what_the_kernels_refuse() -> None:
         (ops.native_rms_norm, (q, q[0, 0, 0].bfloat16(), 1e-6, False), "the dtype of x"),
         (ops.native_rms_norm, (q.double(), None, 1e-6, False), "float32, bfloat16 or float16"),
         (ops.native_rms_norm, (q.long(), None, 1e-6, False), "float32, bfloat16 or float16"),
+        (ops.native_rms_norm_backward, (q[:1], q, None, 1e-6, False), "the shape of x"),
+        (ops.native_rms_norm_backward, (q.half(), q, None, 1e-6, False), "the dtype of x"),
+        (ops.native_rms_norm_backward, (q, q, q[0, 0, 0, :7], 1e-6, False), r"\(8"),
         (ops.native_rotary, (q[0], q[0], cos, cos), "q must have shape"),
         (ops.native_rotary, (q, q[:, :, :2], cos, cos), "k must have shape"),
         (ops.native_rotary, (q, q, cos[:, :2], cos), "cos must have shape"),
@@ -216,6 +304,22 @@ def test_what_the_kernels_refuse() -> None:
         (ops.native_attention, (q, k, k, mask[:, :, :2], 1.0), "mask must be bool"),
         (ops.native_attention, (q.double(), k.double(), k.double(), None, 1.0), "float32, bfloat16 or float16"),
         (ops.native_attention, (q.to_sparse(), k, k, None, 1.0), "q"),
+        (ops.native_gated_mlp, (w[0], w, None, w, None, w.t(), None, "relu"), "silu, gelu or gelu_tanh"),
+        (ops.native_gated_mlp, (w[0], w, None, w[:32], None, w.t(), None, "silu"), "up must have shape"),
+        (ops.native_gated_mlp, (w[0], w, None, w, None, w, None, "silu"), "down must have shape"),
+        (ops.native_gated_mlp, (w[0], w.half(), None, w, None, w.t(), None, "silu"), "x must be float32"),
+        (ops.native_gated_mlp, (w[0, :32], w, None, w, None, w.t(), None, "silu"), "weight must have shape"),
+        (ops.native_attention_inputs, (w, *heads, *tables, 0.0, False), "x must have shape"),
+        (ops.native_attention_inputs, (w[None], *heads, tables[0][0], tables[1], 0.0, False), "cos must have shape"),
+        (
+            ops.native_attention_inputs,
+            (w[None], *heads, tables[0], tables[1][:, :2], 0.0, False),
+            "sin must have shape",
+        ),
+        (ops.native_attention_inputs, (w[None, :2], *heads, *tables, 0.0, False), "cos must have shape"),
+        (ops.native_attention_inputs, (w[None], w[:60], *heads[1:], *tables, 0.0, False), "multiple of the 8 features"),
+        (ops.native_attention_inputs, (w[None], w, None, w[:, :32], *heads[3:], *tables, 0.0, False), "key must have"),
+        (ops.native_attention_inputs, (w[None], *heads[:6], w[0, :4], None, *tables, 0.0, False), "weight must have"),
     ]:
         with pytest.raises((RuntimeError, TypeError, ValueError), match=said):
             kernel(*wrong)
@@ -225,8 +329,13 @@ def test_the_fake_kernels_have_the_real_ones_shapes() -> None:
     q, k, cos = random(2, 3, 4, 8).transpose(1, 2), random(2, 2, 7, 8), random(1, 3, 8)
     ops: Any = torch.ops.nabla_fast
     torch.library.opcheck(ops.native_rms_norm, (q, q[0, 0, 0], 1e-6, True))
+    torch.library.opcheck(ops.native_rms_norm_backward, (q, q, q[0, 0, 0], 1e-6, True))
     torch.library.opcheck(ops.native_rotary, (q, q, cos, cos))
     torch.library.opcheck(ops.native_attention, (q, k, k[..., :5], None, 0.5))
+    x, w, tables = random(2, 3, 32), random(64, 32), [random(1, 3, 16)] * 2
+    torch.library.opcheck(ops.native_gated_mlp, (x, w, None, w, None, w.t().contiguous(), w[0], "silu"))
+    heads = (w, None, w[:32], None, w[:32], w[:32, 0], w[0, :16], None)
+    torch.library.opcheck(ops.native_attention_inputs, (x, *heads, *tables, 1e-6, False))
 
 
 def test_attention_is_pytorchs() -> None:
