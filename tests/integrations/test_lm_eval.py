@@ -76,7 +76,7 @@ def tasks(tmp_path):
 
 @pytest.fixture(scope="module")
 def models():
-    return (*bundled.load_policy(), *bundled.load_reward())
+    return (*bundled.load_policy(dtype="float32"), *bundled.load_reward(dtype="float32"))
 
 
 @pytest.fixture

@@ -44,13 +44,15 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
 def test_a_token_classifier_is_loaded_with_its_separator(saved: Callable[..., Path]) -> None:
     model = tiny_process_model(dtype=torch.float32)
     folder = saved(model, TOKENIZER)
-    process, tokenizer = load_reward_model(folder, device="cpu", step_separator="\n", step_aggregation="last")
+    process, tokenizer = load_reward_model(
+        folder, device="cpu", dtype="float32", step_separator="\n", step_aggregation="last"
+    )
     assert (process.separator, process.aggregation) == ("\n", "last")
     probe = torch.tensor([ids("at 12\n")])
     torch.testing.assert_close(process.model(input_ids=probe).logits, model(input_ids=probe).logits)
     out = nf.generate(tiny_language_model("llama", dtype=torch.float32), TOKENIZER, process, tokenizer, "it", SHORT)
     assert 0 <= out.rewards[0] <= 1
-    inserted, _ = load_reward_model(folder, device="cpu", step_separator="+", step_insert_after=".")
+    inserted, _ = load_reward_model(folder, device="cpu", dtype="float32", step_separator="+", step_insert_after=".")
     assert inserted.insert_after == "."
     with pytest.raises(ValueError, match=r"path is .*, a token classifier, and where it is to be read it does not say"):
         load_reward_model(folder, device="cpu")
@@ -59,7 +61,7 @@ def test_a_token_classifier_is_loaded_with_its_separator(saved: Callable[..., Pa
 def test_a_head_of_two_layers_is_loaded_as_qwen_stores_it(saved: Callable[..., Path]) -> None:
     model = tiny_process_model("qwen3", two_layers=True, dtype=torch.float32, vocab_rows=len(MARKED))
     own = {"architectures": ["Qwen3ForProcessRewardModel"], "auto_map": {"AutoModel": "modeling_qwen2_rm.Qwen2"}}
-    process, tokenizer = load_reward_model(saved(model, MARKED, **own), device="cpu")
+    process, tokenizer = load_reward_model(saved(model, MARKED, **own), device="cpu", dtype="float32")
     assert (process.separator, process.aggregation) == (MARK, "min")
     probe = torch.tensor([MARKED("at 12\n")["input_ids"]])
     torch.testing.assert_close(process.model(input_ids=probe).logits, model(input_ids=probe).logits)
@@ -76,7 +78,7 @@ def test_a_value_head_is_loaded_as_skywork_stores_it(saved: Callable[..., Path])
     torch.manual_seed(0)
     head = {"v_head.summary.weight": torch.randn(1, 24), "v_head.summary.bias": torch.randn(1)}
     save_file({**load_file(folder / "model.safetensors"), **head}, folder / "model.safetensors", {"format": "pt"})
-    process, tokenizer = load_reward_model(folder, device="cpu")
+    process, tokenizer = load_reward_model(folder, device="cpu", dtype="float32")
     assert process.separator == "\n"
     probe = torch.tensor([ids("at 12\n")])
     hidden = model.model(input_ids=probe).last_hidden_state

@@ -110,7 +110,7 @@ def test_a_decode_by_traces_in_float32() -> None:
 
 def test_the_bundled_pair_by_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients, rewards and rollouts."""
-    models = (*arithmetic.load_policy(), *arithmetic.load_reward())
+    models = (*arithmetic.load_policy(dtype="float32"), *arithmetic.load_reward(dtype="float32"))
     question = "Compute 64 * 4 + 505 - 34 * 7 - 15."
     plain = nf.generate(*models, question, arithmetic.CONFIG)
     monkeypatch.setattr(graphs, "TRACE_ON_CPU", True)
