@@ -18,7 +18,6 @@ from torch import Tensor
 
 from nabla_fast.models.layer_trials import epsilon_of, fits_rotary, random_like, refuse, same
 from nabla_fast.ops import token_layers
-from nabla_fast.ops.rotary import rotary
 
 # Tokens up to which the kernel of attention is faster than PyTorch's, which shares keys among queries.
 MOST_TOKENS = 16
@@ -55,10 +54,9 @@ def rotated(own: Callable[..., Any], q: Any, k: Any, cos: Any, sin: Any, *args: 
     """``apply_rotary_pos_emb``."""
     if not fits_rotary(q, k, cos, sin, args, kwargs) or not is_for_kernels(q, differentiable=True):
         return own(q, k, cos, sin, *args, **kwargs)
-    if not torch.is_grad_enabled():
-        return token_layers.rotary(q, k, cos, sin)
-    asked = cos.requires_grad or sin.requires_grad
-    return own(q, k, cos, sin) if asked else rotary(q, k, cos, sin)
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        return own(q, k, cos, sin)
+    return token_layers.rotary(q, k, cos, sin)
 
 
 def attention(

@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys: not one of the method's operators, but a layer's that runs as one kernel."""
+"""Rotary embedding of queries and keys: not one of the method's operators, but a layer's that a GPU runs as one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast.ops import token_layers
 from nabla_fast.ops.namespace import NAMESPACE
 from nabla_fast.ops.registry import LIBRARY
 
@@ -19,7 +18,7 @@ _operator = getattr(torch.ops, NAMESPACE).rotary
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotates each half of the features against the other, as transformers' ``apply_rotary_pos_emb`` does.
 
-    Differentiable once in q and k. On a GPU, products and sums are rounded to the dtype, as in PyTorch's own operators.
+    Differentiable once in q and k. Products and sums are rounded to the dtype, as in PyTorch's own operators.
 
     Args:
         q: (B, heads, S, D), any float dtype and strides; D is even.
@@ -45,13 +44,6 @@ def _turned(x: Tensor) -> Tensor:
     return torch.cat([-second, first], dim=-1)
 
 
-def _cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    if q.dtype not in token_layers.DTYPES or not token_layers.available():
-        return reference(q, k, cos, sin, inverse)
-    # Turned back, each half takes the other's sines.
-    return token_layers.rotary(q, k, cos, -sin.roll(sin.shape[-1] // 2, -1) if inverse else sin)
-
-
 def _cuda(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
     # Imported when it is needed: Triton is.
     kernel = importlib.import_module(f"{__package__}.triton.rotary")
@@ -73,7 +65,7 @@ def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> Any:
     return *_operator(grad_q, grad_k, cos, sin, not ctx.inverse), None, None, None
 
 
-LIBRARY.impl("rotary", _cpu, "CPU")
+LIBRARY.impl("rotary", reference, "CPU")
 LIBRARY.impl("rotary", _cuda, "CUDA")
 torch.library.register_fake(f"{NAMESPACE}::rotary", _fake, lib=LIBRARY)
 torch.library.register_autograd(f"{NAMESPACE}::rotary", _backward, setup_context=_setup, lib=LIBRARY)

@@ -90,9 +90,24 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`nabla_fast.ops.rotary.rotary`, computed in float32 and rounded once; without a derivative."""
-    rotated: tuple[Tensor, Tensor] = _rotary(q, k, cos, sin)
+    """`nabla_fast.ops.rotary.rotary`, computed in float32 and rounded once. Differentiable in q and k."""
+    differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    rotated: tuple[Tensor, Tensor] = (_Rotary.apply if differentiated else _rotary)(q, k, cos, sin)
     return rotated
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        rotated: tuple[Tensor, Tensor] = _rotary(q, k, cos, sin)
+        return rotated
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        # Turned back, each half takes the other's sines.
+        return *rotary(grad_q, grad_k, cos, -sin.roll(sin.shape[-1] // 2, -1)), None, None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

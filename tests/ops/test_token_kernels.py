@@ -99,6 +99,24 @@ def test_rotary_embeddings_equal_float64(dtype: torch.dtype, width: int, tables:
     assert_near(ours[1], meant[1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_rotary_embeddings_equal_float64(dtype: torch.dtype) -> None:
+    """With cosines and sines that differ between the halves; the second derivative, too."""
+    q, k = random(2, 5, 3, 32, dtype=dtype), random(2, 1, 3, 32, dtype=dtype)
+    cos, sin = (random(1, 3, 32, dtype=dtype, seed=seed) for seed in (1, 2))
+    sent = [random(*x.shape, dtype=dtype, seed=3) for x in (q, k)]
+    found = []
+    for function, kind in ((token_layers.rotary, dtype), (rotary_reference, torch.float64)):
+        leaves = [x.to(kind).requires_grad_() for x in (q, k)]
+        weights = [x.to(kind).requires_grad_() for x in sent]
+        out = function(*leaves, cos.to(kind), sin.to(kind))
+        first = torch.autograd.grad(out, leaves, weights, create_graph=True)
+        found.append([*first, *torch.autograd.grad([x.square().sum() for x in first], weights)])
+    for one, exact in zip(*found, strict=True):
+        assert one.dtype == dtype
+        assert (one.double() - exact).norm() <= 4 * ROUNDING[dtype] * exact.norm()
+
+
 def softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     shared = q.shape[1] // k.shape[1]
     keys, values = (x.double().repeat_interleave(shared, 1) for x in (k, v))
