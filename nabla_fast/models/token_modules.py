@@ -41,7 +41,8 @@ class GatedMLP:
 
     def __init__(self, module: Any, own: Forward, activation: str) -> None:
         self.own, self.activation = own, activation
-        self.parts = _Parts(module, _GATED)
+        # What is bypassed, if it is a module: somebody may wait for it.
+        self.parts = _Parts(module, _GATED, bypassed=[name for name in ("act_fn",) if name in module._modules])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
@@ -57,7 +58,7 @@ class Attention:
     def __init__(self, module: Any, own: Forward, norms: Mapping[Any, Any]) -> None:
         self.module, self.own = module, own
         self.parts = _Parts(module, _PROJECTIONS, [name for name in _HEAD_NORMS if name in module._modules])
-        of_heads = [norms[part] for part in self.parts.others]
+        of_heads = [norms[part] for part in self.parts.norms]
         self.epsilon = (of_heads[0].epsilon or 0.0) if of_heads else 0.0
         self.offset = bool(of_heads) and of_heads[0].offset
 
@@ -82,7 +83,7 @@ class Attention:
         if not fits:
             return self.own(hidden_states, *args, **kwargs)
         query, key, value, out = self.parts.linears
-        norms = [part._parameters["weight"] for part in self.parts.others] or (None, None)
+        norms = [part._parameters["weight"] for part in self.parts.norms] or (None, None)
         q, k, v = token_layers.attention_inputs(
             x,
             _linear(query),
@@ -102,11 +103,13 @@ class Attention:
 
 
 class _Parts:
-    """The layers of a module, as they were when it was tried: ``linears``, which have to be PyTorch's, and others."""
+    """The layers of a module, as they were when it was tried: those whose weights are read, and those that are not."""
 
-    def __init__(self, module: Any, linears: Iterable[str], others: Iterable[str] = ()) -> None:
-        named = {name: module._modules[name] for name in (*linears, *others)}
-        self.linears, self.others = [named[name] for name in linears], [named[name] for name in others]
+    def __init__(
+        self, module: Any, linears: Iterable[str], norms: Iterable[str] = (), bypassed: Iterable[str] = ()
+    ) -> None:
+        named = {name: module._modules[name] for name in (*linears, *norms, *bypassed)}
+        self.linears, self.norms = [named[name] for name in linears], [named[name] for name in norms]
         self._places = [(module._modules, name, part, type(part)) for name, part in named.items()]
 
     def fit(self, x: Tensor) -> bool:
@@ -114,7 +117,7 @@ class _Parts:
         for place, name, part, kind in self._places:
             if place.get(name) is not part or type(part) is not kind or part._forward_hooks or part._forward_pre_hooks:
                 return False
-        weights = [part._parameters["weight"] for part in (*self.linears, *self.others)]
+        weights = [part._parameters["weight"] for part in (*self.linears, *self.norms)]
         return (
             0 < x.numel() <= MOST_TOKENS * x.shape[-1]
             and all(w.dtype is x.dtype and w.is_cpu for w in weights)

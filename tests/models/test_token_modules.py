@@ -111,7 +111,11 @@ def test_what_was_not_tried_goes_the_models_own_way(asked: list[str]) -> None:
 @torch.no_grad()
 def test_whoever_waits_for_a_layer_inside_is_called(hook: str, asked: list[str]) -> None:
     model, fused, (layer, *_) = exchanged()
-    for inside, name in ((layer.mlp.up_proj, "gated_mlp"), (layer.self_attn.k_proj, "attention_inputs")):
+    for inside, name in (
+        (layer.mlp.up_proj, "gated_mlp"),
+        (layer.mlp.act_fn, "gated_mlp"),
+        (layer.self_attn.k_proj, "attention_inputs"),
+    ):
         seen: list[Any] = []
         handle = getattr(inside, hook)(lambda module, *_, seen=seen: seen.append(module))
         asked.clear()
