@@ -30,7 +30,10 @@ LIBRARIES = ("Liger", "cut-", "quack", "flashinfer")
 """How the names of other libraries' kernels begin."""
 BRIEF_COLUMNS = ("what", "model", "machine", "nabla_fast", "published schedule", "times faster", "peak memory")
 BRIEF = {
-    "cpu": ("generate-whole-1-float32", "generate-whole-2-float32", "dto-one-256", "dto-all-256"),
+    "cpu": (
+        *("generate-whole-1-float32", "generate-whole-2-float32"),
+        *("generate-whole-1-bfloat16", "generate-whole-2-bfloat16", "dto-one-256", "dto-all-256"),
+    ),
     "gpu": ("generate-batch-1", "dto-one-64"),
 }
 """Kind of machine → the cases that README.md shows."""
