@@ -22,3 +22,12 @@ def highest(rewards: Sequence[float]) -> int:
     """Index of the highest reward, of equals the first."""
     most = max(range(len(rewards)), key=rewards.__getitem__)
     return next((i for i in range(most) if not is_higher(rewards[most], rewards[i])), most)
+
+
+def ranked(rewards: Sequence[float], most: int) -> list[int]:
+    """Indices of at most ``most`` rewards, the highest first, of equals the earlier."""
+    left = list(range(len(rewards)))
+    found: list[int] = []
+    while left and len(found) < most:
+        found.append(left.pop(highest([rewards[i] for i in left])))
+    return found

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from nabla_fast.comparison import highest, is_higher
+from nabla_fast.comparison import highest, is_higher, ranked
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-11, -3.0, 1e6])
@@ -24,3 +24,10 @@ def test_the_first_of_equals_is_the_highest() -> None:
     assert highest([0.0, -0.0, 0.0]) == 0
     assert highest([-math.inf, -math.inf]) == 0
     assert highest([1.0, math.inf, math.inf]) == 1
+
+
+def test_ranks_leave_equals_as_they_are() -> None:
+    assert ranked([0.2, 0.7, 0.5, 0.7 + 1e-9, 0.1], 3) == [1, 3, 2]
+    assert ranked([0.5 - 1e-9, 0.5, 0.5 + 1e-9], 5) == [0, 1, 2]
+    assert ranked([3.0, 1.0], 0) == []
+    assert ranked([], 2) == []

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from itertools import count
 
+from nabla_fast.comparison import highest, ranked
 from nabla_fast.sampling import sequence_seeds
 from nabla_fast.search.base import Draw, Prompt, Response, Search
 from nabla_fast.search_config import SearchConfig
@@ -61,11 +62,11 @@ def beam_search(
         while not best.finished:
             (best,) = yield [Draw(best, prompt.seeds(best.tokens, 1)[0], scored=False)]
         complete.append(best)
-    return max(complete, key=lambda one: one.score)
+    return complete[highest([one.score for one in complete])]
 
 
 def _best(responses: Seq[Response], most: int) -> list[Response]:
     """Those of the highest rewards, the best first, of equals the earlier; the same response once."""
     distinct = {one.tokens: one for one in reversed(responses)}
     first = [one for one in responses if distinct[one.tokens] is one]
-    return sorted(first, key=lambda one: -one.score)[:most]
+    return [first[i] for i in ranked([one.score for one in first], most)]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from nabla_fast.comparison import is_higher
 from nabla_fast.search.base import Draw, Prompt, Response, Search
 from nabla_fast.search_config import SearchConfig
 
@@ -64,7 +65,7 @@ def mcts(prompt: Prompt, n: int, settings: SearchConfig, enough: Callable[[Promp
         for node in path:
             node.visits += 1
             node.total += response.score
-        if best is None or response.score > best.score:
+        if best is None or is_higher(response.score, best.score):
             best = response.bare()
     return best
 
