@@ -1,23 +1,34 @@
-// linear in the portable instruction set, for every number of rows that a group may have, against a plain loop.
+// linear in the portable instruction set, for every number of rows that a group may have, and the modules that are made
+// of it, against products in double.
+#include <ATen/ops/gelu.h>
 #include <ATen/ops/rand.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
+#include <ATen/ops/silu.h>
 
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <optional>
+#include <string_view>
 
 #include "cpu/operators.h"
 
 namespace {
 
+using nabla_fast::cpu::DEFAULT::attention_inputs;
+using nabla_fast::cpu::DEFAULT::gated_mlp;
 using nabla_fast::cpu::DEFAULT::linear;
 
 void require(bool condition, const char* what) {
   if (condition) return;
   std::fprintf(stderr, "failed: %s\n", what);
   std::exit(1);
+}
+
+bool near(const at::Tensor& ours, const at::Tensor& meant) {
+  const double rounding = ours.scalar_type() == at::kFloat ? 1e-5 : 1e-2;
+  return ours.to(at::kDouble).allclose(meant, rounding, rounding);
 }
 
 void every_dtype(int64_t rows, int64_t entries, int64_t width) {
@@ -40,10 +51,44 @@ void every_dtype(int64_t rows, int64_t entries, int64_t width) {
   }
 }
 
+// Against products of the same numbers in double, of results that are rounded as often.
+void modules(at::ScalarType dtype, int64_t rows) {
+  const auto matrix = [&](int64_t out, int64_t in) { return at::randn({out, in}).mul(0.1).to(dtype); };
+  const auto times = [](const at::Tensor& x, const at::Tensor& weight) {
+    return x.to(at::kDouble).matmul(weight.to(at::kDouble).t());
+  };
+  const auto rounded = [&](const at::Tensor& x) { return x.to(dtype).to(at::kDouble); };
+  const at::Tensor x = at::randn({2, rows, 32}).to(dtype);
+  const at::Tensor gate = matrix(96, 32);
+  const at::Tensor up = matrix(96, 32);
+  const at::Tensor down = matrix(32, 96);
+  for (const auto* name : {"silu", "gelu", "gelu_tanh"}) {
+    const std::string_view activation(name);
+    const at::Tensor gates = rounded(times(x, gate));
+    const at::Tensor active = activation == "silu"   ? at::silu(gates)
+                              : activation == "gelu" ? at::gelu(gates)
+                                                     : at::gelu(gates, "tanh");
+    const at::Tensor meant = times(rounded(active.mul(rounded(times(x, up)))), down);
+    require(near(gated_mlp(x, gate, std::nullopt, up, std::nullopt, down, std::nullopt, activation), meant), name);
+  }
+  const at::Tensor cos = at::randn({1, rows, 16}).to(dtype);
+  const at::Tensor sin = at::randn({1, rows, 16}).to(dtype);
+  const at::Tensor scale = at::randn({16}).to(dtype);
+  const at::Tensor bias = at::randn({64}).to(dtype);
+  const auto [q, k, v] = attention_inputs(x, matrix(64, 32), bias, matrix(32, 32), std::nullopt, gate.narrow(0, 0, 32),
+                                          std::nullopt, scale, scale, cos, sin, 1e-6, false);
+  require(q.size(1) == 4 && k.size(1) == 2, "heads");
+  const at::Tensor values = times(x, gate.narrow(0, 0, 32)).view({2, rows, 2, 16}).transpose(1, 2);
+  require(near(v, values), "values");
+}
+
 }  // namespace
 
 int main() {
   for (int64_t rows = 0; rows <= 18; ++rows) every_dtype(rows, 13, 96);
   every_dtype(17, 3000, 64);  // by several threads
+  for (const auto dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {
+    for (const int64_t rows : {1, 3}) modules(dtype, rows);
+  }
   std::puts("passed");
 }

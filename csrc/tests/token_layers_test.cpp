@@ -1,12 +1,10 @@
-// Layers and modules of few tokens in the portable instruction set, against PyTorch's operators in double.
+// Layers of few tokens in the portable instruction set, against PyTorch's operators in double.
 #include <ATen/ops/cat.h>
-#include <ATen/ops/gelu.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/rand.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/rsqrt.h>
 #include <ATen/ops/scalar_tensor.h>
-#include <ATen/ops/silu.h>
 #include <ATen/ops/where.h>
 
 #include <cstdint>
@@ -14,7 +12,6 @@
 #include <cstdlib>
 #include <limits>
 #include <optional>
-#include <string_view>
 #include <tuple>
 
 #include "cpu/operators.h"
@@ -22,8 +19,6 @@
 namespace {
 
 using nabla_fast::cpu::DEFAULT::attention;
-using nabla_fast::cpu::DEFAULT::attention_inputs;
-using nabla_fast::cpu::DEFAULT::gated_mlp;
 using nabla_fast::cpu::DEFAULT::rms_norm;
 using nabla_fast::cpu::DEFAULT::rms_norm_backward;
 using nabla_fast::cpu::DEFAULT::rotary;
@@ -90,37 +85,6 @@ void mixtures(at::ScalarType dtype, int64_t tokens, int64_t width, int64_t size,
           "attention that reads nothing");
 }
 
-// Against products of the same numbers in double, of results that are rounded as often.
-void modules(at::ScalarType dtype, int64_t rows) {
-  const auto matrix = [&](int64_t out, int64_t in) { return at::randn({out, in}).mul(0.1).to(dtype); };
-  const auto times = [](const at::Tensor& x, const at::Tensor& weight) {
-    return x.to(at::kDouble).matmul(weight.to(at::kDouble).t());
-  };
-  const auto rounded = [&](const at::Tensor& x) { return x.to(dtype).to(at::kDouble); };
-  const at::Tensor x = at::randn({2, rows, 32}).to(dtype);
-  const at::Tensor gate = matrix(96, 32);
-  const at::Tensor up = matrix(96, 32);
-  const at::Tensor down = matrix(32, 96);
-  for (const auto* name : {"silu", "gelu", "gelu_tanh"}) {
-    const std::string_view activation(name);
-    const at::Tensor gates = rounded(times(x, gate));
-    const at::Tensor active = activation == "silu"   ? at::silu(gates)
-                              : activation == "gelu" ? at::gelu(gates)
-                                                     : at::gelu(gates, "tanh");
-    const at::Tensor meant = times(rounded(active.mul(rounded(times(x, up)))), down);
-    require(near(gated_mlp(x, gate, std::nullopt, up, std::nullopt, down, std::nullopt, activation), meant), name);
-  }
-  const at::Tensor cos = at::randn({1, rows, 16}).to(dtype);
-  const at::Tensor sin = at::randn({1, rows, 16}).to(dtype);
-  const at::Tensor scale = at::randn({16}).to(dtype);
-  const at::Tensor bias = at::randn({64}).to(dtype);
-  const auto [q, k, v] = attention_inputs(x, matrix(64, 32), bias, matrix(32, 32), std::nullopt, gate.narrow(0, 0, 32),
-                                          std::nullopt, scale, scale, cos, sin, 1e-6, false);
-  require(q.size(1) == 4 && k.size(1) == 2, "heads");
-  const at::Tensor values = times(x, gate.narrow(0, 0, 32)).view({2, rows, 2, 16}).transpose(1, 2);
-  require(near(v, values), "values");
-}
-
 }  // namespace
 
 int main() {
@@ -133,7 +97,6 @@ int main() {
       mixtures(dtype, tokens, 37, 33, 70);
     }
     mixtures(dtype, 4, 500, 64, 64);  // by several threads
-    for (const int64_t rows : {1, 3}) modules(dtype, rows);
   }
   std::puts("passed");
 }
