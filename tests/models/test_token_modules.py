@@ -212,3 +212,56 @@ def test_layers_of_another_library_are_not_exchanged() -> None:
     assert layer.mlp not in found
     assert layer.self_attn not in found
     assert len(found) == 2 * len(others)
+
+
+class _StaticCache(DynamicCache):
+    """A cache of a class that may need more than keys, values and the layer."""
+
+
+def _call(case: str) -> dict[str, Any]:
+    x, cos = torch.randn(2, 3, 64), torch.randn(1, 3, 16)
+    given: dict[str, Any] = {"hidden_states": x, "position_embeddings": (cos, cos), "attention_mask": None}
+    given |= {"position_ids": torch.arange(3)[None], "use_cache": True, "output_attentions": False}
+    changes: dict[str, dict[str, Any]] = {
+        "an argument": {"sliding": True},
+        "attention weights": {"output_attentions": True},
+        "a cache of another class": {"past_key_values": _StaticCache()},
+        "two caches": {"past_key_values": None, "cache": None},
+        "no tables": {"position_embeddings": None},
+        "tables of other rows": {"position_embeddings": (cos.expand(3, -1, -1), cos.expand(3, -1, -1))},
+        "tables of other tokens": {"position_embeddings": (cos[:, :2], cos[:, :2])},
+        "tables of another dtype": {"position_embeddings": (cos.double(), cos.double())},
+        "a mask of numbers": {"attention_mask": torch.zeros(2, 1, 3, 3)},
+        "two dimensions": {"hidden_states": x[0]},
+        "another dtype": {"hidden_states": x.double()},
+    }
+    return given | changes.get(case, {})
+
+
+# The mask is transformers' own function's to read.
+USUAL = ("as usual", "a mask of numbers")
+OTHERS = (
+    "an argument", "attention weights", "a cache of another class", "two caches", "no tables", "tables of other rows",
+    "tables of other tokens", "tables of another dtype", "two dimensions", "another dtype",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*USUAL, *OTHERS])
+@torch.no_grad()
+def test_calls_of_attention(case: str, asked: list[str]) -> None:
+    _, fused, (layer, *_) = exchanged()
+    (made,) = [made for module, made in fused.modules if module is layer.self_attn]
+    own: list[Any] = []
+    made.own = lambda *arguments, **named: own.append(named) or ("own", None)
+    given = _call(case)
+    asked.clear()
+    out, weights = made(**given)
+    assert weights is None
+    if case in USUAL:
+        assert asked == ["attention_inputs"]
+        theirs = type(layer.self_attn).forward(layer.self_attn, **given)[0]
+        torch.testing.assert_close(out, theirs, rtol=1e-4, atol=1e-5)
+    else:
+        assert (out, asked) == ("own", [])
+        (named,) = own
+        assert named == {name: value for name, value in given.items() if name != "hidden_states"}
