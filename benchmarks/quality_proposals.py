@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -100,13 +101,14 @@ def measure(
     threads: Threads = 2,
     problems: Problems = 500,
     seeds: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(map(str, SEEDS)),
+    proposals: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(PROPOSALS),
 ) -> None:
-    """Every proposal and Best-of-N with every reward on held-out problems."""
+    """Proposals and Best-of-N with every reward on held-out problems."""
     torch.set_num_threads(threads)
     task = load_task(ARITHMETIC, max_problems=problems)
     for name in names.split(","):
         how = {"seeds": tuple(map(int, seeds.split(",")))}
-        _measure(work / "measure" / name, work, rewards, name, task, how)
+        _measure(work / "measure" / name, work, rewards, name, task, how, proposals.split(","))
 
 
 @app.command()
@@ -168,16 +170,19 @@ def probes(work: Work, rewards: Rewards, names: Names = NAMES, threads: Threads 
 
 @app.command("report")
 def write_report(
-    work: Work, output: Annotated[Path, typer.Option(help="Directory of the JSON files.")], names: Names = NAMES
+    work: Work,
+    output: Annotated[Path, typer.Option(help="Directory of the JSON files.")],
+    names: Names = NAMES,
+    prefix: Annotated[str, typer.Option(help="Of their names; another one for a run beside others.")] = "proposals",
 ) -> None:
-    """Writes a JSON file for each reward, and one with the tuning."""
+    """Writes a JSON file for each reward, and one with the tuning if there was one."""
     tuned: dict[str, Any] = {}
     for name in names.split(","):
-        for kind, prefix in (("measure", "proposals"), ("timing", "proposals-timing")):
+        for kind, stem in (("measure", prefix), ("timing", f"{prefix}-timing")):
             folders = {folder.name: folder for folder in sorted((work / kind / name).glob("*"))}
             if folders:
                 told = {"reward": name, **_versions(), **merged(folders), "against_control": _against(folders)}
-                write(output / f"{prefix}-{name}.json", told)
+                write(output / f"{stem}-{name}.json", told)
         tuned[name] = {
             "settings": {proposal: _settings(work, name, proposal) for proposal in PROPOSALS},
             "accuracy": {
@@ -188,17 +193,26 @@ def write_report(
     probed = {file.stem: {**read_json(file), **_versions()} for file in sorted((work / "probes").glob("*.json"))}
     if probed:
         # Beside those of rewards that were probed elsewhere.
-        file = output / "proposals-probes.json"
+        file = output / f"{prefix}-probes.json"
         others = read_json(file)["rewards"] if file.exists() else {}
         write(file, {"rewards": {**others, **probed}})
-    write(output / "proposals-tuning.json", {**_versions(), "rewards": tuned})
+    if any(own["accuracy"] for own in tuned.values()):
+        write(output / f"{prefix}-tuning.json", {**_versions(), "rewards": tuned})
 
 
-def _measure(folder: Path, work: Path, rewards: Path, name: str, task: Any, how: dict[str, Any]) -> None:
+def _measure(
+    folder: Path,
+    work: Path,
+    rewards: Path,
+    name: str,
+    task: Any,
+    how: dict[str, Any],
+    proposals: Sequence[str] = PROPOSALS,
+) -> None:
     models = _models(rewards, name)
     samples = [("greedy", 1), *(("best-of-n", n) for n in SAMPLES)]
     run(folder / "baselines", models, task, samples, arithmetic.CONFIG, **how)
-    for proposal in PROPOSALS:
+    for proposal in proposals:
         config = arithmetic.CONFIG.replace(**_settings(work, name, proposal))
         run(folder / proposal, models, task, [("nabla", ROLLOUTS)], config, **how)
         if proposal == "dto" and not how.get("anew"):  # the evaluation itself has no such method
