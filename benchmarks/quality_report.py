@@ -39,7 +39,7 @@ SECONDS = (
 # where they were not measured), and the arms.
 _PROPOSED_ARMS = ("best-of-n 4", "best-of-n 8", "best-of-n 16", "likeliest 8", "dto 8", "guided 8")
 BRIEF: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
-    "proposals-judge-long-0": ("arithmetic, taught to judge", "proposals-timing-judge-long-0", _PROPOSED_ARMS),
+    "proposals-whole-judge-long-0": ("arithmetic, taught to judge", "proposals-timing-judge-long-0", _PROPOSED_ARMS),
     "proposals-smollm2-products-ordinary": (
         "SmolLM2-135M, products of one or two digits, taught by answers",
         "proposals-smollm2-products-ordinary",
