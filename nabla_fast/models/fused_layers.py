@@ -1,7 +1,7 @@
 """Layers of a model as one kernel each, where transformers writes them as several operators; on a CPU, linear layers.
 
-What takes their place is in `nabla_fast.models.gpu_layers`, `nabla_fast.models.token_layers` and
-`nabla_fast.models.token_modules` for few tokens on a CPU, and `nabla_fast.models.linear_layers`. The model stays as it
+What takes their place is in `nabla_fast.models.gpu_layers`, and on a CPU in `nabla_fast.models.token_layers`,
+`nabla_fast.models.token_modules` for few tokens, and `nabla_fast.models.linear_layers`. The model stays as it
 is: layers are exchanged for the length of a block.
 """
 

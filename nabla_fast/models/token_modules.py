@@ -29,6 +29,7 @@ Forward = Callable[..., Any]
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _HEAD_NORMS = ("q_norm", "k_norm")
 _GATED = ("gate_proj", "up_proj", "down_proj")
+_ACTIVATION = "act_fn"
 _CACHE_NAMES = ("cache", "past_key_values")
 # Caches whose `update` needs nothing but keys, values and the layer.
 _CACHES = (type(None), DynamicCache, PaddedCache)
@@ -41,8 +42,7 @@ class GatedMLP:
 
     def __init__(self, module: Any, own: Forward, activation: str) -> None:
         self.own, self.activation = own, activation
-        # What is bypassed, if it is a module: somebody may wait for it.
-        self.parts = _Parts(module, _GATED, bypassed=[name for name in ("act_fn",) if name in module._modules])
+        self.parts = _Parts(module, _GATED, bypassed=(_ACTIVATION,))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
@@ -137,7 +137,8 @@ def find(model: Any, norms: Mapping[Any, Any]) -> tuple[tuple[Any, Forward], ...
         made: Forward | None = None
         if own_attribute(module, "forward") is not None:
             continue  # another library's
-        if set(_GATED) <= parts <= {*_GATED, "act_fn"}:
+        # An activation that is no module could be replaced without a sign.
+        if parts == {*_GATED, _ACTIVATION}:
             made = _gated_mlp(module)
         elif set(_PROJECTIONS) <= parts <= {*_PROJECTIONS, *_HEAD_NORMS}:
             made = _attention(module, norms)
@@ -147,7 +148,7 @@ def find(model: Any, norms: Mapping[Any, Any]) -> tuple[tuple[Any, Forward], ...
 
 
 def _gated_mlp(module: Any) -> Forward | None:
-    activation = _activation_of(getattr(module, "act_fn", None))
+    activation = _activation_of(module._modules[_ACTIVATION])
     if activation is None or not all(_is_plain_linear(module._modules[name]) for name in _GATED):
         return None
     x = random_like(module.gate_proj.weight, (1, 3, module.gate_proj.in_features), 0)

@@ -149,6 +149,10 @@ def test_layers_that_were_replaced_are_asked(asked: list[str]) -> None:
     with fused.active():
         torch.testing.assert_close(logits_of(model), plain, rtol=1e-4, atol=1e-5)
     assert len(asked) == 1 + 2 * len(others)
+    others[0].mlp.act_fn = torch.nn.ReLU()
+    plain = logits_of(model)
+    with fused.active():
+        torch.testing.assert_close(logits_of(model), plain, rtol=1e-4, atol=1e-5)
     half = model.to(torch.bfloat16)
     with fused.active():
         assert logits_of(half).dtype == torch.bfloat16
@@ -202,6 +206,15 @@ def test_attention_that_does_something_else_is_not_exchanged(change: str) -> Non
     kinds = [type(made) for _, made in find_on_cpu(model).modules]
     assert kinds.count(Attention) == len(others)
     assert kinds.count(GatedMLP) == 1 + len(others)
+
+
+def test_a_network_whose_activation_is_no_module_is_not_exchanged() -> None:
+    model, _, (layer, *others) = exchanged()
+    del layer.mlp.act_fn
+    layer.mlp.act_fn = torch.nn.functional.silu
+    found = [module for module, _ in find_on_cpu(model).modules]
+    assert layer.mlp not in found
+    assert len(found) == 1 + 2 * len(others)
 
 
 def test_layers_of_another_library_are_not_exchanged() -> None:
