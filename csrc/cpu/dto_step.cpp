@@ -41,16 +41,21 @@ std::vector<GradientTerm> gradient_terms(const at::Tensor& hidden, const at::Ten
                                          const at::Tensor& table, const at::Tensor& reward_table, double nll_coeff) {
   const auto dtype = problem.parameters.scalar_type();
   std::vector<GradientTerm> terms;
-  const auto add = [&](const at::Tensor& vectors, const at::Tensor& where, double factor, double softcap) {
-    at::Tensor scaled = vectors.to(dtype).mul(softcap ? problem.scale : factor);
-    terms.push_back({scaled.contiguous(), where, softcap, softcap ? factor : 1.0});
+  const auto add = [&](const at::Tensor& vectors, const at::Tensor& where, double scale, double factor,
+                       double softcap) {
+    if (scale == 1 && dtype == at::kFloat && rounds_factors(vectors.scalar_type(), Matrix(where))) {
+      // Nothing is rounded there, and the factor is not to be.
+      terms.push_back({vectors, where, softcap, factor});
+    } else {
+      const at::Tensor scaled = vectors.to(dtype).mul(softcap ? scale : scale * factor);
+      terms.push_back({scaled.contiguous(), where, softcap, softcap ? factor : 1.0});
+    }
   };
   // Without the likelihood the head is not read, but a row whose hidden state is NaN is one without a gradient.
-  add(nll_coeff == 0 ? embedding.to(dtype).add(zero_or_nan(hidden).unsqueeze(1)) : embedding, table, 1, 0);
-  add(reward_embedding, reward_table, 1, 0);
-  if (nll_coeff != 0) {
-    add(hidden, problem.weight, problem.softcap ? -nll_coeff : -nll_coeff * problem.scale, problem.softcap);
-  }
+  const at::Tensor nothing = zero_or_nan(hidden).to(embedding.scalar_type()).unsqueeze(1);
+  add(nll_coeff == 0 ? embedding.add(nothing) : embedding, table, 1, 1, 0);
+  add(reward_embedding, reward_table, 1, 1, 0);
+  if (nll_coeff != 0) add(hidden, problem.weight, problem.scale, -nll_coeff, problem.softcap);
   return terms;
 }
 

@@ -38,6 +38,11 @@ class SecondPass {
     for (int64_t first = 0; first < n; first += kPanel) {
       const int64_t rows = std::min(kPanel, n - first);
       for (int64_t row = 0; row < rows; ++row) {
+        if (first + row + kRowsAhead < n) {
+          const int64_t next = input_.rows[chosen_[first + row + kRowsAhead]];
+          gradient_.prefetch(next, start, count);
+          if (soft_) soft_->prefetch(next, start, count);
+        }
         write_weights(chosen_[first + row], start, count, weights_.data() + row * kept_.tile);
       }
       products_.add_values(rows, count, weights_.data(), kept_.tile, workspace_, sums.data() + first * width);

@@ -113,24 +113,37 @@ NABLA_FAST_INLINE inline void each_vector(int64_t count, const Work& work) {
   if (i < count) work(i, count - i);
 }
 
-// The entries of a vector, one by one.
+// The entries of a vector, one by one. Sums and maxima are made of halves, which the compiler has instructions for.
 template <typename acc_t>
 struct Lanes {
-  acc_t values[at::vec::Vectorized<acc_t>::size()];
+  static constexpr int64_t kCount = at::vec::Vectorized<acc_t>::size();
+
+  acc_t values[kCount];
 
   explicit Lanes(const at::vec::Vectorized<acc_t>& vector) { vector.store(values); }
 
   double sum() const {
-    double total = 0;
-    for (const acc_t value : values) total += value;
-    return total;
+    double sums[kCount];
+    for (int64_t i = 0; i < kCount; ++i) sums[i] = values[i];
+#pragma GCC unroll 4
+    for (int64_t half = kCount / 2; half > 0; half /= 2) {
+      for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
+    }
+    return sums[0];
   }
 
   // NaN if one of them is.
   acc_t max() const {
-    acc_t largest = values[0];
-    for (const acc_t value : values) largest = value > largest || value != value ? value : largest;
-    return largest;
+    acc_t largest[kCount];
+    std::copy_n(values, kCount, largest);
+#pragma GCC unroll 4
+    for (int64_t half = kCount / 2; half > 0; half /= 2) {
+      for (int64_t i = 0; i < half; ++i) {
+        const acc_t other = largest[i + half];
+        largest[i] = other > largest[i] || other != other ? other : largest[i];
+      }
+    }
+    return largest[0];
   }
 };
 

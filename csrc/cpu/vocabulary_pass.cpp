@@ -50,8 +50,16 @@ class PartPass {
       const int64_t rows = std::min(kPanel, n_ - first);
       logits_ = kept_ ? kept_->block(start, first) : workspace_.logits.data();
       products_.compute(start, count, first / kPanel, tile_, workspace_, logits_);
-      for (int64_t row = 0; base_ && row < rows; ++row) add_base(first + row, row, start, count);
-      for (int64_t row = 0; row < rows; ++row) add_row(first + row, row, start, count);
+      for (int64_t row = 0; base_ && row < rows; ++row) {
+        foresee(*base_, first + row, start);
+        add_base(first + row, row, start, count);
+      }
+      for (int64_t row = 0; row < rows; ++row) {
+        for (const auto* matrix : {&z_, &soft_, &hard_, &dense_}) {
+          if (*matrix) foresee(**matrix, first + row, start);
+        }
+        add_row(first + row, row, start, count);
+      }
       for (int64_t block = 0; width_ && block < blocks_; ++block) {
         products_.add_values(rows, count, weights(block, 0), tile_, workspace_, sum(block, first));
       }
@@ -87,6 +95,16 @@ class PartPass {
 
   // What a row's weights have added up to.
   acc_t* sum(int64_t block, int64_t i) { return sums.data() + (block * n_ + i) * width_; }
+
+  // Fetches what is read soon after row i of the tile that begins at `start`.
+  void foresee(const Matrix& matrix, int64_t i, int64_t start) const {
+    const int64_t next = i + kRowsAhead;
+    if (next < n_) {
+      matrix.prefetch(input_.rows[next], start, tile_);
+    } else if (next < 2 * n_) {
+      matrix.prefetch(input_.rows[next - n_], start + tile_, tile_);
+    }
+  }
 
   // Row i, which is `row` of its panel.
   void add_row(int64_t i, int64_t row, int64_t start, int64_t count) {
@@ -160,7 +178,7 @@ class PartPass {
         (Vec(acc_t(1)) - ratio * ratio).store(slope_.data() + j);
       }
       const Vec x = soft ? value + Vec::loadu(soft + j) : value;
-      x.store(x_.data() + j);
+      if (z != x_.data() || soft) x.store(x_.data() + j);
       x_max = at::vec::maximum(x_max, x);
       if (!noisy()) continue;
       const Vec y = hard ? value + Vec::loadu(hard + j) : value;
@@ -195,7 +213,7 @@ class PartPass {
       if (plain) (capped() ? product * slope : product).store(with_gradient + j);
     }
     state.sum_exp += Lanes<acc_t>(sum).sum();
-    state.sum_exp_grad += Lanes<acc_t>(gradient_sum).sum();
+    if (gradient) state.sum_exp_grad += Lanes<acc_t>(gradient_sum).sum();
   }
 
   // `likeliest` is the entry that was at the maximum so far, -1 for none.

@@ -18,7 +18,7 @@ struct GradientTerm {
   at::Tensor vectors;
   at::Tensor table;
   double softcap = 0;
-  double factor = 1;  // on the capped product; fold it into the vectors where there is no cap
+  double factor = 1;  // on the capped product; without a cap it is cheaper in the vectors, but for those of bfloat16
 };
 
 struct PassInput {

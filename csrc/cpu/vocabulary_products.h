@@ -14,6 +14,9 @@
 namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
 
+// Rows between one that is read and one that is fetched from memory, where each has few lines in a tile.
+constexpr int64_t kRowsAhead = 4;
+
 // Logits and gradient of n rows, a panel of rows and a tile of the vocabulary at a time. Each table is read once,
 // however many products or sums are taken with it.
 template <typename acc_t>
@@ -26,10 +29,10 @@ class VocabularyProducts {
       : transform_(transform) {
     if (hidden.defined()) logits_ = add_operand(hidden, weight);
     for (const GradientTerm& term : added_up(terms)) {
-      if (term.softcap == 0) {
+      if (term.softcap == 0 && term.factor == 1) {
         plain_.push_back(add_operand(term.vectors, term.table));
       } else {
-        capped_.push_back({add_operand(term.vectors, term.table), term.softcap, term.factor});
+        scaled_.push_back({add_operand(term.vectors, term.table), term.softcap, term.factor});
       }
     }
     if (values.defined()) {
@@ -81,17 +84,17 @@ class VocabularyProducts {
       multiply(operand, begin, size, panel, add, workspace, workspace.sum);
       add = true;
     }
-    for (const Capped& capped : capped_) {
-      multiply(capped.operand, begin, size, panel, false, workspace, workspace.products);
-      const int64_t count = size * capped.operand.rows.columns(panel);
-      HeadTransform{1, capped.softcap}.apply(workspace.products.data(), count);
-      const auto factor = static_cast<acc_t>(capped.factor);
+    for (const Scaled& scaled : scaled_) {
+      multiply(scaled.operand, begin, size, panel, false, workspace, workspace.products);
+      const int64_t count = size * scaled.operand.rows.columns(panel);
+      HeadTransform{1, scaled.softcap}.apply(workspace.products.data(), count);
+      const auto factor = static_cast<acc_t>(scaled.factor);
       for (int64_t i = 0; i < count; ++i) {
         workspace.sum[i] = (add ? workspace.sum[i] : acc_t(0)) + factor * workspace.products[i];
       }
       add = true;
     }
-    const int64_t columns = (plain_.empty() ? capped_[0].operand : plain_[0]).rows.columns(panel);
+    const int64_t columns = (plain_.empty() ? scaled_[0].operand : plain_[0]).rows.columns(panel);
     transpose_tile(workspace.sum.data(), size, columns, workspace.gradient.data(), tile);
   }
 
@@ -106,7 +109,7 @@ class VocabularyProducts {
     matmul<acc_t>(rows, width, size, weights, stride, values.data(), values.stride(), sums, width, true);
   }
 
-  bool has_gradient() const { return !plain_.empty() || !capped_.empty(); }
+  bool has_gradient() const { return !plain_.empty() || !scaled_.empty(); }
 
   // Elements that are read per vocabulary entry.
   int64_t width() const {
@@ -120,20 +123,21 @@ class VocabularyProducts {
     size_t table;
     Rows<acc_t> rows;
   };
-  struct Capped {
+  struct Scaled {
     Operand operand;
     double softcap;
     double factor;
   };
 
-  // Terms of one table without a cap between them are one product of the sum of their vectors, if no sum is rounded.
+  // Terms of one table without a cap or factor are one product of the sum of their vectors, if no sum is rounded.
   static std::vector<GradientTerm> added_up(const std::vector<GradientTerm>& terms) {
     constexpr auto kDtype = c10::CppTypeToScalarType<acc_t>::value;
     std::vector<GradientTerm> sums;
     for (const GradientTerm& term : terms) {
       const auto same = std::find_if(sums.begin(), sums.end(), [&](const GradientTerm& sum) {
-        return sum.softcap == 0 && term.softcap == 0 && Matrix(sum.table) == Matrix(term.table) &&
-               sum.vectors.scalar_type() == kDtype && term.vectors.scalar_type() == kDtype;
+        return sum.softcap == 0 && term.softcap == 0 && sum.factor == 1 && term.factor == 1 &&
+               Matrix(sum.table) == Matrix(term.table) && sum.vectors.scalar_type() == kDtype &&
+               term.vectors.scalar_type() == kDtype;
       });
       if (same == sums.end()) {
         sums.push_back(term);
@@ -170,7 +174,7 @@ class VocabularyProducts {
   std::vector<bool> converted_;  // whether a table's tile is needed as acc_t
   std::optional<Operand> logits_;
   std::vector<Operand> plain_;
-  std::vector<Capped> capped_;
+  std::vector<Scaled> scaled_;
   size_t values_ = 0;
   bool rounds_ = false;  // weights, beside `values`
 };

@@ -1,13 +1,10 @@
 // A vocabulary table (V, d) and tiles of it, as they are multiplied: as they lie, converted, or in pairs for bfloat16.
 #pragma once
 
+#include "bfloat16_matmul.h"
 #include "matrix.h"
 
-#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/native/CPUBlas.h>
-#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -15,30 +12,6 @@
 
 namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
-
-// Whether bfloat16 products that accumulate in float32 run on the hardware's own instructions.
-inline bool has_bfloat16_matmul() {
-#if defined(CPU_CAPABILITY_AVX512)
-  static const bool works = [] {
-    if (!__builtin_cpu_supports("avx512bf16")) return false;
-    try {
-      // Only trying tells whether this torch was built with it.
-      constexpr int64_t kColumns = 16;
-      const std::vector<at::BFloat16> ones(2 * kColumns, at::BFloat16(1));
-      std::vector<float> product(kColumns);
-      at::native::cpublas::brgemm(1, kColumns, 2, 2, kColumns, kColumns, false, ones.data(), ones.data(),
-                                  product.data());
-      at::native::cpublas::brgemm_release();
-      return product[0] == 2;
-    } catch (const c10::Error&) {
-      return false;
-    }
-  }();
-  return works && at::globalContext().userEnabledMkldnn();
-#else
-  return false;
-#endif
-}
 
 // A tile of a table as acc_t with elements side by side: the table itself where it is that already, else a copy.
 template <typename acc_t>
@@ -88,6 +61,8 @@ class PairedTile {
     width_ = table.columns;
     pairs_.resize((size + 1) / 2 * width_);
     for (int64_t i = 0; i < size; i += 2) {
+      table.prefetch(begin + i + kAhead, 0, width_);
+      table.prefetch(begin + i + kAhead + 1, 0, width_);
       const auto* first = table.address<uint16_t>(begin + i);
       uint32_t* pairs = pairs_.data() + i / 2 * width_;
       if (i + 1 == size) {
@@ -103,16 +78,16 @@ class PairedTile {
   void add_product(int64_t rows, const float* weights, int64_t stride, float* sums) {
     const int64_t even = (size_ + 1) / 2 * 2;
     rounded_.resize(rows * even);
-    for (int64_t row = 0; row < rows; ++row) {
-      at::BFloat16* line = rounded_.data() + row * even;
-      at::vec::convert(weights + row * stride, line, size_);
-      if (size_ < even) line[size_] = 0;
-    }
-    at::native::cpublas::brgemm(rows, width_, even, even, width_, width_, true, rounded_.data(),
-                                reinterpret_cast<const at::BFloat16*>(pairs_.data()), sums);
+    for (int64_t row = 0; row < rows; ++row)
+      round_to_pairs(weights + row * stride, size_, rounded_.data() + row * even);
+    matmul_pairs(rows, width_, even, rounded_.data(), even, reinterpret_cast<const at::BFloat16*>(pairs_.data()),
+                 width_, sums, width_, true);
   }
 
  private:
+  // Entries between those that are read and those that are fetched from memory.
+  static constexpr int64_t kAhead = 8;
+
   int64_t size_ = 0;
   int64_t width_ = 0;
   std::vector<uint32_t> pairs_;

@@ -255,6 +255,25 @@ def test_weights_that_bfloat16_holds_are_not_rounded(backend, shape):
     near(backend.linear_relaxed_backward(h, Head(weight), [vector], [table], tau), gradient, 2e-5, unit=TINY)
 
 
+@by("native")
+@pytest.mark.parametrize("width", [1, 2, 15, 16, 18, 32, 33, 48, 50, 64, 66, 80, 127, 130])
+def test_blocks_of_every_size(backend, width):
+    """Products of bfloat16 go by blocks of rows and columns, and what is left over of both has blocks of its own.
+
+    Exact, as above. ``width`` are the columns of sums, and the rows of vectors times table are its entries.
+    """
+    tau = 1 / math.log(2)
+    for rows, vocabulary in [*zip(range(1, 14), range(14, 27), strict=True), (70, 19), (35, 40)]:
+        h, vector = ((integers(seed, 3, rows, d) - 1).bfloat16() for seed, d in ((1, 6), (2, width)))
+        weight, table = (integers(seed, 3, vocabulary, d) - 1 for seed, d in ((3, 6), (4, width)))
+        weight, table = weight.bfloat16(), table.bfloat16()
+        z = logits_by_hand(h, Head(weight)).bfloat16()
+        mixture, gradient = textbook(h, [table], [vector], tau, Head(weight))
+        near(backend.soft_embedding(z, table, tau), mixture, 1e-5, unit=TINY)
+        near(backend.linear_soft_embedding(h, Head(weight), table, tau), mixture, 1e-5, unit=TINY)
+        near(backend.linear_relaxed_backward(h, Head(weight), [vector], [table], tau), gradient, 2e-5, unit=TINY)
+
+
 # What rounding must not take: relative to its own size, every digit of a gradient counts
 
 
