@@ -1,4 +1,5 @@
-"""`linear`: products of the few rows (M, K) that a decoded token or draft is with a layer's weight (N, K), on a CPU.
+"""`linear`: products of rows (M, K) with a layer's weight (N, K), and their derivative, on a CPU: the few rows of a
+decoded token or draft, and the tens of a gradient.
 
 With weights of 8-bit integers, eager is what torchao does with them, and "float32" the layer that was not quantised.
 """
@@ -12,13 +13,14 @@ from cases import Case, Contest, Inputs, Setting
 from shapes import QWEN25_05B, SMOLLM2_135M, Shape
 from torch.nn import functional
 
-from nabla_fast.ops import linear as few_rows
+from nabla_fast.ops import linear as native_linear
 from nabla_fast.ops import native
 from nabla_fast.testing.operators import randn
 
 # An MLP's layer of either model; the least and the most rows, and those of a draft.
 WEIGHTS = ((SMOLLM2_135M, 1536), (QWEN25_05B, 4864))
 ROWS = (1, 4, 8, 16)
+MORE_ROWS = (64, 96, 256)
 
 
 def onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -47,7 +49,7 @@ def int8_contest(shape: Shape, entries: int, rows: int) -> Contest:
         shape={"M": rows, "N": entries, "K": shape.width},
         inputs=functools.partial(quantised, rows=rows, entries=entries, width=shape.width),
         meaning=lambda x, _, __, numbers: functional.linear(x, numbers),
-        ours={"native": lambda x, w, scale, _: few_rows.linear(x, w, scale=scale)} if reason is None else {},
+        ours={"native": lambda x, w, scale, _: native_linear.linear(x, w, scale=scale)} if reason is None else {},
         baselines={
             "eager": lambda x, w, scale, _: functional.linear(x, w.to(x.dtype)) * scale,
             "float32": lambda x, _, __, numbers: functional.linear(x, numbers),
@@ -75,7 +77,7 @@ def contest(shape: Shape, entries: int, rows: int, dtype: torch.dtype) -> Contes
         shape={"M": rows, "N": entries, "K": shape.width},
         inputs=functools.partial(inputs, rows=rows, entries=entries, width=shape.width, dtype=dtype),
         meaning=functional.linear,
-        ours={"native": few_rows.linear} if reason is None else {},
+        ours={"native": native_linear.linear} if reason is None else {},
         baselines=baselines,
         traffic=(entries * shape.width + rows * (entries + shape.width)) * dtype.itemsize,
         flops=2 * rows * entries * shape.width,
@@ -83,11 +85,37 @@ def contest(shape: Shape, entries: int, rows: int, dtype: torch.dtype) -> Contes
     )
 
 
+def backward_contest(shape: Shape, entries: int, rows: int) -> Contest:
+    """Of bfloat16, as the native kernel has it."""
+    reason = why_not_native()
+    return Contest(
+        operator="linear_backward",
+        model=shape.name,
+        dtype=torch.bfloat16,
+        shape={"M": rows, "N": entries, "K": shape.width},
+        inputs=functools.partial(sent, rows=rows, entries=entries, width=shape.width),
+        meaning=torch.matmul,
+        ours={"native": native_linear.backward} if reason is None else {},
+        baselines={"eager": torch.matmul},
+        traffic=(entries * shape.width + rows * (entries + shape.width)) * 2,
+        flops=2 * rows * entries * shape.width,
+        skipped={"torch.compile": "it calls the same product"} | ({} if reason is None else {"native": reason}),
+    )
+
+
+def sent(seed: int, rows: int, entries: int, width: int) -> Inputs:
+    grad = randn(rows, entries, dtype=torch.bfloat16, seed=seed)
+    return Inputs((grad,), (randn(entries, width, dtype=torch.bfloat16, seed=seed + 1) / width**0.5,))
+
+
 def cases(setting: Setting) -> list[Case]:
     if setting.device.type != "cpu":
         return []
-    sizes = [(*weight, rows, dtype) for weight in WEIGHTS for dtype in setting.dtypes for rows in ROWS]
+    sizes = [(*weight, rows, dtype) for weight in WEIGHTS for dtype in setting.dtypes for rows in (*ROWS, *MORE_ROWS)]
     made = [contest(*size) for size in (sizes[:2] if setting.quick else sizes)]
+    made += [
+        backward_contest(*weight, rows) for weight in WEIGHTS[: 1 if setting.quick else None] for rows in MORE_ROWS
+    ]
     made += [int8_contest(*weight, rows) for weight in WEIGHTS[: 1 if setting.quick else None] for rows in ROWS]
     return [one.case(setting) for one in made]
 

@@ -18,7 +18,7 @@ from nabla_fast.models.chat import generation_prompt_ids, is_chat
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.process_reward import reward_model_of
 from nabla_fast.objective import Objective, Request
-from nabla_fast.ops import linear as few_rows
+from nabla_fast.ops import linear as native_linear
 from nabla_fast.sampling import anchor_noise, gumbel, sequence_seeds
 from nabla_fast.sequence import Sequence, Trajectory
 
@@ -263,7 +263,7 @@ class _Rows:
         unmoved = self.starts[i][span.stop - span.start :].to(moved.dtype)
         return DTOResult(
             parameters=torch.cat([moved, unmoved]),
-            logits=few_rows.logits(moved, self.objective.tables.head) if self.latents else moved.clone(),
+            logits=native_linear.logits(moved, self.objective.tables.head) if self.latents else moved.clone(),
             tokens=self.tokens[i, : sequence.ahead].to(moved.device, copy=True),
             gradient_evaluations=sequence.stats.gradient_evaluations - evaluated_before,
             iterations=len(self.traces[i]),
@@ -281,7 +281,7 @@ class _Rows:
             return self.soft_noise
         ahead = [s.current.tokens[s.position :] for s in self.sequences]
         drawn = torch.cat([y[: span.stop - span.start] for y, span in zip(ahead, self.spans, strict=True)])
-        z = few_rows.logits(self.parameters, self.objective.tables.head) if self.latents else self.parameters
+        z = native_linear.logits(self.parameters, self.objective.tables.head) if self.latents else self.parameters
         return anchor_noise(z, self.config.rollout, self.keys, drawn.to(z.device))
 
 
@@ -297,7 +297,7 @@ def start_tokens(start: Tensor, latents: bool, seed: int, position: int, head: o
     """
     tokens = []
     for rows in ops.row_chunks(len(start), head.weight.shape[0]):
-        z = few_rows.logits(start[rows], head) if latents else start[rows]
+        z = native_linear.logits(start[rows], head) if latents else start[rows]
         keys = [(seed, position + rows.start + j) for j in range(len(z))]
         if config.anchor == "rollout":
             z = z + anchor_noise(z, config.rollout, keys)

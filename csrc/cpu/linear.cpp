@@ -1,4 +1,6 @@
 #include "../checks.h"
+#include "bfloat16_matmul.h"
+#include "linear_blocks.h"
 #include "operators.h"
 
 #include <ATen/Parallel.h>
@@ -19,6 +21,8 @@ namespace {
 using Vec = at::vec::Vectorized<float>;
 using Bits = at::vec::Vectorized<int32_t>;
 
+// Rows of x up to which the weight is read once, and multiplied with them in the order of memory.
+constexpr int64_t kFewRows = 16;
 // Rows of x that take part in one reading of the weight's registers. Further ones read the cache.
 constexpr int kGroup = 8;
 // Sums in registers, of 32 or 16.
@@ -111,29 +115,16 @@ Tensor converted(const Tensor& x) {
   }
 }
 
-// Whether the processor adds products of pairs of bfloat16 to float32 numbers in one instruction.
-bool multiplies_pairs() {
-#if defined(CPU_CAPABILITY_AVX512)
-  static const bool works = __builtin_cpu_supports("avx512bf16");
-  return works;
-#else
-  return false;
-#endif
-}
-
-// sum += the products of 32 bfloat16 numbers, two of them in each of its entries. In assembly: this file is compiled
-// for processors with AVX512 that do not have the instruction.
-inline void add_pairs(Vec& sum, const Bits& one, const Bits& other) {
+// sum += the products of 32 bfloat16 numbers, two of them in each of its entries; where `has_bfloat16_matmul`.
+inline void add_pairs([[maybe_unused]] Vec& sum, [[maybe_unused]] const Bits& one, [[maybe_unused]] const Bits& other) {
 #if defined(CPU_CAPABILITY_AVX512)
   __m512 total = sum;
-  const __m512i a = one;
-  const __m512i b = other;
-  asm("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
+  add_products<at::BFloat16>(total, one, other);
   sum = total;
 #endif
 }
 
-// x_t is float, or bfloat16 as the weight is: then `multiplies_pairs`.
+// x_t is float, or bfloat16 as the weight is: then `has_bfloat16_matmul`.
 template <typename scalar_t, typename out_t, typename x_t = float>
 struct Product {
   const x_t* x;  // (M, K)
@@ -264,7 +255,8 @@ void multiply(const Tensor& x, const Tensor& weight, const Tensor& scale, const 
 template <typename scalar_t, typename out_t>
 void multiply(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias, Tensor& out) {
   if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
-    if (multiplies_pairs()) return multiply<scalar_t, out_t>(x.contiguous(), weight, scale, bias, out, at::BFloat16());
+    if (has_bfloat16_matmul())
+      return multiply<scalar_t, out_t>(x.contiguous(), weight, scale, bias, out, at::BFloat16());
   }
   multiply<scalar_t, out_t>(converted<scalar_t>(x), weight, scale, bias, out, 0.0F);
 }
@@ -308,6 +300,10 @@ Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& s
   std::vector<int64_t> shape = input.sizes().vec();
   shape.back() = weight.size(0);
   Tensor out = at::empty(shape, x.options().dtype(int8 ? at::kFloat : dtype));
+  if (!int8 && x.size(0) > kFewRows && multiplies_blocks(own, x.size(1))) {
+    linear_blocks(x.contiguous(), weight, more, out.view({x.size(0), weight.size(0)}));
+    return out;
+  }
   const auto run = [&](auto entry) {
     if (out.scalar_type() == at::kFloat) return multiply<decltype(entry), float>(x, weight, factors, more, out);
     if constexpr (!std::is_same_v<decltype(entry), int8_t>) {

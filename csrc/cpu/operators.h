@@ -76,6 +76,7 @@ using HardEmbeddings = std::tuple<std::vector<Tensor>, Tensor>;
   X(linear, Tensor,                                                                                                   \
     (const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias,                  \
      at::ScalarType dtype))                                                                                           \
+  X(linear_backward, Tensor, (const Tensor& grad, const Tensor& weight))                                              \
   X(rms_norm, Tensor, (const Tensor& x, const OptionalTensor& weight, double epsilon, bool offset))                   \
   X(rms_norm_backward, Tensor,                                                                                        \
     (const Tensor& grad, const Tensor& x, const OptionalTensor& weight, double epsilon, bool offset))                 \

@@ -74,7 +74,13 @@ class PairedTile {
     }
   }
 
-  // sums (rows, width) += weights (rows, size) times the tile. The weights lie `stride` apart and are rounded once.
+  // sums (rows, width) += weights (rows, size) times the tile, for an even `size`.
+  void add_product(int64_t rows, const at::BFloat16* weights, int64_t stride, float* sums) const {
+    matmul_pairs(rows, width_, size_, weights, stride, reinterpret_cast<const at::BFloat16*>(pairs_.data()), width_,
+                 sums, width_, true);
+  }
+
+  // The same with weights that are rounded once, for any `size`.
   void add_product(int64_t rows, const float* weights, int64_t stride, float* sums) {
     const int64_t even = (size_ + 1) / 2 * 2;
     rounded_.resize(rows * even);

@@ -17,7 +17,7 @@ from nabla_fast.models.numerics import is_close, relative_error
 from nabla_fast.models.sequence_cache import SequenceCache
 from nabla_fast.models.tokenizer_facts import vocabulary_size
 from nabla_fast.ops import Head, linear_logits, scaled_and_capped
-from nabla_fast.ops import linear as few_rows
+from nabla_fast.ops import linear as native_linear
 
 # Names under which families keep a cap or a constant factor on the logits; the first one found is used.
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
@@ -118,8 +118,8 @@ class LanguageModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (N, V), float32 or float64, of hidden states (N, d)."""
         weight = self.head.weight
-        if few_rows.fits(hidden, weight) and not (torch.is_grad_enabled() and hidden.requires_grad):
-            return scaled_and_capped(few_rows.linear(hidden, weight, dtype=torch.float32), self.head)
+        if native_linear.fits(hidden, weight) and not (torch.is_grad_enabled() and hidden.requires_grad):
+            return scaled_and_capped(native_linear.linear(hidden, weight, dtype=torch.float32), self.head)
         if not hidden.is_cuda and hidden.dtype == weight.dtype == torch.float32:
             return scaled_and_capped(linear(hidden, weight), self.head)
         return linear_logits(hidden, self.head)

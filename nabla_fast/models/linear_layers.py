@@ -1,8 +1,8 @@
 """Linear layers of models on a CPU, by what multiplies fastest.
 
-A product of few rows, of which a decoded token is made, is a native kernel's (`nabla_fast.ops.linear`). Larger ones of
-float32 models are oneDNN's on AMD processors: PyTorch multiplies float32 matrices by MKL, which there reaches less than
-half of what oneDNN does, and oneDNN comes with PyTorch too.
+Products that a native kernel is fastest at (`nabla_fast.ops.linear`) are its own: those of few rows, of which a decoded
+token is made, and on AMD processors those of a gradient. Larger ones of float32 models are oneDNN's there: PyTorch
+multiplies float32 matrices by MKL, which reaches less than half of what oneDNN does, and oneDNN comes with PyTorch too.
 
 Weights that torchao has quantised to 8-bit integers, with a scale for each row (``Int8WeightOnlyConfig``), are read as
 integers where the native kernel multiplies few rows; other products of theirs are torchao's.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nabla_fast.models.temporary import own_attribute, set_attribute
-from nabla_fast.ops import linear as few_rows
+from nabla_fast.ops import linear as native_linear
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 # Entries of a weight below which the choice takes longer than any product of few rows.
@@ -80,9 +79,9 @@ def _is_chosen_elsewhere() -> bool:
 
 def _int8_forward(layer: torch.nn.Linear, values: Tensor, scale: Tensor, input: Tensor) -> Tensor:
     differentiated = torch.is_grad_enabled() and input.requires_grad
-    if differentiated or _is_chosen_elsewhere() or not few_rows.fits(input, values):
+    if differentiated or _is_chosen_elsewhere() or not native_linear.fits(input, values):
         return functional.linear(input, layer.weight, layer.bias)
-    return few_rows.linear(input, values, layer.bias, scale=scale)
+    return native_linear.linear(input, values, layer.bias, scale=scale)
 
 
 class _Linear(torch.autograd.Function):
@@ -96,15 +95,21 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        transposed = weight.t()
-        product = _product(grad, transposed) or functional.linear
-        return None, product(grad, transposed, None), None, None
+        return None, _backward(grad, weight), None, None
+
+
+def _backward(grad: Tensor, weight: Tensor) -> Tensor:
+    if torch.is_grad_enabled():  # for a second derivative, which those below do not have
+        return functional.linear(grad, weight.t())
+    if native_linear.backward_fits(grad, weight):
+        return native_linear.backward(grad, weight)
+    return (_product(grad, weight.t()) or functional.linear)(grad, weight.t(), None)
 
 
 def _product(input: Tensor, weight: Tensor) -> Product | None:
     """What multiplies rows (..., K) with a weight (N, K) faster than PyTorch would."""
-    if few_rows.fits(input, weight):
-        return few_rows.linear
+    if native_linear.fits(input, weight):
+        return native_linear.linear
     usual = input.dtype == weight.dtype == torch.float32 and input.is_cpu and weight.is_cpu
     return _onednn if usual and input.numel() > 0 and _mkl_is_slow() and torch.backends.mkldnn.enabled else None
 
@@ -119,8 +124,6 @@ def _onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @functools.cache
 def _mkl_is_slow() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
     # The operator is inductor's, and no part of PyTorch's documented interface.
     has_operator = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return amd and has_operator and torch.backends.mkl.is_available()
+    return native_linear.is_amd() and has_operator and torch.backends.mkl.is_available()

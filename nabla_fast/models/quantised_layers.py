@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nabla_fast.models.temporary import own_attribute, set_attribute, while_any
-from nabla_fast.ops import linear as few_rows
+from nabla_fast.ops import linear as native_linear
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _BITSANDBYTES = "bitsandbytes."
@@ -78,8 +78,8 @@ def _eight_bit(layer: Any) -> tuple[Tensor, Tensor] | None:
 def _eight_bit_forward(layer: Any, values: Tensor, scale: Tensor, input: Tensor) -> Tensor:
     bias = None if layer.bias is None else layer.bias.to(input.dtype)
     differentiated = torch.is_grad_enabled() and input.requires_grad
-    if not differentiated and not torch.compiler.is_compiling() and few_rows.fits(input, values):
-        return few_rows.linear(input, values, bias, scale=scale)
+    if not differentiated and not torch.compiler.is_compiling() and native_linear.fits(input, values):
+        return native_linear.linear(input, values, bias, scale=scale)
     product: Tensor = _Scaled.apply(input, values, scale)
     return product if bias is None else product + bias
 

@@ -21,7 +21,7 @@ from nabla_fast.models.layer_trials import random_like, refuse, same
 from nabla_fast.models.quantised_layers import is_plain
 from nabla_fast.models.temporary import own_attribute
 from nabla_fast.models.token_layers import ATTENTION, MOST_TOKENS, is_for_kernels
-from nabla_fast.ops import linear as few_rows
+from nabla_fast.ops import linear as native_linear
 from nabla_fast.ops import token_layers
 
 Forward = Callable[..., Any]
@@ -99,7 +99,7 @@ class Attention:
             k, v = caches[0].update(k, v, self.module.layer_idx)
         read = ALL_ATTENTION_FUNCTIONS[ATTENTION]
         mixed, _ = read(self.module, q, k, v, mask, dropout=0.0, scaling=self.module.scaling)
-        return few_rows.linear(mixed.reshape(*x.shape[:2], -1), *_linear(out)), None
+        return native_linear.linear(mixed.reshape(*x.shape[:2], -1), *_linear(out)), None
 
 
 class _Parts:

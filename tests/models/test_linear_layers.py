@@ -30,6 +30,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "oneDNN" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this PyTorch has no oneDNN; its own products are used")
     monkeypatch.setattr(linear_layers, "_mkl_is_slow", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(linear_layers.native_linear, "_most_rows", lambda _: 16)
     return str(request.param)
 
 
@@ -42,7 +43,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return lambda *arguments, **named: made.append(name) or product(*arguments, **named)
 
     monkeypatch.setattr(linear_layers, "_onednn", counted("oneDNN", linear_layers._onednn))
-    monkeypatch.setattr(linear_layers.few_rows, "linear", counted("native", linear_layers.few_rows.linear))
+    monkeypatch.setattr(linear_layers.native_linear, "linear", counted("native", linear_layers.native_linear.linear))
     return made
 
 
@@ -65,6 +66,37 @@ def test_products_and_gradients_equal_float64(shape: tuple[int, ...], bias: bool
     (expected_grad,) = torch.autograd.grad(expected.square().sum(), exact)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library is missing; PyTorch's products are used")
+@pytest.mark.parametrize("rows", [1, 40, 256])
+def test_gradients_in_bfloat16_by_the_native_kernel(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_layers.native_linear, "_most_rows", lambda _: 256)
+    made = []
+    own = linear_layers.native_linear.backward
+    monkeypatch.setattr(linear_layers.native_linear, "backward", lambda *given: made.append(0) or own(*given))
+    generator = torch.Generator().manual_seed(0)
+    x, weight, sent = (torch.randn(*s, generator=generator).bfloat16() for s in ((rows, 64), (34, 64), (rows, 34)))
+    out = linear_layers.linear(x.requires_grad_(), weight)
+    (grad,) = torch.autograd.grad(out, x, sent)
+    assert made == [0]
+    torch.testing.assert_close(grad.double(), sent.double() @ weight.double(), rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_second_derivatives_equal_float64(rows: int, way: str) -> None:
+    """A derivative without one of its own would leave them out without a word."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(rows, WIDTHS[way], generator=generator), torch.randn(32, WIDTHS[way], generator=generator)
+
+    def twice(product: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(product(x, weight).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), x)[0]
+
+    expected = twice(F.linear, x.double(), weight.double())
+    error = twice(linear_layers.linear, x, weight).double() - expected
+    assert error.norm() < 1e-5 * expected.norm()
 
 
 def test_other_products_are_left_to_pytorch(way: str, asked: list[str]) -> None:
@@ -125,7 +157,7 @@ def test_layers_are_exchanged_in_blocks(asked: list[str], monkeypatch: pytest.Mo
     first.__exit__(None, None, None)
     for layer, meant in zip(model, expected, strict=True):
         torch.testing.assert_close(layer(x), meant, rtol=1e-5, atol=1e-5)
-    assert len(asked) == 2 * linear_layers.few_rows.fits(x, model[0].weight)
+    assert len(asked) == 2 * linear_layers.native_linear.fits(x, model[0].weight)
     second.__exit__(None, None, None)
     assert [dict(vars(layer)) for layer in model] == before
 
@@ -169,12 +201,15 @@ def test_factors_are_the_same_either_way(checkpoint: bool, monkeypatch: pytest.M
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize(("text", "slow"), [("vendor_id : AuthenticAMD", True), ("vendor_id : GenuineIntel", False)])
-def test_the_processor_decides(text: str, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_layers.Path, "read_text", lambda self: text)
-    monkeypatch.setattr(linear_layers.Path, "exists", lambda self: True)
+@pytest.mark.parametrize(("text", "amd"), [("vendor_id : AuthenticAMD", True), ("vendor_id : GenuineIntel", False)])
+def test_the_processor_decides(text: str, amd: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_layers.native_linear.Path, "read_text", lambda self: text)
+    monkeypatch.setattr(linear_layers.native_linear.Path, "exists", lambda self: True)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert linear_layers._mkl_is_slow.__wrapped__() is slow
+    asked = linear_layers.native_linear.is_amd.__wrapped__
+    assert asked() is amd
+    monkeypatch.setattr(linear_layers.native_linear, "is_amd", asked)
+    assert linear_layers._mkl_is_slow.__wrapped__() is amd
 
 
 # weights of torchao
