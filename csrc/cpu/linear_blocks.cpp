@@ -9,9 +9,10 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
+#include <c10/util/accumulate.h>
 
 #include <algorithm>
-#include <type_traits>
+#include <cstring>
 #include <vector>
 
 namespace nabla_fast::cpu::CPU_CAPABILITY {
@@ -77,7 +78,7 @@ class Panels {
     }
     for (; row < end; ++row) {
       for (int64_t word = 0; word < kLanes; ++word) {
-        to[word * columns(panel) + row - first_row(panel)] = from[row * stride + word];
+        std::memcpy(to + word * columns(panel) + row - first_row(panel), from + row * stride + word, sizeof(float));
       }
     }
   }
@@ -114,7 +115,7 @@ void multiply(const Tensor& x, const Tensor& weight, const Tensor& bias, const T
   const int64_t size = weight.size(0);
   // Smaller tiles where there are more threads than those would be.
   const int64_t each = ceil_divide(ceil_divide(size, at::get_num_threads()), kLanes) * kLanes;
-  const int64_t tile = std::min(kEntries, each);
+  const int64_t tile = std::clamp(each, kLanes, kEntries);
   const auto* entries = weight.const_data_ptr<scalar_t>();
   const float* offsets = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
   auto* result = out.mutable_data_ptr<out_t>();
@@ -163,7 +164,6 @@ void backward(const Tensor& grad, const Tensor& weight, const Tensor& out) {
     for (int64_t row = 0; row < grad.size(0); ++row) {
       at::vec::convert(sums.data() + row * count, to + row * out.stride(0), count);
     }
-    at::native::cpublas::brgemm_release();
   });
 }
 #endif
@@ -198,13 +198,14 @@ void linear_blocks([[maybe_unused]] const Tensor& x, [[maybe_unused]] const Tens
 Tensor linear_backward(const Tensor& grad, const Tensor& weight) {
   const Check check("linear_backward");
   check.memory(grad, "grad");
-  TORCH_CHECK_VALUE(grad.dim() >= 1, "linear_backward: grad must have the shape (..., N), got a number");
   check.floats(weight, "weight", {"N", "K"});
-  const Tensor rows = grad.reshape({-1, weight.size(0)});
-  check.floats(rows, "grad", {"M", weight.size(0)});
+  TORCH_CHECK_VALUE(grad.dim() >= 1 && grad.size(-1) == weight.size(0),
+                    "linear_backward: grad must have the shape (..., ", weight.size(0), "), got ", grad.sizes());
   TORCH_CHECK_TYPE(grad.scalar_type() == weight.scalar_type(), "linear_backward: grad must be ", dtype_name(weight),
                    " as weight is, got ", dtype_name(grad));
   std::vector<int64_t> shape = grad.sizes().vec();
+  const int64_t count = c10::multiply_integers(shape.begin(), shape.end() - 1);
+  const Tensor rows = grad.reshape({count, weight.size(0)});
   shape.back() = weight.size(1);
 #if defined(CPU_CAPABILITY_AVX512)
   if (weight.scalar_type() == at::kBFloat16 && multiplies_blocks(at::kBFloat16, weight.size(0)) && rows.numel() > 0 &&
