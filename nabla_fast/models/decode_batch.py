@@ -90,7 +90,9 @@ class DecodeBatch:
             self.mask[row, self.width + count :] = False
         self.width += max(counts)
         for layer in self._layers:
-            layer.use(self.width)
+            # A step leaves it so, unless a draft was wrong.
+            if layer.get_seq_length() != self.width:
+                layer.use(self.width)
         self._last = []
 
     def row_cache(self, row: int) -> KVCache:
