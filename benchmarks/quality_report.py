@@ -50,7 +50,7 @@ BRIEF: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
         "proposals-smollm2-gcd-ordinary",
         ("best-of-n 8", "likeliest 8", "dto 8", "guided 8"),
     ),
-    "proposals-taught": ("arithmetic, taught to judge and to point", "proposals-timing-taught", _PROPOSED_ARMS),
+    "proposals-whole-taught": ("arithmetic, taught to judge and to point", "proposals-timing-taught", _PROPOSED_ARMS),
 }
 # Proposals, and what the tables call them: as `NablaConfig.proposal` does.
 PROPOSED = {
