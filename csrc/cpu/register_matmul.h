@@ -51,9 +51,9 @@ struct BlockProduct {
   bool add;       // to C
 
   // Rows [row, row + rows) and `vectors` vectors of columns from `column` on, the last one of those that `mask` names.
-  // The loops are unrolled, so that the arrays are registers.
+  // The loops are unrolled, so that the arrays are registers; in the middle of another function, they would not be.
   template <int rows, int vectors>
-  void block(int64_t row, int64_t column, __mmask16 mask) const {
+  __attribute__((noinline)) void block(int64_t row, int64_t column, __mmask16 mask) const {
     constexpr int64_t kPer = kPerWord<scalar_t>;
     const scalar_t* left = a + row * lda;
     const scalar_t* right = b + kPer * column;
