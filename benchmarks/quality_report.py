@@ -265,9 +265,13 @@ def of_probes(results: Path) -> str:
 
 
 def _best(results: Path, reward: str) -> str:
-    """The proposals within two points of the best one with a reward model, by `quality_proposals.py measure`."""
-    file = results / f"proposals-{reward}.json"
-    if not file.exists():
+    """The proposals within two points of the best one with a reward model, by `quality_proposals.py measure`.
+
+    On all problems where that was measured.
+    """
+    files = [results / f"{stem}-{reward}.json" for stem in ("proposals-whole", "proposals")]
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
         return "not measured"
     arms = [arm for arm in json.loads(file.read_text())["arms"].values() if arm["method"] in PROPOSED]
     most = max(arm["accuracy"]["mean"] for arm in arms)
