@@ -39,6 +39,10 @@ NOT_RUN = {
     "docs/speed.md": {
         "python benchmarks/improvement.py": "builds two revisions of the history and measures for minutes"
     },
+    "docs/quality.md": {
+        "python tools/train_ordinary_rewards.py": "trains for a quarter of an hour",
+        "python benchmarks/quality_proposals.py": "measures for hours, with the rewards of the line above",
+    },
     "docs/releasing.md": {
         "mkdir build/arm64": "needs the library that make test-arm64 cross-builds",
         "NABLA_FAST_LIBRARIES=": "packs that library; tests/test_packaging.py packs one in the same way",
