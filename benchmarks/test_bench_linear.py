@@ -56,8 +56,12 @@ def int8_contest(shape: Shape, entries: int, rows: int) -> Contest:
         },
         traffic=entries * shape.width + 4 * rows * (entries + shape.width),
         flops=2 * rows * entries * shape.width,
-        skipped={"torch.compile": "it calls the same product"} | ({} if reason is None else {"native": reason}),
+        skipped=skipped(reason),
     )
+
+
+def skipped(why_not: str | None) -> dict[str, str]:
+    return {"torch.compile": "it calls the same product"} | ({} if why_not is None else {"native": why_not})
 
 
 def why_not_native() -> str | None:
@@ -66,7 +70,6 @@ def why_not_native() -> str | None:
 
 def contest(shape: Shape, entries: int, rows: int, dtype: torch.dtype) -> Contest:
     reason = why_not_native()
-    skipped = {"torch.compile": "it calls the same product"} | ({} if reason is None else {"native": reason})
     baselines = {"eager": functional.linear}
     if dtype == torch.float32:  # elsewhere it is what eager is
         baselines["oneDNN"] = onednn
@@ -81,7 +84,7 @@ def contest(shape: Shape, entries: int, rows: int, dtype: torch.dtype) -> Contes
         baselines=baselines,
         traffic=(entries * shape.width + rows * (entries + shape.width)) * dtype.itemsize,
         flops=2 * rows * entries * shape.width,
-        skipped=skipped,
+        skipped=skipped(reason),
     )
 
 
@@ -99,7 +102,7 @@ def backward_contest(shape: Shape, entries: int, rows: int) -> Contest:
         baselines={"eager": torch.matmul},
         traffic=(entries * shape.width + rows * (entries + shape.width)) * 2,
         flops=2 * rows * entries * shape.width,
-        skipped={"torch.compile": "it calls the same product"} | ({} if reason is None else {"native": reason}),
+        skipped=skipped(reason),
     )
 
 
