@@ -23,6 +23,9 @@ class Check {
  public:
   explicit Check(const char* name) : name_(name) {}
 
+  // The operator's.
+  const char* name() const { return name_; }
+
   // A dense tensor of the CPU that holds all of its memory. `index` is the argument's place in a list, -1 for none.
   void memory(const at::Tensor& tensor, const char* argument, int64_t index = -1) const;
 

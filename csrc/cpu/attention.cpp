@@ -1,6 +1,7 @@
 #include "../checks.h"
 #include "half_precision.h"
 #include "operators.h"
+#include "registers.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -21,6 +22,8 @@ using Vec = at::vec::Vectorized<float>;
 
 // Products below which waking up a second thread takes longer than it helps.
 constexpr int64_t kGrain = 131072;
+// Columns whose products with a query are added up together.
+constexpr int kAtOnce = 4;
 // Pairs of vectors of a value that are added up in registers.
 constexpr int kPairs = 4;
 
@@ -63,16 +66,32 @@ struct Head {
 
   // weights[i] = query . key of the i-th column.
   void scores(const float* query, int64_t size, const int64_t* columns, int64_t count, float* weights) const {
-    for (int64_t i = 0; i < count; ++i) {
-      const scalar_t* key = keys + columns[i] * key_stride;
-      Pair sum{Vec(0.0F), Vec(0.0F)};
-      for (int64_t d = 0; d < size; d += kPair) {
-        const Pair one = load_pair(query + d, size - d);
-        const Pair other = load_pair(key + d, size - d);
-        for (int v = 0; v < 2; ++v) sum[v] = at::vec::fmadd(one[v], other[v], sum[v]);
-      }
-      weights[i] = sum_of(sum);
+    int64_t i = 0;
+    if (size % kPair == 0) {
+      for (; i + kAtOnce <= count; i += kAtOnce) scores<kAtOnce, true>(query, size, columns + i, weights + i);
     }
+    for (; i < count; ++i) scores<1, false>(query, size, columns + i, weights + i);
+  }
+
+  // `whole`: size is a multiple of kPair.
+  template <int count, bool whole>
+  void scores(const float* query, int64_t size, const int64_t* columns, float* weights) const {
+    Vec sums[2 * count];
+    unrolled<2 * count>([&](auto i) { sums[i] = Vec(0.0F); });
+    for (int64_t d = 0; d < size; d += kPair) {
+      const int64_t left = whole ? kPair : size - d;
+      const Pair one = load_pair(query + d, left);
+      unrolled<count>([&](auto c) {
+        const Pair other = load_pair(keys + columns[c] * key_stride + d, left);
+        sums[2 * c] = at::vec::fmadd(one[0], other[0], sums[2 * c]);
+        sums[2 * c + 1] = at::vec::fmadd(one[1], other[1], sums[2 * c + 1]);
+      });
+    }
+    float vectors[count * Vec::size()];
+    unrolled<count>([&](auto c) { (sums[2 * c] + sums[2 * c + 1]).store(vectors + c * Vec::size()); });
+    float totals[(count + 3) / 4 * 4];
+    add_up<count>(vectors, totals);
+    std::copy_n(totals, count, weights);
   }
 
   // out = sum of weights[i] * value of the i-th column, times `factor`.

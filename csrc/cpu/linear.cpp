@@ -2,6 +2,8 @@
 #include "bfloat16_matmul.h"
 #include "linear_blocks.h"
 #include "operators.h"
+#include "registers.h"
+#include "token_modules.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
@@ -9,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -43,17 +46,6 @@ constexpr int64_t kTile = 12;
 constexpr int64_t kGrain = 32768;
 // Of a row, so that no instruction set has a rest: the entries that 64 bytes hold in the narrower dtypes.
 constexpr int64_t kUnit = 32;
-
-template <int... index, typename Work>
-void unrolled(std::integer_sequence<int, index...>, const Work& work) {
-  (work(std::integral_constant<int, index>{}), ...);
-}
-
-// work(0), ..., work(count - 1) with constants, so that arrays they index are registers.
-template <int count, typename Work>
-void unrolled(const Work& work) {
-  unrolled(std::make_integer_sequence<int, count>{}, work);
-}
 
 // 8-bit integers, a vector of them. Where the vector has to be put together, in one place: the compiler would work on
 // copies of it for minutes.
@@ -155,8 +147,9 @@ struct Product {
   template <int rows>
   void range(int64_t row, int64_t begin, int64_t end, bool from_memory) const {
     constexpr int kAtOnce = std::min(4, kSums / rows);
-    // One row of the weight after the other is what memory is fastest at, but reads all of x for each.
-    if (rows <= 3 && rows * size * int64_t(sizeof(x_t)) <= kNearBytes) {
+    // One row of the weight after the other is what memory is fastest at, but reads all of x for each; and of 8-bit
+    // integers, memory gives more than one sum can take.
+    if (rows <= 3 && !std::is_same_v<scalar_t, int8_t> && rows * size * int64_t(sizeof(x_t)) <= kNearBytes) {
       blocks<rows, 1, Ahead::kNothing>(row, begin, end);
     } else if (!from_memory) {
       blocks<rows, kAtOnce, Ahead::kNothing>(row, begin, end);
@@ -219,9 +212,13 @@ struct Product {
         });
       }
     }
-    // Nothing below may be a call: it would send all sums to memory and back.
+    // Until here they are registers, which they are only as long as nothing takes their address.
+    float vectors[rows * entries * Vec::size()];
+    unrolled<rows * entries>([&](auto i) { sums[i].store(vectors + i * Vec::size()); });
+    float totals[(rows * entries + 3) / 4 * 4];
+    add_up<rows * entries>(vectors, totals);
     unrolled<rows * entries>([&](auto i) {
-      float sum = at::vec::vec_reduce_all<float>([](const Vec& one, const Vec& other) { return one + other; }, sums[i]);
+      float sum = totals[i];
       const int64_t column = n + i % entries;
       if constexpr (std::is_same_v<scalar_t, int8_t>) sum *= scale[column];
       out[(row + i / entries) * columns + column] = static_cast<out_t>(bias == nullptr ? sum : sum + bias[column]);
@@ -229,85 +226,107 @@ struct Product {
   }
 };
 
+// Rows x (M, K) float32, or bfloat16 as the weights are, with each of the layers. All weights are read by all threads in
+// one go: between two of them, a thread would wait for the others.
 template <typename scalar_t, typename out_t, typename x_t>
-void multiply(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias, Tensor& out, x_t) {
-  const Product<scalar_t, out_t, x_t> product{x.const_data_ptr<x_t>(),
-                                              weight.const_data_ptr<scalar_t>(),
-                                              weight.stride(0),
-                                              x.size(1),
-                                              scale.defined() ? scale.const_data_ptr<float>() : nullptr,
-                                              bias.defined() ? bias.const_data_ptr<float>() : nullptr,
-                                              out.mutable_data_ptr<out_t>(),
-                                              weight.size(0)};
+void multiply(const Tensor& x, c10::ArrayRef<LinearLayer> layers, std::vector<Tensor>& outs, x_t) {
+  std::vector<Product<scalar_t, out_t, x_t>> products;
+  int64_t total = 0;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const LinearLayer& layer = layers[i];
+    const auto numbers = [](const OptionalTensor& own) { return own ? own->const_data_ptr<float>() : nullptr; };
+    products.push_back({x.const_data_ptr<x_t>(), layer.weight.const_data_ptr<scalar_t>(), layer.weight.stride(0),
+                        x.size(1), numbers(layer.scale), numbers(layer.bias), outs[i].mutable_data_ptr<out_t>(),
+                        layer.weight.size(0)});
+    total += layer.weight.size(0);
+  }
   const int64_t count = x.size(0);
   const int64_t groups = (count + kGroup - 1) / kGroup;
-  const int64_t tile = groups == 1 ? weight.size(0) : kTile;
-  at::parallel_for(0, weight.size(0), std::max<int64_t>(1, kGrain / x.size(1)), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; n += tile) {
-      for (int64_t group = 0; group < groups; ++group) {
-        const int64_t row = count * group / groups;
-        product.range(row, count * (group + 1) / groups - row, n, std::min(end, n + tile), group == 0);
+  const int64_t tile = groups == 1 ? total : kTile;
+  at::parallel_for(0, total, std::max<int64_t>(1, kGrain / x.size(1)), [&](int64_t begin, int64_t end) {
+    int64_t first = 0;  // of all weights' rows, that of this weight
+    for (const auto& product : products) {
+      const int64_t last = std::min(end - first, product.columns);
+      for (int64_t n = std::max<int64_t>(begin - first, 0); n < last; n += tile) {
+        for (int64_t group = 0; group < groups; ++group) {
+          const int64_t row = count * group / groups;
+          product.range(row, count * (group + 1) / groups - row, n, std::min(last, n + tile), group == 0);
+        }
       }
+      first += product.columns;
     }
   });
 }
 
 template <typename scalar_t, typename out_t>
-void multiply(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias, Tensor& out) {
+void multiply(const Tensor& x, c10::ArrayRef<LinearLayer> layers, std::vector<Tensor>& outs) {
   if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
-    if (has_bfloat16_matmul())
-      return multiply<scalar_t, out_t>(x.contiguous(), weight, scale, bias, out, at::BFloat16());
+    if (has_bfloat16_matmul()) return multiply<scalar_t, out_t>(x.contiguous(), layers, outs, at::BFloat16());
   }
-  multiply<scalar_t, out_t>(converted<scalar_t>(x), weight, scale, bias, out, 0.0F);
+  multiply<scalar_t, out_t>(converted<scalar_t>(x), layers, outs, 0.0F);
+}
+
+// Its scale and bias in float32, in a row.
+LinearLayer checked(const Check& check, const Tensor& x, const LinearLayer& layer, at::ScalarType dtype) {
+  const Tensor& weight = layer.weight;
+  const at::ScalarType kind = x.scalar_type();
+  const bool int8 = weight.scalar_type() == at::kChar;
+  if (int8) {
+    check.memory(weight, "weight");
+    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == x.size(1), check.name(),
+                      ": weight must have the shape (N, ", x.size(1), "), got (", weight.sizes(), ")");
+  } else {
+    check.floats(weight, "weight", {"N", x.size(1)});
+  }
+  TORCH_CHECK_VALUE(int8 == layer.scale.has_value(), check.name(),
+                    ": scale must be given with a weight of int8, and with no other");
+  if (layer.scale.has_value()) check.floats(*layer.scale, "scale", {weight.size(0)});
+  if (layer.bias.has_value()) check.floats(*layer.bias, "bias", {weight.size(0)});
+  TORCH_CHECK_TYPE(
+      kind != at::kDouble && (int8 || kind == weight.scalar_type()) && (dtype == kind || dtype == at::kFloat),
+      check.name(), ": x must be float32, bfloat16 or float16, weight the same or int8, and dtype that of x or ",
+      "float32, got ", dtype_name(x), ", ", dtype_name(weight), " and ", at::toString(dtype));
+  TORCH_CHECK_VALUE(x.size(1) > 0 && x.size(1) % kUnit == 0 && weight.stride(1) == 1, check.name(),
+                    ": a row of weight must be a multiple of ", kUnit, " entries without gaps, got ", x.size(1),
+                    " with a stride of ", weight.stride(1));
+  const auto in_float = [](const OptionalTensor& numbers) {
+    return numbers.has_value() ? OptionalTensor(numbers->to(at::kFloat).contiguous()) : std::nullopt;
+  };
+  return {weight, in_float(layer.scale), in_float(layer.bias)};
 }
 
 }  // namespace
 
-Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias,
-              at::ScalarType dtype) {
-  const Check check("linear");
+std::vector<Tensor> linear_layers(const Check& check, const Tensor& input, c10::ArrayRef<LinearLayer> layers,
+                                  at::ScalarType dtype) {
   check.memory(input, "x");
-  TORCH_CHECK_VALUE(input.dim() >= 1, "linear: x must have the shape (..., K), got a number");
+  TORCH_CHECK_VALUE(input.dim() >= 1, check.name(), ": x must have the shape (..., K), got a number");
   // Here and not in Python, where shapes of a small product take longer than the product.
   const Tensor x =
       input.dim() == 2 ? input : input.reshape({input.numel() / std::max<int64_t>(1, input.size(-1)), input.size(-1)});
   check.floats(x, "x", {"M", "K"});
-  const at::ScalarType own = weight.scalar_type();
-  const at::ScalarType kind = x.scalar_type();
-  const bool int8 = own == at::kChar;
-  if (int8) {
-    check.memory(weight, "weight");
-    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == x.size(1), "linear: weight must have the shape (N, ",
-                      x.size(1), "), got (", weight.sizes(), ")");
-  } else {
-    check.floats(weight, "weight", {"N", x.size(1)});
-  }
-  TORCH_CHECK_VALUE(int8 == scale.has_value(), "linear: scale must be given with a weight of int8, and with no other");
-  if (scale.has_value()) check.floats(*scale, "scale", {weight.size(0)});
-  if (bias.has_value()) check.floats(*bias, "bias", {weight.size(0)});
-  TORCH_CHECK_TYPE(kind != at::kDouble && (int8 || kind == own) && (dtype == kind || dtype == at::kFloat),
-                   "linear: x must be float32, bfloat16 or float16, weight the same or int8, and dtype that of x or "
-                   "float32, got ",
-                   dtype_name(x), ", ", dtype_name(weight), " and ", at::toString(dtype));
-  TORCH_CHECK_VALUE(x.size(1) > 0 && x.size(1) % kUnit == 0 && weight.stride(1) == 1,
-                    "linear: a row of weight must be a multiple of ", kUnit, " entries without gaps, got ", x.size(1),
-                    " with a stride of ", weight.stride(1));
-  const auto in_float = [](const std::optional<Tensor>& numbers) {
-    return numbers.has_value() ? numbers->to(at::kFloat).contiguous() : Tensor();
-  };
-  const Tensor factors = in_float(scale);
-  const Tensor more = in_float(bias);
+  const at::ScalarType own = layers[0].weight.scalar_type();
+  std::vector<LinearLayer> ready;
+  std::vector<Tensor> outs;
   std::vector<int64_t> shape = input.sizes().vec();
-  shape.back() = weight.size(0);
-  Tensor out = at::empty(shape, x.options().dtype(int8 ? at::kFloat : dtype));
-  if (!int8 && x.size(0) > kFewRows && multiplies_blocks(own, x.size(1))) {
-    linear_blocks(x.contiguous(), weight, more, out.view({x.size(0), weight.size(0)}));
-    return out;
+  for (const LinearLayer& layer : layers) {
+    TORCH_CHECK_TYPE(layer.weight.scalar_type() == own, check.name(), ": weights must have one dtype, got ",
+                     dtype_name(layers[0].weight), " and ", dtype_name(layer.weight));
+    ready.push_back(checked(check, x, layer, dtype));
+    shape.back() = layer.weight.size(0);
+    outs.push_back(at::empty(shape, x.options().dtype(own == at::kChar ? at::kFloat : dtype)));
+  }
+  if (own != at::kChar && x.size(0) > kFewRows && multiplies_blocks(own, x.size(1))) {
+    for (size_t i = 0; i < outs.size(); ++i) {
+      linear_blocks(x.contiguous(), ready[i].weight, ready[i].bias.value_or(Tensor()),
+                    outs[i].view({x.size(0), ready[i].weight.size(0)}));
+    }
+    return outs;
   }
   const auto run = [&](auto entry) {
-    if (out.scalar_type() == at::kFloat) return multiply<decltype(entry), float>(x, weight, factors, more, out);
+    if (outs[0].scalar_type() == at::kFloat) return multiply<decltype(entry), float>(x, ready, outs);
     if constexpr (!std::is_same_v<decltype(entry), int8_t>) {
-      multiply<decltype(entry), decltype(entry)>(x, weight, factors, more, out);
+      multiply<decltype(entry), decltype(entry)>(x, ready, outs);
     }
   };
   switch (own) {
@@ -316,7 +335,13 @@ Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& s
     case at::kHalf: run(at::Half()); break;
     default: run(float());
   }
-  return out.to(dtype);
+  for (Tensor& out : outs) out = out.to(dtype);
+  return outs;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias,
+              at::ScalarType dtype) {
+  return linear_layers(Check("linear"), x, LinearLayer{weight, scale, bias}, dtype)[0];
 }
 
 }  // namespace nabla_fast::cpu::CPU_CAPABILITY

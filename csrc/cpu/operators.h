@@ -10,6 +10,7 @@
 // that no instruction set links to the code of another). CMake finds the file by itself.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -21,6 +22,7 @@ namespace nabla_fast::cpu {
 
 using Tensor = at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using OptionalTensors = c10::List<OptionalTensor>;
 using TwoTensors = std::tuple<Tensor, Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 using Statistics = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;       // max_prob, lse, entropy, token, mask
@@ -89,7 +91,12 @@ using HardEmbeddings = std::tuple<std::vector<Tensor>, Tensor>;
      double epsilon, bool offset))                                                                                    \
   X(gated_mlp, Tensor,                                                                                                \
     (const Tensor& x, const Tensor& gate, const OptionalTensor& gate_bias, const Tensor& up,                          \
-     const OptionalTensor& up_bias, const Tensor& down, const OptionalTensor& down_bias, std::string_view activation))
+     const OptionalTensor& up_bias, const Tensor& down, const OptionalTensor& down_bias, std::string_view activation))  \
+  X(decoder_layer, Tensor,                                                                                            \
+    (const Tensor& x, at::TensorList weights, const OptionalTensors& scales, const OptionalTensors& biases,           \
+     const OptionalTensors& norms, const Tensor& cos, const Tensor& sin, const OptionalTensor& mask,                  \
+     const Tensor& keys, const Tensor& values, int64_t past, double scaling, double epsilon, bool offset,             \
+     double head_epsilon, bool head_offset, std::string_view activation))
 
 #define NABLA_FAST_DECLARE(name, result, arguments) result name arguments;
 

@@ -8,14 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from nabla_fast.models.backbone import Backbone, Inputs, joined
+from nabla_fast.models.growing_cache import ROOM, GrowingCache
 from nabla_fast.models.kv_cache import KVCache, ModelCache
-
-# Columns that buffers grow by at the least.
-_ROOM = 64
 
 
 class DecodeBatch:
@@ -33,16 +29,12 @@ class DecodeBatch:
         self.lengths = [len(cache) for cache in caches]
         self.width = max(self.lengths)
         # On the CPU, where it says which columns are a row's without waiting for the device.
-        self.mask = torch.zeros(len(caches), self.width + _ROOM, dtype=torch.bool)
+        self.mask = torch.zeros(len(caches), self.width + ROOM, dtype=torch.bool)
         for row, length in enumerate(self.lengths):
             self.mask[row, self.width - length : self.width] = True
         self.hidden = [[cache.hidden] for cache in caches]
         self._last: list[Tensor] = []
-        layers = range(len(caches[0].keys))
-        self._layers = [_Layer([(c.keys[i], c.values[i]) for c in caches], self.width) for i in layers]
-        # Made without a config, because layers with a sliding window would forget; the masks still are theirs.
-        self._cache = DynamicCache()
-        self._cache.layers.extend(self._layers)
+        self._cache = GrowingCache(caches, self.width)
 
     @property
     def spread(self) -> float:
@@ -56,12 +48,17 @@ class DecodeBatch:
         return any(self.width - begin > length for begin, length in zip(begins, self.lengths, strict=True))
 
     @torch.no_grad()
-    def step(self, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
-        """The hidden states (k_b, d) of each sequence's next k_b >= 1 tokens; `keep` says which of them stay."""
+    def step(self, tokens: Sequence[Sequence[int]], *, rough: bool = False) -> list[Tensor]:
+        """The hidden states (k_b, d) of each sequence's next k_b >= 1 tokens; `keep` says which of them stay.
+
+        Args:
+            rough: see `GrowingCache`.
+        """
+        self._cache.rough = rough
         sizes = [len(row) for row in tokens]
         size = max(sizes)
         if self.mask.shape[1] < self.width + size:
-            self.mask = pad(self.mask, (0, size + _ROOM))
+            self.mask = pad(self.mask, (0, size + ROOM))
         ids = torch.zeros(len(tokens), size, dtype=torch.long)
         positions = torch.zeros(len(tokens), size, dtype=torch.long)
         for row, (new, length) in enumerate(zip(tokens, self.lengths, strict=True)):
@@ -89,11 +86,17 @@ class DecodeBatch:
             self.lengths[row] += count
             self.mask[row, self.width + count :] = False
         self.width += max(counts)
-        for layer in self._layers:
-            # A step leaves it so, unless a draft was wrong.
-            if layer.get_seq_length() != self.width:
-                layer.use(self.width)
+        self._cache.use(self.width)
         self._last = []
+
+    def forget(self, steps: int) -> None:
+        """Undoes the last ``steps`` >= 1 steps, of each of which one token of each sequence stayed."""
+        self.mask[:, self.width - steps : self.width] = False
+        self.width -= steps
+        self.lengths = [length - steps for length in self.lengths]
+        for hidden in self.hidden:
+            del hidden[-steps:]
+        self._cache.use(self.width)
 
     def row_cache(self, row: int) -> KVCache:
         """The cache of one sequence; a view where it has no gaps."""
@@ -101,9 +104,9 @@ class DecodeBatch:
         begin = int(columns[0])
         whole = len(columns) == self.width - begin
         # A copy of the columns for each device, not for each layer.
-        places = {layer.device for layer in self._layers}
+        places = {layer.device for layer in self._cache.layers}
         used = {place: slice(begin, self.width) if whole else columns.to(place) for place in places}
-        parts = [[x[row : row + 1, :, used[x.device]] for x in layer.buffers] for layer in self._layers]
+        parts = [[x[row : row + 1, :, used[x.device]] for x in layer.buffers] for layer in self._cache.layers]
         keys, values = zip(*parts, strict=True)
         return KVCache(keys, values, torch.cat(self.hidden[row]))
 
@@ -144,41 +147,3 @@ class DecodeSingle:
             return self.backbone.whole(self._inputs)[-1:]
         self._running = self.backbone.step(ids, self._running or self.start.copy())
         return self._running.hidden
-
-
-class _Layer(DynamicLayer):
-    """Keys and values of one layer, with room to the right. transformers' own layer copies all of them for every token.
-
-    Args:
-        rows: keys and values (1, heads, T_b, head width) of each sequence; they end in column ``width``.
-    """
-
-    def __init__(self, rows: Sequence[tuple[Tensor, Tensor]], width: int) -> None:
-        super().__init__()
-        self.buffers = [_stacked(part, width) for part in zip(*rows, strict=True)]
-        self.dtype, self.device, self.is_initialized = self.buffers[0].dtype, self.buffers[0].device, True
-        self.use(width)
-
-    def use(self, width: int) -> tuple[Tensor, Tensor]:
-        """The first ``width`` columns are in use."""
-        keys, values = (x.narrow(2, 0, width) for x in self.buffers)
-        self.keys, self.values = keys, values
-        return keys, values
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        begin, have = self.get_seq_length(), self.buffers[0].shape[2]
-        end = begin + key_states.shape[2]
-        if end > have:
-            self.buffers = [pad(x, (0, 0, 0, max(end - have, have // 2))) for x in self.buffers]
-        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer.narrow(2, begin, end - begin).copy_(new)
-        return self.use(end)
-
-
-def _stacked(rows: Sequence[Tensor], width: int) -> Tensor:
-    """One (B, heads, width + room, head width) of rows (1, heads, T_b, head width) that end in column ``width``."""
-    _, heads, _, size = rows[0].shape
-    out = rows[0].new_zeros(len(rows), heads, width + _ROOM, size)
-    for row, x in enumerate(rows):
-        out[row : row + 1, :, width - x.shape[2] : width] = x
-    return out

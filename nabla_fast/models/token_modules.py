@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from nabla_fast.models.growing_cache import GrowingCache
 from nabla_fast.models.kv_cache import PaddedCache
 from nabla_fast.models.layer_trials import random_like, refuse, same
 from nabla_fast.models.quantised_layers import is_plain
@@ -30,11 +31,11 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _HEAD_NORMS = ("q_norm", "k_norm")
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _ACTIVATION = "act_fn"
-_CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAMES = ("cache", "past_key_values")
 # Caches whose `update` needs nothing but keys, values and the layer.
-_CACHES = (type(None), DynamicCache, PaddedCache)
+_CACHES = (type(None), DynamicCache, PaddedCache, GrowingCache)
 # Keyword arguments of an attention module that mean nothing to "sdpa", whose mask says it all.
-_IGNORED = {"position_ids", "use_cache", "cache_position"}
+IGNORED = {"position_ids", "use_cache", "cache_position"}
 
 
 class GatedMLP:
@@ -42,7 +43,7 @@ class GatedMLP:
 
     def __init__(self, module: Any, own: Forward, activation: str) -> None:
         self.own, self.activation = own, activation
-        self.parts = _Parts(module, _GATED, bypassed=(_ACTIVATION,))
+        self.parts = Parts(module, _GATED, bypassed=(_ACTIVATION,))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
@@ -57,7 +58,7 @@ class Attention:
 
     def __init__(self, module: Any, own: Forward, norms: Mapping[Any, Any]) -> None:
         self.module, self.own = module, own
-        self.parts = _Parts(module, _PROJECTIONS, [name for name in _HEAD_NORMS if name in module._modules])
+        self.parts = Parts(module, _PROJECTIONS, [name for name in _HEAD_NORMS if name in module._modules])
         of_heads = [norms[part] for part in self.parts.norms]
         self.epsilon = (of_heads[0].epsilon or 0.0) if of_heads else 0.0
         self.offset = bool(of_heads) and of_heads[0].offset
@@ -66,7 +67,7 @@ class Attention:
         x, rest = hidden_states, dict(kwargs)
         tables, mask = rest.pop("position_embeddings", None), rest.pop("attention_mask", None)
         # By their own names, so that one that is None elsewhere does not count.
-        caches = [rest.pop(name) for name in _CACHE_NAMES if name in rest]
+        caches = [rest.pop(name) for name in CACHE_NAMES if name in rest]
         fits = (
             isinstance(x, Tensor)
             and is_for_kernels(x)
@@ -74,8 +75,8 @@ class Attention:
             and not args
             and len(caches) <= 1
             and all(type(cache) in _CACHES for cache in caches)
-            and all(name in _IGNORED or value is None or value is False for name, value in rest.items())
-            and _are_tables(tables, x)
+            and all(name in IGNORED or value is None or value is False for name, value in rest.items())
+            and are_tables(tables, x)
             and self.module.config._attn_implementation == ATTENTION
             and not self.module.training
             and self.parts.fit(x)
@@ -102,15 +103,28 @@ class Attention:
         return native_linear.linear(mixed.reshape(*x.shape[:2], -1), *_linear(out)), None
 
 
-class _Parts:
-    """The layers of a module, as they were when it was tried: those whose weights are read, and those that are not."""
+class Parts:
+    """The layers of a module, as they were when it was tried: those whose weights are read, and those that are not.
+
+    Args:
+        inner: those of modules in it.
+    """
 
     def __init__(
-        self, module: Any, linears: Iterable[str], norms: Iterable[str] = (), bypassed: Iterable[str] = ()
+        self,
+        module: Any,
+        linears: Iterable[str] = (),
+        norms: Iterable[str] = (),
+        bypassed: Iterable[str] = (),
+        inner: Iterable[Parts] = (),
     ) -> None:
         named = {name: module._modules[name] for name in (*linears, *norms, *bypassed)}
         self.linears, self.norms = [named[name] for name in linears], [named[name] for name in norms]
         self._places = [(module._modules, name, part, type(part)) for name, part in named.items()]
+        for parts in inner:
+            self.linears += parts.linears
+            self.norms += parts.norms
+            self._places += parts._places
 
     def fit(self, x: Tensor) -> bool:
         """Whether the layers are the same, nobody waits for their results, and ``x`` is few rows of their dtype."""
@@ -171,7 +185,7 @@ def _attention(module: Any, norms: Mapping[Any, Any]) -> Forward | None:
     ):
         return None
     parameters = list(inspect.signature(module.forward).parameters)
-    argument = next((name for name in _CACHE_NAMES if name in parameters), None)
+    argument = next((name for name in CACHE_NAMES if name in parameters), None)
     known = parameters[:1] == ["hidden_states"] and argument is not None
     if not known or module.config._attn_implementation != ATTENTION:
         return None
@@ -232,7 +246,7 @@ def _linear(layer: Any) -> token_layers.Linear:
     return own["weight"], own["bias"]
 
 
-def _are_tables(tables: Any, x: Tensor) -> bool:
+def are_tables(tables: Any, x: Tensor) -> bool:
     """Whether they are cosines and sines, those of every row or of all of them."""
     if not (isinstance(tables, tuple) and len(tables) == 2 and all(isinstance(t, Tensor) for t in tables)):
         return False

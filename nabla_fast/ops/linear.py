@@ -99,6 +99,12 @@ def linear(
     return product
 
 
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (N, K) as 8-bit integers (N, K) and a scale (N,), float32, for each row, of which `linear` takes both."""
+    scale = weight.detach().float().abs().amax(1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
+    return weight.detach().div(scale.unsqueeze(1)).round_().to(torch.int8), scale
+
+
 def backward(grad: Tensor, weight: Tensor) -> Tensor:
     """What reaches the rows of `linear` from its result: grad (..., N) @ weight (N, K), without a derivative."""
     result: Tensor = _native_backward(grad, weight)
