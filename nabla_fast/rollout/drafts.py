@@ -9,6 +9,8 @@ from collections.abc import Sequence
 _LONGEST = 4
 # First length of a draft that so many equal tokens lead to; one that proves right is followed by twice as many.
 _FIRST_LENGTH = {1: 3, 2: 3, 3: 4, 4: 8}
+# Tokens in a row that were the same in an earlier text, after which the next ones nearly always are.
+_CERTAIN = 8
 
 
 class Drafter:
@@ -37,6 +39,8 @@ class Drafter:
             for end in range(1, len(earlier[number])):
                 self._remember(number, end)
         self._at: tuple[int, int] | None = None
+        # Last tokens of the response that are known to be those of the text before `_at`.
+        self._matched = 0
         for token in (*prompt, *response):
             self.add(token)
         if self._texts and earlier:
@@ -51,11 +55,16 @@ class Drafter:
         if self._at is not None:
             text, place = self._at
             self._at = (text, place + 1) if list(self._texts[text][place : place + 1]) == [token] else None
+            self._matched += 1
         self._remember(len(self._texts) - 1, len(self._own))
         self._own.append(token)
 
-    def draft(self, room: int) -> tuple[int, ...]:
-        """At most ``room`` draft tokens; none where the last tokens occur nowhere else."""
+    def draft(self, room: int, *, certain: bool = False) -> tuple[int, ...]:
+        """At most ``room`` draft tokens; none where the last tokens occur nowhere else.
+
+        Args:
+            certain: whether there are none either unless the last `_CERTAIN` tokens have followed one text.
+        """
         proved, self._drafted = self._drafted, False
         if not self.most or room < 1:
             return ()
@@ -63,7 +72,7 @@ class Drafter:
             self._look_up()
         elif proved:
             self._length = min(self.most, 2 * self._length)
-        if self._at is None:
+        if self._at is None or (certain and self._matched < _CERTAIN):
             return ()
         text, place = self._at
         self._drafted = True
@@ -88,6 +97,7 @@ class Drafter:
                 others = [(abs(place - position), text, place) for text, place in found if text != own]
                 self._at = min(others)[1:] if others else found[-1]
                 self._length = min(self.most, _FIRST_LENGTH[size])
+                self._matched = size
                 return
 
     def _remember(self, text: int, end: int) -> None:

@@ -19,7 +19,7 @@ from nabla_fast.models.fused_layers import fast_kernels
 from nabla_fast.models.kv_cache import KVCache, ModelCache
 from nabla_fast.models.language_model import LanguageModel
 from nabla_fast.models.sequence_cache import TOKENS_PER_PASS, common_lengths, extended
-from nabla_fast.rollout import device
+from nabla_fast.rollout import device, self_drafts
 from nabla_fast.rollout.base import Rollout, RolloutStream, StopRule, no_rollout, unreadable
 from nabla_fast.rollout.drafts import Drafter
 from nabla_fast.sampling import Sampler
@@ -86,14 +86,18 @@ class _Row:
     drafted: int = 0
     accepted: int = 0
     draft: tuple[int, ...] = ()
+    own: self_drafts.Record = field(default_factory=self_drafts.Record)
+    by_model: bool = False
     ended: bool = False
 
-    def feed(self, most: int) -> list[int]:
-        """At most ``most`` tokens for the next pass: the last one, which is not in the cache yet, and a draft."""
-        left = self.sequence.limit - len(self.response)
-        self.draft = self.drafter.draft(min(left, most) - 1)
-        last = (self.response or self.sequence.prompt_ids)[-1]
-        return [last, *self.draft]
+    @property
+    def last(self) -> int:
+        """The last token, which is not in the cache yet."""
+        return (self.response or self.sequence.prompt_ids)[-1]
+
+    def room(self, most: int) -> int:
+        """Tokens of a draft, where at most ``most`` tokens are fed."""
+        return min(self.sequence.limit - len(self.response), most) - 1
 
     def responses(self) -> list[tuple[int, ...]]:
         """The response behind which each row of logits of the pass stands, if the draft is right."""
@@ -111,6 +115,8 @@ class _Row:
             if self.ended or not right:
                 break
         self.accepted += count
+        if self.by_model:
+            self.own.add(count, len(self.draft))
         return count + 1
 
     def result(self, cache: KVCache) -> Rollout:
@@ -134,6 +140,10 @@ class _Stream:
     rows: list[_Row] = field(default_factory=list)
     batch: DecodeBatch | None = None
     ended: list[tuple[Sequence, Rollout]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        backend = self.backend
+        self._drafts_itself = backend.draft_tokens > 0 and self_drafts.drafts_itself(backend.language_model)
 
     def submit(self, sequence: Sequence) -> None:
         if self.stop.ended(sequence, sequence.prefix):
@@ -191,7 +201,8 @@ class _Stream:
         # Up to this, drafts cost little. One of a single token is right too seldom to pay for that.
         most = TOKENS_PER_PASS.get(model.device.type, 1) // len(self.rows)
         most = most if most > _LEAST_DRAFT else 1
-        hidden = self.batch.step([row.feed(most) for row in self.rows])
+        self._draft(most)
+        hidden = self.batch.step([[row.last, *row.draft] for row in self.rows])
         responses = [response for row in self.rows for response in row.responses()]
         sequences = [row.sequence for row in self.rows for _ in row.responses()]
         logits = model.logits(torch.cat(hidden))
@@ -207,6 +218,35 @@ class _Stream:
             self._rebuild(running)
         elif self.batch.spread > _SPREAD or (model.backbone.windowed and self.batch.gaps):
             self._rebuild(running)
+
+
+    def _draft(self, most: int) -> None:
+        """Gives each row a draft, where ``most`` tokens may be fed: of earlier text, or by the model itself."""
+        by_model = self._drafts_itself and most > 1
+        for row in self.rows:
+            row.draft, row.by_model = row.drafter.draft(row.room(most), certain=by_model), False
+        if not by_model:
+            return
+        lengths = [
+            0 if row.draft else row.own.length(max(0, row.room(most)), len(self.rows)) for row in self.rows
+        ]
+        if not any(lengths):
+            return
+        sequences = [row.sequence for row in self.rows]
+
+        def draw(logits: Tensor, drafts: Seq[tuple[int, ...]]) -> list[int]:
+            responses = [(*row.response, *draft) for row, draft in zip(self.rows, drafts, strict=True)]
+            return self.backend.sampler(logits, self.sampling, sequences, responses).tolist()
+
+        def ended(row: int, draft: tuple[int, ...]) -> bool:
+            return bool(draft) and self.stop.ended(sequences[row], (*self.rows[row].response, *draft))
+
+        assert self.batch is not None
+        last = [row.last for row in self.rows]
+        drafts = self_drafts.draft(self.backend.language_model, self.batch, last, lengths, draw, ended)
+        for row, draft in zip(self.rows, drafts, strict=True):
+            if draft:
+                row.draft, row.by_model = draft, True
 
 
 @dataclass
