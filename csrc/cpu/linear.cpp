@@ -1,5 +1,6 @@
 #include "../checks.h"
 #include "bfloat16_matmul.h"
+#include "half_precision.h"
 #include "linear_blocks.h"
 #include "operators.h"
 #include "registers.h"
@@ -24,8 +25,6 @@ namespace {
 using Vec = at::vec::Vectorized<float>;
 using Bits = at::vec::Vectorized<int32_t>;
 
-// Rows of x up to which the weight is read once, and multiplied with them in the order of memory.
-constexpr int64_t kFewRows = 16;
 // Rows of x that take part in one reading of the weight's registers. Further ones read the cache.
 constexpr int kGroup = 8;
 // Sums in registers, of 32 or 16.
@@ -87,24 +86,17 @@ struct Entries {
   }
 };
 
-// Rows (M, K) in float32, in the order in which `Entries` has those of a weight.
+// `count` numbers in float32, in the order in which `Entries` has those of a weight.
 template <typename scalar_t>
-Tensor converted(const Tensor& x) {
-  if constexpr (std::is_same_v<scalar_t, float> || std::is_same_v<scalar_t, int8_t>) {
-    return x.to(at::kFloat).contiguous();
-  } else {
-    using E = Entries<scalar_t>;
-    const Tensor source = x.contiguous();
-    Tensor out = at::empty(x.sizes(), x.options().dtype(at::kFloat));
-    const scalar_t* from = source.const_data_ptr<scalar_t>();
-    float* to = out.mutable_data_ptr<float>();
-    for (int64_t i = 0; i < x.numel(); i += E::kCount) {
-      Vec entries[E::kVectors];
-      E::load(from + i, entries);
-      for (int v = 0; v < E::kVectors; ++v) entries[v].store(to + i + v * Vec::size());
-    }
-    return out;
+std::vector<float> converted(const scalar_t* from, int64_t count) {
+  using E = Entries<scalar_t>;
+  std::vector<float> out(count);
+  for (int64_t i = 0; i < count; i += E::kCount) {
+    Vec entries[E::kVectors];
+    E::load(from + i, entries);
+    for (int v = 0; v < E::kVectors; ++v) entries[v].store(out.data() + i + v * Vec::size());
   }
+  return out;
 }
 
 // sum += the products of 32 bfloat16 numbers, two of them in each of its entries; where `has_bfloat16_matmul`.
@@ -226,24 +218,23 @@ struct Product {
   }
 };
 
-// Rows x (M, K) float32, or bfloat16 as the weights are, with each of the layers. All weights are read by all threads in
-// one go: between two of them, a thread would wait for the others.
+// Rows x (M, K) float32, or bfloat16 as the weights are, with each of the layers.
 template <typename scalar_t, typename out_t, typename x_t>
-void multiply(const Tensor& x, c10::ArrayRef<LinearLayer> layers, std::vector<Tensor>& outs, x_t) {
+void multiply(const x_t* x, int64_t count, int64_t size, c10::ArrayRef<LinearLayer> layers,
+              c10::ArrayRef<out_t*> outs) {
   std::vector<Product<scalar_t, out_t, x_t>> products;
+  products.reserve(layers.size());
   int64_t total = 0;
+  const auto numbers = [](const OptionalTensor& own) { return own ? own->const_data_ptr<float>() : nullptr; };
   for (size_t i = 0; i < layers.size(); ++i) {
-    const LinearLayer& layer = layers[i];
-    const auto numbers = [](const OptionalTensor& own) { return own ? own->const_data_ptr<float>() : nullptr; };
-    products.push_back({x.const_data_ptr<x_t>(), layer.weight.const_data_ptr<scalar_t>(), layer.weight.stride(0),
-                        x.size(1), numbers(layer.scale), numbers(layer.bias), outs[i].mutable_data_ptr<out_t>(),
-                        layer.weight.size(0)});
-    total += layer.weight.size(0);
+    const Tensor& weight = layers[i].weight;
+    products.push_back({x, weight.const_data_ptr<scalar_t>(), weight.stride(0), size, numbers(layers[i].scale),
+                        numbers(layers[i].bias), outs[i], weight.size(0)});
+    total += weight.size(0);
   }
-  const int64_t count = x.size(0);
   const int64_t groups = (count + kGroup - 1) / kGroup;
   const int64_t tile = groups == 1 ? total : kTile;
-  at::parallel_for(0, total, std::max<int64_t>(1, kGrain / x.size(1)), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, total, std::max<int64_t>(1, kGrain / size), [&](int64_t begin, int64_t end) {
     int64_t first = 0;  // of all weights' rows, that of this weight
     for (const auto& product : products) {
       const int64_t last = std::min(end - first, product.columns);
@@ -258,25 +249,38 @@ void multiply(const Tensor& x, c10::ArrayRef<LinearLayer> layers, std::vector<Te
   });
 }
 
+// With weights of the dtype of x.
 template <typename scalar_t, typename out_t>
-void multiply(const Tensor& x, c10::ArrayRef<LinearLayer> layers, std::vector<Tensor>& outs) {
+void multiply_alike(const scalar_t* x, int64_t count, int64_t size, c10::ArrayRef<LinearLayer> layers,
+                    c10::ArrayRef<out_t*> outs) {
+  if constexpr (std::is_same_v<scalar_t, float>) return multiply<float, out_t>(x, count, size, layers, outs);
   if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
-    if (has_bfloat16_matmul()) return multiply<scalar_t, out_t>(x.contiguous(), layers, outs, at::BFloat16());
+    if (has_bfloat16_matmul()) return multiply<scalar_t, out_t>(x, count, size, layers, outs);
   }
-  multiply<scalar_t, out_t>(converted<scalar_t>(x), layers, outs, 0.0F);
+  if constexpr (!std::is_same_v<scalar_t, float>) {
+    multiply<scalar_t, out_t>(converted(x, count * size).data(), count, size, layers, outs);
+  }
 }
 
-// Its scale and bias in float32, in a row.
-LinearLayer checked(const Check& check, const Tensor& x, const LinearLayer& layer, at::ScalarType dtype) {
+template <typename out_t>
+std::vector<out_t*> places(const std::vector<Tensor>& outs) {
+  std::vector<out_t*> found;
+  for (const Tensor& out : outs) found.push_back(out.mutable_data_ptr<out_t>());
+  return found;
+}
+
+}  // namespace
+
+LinearLayer checked_layer(const Check& check, int64_t size, at::ScalarType kind, const LinearLayer& layer,
+                          at::ScalarType dtype) {
   const Tensor& weight = layer.weight;
-  const at::ScalarType kind = x.scalar_type();
   const bool int8 = weight.scalar_type() == at::kChar;
   if (int8) {
     check.memory(weight, "weight");
-    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == x.size(1), check.name(),
-                      ": weight must have the shape (N, ", x.size(1), "), got (", weight.sizes(), ")");
+    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == size, check.name(),
+                      ": weight must have the shape (N, ", size, "), got (", weight.sizes(), ")");
   } else {
-    check.floats(weight, "weight", {"N", x.size(1)});
+    check.floats(weight, "weight", {"N", size});
   }
   TORCH_CHECK_VALUE(int8 == layer.scale.has_value(), check.name(),
                     ": scale must be given with a weight of int8, and with no other");
@@ -285,9 +289,9 @@ LinearLayer checked(const Check& check, const Tensor& x, const LinearLayer& laye
   TORCH_CHECK_TYPE(
       kind != at::kDouble && (int8 || kind == weight.scalar_type()) && (dtype == kind || dtype == at::kFloat),
       check.name(), ": x must be float32, bfloat16 or float16, weight the same or int8, and dtype that of x or ",
-      "float32, got ", dtype_name(x), ", ", dtype_name(weight), " and ", at::toString(dtype));
-  TORCH_CHECK_VALUE(x.size(1) > 0 && x.size(1) % kUnit == 0 && weight.stride(1) == 1, check.name(),
-                    ": a row of weight must be a multiple of ", kUnit, " entries without gaps, got ", x.size(1),
+      "float32, got ", "torch.", at::toString(kind), ", ", dtype_name(weight), " and ", at::toString(dtype));
+  TORCH_CHECK_VALUE(size > 0 && size % kUnit == 0 && weight.stride(1) == 1, check.name(),
+                    ": a row of weight must be a multiple of ", kUnit, " entries without gaps, got ", size,
                     " with a stride of ", weight.stride(1));
   const auto in_float = [](const OptionalTensor& numbers) {
     return numbers.has_value() ? OptionalTensor(numbers->to(at::kFloat).contiguous()) : std::nullopt;
@@ -295,7 +299,19 @@ LinearLayer checked(const Check& check, const Tensor& x, const LinearLayer& laye
   return {weight, in_float(layer.scale), in_float(layer.bias)};
 }
 
-}  // namespace
+template <typename scalar_t>
+void multiply_rows(const scalar_t* x, int64_t count, int64_t size, c10::ArrayRef<LinearLayer> layers,
+                   c10::ArrayRef<scalar_t*> outs) {
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    if (layers[0].weight.scalar_type() == at::kChar) return multiply<int8_t>(x, count, size, layers, outs);
+  }
+  multiply_alike<scalar_t, scalar_t>(x, count, size, layers, outs);
+}
+
+template void multiply_rows(const float*, int64_t, int64_t, c10::ArrayRef<LinearLayer>, c10::ArrayRef<float*>);
+template void multiply_rows(const at::BFloat16*, int64_t, int64_t, c10::ArrayRef<LinearLayer>,
+                            c10::ArrayRef<at::BFloat16*>);
+template void multiply_rows(const at::Half*, int64_t, int64_t, c10::ArrayRef<LinearLayer>, c10::ArrayRef<at::Half*>);
 
 std::vector<Tensor> linear_layers(const Check& check, const Tensor& input, c10::ArrayRef<LinearLayer> layers,
                                   at::ScalarType dtype) {
@@ -312,7 +328,7 @@ std::vector<Tensor> linear_layers(const Check& check, const Tensor& input, c10::
   for (const LinearLayer& layer : layers) {
     TORCH_CHECK_TYPE(layer.weight.scalar_type() == own, check.name(), ": weights must have one dtype, got ",
                      dtype_name(layers[0].weight), " and ", dtype_name(layer.weight));
-    ready.push_back(checked(check, x, layer, dtype));
+    ready.push_back(checked_layer(check, x.size(1), x.scalar_type(), layer, dtype));
     shape.back() = layer.weight.size(0);
     outs.push_back(at::empty(shape, x.options().dtype(own == at::kChar ? at::kFloat : dtype)));
   }
@@ -323,18 +339,20 @@ std::vector<Tensor> linear_layers(const Check& check, const Tensor& input, c10::
     }
     return outs;
   }
-  const auto run = [&](auto entry) {
-    if (outs[0].scalar_type() == at::kFloat) return multiply<decltype(entry), float>(x, ready, outs);
-    if constexpr (!std::is_same_v<decltype(entry), int8_t>) {
-      multiply<decltype(entry), decltype(entry)>(x, ready, outs);
+  // float32 where the weight is of int8
+  const Tensor rows = (own == at::kChar ? x.to(at::kFloat) : x).contiguous();
+  for_dtype(check.name(), "x", rows, [&](auto number) {
+    using scalar_t = decltype(number);
+    const auto* from = rows.const_data_ptr<scalar_t>();
+    const bool wide = outs[0].scalar_type() == at::kFloat;
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      multiply_rows<float>(from, x.size(0), x.size(1), ready, places<float>(outs));
+    } else if (wide) {
+      multiply_alike<scalar_t, float>(from, x.size(0), x.size(1), ready, places<float>(outs));
+    } else {
+      multiply_alike<scalar_t, scalar_t>(from, x.size(0), x.size(1), ready, places<scalar_t>(outs));
     }
-  };
-  switch (own) {
-    case at::kChar: run(int8_t()); break;
-    case at::kBFloat16: run(at::BFloat16()); break;
-    case at::kHalf: run(at::Half()); break;
-    default: run(float());
-  }
+  });
   for (Tensor& out : outs) out = out.to(dtype);
   return outs;
 }

@@ -92,10 +92,10 @@ using HardEmbeddings = std::tuple<std::vector<Tensor>, Tensor>;
   X(gated_mlp, Tensor,                                                                                                \
     (const Tensor& x, const Tensor& gate, const OptionalTensor& gate_bias, const Tensor& up,                          \
      const OptionalTensor& up_bias, const Tensor& down, const OptionalTensor& down_bias, std::string_view activation))  \
-  X(decoder_layer, Tensor,                                                                                            \
+  X(decoder_layers, Tensor,                                                                                           \
     (const Tensor& x, at::TensorList weights, const OptionalTensors& scales, const OptionalTensors& biases,           \
      const OptionalTensors& norms, const Tensor& cos, const Tensor& sin, const OptionalTensor& mask,                  \
-     const Tensor& keys, const Tensor& values, int64_t past, double scaling, double epsilon, bool offset,             \
+     at::TensorList keys, at::TensorList values, int64_t past, double scaling, double epsilon, bool offset,           \
      double head_epsilon, bool head_offset, std::string_view activation))
 
 #define NABLA_FAST_DECLARE(name, result, arguments) result name arguments;

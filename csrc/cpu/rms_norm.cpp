@@ -1,6 +1,7 @@
 #include "../checks.h"
 #include "half_precision.h"
 #include "operators.h"
+#include "token_rows.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
@@ -15,26 +16,6 @@ using Vec = at::vec::Vectorized<float>;
 
 // Numbers below which waking up a second thread takes longer than it helps.
 constexpr int64_t kGrain = 32768;
-
-// One row; every one is computed alike, whatever is beside it.
-template <typename scalar_t>
-void normalise(const scalar_t* x, const scalar_t* weight, int64_t size, float epsilon, float offset, scalar_t* out) {
-  Pair squares{Vec(0.0F), Vec(0.0F)};
-  for (int64_t i = 0; i < size; i += kPair) {
-    const Pair entries = load_pair(x + i, size - i);
-    for (int v = 0; v < 2; ++v) squares[v] = at::vec::fmadd(entries[v], entries[v], squares[v]);
-  }
-  const Vec factor(1 / std::sqrt(sum_of(squares) / static_cast<float>(size) + epsilon));
-  for (int64_t i = 0; i < size; i += kPair) {
-    Pair entries = load_pair(x + i, size - i);
-    for (auto& vector : entries) vector = vector * factor;
-    if (weight != nullptr) {
-      const Pair scale = load_pair(weight + i, size - i);
-      for (int v = 0; v < 2; ++v) entries[v] = entries[v] * (scale[v] + Vec(offset));
-    }
-    store_pair(entries, out + i, size - i);
-  }
-}
 
 // The gradient of `normalise`: with f the factor, and g the gradient times weight, f (g - x f^2 mean(g x)).
 template <typename scalar_t>

@@ -1,6 +1,7 @@
 #include "../checks.h"
 #include "half_precision.h"
 #include "operators.h"
+#include "token_rows.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
@@ -13,28 +14,6 @@ namespace {
 
 // Numbers below which waking up a second thread takes longer than it helps.
 constexpr int64_t kGrain = 32768;
-
-// The features of one head: each half is turned against the other.
-template <typename scalar_t>
-void turn(const scalar_t* x, const scalar_t* cos, const scalar_t* sin, int64_t half, scalar_t* out) {
-  for (int64_t i = 0; i < half; i += kPair) {
-    const int64_t count = half - i;
-    const Pair first = load_pair(x + i, count);
-    const Pair second = load_pair(x + half + i, count);
-    const Pair cos_first = load_pair(cos + i, count);
-    const Pair cos_second = load_pair(cos + half + i, count);
-    const Pair sin_first = load_pair(sin + i, count);
-    const Pair sin_second = load_pair(sin + half + i, count);
-    Pair one;
-    Pair other;
-    for (int v = 0; v < 2; ++v) {
-      one[v] = first[v] * cos_first[v] - second[v] * sin_first[v];
-      other[v] = second[v] * cos_second[v] + first[v] * sin_second[v];
-    }
-    store_pair(one, out + i, std::min(count, kPair));
-    store_pair(other, out + half + i, std::min(count, kPair));
-  }
-}
 
 // x (B, heads, S, D), which lies in memory however it likes but for a head's features.
 template <typename scalar_t>

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from nabla_fast.models import checks
+from nabla_fast.models import checks, native_layers
 from nabla_fast.models.fused_layers import fused_layers
 from nabla_fast.models.kv_cache import KVCache, ModelCache, PaddedCache, layout
 
@@ -85,6 +85,7 @@ class Backbone:
         output: applied to the last hidden states (B, S, d) of every pass.
         tried: (n, d) the last hidden states of ``ids``.
         fused: its layers that `fast_kernels` exchanges.
+        native: what computes all of its layers in one call, for few tokens, while those are exchanged.
         needs_ids: whether the model reads token ids besides input embeddings, as those with per-layer embeddings do.
 
     Raises:
@@ -109,10 +110,12 @@ class Backbone:
         # Until the checks have found out.
         self.cache_kind, self.supports_prefix_cache, self.windowed = "prefix", True, False
         self.needs_ids = self.plain_cache = False
+        self.native: native_layers.NativeLayers | None = None
         self.tried: Tensor
         found = checks.remembered(model, name, "backbone", lambda: checks.examine_backbone(self, ids))
         vars(self).update(vars(found))
         self.fused = fused_layers(model, name)
+        self.native = checks.remembered(model, name, "native layers", lambda: native_layers.find(self))
         if found.reason is not None:
             checks.warn_once(model, f"{name} {_SLOWER[found.cache_kind, found.supports_prefix_cache]}: {found.reason}")
 

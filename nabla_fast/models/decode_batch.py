@@ -12,6 +12,9 @@ from torch.nn.functional import pad
 from nabla_fast.models.backbone import Backbone, Inputs, joined
 from nabla_fast.models.growing_cache import ROOM, GrowingCache
 from nabla_fast.models.kv_cache import KVCache, ModelCache
+from nabla_fast.models.native_layers import NativeLayers
+from nabla_fast.models.token_layers import MOST_TOKENS
+from nabla_fast.ops.token_layers import DecoderLayers
 
 
 class DecodeBatch:
@@ -35,6 +38,8 @@ class DecodeBatch:
         self.hidden = [[cache.hidden] for cache in caches]
         self._last: list[Tensor] = []
         self._cache = GrowingCache(caches, self.width)
+        self.native: NativeLayers | None = backbone.native
+        self._native_layers: DecoderLayers | None = None
 
     @property
     def spread(self) -> float:
@@ -52,9 +57,8 @@ class DecodeBatch:
         """The hidden states (k_b, d) of each sequence's next k_b >= 1 tokens; `keep` says which of them stay.
 
         Args:
-            rough: see `GrowingCache`.
+            rough: whether weights may be rounded to 8 bits, as for a draft.
         """
-        self._cache.rough = rough
         sizes = [len(row) for row in tokens]
         size = max(sizes)
         if self.mask.shape[1] < self.width + size:
@@ -66,18 +70,42 @@ class DecodeBatch:
             self.mask[row, self.width : self.width + len(new)] = True
             # Padding repeats the last position, which every model has.
             positions[row] = length + torch.arange(size).clamp(max=len(new) - 1)
-        device = self.backbone.device
-        hidden, _ = self.backbone.run(
-            ids.to(device),
-            None,
-            self.width,
-            attention_mask=self.mask[:, : self.width + size].to(device).long(),
-            position_ids=positions.to(device),
-            use_cache=True,
-            **{self.backbone.cache_argument: self._cache},
-        )
+        native = self._native_weights() if len(tokens) * size <= MOST_TOKENS else None
+        if native is not None:
+            hidden = self._run_natively(ids, positions, native, rough)
+        else:
+            device = self.backbone.device
+            hidden, _ = self.backbone.run(
+                ids.to(device),
+                None,
+                self.width,
+                attention_mask=self.mask[:, : self.width + size].to(device).long(),
+                position_ids=positions.to(device),
+                use_cache=True,
+                **{self.backbone.cache_argument: self._cache},
+            )
         self._last = [hidden[row, :k] for row, k in enumerate(sizes)]
         return self._last
+
+    def _native_weights(self) -> DecoderLayers | None:
+        """What computes all layers in one call, as it was found in the first step; None if nothing does."""
+        if self._native_layers is None and self.native is not None:
+            self._native_layers = self.native.weights()
+            if self._native_layers is None:
+                self.native = None
+        return self._native_layers
+
+    def _run_natively(self, ids: Tensor, positions: Tensor, layers: DecoderLayers, rough: bool) -> Tensor:
+        assert self.native is not None
+        size = ids.shape[1]
+        mask = None
+        if size > 1 or len(ids) > 1 or self.gaps or self.lengths[0] < self.width:
+            mask = self.mask[:, None, None, : self.width + size]
+            if size > 1:  # no token sees what comes after it
+                mask = mask.repeat(1, 1, size, 1)
+                mask[..., self.width :] &= torch.ones(size, size, dtype=torch.bool).tril()
+        layers = self.native.rounded(layers) if rough else layers
+        return self.backbone.output(self.native.run(ids, positions, mask, self._cache, layers))
 
     def keep(self, counts: Sequence[int]) -> None:
         """Of the tokens of the last `step`, the first ``counts[b]`` >= 1 of each sequence stay."""

@@ -1,8 +1,8 @@
 """Layers of a model as one kernel each, where transformers writes them as several operators; on a CPU, linear layers.
 
 What takes their place is in `nabla_fast.models.gpu_layers`, and on a CPU in `nabla_fast.models.token_layers`,
-`nabla_fast.models.token_modules` and `nabla_fast.models.native_layers` for few tokens, and
-`nabla_fast.models.linear_layers`. The model stays as it is: layers are exchanged for the length of a block.
+`nabla_fast.models.token_modules` for few tokens, and `nabla_fast.models.linear_layers`. The model stays as it
+is: layers are exchanged for the length of a block.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from nabla_fast.models import (
     gpu_layers,
     layer_trials,
     linear_layers,
-    native_layers,
     quantised_layers,
     token_layers,
     token_modules,
@@ -40,7 +39,6 @@ class FusedLayers:
         rotary: Python modules whose attention layers call ``apply_rotary_pos_emb`` by that name, and what takes its
             place.
         modules: attention and feed-forward modules, and the forward passes that take the place of theirs.
-        layers: decoder layers, and the forward passes that take the place of theirs in a batch that is being decoded.
         attention: whether `nabla_fast.models.token_layers` takes the place of transformers' attention.
         linear: layers whose forward passes `nabla_fast.models.linear_layers` has.
         quantised: layers that `nabla_fast.models.quantised_layers` makes exact.
@@ -49,7 +47,6 @@ class FusedLayers:
     norms: tuple[tuple[torch.nn.Module, Callable[..., Any]], ...] = ()
     rotary: tuple[tuple[ModuleType, Callable[..., Any]], ...] = ()
     modules: tuple[tuple[torch.nn.Module, Callable[..., Any]], ...] = ()
-    layers: tuple[tuple[torch.nn.Module, native_layers.NativeLayer], ...] = ()
     attention: bool = False
     linear: tuple[torch.nn.Linear, ...] = ()
     quantised: tuple[Any, ...] = ()
@@ -57,7 +54,7 @@ class FusedLayers:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Exchanges them in this block, for all threads."""
-        norms, functions, modules = dict(self.norms), dict(self.rotary), dict((*self.modules, *self.layers))
+        norms, functions, modules = dict(self.norms), dict(self.rotary), dict(self.modules)
         tables = [ALL_ATTENTION_FUNCTIONS] if self.attention else []
         with (
             while_any("norm", norms, lambda module: set_attribute(module, "forward", norms[module])),
@@ -122,6 +119,4 @@ def find_on_cpu(model: Any) -> FusedLayers:
         return FusedLayers()
     norms = layer_trials.norms(model, like, token_layers.Norm)
     rotary = layer_trials.rotary_functions(model, like, token_layers.rotated)
-    modules = token_modules.find(model, dict(norms))
-    layers = native_layers.find(model, dict(norms), modules)
-    return FusedLayers(norms, rotary, modules, layers, attention=True)
+    return FusedLayers(norms, rotary, token_modules.find(model, dict(norms)), attention=True)

@@ -24,15 +24,11 @@ class GrowingLayer(DynamicLayer):
 
     Attributes:
         buffers: keys and values (B, heads, columns, head width), of which the first `get_seq_length` are in use.
-        exact, rough: the model's layer as `nabla_fast.models.native_layers` computes it, and with weights of 8 bits; None
-            before it was asked for, False where it does not.
     """
 
     def __init__(self, rows: Sequence[tuple[Tensor, Tensor]], width: int) -> None:
         super().__init__()
         self.buffers = [_stacked(part, width) for part in zip(*rows, strict=True)]
-        self.exact: Any = None
-        self.rough: Any = None
         self.dtype, self.device, self.is_initialized = self.buffers[0].dtype, self.buffers[0].device, True
         self.use(width)
 
@@ -65,18 +61,12 @@ class GrowingCache(DynamicCache):
     Args:
         caches: one per sequence; copied.
         width: the column that they end in.
-
-    Attributes:
-        rough: whether layers may compute with weights of 8 bits, as for a draft.
-        last_call: of a layer, the last one that `nabla_fast.models.native_layers` has a kernel for.
     """
 
     layers: list[GrowingLayer]  # type: ignore[assignment]
 
     def __init__(self, caches: Sequence[KVCache], width: int) -> None:
         super().__init__()
-        self.rough = False
-        self.last_call: tuple[Any, ...] | None = None
         for i in range(len(caches[0].keys)):
             self.layers.append(GrowingLayer([(cache.keys[i], cache.values[i]) for cache in caches], width))
 

@@ -1,206 +1,248 @@
-"""Decoder layers on a CPU as one native call each, in a batch that is being decoded; for drafts, with weights of 8 bits.
+"""All decoder layers of a model on a CPU as one native call, for few tokens of a batch that is decoded.
 
-A token of a small model waits for what is between its layers' modules about as long as for a quarter of their weights.
-Drafts read that quarter: the same layers with weights rounded to 8 bits, row by row, behind the same keys and values.
-They foresee nearly all tokens; what they foresee is verified with the weights as they are.
+A token of a small model waits as long for what is between its layers' products as for half of their weights. Drafts read
+a quarter of those: the same layers with weights rounded to 8 bits, row by row, behind the same keys and values. They
+foresee nearly all tokens; what they foresee is verified with the weights as they are.
 
-Layers whose modules `nabla_fast.models.token_modules` computes are tried on random numbers as a whole; a call that was
-not tried, or a layer that is no longer as it was, goes the layer's own way.
+Layers whose modules `nabla_fast.models.token_modules` computes are tried on random numbers, each by itself, and then all
+of them on a few tokens. A model that is no longer as it was goes its own way.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nabla_fast.models import token_layers
-from nabla_fast.models.growing_cache import GrowingCache, GrowingLayer
+from nabla_fast.models.growing_cache import GrowingCache
 from nabla_fast.models.kv_cache import KVCache
-from nabla_fast.models.layer_trials import random_like, refuse, same
-from nabla_fast.models.temporary import own_attribute, while_any
-from nabla_fast.models.token_modules import CACHE_NAMES, IGNORED, Attention, Forward, GatedMLP, Parts, are_tables
+from nabla_fast.models.layer_trials import random_like, same
+from nabla_fast.models.numerics import is_close
+from nabla_fast.models.temporary import own_attribute
+from nabla_fast.models.token_modules import CACHE_NAMES, Attention, GatedMLP, Parts
 from nabla_fast.ops import linear as native_linear
-from nabla_fast.ops.token_layers import DecoderLayer, decoder_layer
+from nabla_fast.ops.token_layers import DecoderLayers, decoder_layers
 
+if TYPE_CHECKING:
+    from nabla_fast.models.backbone import Backbone
+
+_OF_BACKBONE = ("embed_tokens", "layers", "norm", "rotary_emb")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _MODULES = ("self_attn", "mlp")
-_COUNT_OF_NORMS = 4
-# Arguments that are read, or mean nothing where those are.
-_KNOWN = {"position_embeddings", "attention_mask", *CACHE_NAMES, *IGNORED}
+_LINEARS, _ALL_NORMS = 7, 4
 
 
-class NativeLayer:
-    """The forward pass of ``y + mlp(norm(y))``, ``y = x + self_attn(norm(x))``."""
+class NativeLayers:
+    """The forward pass of a backbone whose layers are ``y + mlp(norm(y))``, ``y = x + self_attn(norm(x))``.
 
-    def __init__(
-        self, module: Any, own: Forward, attention: Attention, mlp: GatedMLP, norms: Mapping[Any, Any]
-    ) -> None:
-        self.own, self.attention, self.mlp = own, attention.module, mlp
-        outer = [norms[module._modules[name]] for name in _NORMS]
-        self.parts = Parts(module, norms=_NORMS, bypassed=_MODULES, inner=(attention.parts, mlp.parts))
-        self._settings = {
-            "scaling": attention.module.scaling,
-            "epsilon": outer[0].epsilon or 0.0,
-            "offset": outer[0].offset,
-            "head_epsilon": attention.epsilon,
-            "head_offset": attention.offset,
-            "activation": mlp.activation,
-        }
-        # The layer with weights of 8 bits; where its weights were, and their versions.
-        self._rough: tuple[list[tuple[int, int]], DecoderLayer] | None = None
+    Args:
+        module: the backbone.
+        layers: its layers, and what computes their modules.
+        settings: those of `DecoderLayers`, the same for all layers.
+    """
 
-    def __call__(self, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
-        names = [name for name in CACHE_NAMES if name in kwargs]
-        cache = kwargs[names[0]] if len(names) == 1 else None
-        if type(cache) is not GrowingCache or args or not isinstance(hidden_states, Tensor):
-            return self.own(hidden_states, *args, **kwargs)
-        layer = cache.layers[self.attention.layer_idx]
-        if not self._fits(hidden_states, cache, layer, kwargs):
-            return self.own(hidden_states, *args, **kwargs)
-        if cache.rough and layer.rough is None:
-            layer.rough = self._rounded(layer.exact)
-        size = hidden_states.shape[1]
-        past = layer.reserve(size)
-        tables, mask = kwargs["position_embeddings"], kwargs["attention_mask"]
-        weights = layer.rough if cache.rough else layer.exact
-        out = decoder_layer(hidden_states, weights, *tables, mask, *layer.buffers, past)
-        layer.use(past + size)
-        return out
+    def __init__(self, module: Any, layers: list[tuple[Any, Attention, GatedMLP]], settings: dict[str, Any]) -> None:
+        self.module, self.settings = module, settings
+        self._attention = [attention.module for _, attention, _ in layers]
+        # Whatever is not called, and whose own forward pass would be missed.
+        self._bypassed = [module, *(part for layer, *_ in layers for part in (layer, *_modules(layer)))]
+        self._layers = [
+            Parts(layer, norms=_NORMS, bypassed=_MODULES, inner=(attention.parts, mlp.parts))
+            for layer, attention, mlp in layers
+        ]
+        self._list = Parts(module.layers, bypassed=[str(i) for i in range(len(layers))])
+        self._rough: tuple[list[tuple[int, int]], DecoderLayers] | None = None
 
-    def _fits(self, x: Tensor, cache: GrowingCache, layer: GrowingLayer, given: Mapping[str, Any]) -> bool:
-        # Every layer of a pass is asked the same, and asking takes as long as some of what it computes.
-        call = given.get("position_embeddings"), given.get("attention_mask", ...), layer.get_seq_length(), x.shape
-        last = cache.last_call
-        if last is None or last[0] is not call[0] or last[1] is not call[1] or last[2:] != call[2:]:
-            if not _is_known(x, call[0], call[1], call[2], given):
-                return False
-            cache.last_call = call
-        # Once for a batch that is decoded.
-        if layer.exact is None:
-            layer.exact = self._weights(x) or False
-        return layer.exact is not False
-
-    def _weights(self, x: Tensor) -> DecoderLayer | None:
-        """The layer's weights, if it is as it was when it was tried, and they are for rows like ``x``."""
-        attention = self.attention
-        if not (
+    def weights(self) -> DecoderLayers | None:
+        """The layers' weights, if the model is as it was when it was tried, and its kernels are exchanged for now."""
+        sample = self.module.norm.weight[None, None]
+        as_tried = (
             _is_exchanged()
-            and attention.config._attn_implementation == token_layers.ATTENTION
-            and attention.scaling == self._settings["scaling"]
-            and not attention.training
-            and self.parts.fit(x[:1, :1])
-        ):
-            return None
-        own = [part._parameters for part in self.parts.linears]
-        weights, biases = [part["weight"] for part in own], [part["bias"] for part in own]
-        norms = [part._parameters["weight"] for part in self.parts.norms]
-        norms += [None] * (_COUNT_OF_NORMS - len(norms))
-        return DecoderLayer(weights, [None] * len(weights), biases, norms, **self._settings)
+            and all(own_attribute(part, "forward") is None and not _has_hooks(part) for part in self._bypassed)
+            and all(
+                module.config._attn_implementation == token_layers.ATTENTION
+                and module.scaling == self.settings["scaling"]
+                and not module.training
+                for module in self._attention
+            )
+            and len(self.module.layers) == len(self._layers)
+            and self._list.fit(sample)
+            and all(parts.fit(sample) for parts in self._layers)
+        )
+        return _weights(self._layers, self.settings) if as_tried else None
 
-    def _rounded(self, exact: DecoderLayer) -> DecoderLayer:
-        """The layer with weights of 8 bits, rounded anew when they have changed."""
+    def rounded(self, exact: DecoderLayers) -> DecoderLayers:
+        """The layers with weights of 8 bits, rounded anew when they have changed."""
         state = [(weight.data_ptr(), weight._version) for weight in exact.weights]
         if self._rough is None or self._rough[0] != state:
+            self._rough = None  # not both at a time
             rounded = [native_linear.rounded(weight) for weight in exact.weights]
             values, scales = [x for x, _ in rounded], [x for _, x in rounded]
             self._rough = state, replace(exact, weights=values, scales=scales)
         return self._rough[1]
 
+    def run(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: GrowingCache, layers: DecoderLayers) -> Tensor:
+        """The last hidden states (B, S, d) of tokens (B, S) behind those in ``cache``, where theirs are written.
 
-def _is_known(x: Tensor, tables: Any, mask: Any, past: int, given: Mapping[str, Any]) -> bool:
-    """Whether a call of a decoder layer is one that the kernel has."""
-    return (
-        x.ndim == 3
-        and 0 < x.numel() <= token_layers.MOST_TOKENS * x.shape[-1]
-        and token_layers.is_for_kernels(x)
-        and are_tables(tables, x)
-        and all(name in _KNOWN or value is None or value is False for name, value in given.items())
-        and _is_mask(mask, x, past)
+        Args:
+            positions: (B, S).
+            mask: as `decoder_layers` takes it.
+            layers: of `weights`, or `rounded`.
+        """
+        x = self.module.embed_tokens(ids)
+        cos, sin = self.module.rotary_emb(x, position_ids=positions)
+        past = [layer.reserve(ids.shape[1]) for layer in cache.layers]
+        keys, values = zip(*(layer.buffers for layer in cache.layers), strict=True)
+        out = decoder_layers(x, layers, cos, sin, mask, keys, values, past[0])
+        cache.use(past[0] + ids.shape[1])
+        hidden: Tensor = self.module.norm(out)
+        return hidden
+
+
+def find(backbone: Backbone) -> NativeLayers | None:
+    """What computes the layers of a backbone in one call; None where that is not known to give the same."""
+    module, fused = backbone.module, backbone.fused
+    norms, inner = dict(fused.norms), dict(fused.modules)
+    if (
+        backbone.cache_kind != "prefix"
+        or backbone.windowed
+        or backbone.needs_ids
+        or not fused.attention
+        or set(module._modules) != set(_OF_BACKBONE)
+        or module.norm not in norms
+        or getattr(module.norm, "weight", None) is None
+    ):
+        return None
+    layers, settings = [], []
+    for layer in module.layers:
+        if set(layer._modules) != {*_NORMS, *_MODULES}:
+            return None
+        attention, mlp = (inner.get(part) for part in _modules(layer))
+        outer = [norms.get(layer._modules[name]) for name in _NORMS]
+        if not isinstance(attention, Attention) or not isinstance(mlp, GatedMLP) or None in outer:
+            return None
+        if attention.module.layer_idx != len(layers):
+            return None
+        settings.append(_settings(attention, mlp, outer))
+        if {(norm.epsilon, norm.offset) for norm in outer} != {(outer[0].epsilon, outer[0].offset)}:
+            return None
+        layers.append((layer, attention, mlp))
+    if not layers or any(own != settings[0] for own in settings):
+        return None
+    found = NativeLayers(module, layers, settings[0])
+    same_alone = all(
+        _is_same(layer, parts, settings[0]) for (layer, *_), parts in zip(layers, found._layers, strict=True)
     )
+    return found if same_alone and _is_same_together(backbone, found) else None
 
 
-def _is_mask(mask: Any, x: Tensor, past: int) -> bool:
-    batch, size, _ = x.shape
-    if mask is None:
-        return size == 1  # several queries without a mask are causal
-    return (
-        isinstance(mask, Tensor)
-        and mask.dtype is torch.bool
-        and mask.ndim == 4
-        and mask.shape[0] in (1, batch)
-        and mask.shape[1] == 1
-        and mask.shape[2] in (1, size)
-        and mask.shape[3] == past + size
-    )
+def _modules(layer: Any) -> list[Any]:
+    return [layer._modules[name] for name in _MODULES]
+
+
+def _settings(attention: Attention, mlp: GatedMLP, norms: list[Any]) -> dict[str, Any]:
+    return {
+        "scaling": attention.module.scaling,
+        "epsilon": norms[0].epsilon or 0.0,
+        "offset": norms[0].offset,
+        "head_epsilon": attention.epsilon,
+        "head_offset": attention.offset,
+        "activation": mlp.activation,
+    }
+
+
+def _weights(layers: Iterable[Parts], settings: Mapping[str, Any]) -> DecoderLayers:
+    own = [part._parameters for parts in layers for part in parts.linears]
+    norms: list[Tensor | None] = []
+    for parts in layers:
+        found = [part._parameters["weight"] for part in parts.norms]
+        norms += [*found, *[None] * (_ALL_NORMS - len(found))]
+    weights, biases = [part["weight"] for part in own], [part["bias"] for part in own]
+    return DecoderLayers(weights, [None] * len(weights), biases, norms, **settings)
+
+
+def _has_hooks(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_exchanged() -> bool:
     """Whether "sdpa" is `token_layers.attention` for now, and nobody else's function."""
-    function = ALL_ATTENTION_FUNCTIONS[token_layers.ATTENTION]
-    return getattr(function, "func", None) is token_layers.attention
+    return getattr(ALL_ATTENTION_FUNCTIONS[token_layers.ATTENTION], "func", None) is token_layers.attention
 
 
-def find(
-    model: Any, norms: Mapping[Any, Any], modules: Iterable[tuple[Any, Forward]]
-) -> tuple[tuple[Any, NativeLayer], ...]:
-    """The decoder layers of a model that are a native call, with the forward pass that takes the place of theirs.
-
-    Args:
-        norms: what `nabla_fast.models.token_layers` computes.
-        modules: what `nabla_fast.models.token_modules` found.
-    """
-    inner = dict(modules)
-    found = []
-    for module in model.modules():
-        if set(module._modules) != {*_NORMS, *_MODULES} or own_attribute(module, "forward") is not None:
-            continue
-        attention, mlp = (inner.get(module._modules[name]) for name in _MODULES)
-        outer = [norms.get(module._modules[name]) for name in _NORMS]
-        known = isinstance(attention, Attention) and isinstance(mlp, GatedMLP) and None not in outer
-        if known and _is_same(module, attention, mlp, norms):
-            found.append((module, NativeLayer(module, module.forward, attention, mlp, norms)))
-    return tuple(found)
-
-
-def _is_same(module: Any, attention: Attention, mlp: GatedMLP, norms: Mapping[Any, Any]) -> bool:
-    """Of three tokens behind four others, one of which is masked; in one row of two, another."""
-    names = list(inspect.signature(module.forward).parameters)
+def _is_same(layer: Any, parts: Parts, settings: Mapping[str, Any]) -> bool:
+    """Whether a layer by itself gives what the kernel does: three tokens behind four others, some of which are masked."""
+    names = list(inspect.signature(layer.forward).parameters)
     argument = next((name for name in CACHE_NAMES if name in names), None)
-    settings = {(norms[module._modules[name]].epsilon, norms[module._modules[name]].offset) for name in _NORMS}
-    if names[:1] != ["hidden_states"] or argument is None or len(settings) > 1:
+    if names[:1] != ["hidden_states"] or argument is None:
         return False
-    projection, size, index = module.self_attn.k_proj, module.self_attn.head_dim, module.self_attn.layer_idx
+    attention = layer.self_attn
+    projection, size, index = attention.k_proj, attention.head_dim, attention.layer_idx
     weight = projection.weight
     batch, past, new = 2, 4, 3
     heads = max(1, len(weight) // size)
     before = [random_like(weight, (batch, heads, past, size), seed) for seed in (1, 2)]
-    tables = tuple(random_like(weight, (1, new, size), seed) for seed in (3, 4))
+    tables = random_like(weight, (1, new, size), 3), random_like(weight, (1, new, size), 4)
     mask = torch.ones(batch, 1, new, past + new, dtype=torch.bool).tril(past)
     mask[0, ..., 1] = mask[1, ..., 0] = False
-    layer = NativeLayer(module, refuse, attention, mlp, norms)
 
-    def ours(*args: Any, **given: Any) -> Any:
-        with while_any("attention", [ALL_ATTENTION_FUNCTIONS], token_layers.exchange_attention):
-            return layer(*args, **given)
+    def cache() -> GrowingCache:
+        rows = [[part[row : row + 1] for part in before] for row in range(batch)]
+        return GrowingCache([KVCache((k,) * (index + 1), (v,) * (index + 1), k[0, 0]) for k, v in rows], past)
 
-    def run(forward: Forward) -> Callable[..., list[Tensor]]:
-        def outputs(x: Tensor) -> list[Tensor]:
-            rows = [[part[row : row + 1] for part in before] for row in range(batch)]
-            cache = GrowingCache([KVCache((k,) * (index + 1), (v,) * (index + 1), k[0, 0]) for k, v in rows], past)
-            given = {"position_embeddings": tables, "attention_mask": mask, argument: cache, "use_cache": True}
-            out = forward(x, **given)
-            if not isinstance(out, Tensor):
-                raise NotImplementedError("more than hidden states")
-            kept = cache.layers[index]
-            return [out, kept.keys, kept.values]
+    def theirs(x: Tensor) -> list[Tensor]:
+        given = cache()
+        options = {"position_embeddings": tables, "attention_mask": mask, argument: given, "use_cache": True}
+        out = layer.forward(x, **options)
+        if not isinstance(out, Tensor):
+            raise NotImplementedError("more than hidden states")
+        return [out, given.layers[index].keys, given.layers[index].values]
 
-        return outputs
+    def ours(x: Tensor) -> list[Tensor]:
+        kept = cache().layers[index]
+        kept.reserve(new)
+        keys, values = kept.buffers
+        out = decoder_layers(x, _weights([parts], settings), *tables, mask, [keys], [values], past)
+        return [out, *kept.use(past + new)]
 
     x = random_like(weight, (batch, new, projection.in_features), 0)
-    return same(run(module.forward), run(ours), [x], gradient=False)
+    return same(theirs, ours, [x], gradient=False)
+
+
+def _is_same_together(backbone: Backbone, found: NativeLayers) -> bool:
+    """Whether all layers give what the backbone does: two rows of different lengths, near the beginning and far on."""
+    from nabla_fast.models.decode_batch import DecodeBatch
+    from nabla_fast.models.fused_layers import fast_kernels
+
+    def embedded(ids: Tensor) -> Any:
+        from nabla_fast.models.backbone import embedded
+
+        return embedded(backbone.embedding, ids)
+
+    vocabulary = len(backbone.embedding.weight)
+    ids = torch.arange(3, 16) % vocabulary
+    with torch.no_grad(), fast_kernels(backbone.device, backbone.fused):
+        _, caches = backbone.extend([None, None], [embedded(ids[:6]), embedded(ids[6:9])])
+        for further in (0, _far(backbone.model)):
+            pairs = []
+            for native in (None, found):
+                batch = DecodeBatch(backbone, caches)  # type: ignore[arg-type]
+                batch.native = native
+                batch.lengths = [length + further for length in batch.lengths]
+                first = batch.step([ids[9:11].tolist(), ids[9:12].tolist()])
+                batch.keep([1, 3])
+                pairs.append([*first, *batch.step([ids[12:13].tolist()] * 2)])
+            if not all(is_close(ours, theirs) for theirs, ours in zip(*pairs, strict=True)):
+                return False
+    return True
+
+
+def _far(model: Any) -> int:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return max(0, (positions or 2048) - 32)

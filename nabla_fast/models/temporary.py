@@ -57,28 +57,18 @@ def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
         yield
 
 
-# Attributes that some block has set, by owner and name: what they were, and what they were set to since.
-_own: dict[tuple[int, str], tuple[Any, list[Any]]] = {}
+# Attributes that some block has set, by owner and name: what they were.
+_own: dict[tuple[int, str], Any] = {}
 
 
 def set_attribute(owner: Any, name: str, value: Any) -> Callable[[], Any]:
-    """Sets an attribute of an instance or module, and returns what undoes it.
-
-    What has been undone last of several leaves the attribute as it was before the first, also if there was none; until
-    then it is the last that has not been undone.
-    """
-    key = id(owner), name
-    own, values = _own.setdefault(key, (vars(owner).get(name), []))
-    place = [value]  # unlike what is set, a thing of its own
-    values.append(place)
+    """Sets an attribute of an instance or module, and returns what puts back the one before, also if there was none."""
+    own = vars(owner).get(name)
+    _own.setdefault((id(owner), name), own)
 
     def back() -> None:
-        values.remove(place)
-        if values:
-            setattr(owner, name, values[-1][0])
-            return
         delattr(owner, name) if own is None else setattr(owner, name, own)
-        _own.pop(key, None)
+        _own.pop((id(owner), name), None)
 
     setattr(owner, name, value)
     return back
@@ -86,4 +76,4 @@ def set_attribute(owner: Any, name: str, value: Any) -> Callable[[], Any]:
 
 def own_attribute(owner: Any, name: str) -> Any:
     """An attribute of an instance as it is outside of all blocks, in whatever thread; None if it has none."""
-    return _own.get((id(owner), name), (vars(owner).get(name),))[0]
+    return _own.get((id(owner), name), vars(owner).get(name))

@@ -35,7 +35,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 # Caches whose `update` needs nothing but keys, values and the layer.
 _CACHES = (type(None), DynamicCache, PaddedCache, GrowingCache)
 # Keyword arguments of an attention module that mean nothing to "sdpa", whose mask says it all.
-IGNORED = {"position_ids", "use_cache", "cache_position"}
+_IGNORED = {"position_ids", "use_cache", "cache_position"}
 
 
 class GatedMLP:
@@ -75,8 +75,8 @@ class Attention:
             and not args
             and len(caches) <= 1
             and all(type(cache) in _CACHES for cache in caches)
-            and all(name in IGNORED or value is None or value is False for name, value in rest.items())
-            and are_tables(tables, x)
+            and all(name in _IGNORED or value is None or value is False for name, value in rest.items())
+            and _are_tables(tables, x)
             and self.module.config._attn_implementation == ATTENTION
             and not self.module.training
             and self.parts.fit(x)
@@ -246,7 +246,7 @@ def _linear(layer: Any) -> token_layers.Linear:
     return own["weight"], own["bias"]
 
 
-def are_tables(tables: Any, x: Tensor) -> bool:
+def _are_tables(tables: Any, x: Tensor) -> bool:
     """Whether they are cosines and sines, those of every row or of all of them."""
     if not (isinstance(tables, tuple) and len(tables) == 2 and all(isinstance(t, Tensor) for t in tables)):
         return False

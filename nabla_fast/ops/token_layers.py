@@ -36,10 +36,10 @@ _gated_mlp = native.define(
     "native_gated_mlp(Tensor x, Tensor gate, Tensor? gate_bias, Tensor up, Tensor? up_bias, Tensor down, "
     "Tensor? down_bias, str activation) -> Tensor"
 )
-_decoder_layer = native.define(
-    "native_decoder_layer(Tensor x, Tensor[] weights, Tensor?[] scales, Tensor?[] biases, Tensor?[] norms, Tensor cos, "
-    "Tensor sin, Tensor? mask, Tensor(a!) keys, Tensor(b!) values, int past, float scaling, float epsilon, bool offset, "
-    "float head_epsilon, bool head_offset, str activation) -> Tensor"
+_decoder_layers = native.define(
+    "native_decoder_layers(Tensor x, Tensor[] weights, Tensor?[] scales, Tensor?[] biases, Tensor?[] norms, "
+    "Tensor cos, Tensor sin, Tensor? mask, Tensor(a!)[] keys, Tensor(b!)[] values, int past, float scaling, "
+    "float epsilon, bool offset, float head_epsilon, bool head_offset, str activation) -> Tensor"
 )
 
 Linear = tuple[Tensor, Tensor | None]
@@ -55,7 +55,7 @@ def available() -> bool:
     """Whether the native library has the kernels."""
     return all(
         native.has(name)
-        for name in ("rms_norm", "rms_norm_backward", "rotary", "attention", "attention_inputs", "gated_mlp", "decoder_layer")
+        for name in ("rms_norm", "rms_norm_backward", "rotary", "attention", "attention_inputs", "gated_mlp", "decoder_layers")
     )
 
 
@@ -177,16 +177,16 @@ def gated_mlp(x: Tensor, gate: Linear, up: Linear, down: Linear, activation: str
 
 
 @dataclass(frozen=True)
-class DecoderLayer:
-    """The weights of `decoder_layer`, which maps x to y + mlp(norm(y)) with y = x + attention(norm(x)).
+class DecoderLayers:
+    """The weights of `decoder_layers`, each of which maps x to y + mlp(norm(y)) with y = x + attention(norm(x)).
 
     Attributes:
-        weights: (out, in) of the linear layers: query, key, value, output, gate, up and down, each of the dtype of the
-            layer's input, or int8.
+        weights: (out, in) of the linear layers, seven for each layer: query, key, value, output, gate, up and down. They
+            have the dtype of the layers' input; or that is float32, and all of them are of int8.
         scales: (out,) of each weight that is int8; None for any other.
         biases: (out,), or None.
-        norms: weights of the norms before attention and before the network, of queries, and of keys; None for ones, and
-            of queries and keys where there is no norm.
+        norms: four for each layer: weights of the norms before attention and before the network, of queries, and of
+            keys; None for ones, and of queries and keys where there is no norm.
         scaling: the factor of scores.
         epsilon, offset: of the first two norms; see `rms_norm`.
         head_epsilon, head_offset: of the others.
@@ -205,46 +205,53 @@ class DecoderLayer:
     activation: str
 
 
-def decoder_layer(
-    x: Tensor, layer: DecoderLayer, cos: Tensor, sin: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor, past: int
+def decoder_layers(
+    x: Tensor,
+    layers: DecoderLayers,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor | None,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    past: int,
 ) -> Tensor:
-    """A layer of a transformer with gated feed-forward network, over S tokens behind ``past`` others.
+    """Layers of a transformer with gated feed-forward networks, over S tokens behind ``past`` others.
 
     Args:
-        x: (B, S, d) float32, bfloat16 or float16.
+        x: (B, S, d) float32, bfloat16 or float16; B * S is at most 16.
         cos, sin: (B or 1, S, D) of the same dtype.
-        mask: bool (B or 1, heads or 1, S or 1, past + S), True where a query reads a column; None for everywhere.
-        keys, values: (B, key heads, columns, D) of the same dtype, with room for ``past`` + S columns: those of the new
-            tokens are written.
+        mask: bool (B or 1, 1, S or 1, past + S), True where a query reads a column; None for everywhere.
+        keys, values: (B, key heads, columns, D) of each layer and the same dtype, with room for ``past`` + S columns:
+            those of the new tokens are written.
         past: tokens that have their keys and values already.
 
     Returns:
         (B, S, d), contiguous.
     """
-    out: Tensor = _decoder_layer(
+    out: Tensor = _decoder_layers(
         x,
-        layer.weights,
-        layer.scales,
-        layer.biases,
-        layer.norms,
+        layers.weights,
+        layers.scales,
+        layers.biases,
+        layers.norms,
         cos,
         sin,
         mask,
         keys,
         values,
         past,
-        layer.scaling,
-        layer.epsilon,
-        layer.offset,
-        layer.head_epsilon,
-        layer.head_offset,
-        layer.activation,
+        layers.scaling,
+        layers.epsilon,
+        layers.offset,
+        layers.head_epsilon,
+        layers.head_offset,
+        layers.activation,
     )
     return out
 
 
-@torch.library.register_fake("nabla_fast::native_decoder_layer")
-def _fake_decoder_layer(x: Tensor, *_: object) -> Tensor:
+@torch.library.register_fake("nabla_fast::native_decoder_layers")
+def _fake_decoder_layers(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -29,10 +28,8 @@ Draw = Callable[[torch.Tensor, Sequence[tuple[int, ...]]], list[int]]
 
 
 def drafts_itself(model: LanguageModel) -> bool:
-    """Whether rounded passes of a model are that much faster: every layer of it a native call, in float32."""
-    config: Any = model.model.config.get_text_config()
-    layers = model.backbone.fused.layers
-    return len(layers) == config.num_hidden_layers and model.head.weight.dtype == torch.float32
+    """Whether rounded passes of a model are that much faster: its layers are a native call, in float32."""
+    return model.backbone.native is not None and model.head.weight.dtype == torch.float32
 
 
 @dataclass
