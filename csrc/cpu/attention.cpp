@@ -1,5 +1,5 @@
-#include "../checks.h"
 #include "attention.h"
+#include "../checks.h"
 #include "half_precision.h"
 #include "operators.h"
 
@@ -17,9 +17,19 @@ template <typename scalar_t>
 void attend(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, double scale,
             const Tensor& out) {
   const Columns columns(mask, k.size(2));
-  Attention<scalar_t>{q.const_data_ptr<scalar_t>(), q.strides(), k.const_data_ptr<scalar_t>(), k.strides(),
-                      v.const_data_ptr<scalar_t>(), v.strides(), q.size(0), q.size(1), k.size(1), q.size(2), q.size(3),
-                      v.size(3), static_cast<float>(scale)}
+  Attention<scalar_t>{q.const_data_ptr<scalar_t>(),
+                      q.strides(),
+                      k.const_data_ptr<scalar_t>(),
+                      k.strides(),
+                      v.const_data_ptr<scalar_t>(),
+                      v.strides(),
+                      q.size(0),
+                      q.size(1),
+                      k.size(1),
+                      q.size(2),
+                      q.size(3),
+                      v.size(3),
+                      static_cast<float>(scale)}
       .run(columns, out.mutable_data_ptr<scalar_t>());
 }
 

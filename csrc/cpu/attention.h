@@ -147,8 +147,8 @@ float exponentials(float* weights, int64_t count) {
   return at::vec::vec_reduce_all<float>([](const Numbers& one, const Numbers& other) { return one + other; }, sum);
 }
 
-// Queries (B, heads, S, D), keys (B, key heads, T, D) and values (B, key heads, T, E); the last dimension of each lies in
-// a row.
+// Queries (B, heads, S, D), keys (B, key heads, T, D) and values (B, key heads, T, E); the last dimension of each lies
+// in a row.
 template <typename scalar_t>
 struct Attention {
   const scalar_t* q;

@@ -24,8 +24,7 @@ ThreeTensors attention_inputs(const Tensor& x, const Tensor& query, const Option
                       " must have a multiple of the ", size, " features of cos as rows, got ", weight->size(0));
   }
   const std::vector<Tensor> products = linear_layers(
-      check, x,
-      {{query, std::nullopt, query_bias}, {key, std::nullopt, key_bias}, {value, std::nullopt, value_bias}},
+      check, x, {{query, std::nullopt, query_bias}, {key, std::nullopt, key_bias}, {value, std::nullopt, value_bias}},
       x.scalar_type());
   // (B, heads, S, D), in memory (B, S, heads, D), as attention reads it.
   const auto heads = [&](const Tensor& product, const OptionalTensor& norm) {

@@ -82,9 +82,19 @@ class Decoder {
     append(values, key_heads, layer.values);
     scalar_t* mixed = place(mixed_, rows * heads * size_);
     const int64_t strides[] = {tokens_ * heads * size_, size_, heads * size_};
-    Attention<scalar_t>{queries, strides, layer.keys.const_data_ptr<scalar_t>(), layer.keys.strides(),
-                        layer.values.const_data_ptr<scalar_t>(), layer.values.strides(), batch_, heads, key_heads,
-                        tokens_, size_, size_, static_cast<float>(settings_.scaling)}
+    Attention<scalar_t>{queries,
+                        strides,
+                        layer.keys.const_data_ptr<scalar_t>(),
+                        layer.keys.strides(),
+                        layer.values.const_data_ptr<scalar_t>(),
+                        layer.values.strides(),
+                        batch_,
+                        heads,
+                        key_heads,
+                        tokens_,
+                        size_,
+                        size_,
+                        static_cast<float>(settings_.scaling)}
         .run(columns, mixed);
     multiply_rows<scalar_t>(mixed, rows, heads * size_, layer.out, normed);
     add(x_, normed, rows * width_);
@@ -137,9 +147,9 @@ class Decoder {
 void check_buffer(const Check& check, const Tensor& buffer, const char* name, const Tensor& x, int64_t heads,
                   int64_t size, int64_t width) {
   check.floats(buffer, name, {x.size(0), heads, "columns", size});
-  TORCH_CHECK_VALUE(width <= buffer.size(2) && buffer.stride(3) == 1, "decoder_layers: ", name,
-                    " must have room for ", width, " columns, without gaps in a head, got ", buffer.size(2),
-                    " with strides ", buffer.strides());
+  TORCH_CHECK_VALUE(width <= buffer.size(2) && buffer.stride(3) == 1, "decoder_layers: ", name, " must have room for ",
+                    width, " columns, without gaps in a head, got ", buffer.size(2), " with strides ",
+                    buffer.strides());
   TORCH_CHECK_TYPE(buffer.scalar_type() == x.scalar_type(), "decoder_layers: ", name, " must have the dtype of x, ",
                    dtype_name(x), ", got ", dtype_name(buffer));
 }
@@ -152,10 +162,10 @@ Layer layer_of(const Check& check, const Tensor& x, int64_t size, at::TensorList
     const int64_t at = i * kLinears + which;
     const LinearLayer given{weights[at], scales.get(at), biases.get(at)};
     check.memory(given.weight, "weights", at);
-    TORCH_CHECK_VALUE(given.weight.dim() == 2 && given.weight.size(1) == inputs &&
-                          (outputs < 0 || given.weight.size(0) == outputs),
-                      "decoder_layers: weights[", at, "] must have the shape (", outputs < 0 ? "N" : std::to_string(outputs),
-                      ", ", inputs, "), got ", given.weight.sizes());
+    TORCH_CHECK_VALUE(
+        given.weight.dim() == 2 && given.weight.size(1) == inputs && (outputs < 0 || given.weight.size(0) == outputs),
+        "decoder_layers: weights[", at, "] must have the shape (", outputs < 0 ? "N" : std::to_string(outputs), ", ",
+        inputs, "), got ", given.weight.sizes());
     TORCH_CHECK_TYPE(given.weight.scalar_type() == weights[0].scalar_type() &&
                          (given.weight.scalar_type() != at::kChar || x.scalar_type() == at::kFloat),
                      "decoder_layers: weights must have the dtype of x, or with x of float32 all of them int8, got ",

@@ -277,8 +277,8 @@ LinearLayer checked_layer(const Check& check, int64_t size, at::ScalarType kind,
   const bool int8 = weight.scalar_type() == at::kChar;
   if (int8) {
     check.memory(weight, "weight");
-    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == size, check.name(),
-                      ": weight must have the shape (N, ", size, "), got (", weight.sizes(), ")");
+    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == size, check.name(), ": weight must have the shape (N, ",
+                      size, "), got (", weight.sizes(), ")");
   } else {
     check.floats(weight, "weight", {"N", size});
   }

@@ -62,7 +62,9 @@ struct Silu {
 };
 
 struct Gelu {
-  Numbers operator()(const Numbers& x) const { return x * Numbers(0.5F) * (Numbers(1.0F) + (x * Numbers(0.70710678F)).erf()); }
+  Numbers operator()(const Numbers& x) const {
+    return x * Numbers(0.5F) * (Numbers(1.0F) + (x * Numbers(0.70710678F)).erf());
+  }
 };
 
 struct GeluTanh {

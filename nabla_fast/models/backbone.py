@@ -115,7 +115,8 @@ class Backbone:
         found = checks.remembered(model, name, "backbone", lambda: checks.examine_backbone(self, ids))
         vars(self).update(vars(found))
         self.fused = fused_layers(model, name)
-        self.native = checks.remembered(model, name, "native layers", lambda: native_layers.find(self))
+        tried = checks.probe_ids(model) if ids is None else ids
+        self.native = checks.remembered(model, name, "native layers", lambda: native_layers.find(self, tried))
         if found.reason is not None:
             checks.warn_once(model, f"{name} {_SLOWER[found.cache_kind, found.supports_prefix_cache]}: {found.reason}")
 

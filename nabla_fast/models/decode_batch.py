@@ -39,7 +39,9 @@ class DecodeBatch:
         self._last: list[Tensor] = []
         self._cache = GrowingCache(caches, self.width)
         self.native: NativeLayers | None = backbone.native
+        # As the model was in the first step; with weights of 8 bits, as it was in the first rough one.
         self._native_layers: DecoderLayers | None = None
+        self._rough_layers: DecoderLayers | None = None
 
     @property
     def spread(self) -> float:
@@ -88,7 +90,7 @@ class DecodeBatch:
         return self._last
 
     def _native_weights(self) -> DecoderLayers | None:
-        """What computes all layers in one call, as it was found in the first step; None if nothing does."""
+        """The weights of all layers, for one call; None if there is none that computes them."""
         if self._native_layers is None and self.native is not None:
             self._native_layers = self.native.weights()
             if self._native_layers is None:
@@ -104,7 +106,8 @@ class DecodeBatch:
             if size > 1:  # no token sees what comes after it
                 mask = mask.repeat(1, 1, size, 1)
                 mask[..., self.width :] &= torch.ones(size, size, dtype=torch.bool).tril()
-        layers = self.native.rounded(layers) if rough else layers
+        if rough and layers.weights[0].dtype is torch.float32:
+            layers = self._rough_layers = self._rough_layers or self.native.rounded(layers)
         return self.backbone.output(self.native.run(ids, positions, mask, self._cache, layers))
 
     def keep(self, counts: Sequence[int]) -> None:

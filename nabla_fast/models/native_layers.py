@@ -1,11 +1,11 @@
 """All decoder layers of a model on a CPU as one native call, for few tokens of a batch that is decoded.
 
-A token of a small model waits as long for what is between its layers' products as for half of their weights. Drafts read
-a quarter of those: the same layers with weights rounded to 8 bits, row by row, behind the same keys and values. They
-foresee nearly all tokens; what they foresee is verified with the weights as they are.
+Without it, a token of a small model waits as long for what is between its layers' products as for half of their
+weights. Drafts read a quarter of those: the same layers with weights rounded to 8 bits, row by row, behind the same
+keys and values. They foresee nearly all tokens; what they foresee is verified with the weights as they are.
 
-Layers whose modules `nabla_fast.models.token_modules` computes are tried on random numbers, each by itself, and then all
-of them on a few tokens. A model that is no longer as it was goes its own way.
+Layers whose modules `nabla_fast.models.token_modules` computes are tried on random numbers, each by itself, and then
+all of them on a few tokens. A model that is no longer as it was goes its own way.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 _OF_BACKBONE = ("embed_tokens", "layers", "norm", "rotary_emb")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _MODULES = ("self_attn", "mlp")
-_LINEARS, _ALL_NORMS = 7, 4
+_ALL_NORMS = 4
+# Tokens that all layers are tried on together.
+_TRIED = 8
 
 
 class NativeLayers:
@@ -87,7 +89,9 @@ class NativeLayers:
             self._rough = state, replace(exact, weights=values, scales=scales)
         return self._rough[1]
 
-    def run(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: GrowingCache, layers: DecoderLayers) -> Tensor:
+    def run(
+        self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: GrowingCache, layers: DecoderLayers
+    ) -> Tensor:
         """The last hidden states (B, S, d) of tokens (B, S) behind those in ``cache``, where theirs are written.
 
         Args:
@@ -105,10 +109,14 @@ class NativeLayers:
         return hidden
 
 
-def find(backbone: Backbone) -> NativeLayers | None:
-    """What computes the layers of a backbone in one call; None where that is not known to give the same."""
+def find(backbone: Backbone, ids: Tensor) -> NativeLayers | None:
+    """What computes the layers of a backbone in one call; None where that is not known to give the same.
+
+    Args:
+        ids: (n,) token ids to try it with, n >= 1.
+    """
     module, fused = backbone.module, backbone.fused
-    norms, inner = dict(fused.norms), dict(fused.modules)
+    norms: dict[Any, Any] = dict(fused.norms)
     if (
         backbone.cache_kind != "prefix"
         or backbone.windowed
@@ -119,38 +127,42 @@ def find(backbone: Backbone) -> NativeLayers | None:
         or getattr(module.norm, "weight", None) is None
     ):
         return None
-    layers, settings = [], []
-    for layer in module.layers:
-        if set(layer._modules) != {*_NORMS, *_MODULES}:
-            return None
-        attention, mlp = (inner.get(part) for part in _modules(layer))
-        outer = [norms.get(layer._modules[name]) for name in _NORMS]
-        if not isinstance(attention, Attention) or not isinstance(mlp, GatedMLP) or None in outer:
-            return None
-        if attention.module.layer_idx != len(layers):
-            return None
-        settings.append(_settings(attention, mlp, outer))
-        if {(norm.epsilon, norm.offset) for norm in outer} != {(outer[0].epsilon, outer[0].offset)}:
-            return None
-        layers.append((layer, attention, mlp))
-    if not layers or any(own != settings[0] for own in settings):
+    known = [_known(layer, index, dict(fused.modules), norms) for index, layer in enumerate(module.layers)]
+    layers = [layer for layer in known if layer is not None]
+    settings = [_settings(layer, attention, mlp, norms) for layer, attention, mlp in layers]
+    if not layers or len(layers) < len(known) or any(own != settings[0] for own in settings):
         return None
     found = NativeLayers(module, layers, settings[0])
-    same_alone = all(
-        _is_same(layer, parts, settings[0]) for (layer, *_), parts in zip(layers, found._layers, strict=True)
-    )
-    return found if same_alone and _is_same_together(backbone, found) else None
+    alone = zip(layers, found._layers, strict=True)
+    if not all(_is_same(layer, parts, settings[0]) for (layer, *_), parts in alone):
+        return None
+    return found if _is_same_together(backbone, found, ids) else None
+
+
+def _known(
+    layer: Any, index: int, modules: Mapping[Any, Any], norms: Mapping[Any, Any]
+) -> tuple[Any, Attention, GatedMLP] | None:
+    """A layer and what computes its modules, if they are of the kinds that a decoder layer has."""
+    if set(layer._modules) != {*_NORMS, *_MODULES}:
+        return None
+    attention, mlp = (modules.get(part) for part in _modules(layer))
+    before, after = (norms.get(layer._modules[name]) for name in _NORMS)
+    if not isinstance(attention, Attention) or not isinstance(mlp, GatedMLP) or before is None or after is None:
+        return None
+    alike = (before.epsilon, before.offset) == (after.epsilon, after.offset)
+    return (layer, attention, mlp) if alike and attention.module.layer_idx == index else None
 
 
 def _modules(layer: Any) -> list[Any]:
     return [layer._modules[name] for name in _MODULES]
 
 
-def _settings(attention: Attention, mlp: GatedMLP, norms: list[Any]) -> dict[str, Any]:
+def _settings(layer: Any, attention: Attention, mlp: GatedMLP, norms: Mapping[Any, Any]) -> dict[str, Any]:
+    norm = norms[layer._modules[_NORMS[0]]]
     return {
         "scaling": attention.module.scaling,
-        "epsilon": norms[0].epsilon or 0.0,
-        "offset": norms[0].offset,
+        "epsilon": norm.epsilon or 0.0,
+        "offset": norm.offset,
         "head_epsilon": attention.epsilon,
         "head_offset": attention.offset,
         "activation": mlp.activation,
@@ -177,7 +189,7 @@ def _is_exchanged() -> bool:
 
 
 def _is_same(layer: Any, parts: Parts, settings: Mapping[str, Any]) -> bool:
-    """Whether a layer by itself gives what the kernel does: three tokens behind four others, some of which are masked."""
+    """Whether a layer by itself gives what the kernel does: three tokens behind four others, one of them masked."""
     names = list(inspect.signature(layer.forward).parameters)
     argument = next((name for name in CACHE_NAMES if name in names), None)
     if names[:1] != ["hidden_states"] or argument is None:
@@ -215,29 +227,28 @@ def _is_same(layer: Any, parts: Parts, settings: Mapping[str, Any]) -> bool:
     return same(theirs, ours, [x], gradient=False)
 
 
-def _is_same_together(backbone: Backbone, found: NativeLayers) -> bool:
+def _is_same_together(backbone: Backbone, found: NativeLayers, ids: Tensor) -> bool:
     """Whether all layers give what the backbone does: two rows of different lengths, near the beginning and far on."""
+    from nabla_fast.models.backbone import embedded
     from nabla_fast.models.decode_batch import DecodeBatch
     from nabla_fast.models.fused_layers import fast_kernels
 
-    def embedded(ids: Tensor) -> Any:
-        from nabla_fast.models.backbone import embedded
-
-        return embedded(backbone.embedding, ids)
-
-    vocabulary = len(backbone.embedding.weight)
-    ids = torch.arange(3, 16) % vocabulary
-    with torch.no_grad(), fast_kernels(backbone.device, backbone.fused):
-        _, caches = backbone.extend([None, None], [embedded(ids[:6]), embedded(ids[6:9])])
+    ids = ids.repeat(-(-_TRIED // len(ids)))[:_TRIED]
+    inputs = embedded(backbone.embedding, ids)
+    with torch.no_grad():
+        _, caches = backbone.extend([None, None], [inputs[:6], inputs[:3]])
         for further in (0, _far(backbone.model)):
             pairs = []
             for native in (None, found):
                 batch = DecodeBatch(backbone, caches)  # type: ignore[arg-type]
                 batch.native = native
                 batch.lengths = [length + further for length in batch.lengths]
-                first = batch.step([ids[9:11].tolist(), ids[9:12].tolist()])
-                batch.keep([1, 3])
-                pairs.append([*first, *batch.step([ids[12:13].tolist()] * 2)])
+                with fast_kernels(backbone.device, *([] if native is None else [backbone.fused])):
+                    first = batch.step([ids[6:8].tolist(), ids[3:6].tolist()])
+                    batch.keep([1, 3])
+                    pairs.append([*first, *batch.step([ids[7:8].tolist(), ids[6:7].tolist()])])
+                if batch.native is not native:
+                    return False
             if not all(is_close(ours, theirs) for theirs, ours in zip(*pairs, strict=True)):
                 return False
     return True

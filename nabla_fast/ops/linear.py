@@ -100,7 +100,7 @@ def linear(
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (N, K) as 8-bit integers (N, K) and a scale (N,), float32, for each row, of which `linear` takes both."""
+    """A weight (N, K) as 8-bit integers (N, K) and a float32 scale (N,) of each row, for `linear`."""
     scale = weight.detach().float().abs().amax(1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
     return weight.detach().div(scale.unsqueeze(1)).round_().to(torch.int8), scale
 

@@ -55,7 +55,15 @@ def available() -> bool:
     """Whether the native library has the kernels."""
     return all(
         native.has(name)
-        for name in ("rms_norm", "rms_norm_backward", "rotary", "attention", "attention_inputs", "gated_mlp", "decoder_layers")
+        for name in (
+            "rms_norm",
+            "rms_norm_backward",
+            "rotary",
+            "attention",
+            "attention_inputs",
+            "gated_mlp",
+            "decoder_layers",
+        )
     )
 
 
@@ -181,8 +189,8 @@ class DecoderLayers:
     """The weights of `decoder_layers`, each of which maps x to y + mlp(norm(y)) with y = x + attention(norm(x)).
 
     Attributes:
-        weights: (out, in) of the linear layers, seven for each layer: query, key, value, output, gate, up and down. They
-            have the dtype of the layers' input; or that is float32, and all of them are of int8.
+        weights: (out, in) of the linear layers, seven for each layer: query, key, value, output, gate, up and down.
+            They have the dtype of the layers' input; or that is float32, and all of them are of int8.
         scales: (out,) of each weight that is int8; None for any other.
         biases: (out,), or None.
         norms: four for each layer: weights of the norms before attention and before the network, of queries, and of

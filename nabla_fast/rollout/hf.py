@@ -219,7 +219,6 @@ class _Stream:
         elif self.batch.spread > _SPREAD or (model.backbone.windowed and self.batch.gaps):
             self._rebuild(running)
 
-
     def _draft(self, most: int) -> None:
         """Gives each row a draft, where ``most`` tokens may be fed: of earlier text, or by the model itself."""
         by_model = self._drafts_itself and most > 1
@@ -227,9 +226,7 @@ class _Stream:
             row.draft, row.by_model = row.drafter.draft(row.room(most), certain=by_model), False
         if not by_model:
             return
-        lengths = [
-            0 if row.draft else row.own.length(max(0, row.room(most)), len(self.rows)) for row in self.rows
-        ]
+        lengths = [0 if row.draft else row.own.length(max(0, row.room(most)), len(self.rows)) for row in self.rows]
         if not any(lengths):
             return
         sequences = [row.sequence for row in self.rows]
