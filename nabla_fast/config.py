@@ -96,8 +96,10 @@ class NablaConfig:
         vllm_timeout: seconds in which the next tokens of that server's answer must come.
         vllm_gpu_memory_utilization: share of a GPU's memory, above 0 and at most 1, for vLLM in this process, its
             weights and KV cache together; None is 0.4. A server has its own, ``vllm serve --gpu-memory-utilization``.
-        draft_tokens: most tokens of earlier trajectories that a rollout verifies in one forward pass, instead of
-            drawing them one by one; the tokens drawn are the same. Fewer where a batch fills the pass; 0 for none.
+        draft_tokens: most draft tokens that a rollout verifies in one forward pass, instead of drawing them one by
+            one; the tokens drawn are the same. Drafts are tokens of earlier trajectories, and on a CPU those that a
+            float32 model foresees with weights rounded to 8 bits, which take a quarter of its memory besides. Fewer
+            where a batch fills the pass; 0 for none.
         stop_strings: a response ends where one of these is complete (the string is kept, as in transformers).
         eos_token_ids: a response ends with one of these; None takes the model's own.
         chat_template_kwargs: further arguments of both tokenizers' chat templates, such as {"enable_thinking": false}.

@@ -51,7 +51,8 @@ class SequenceStats:
         rollouts: trajectories drawn, the first included.
         rejections: proposals whose reward was not higher.
         generated_tokens: tokens sampled in rollouts, whether kept or not.
-        rollout_calls: forward passes of the language model for them, where it runs here; drafts make them fewer.
+        rollout_calls: forward passes of the language model for them, where it runs here; drafts make them fewer. Passes
+            with rounded weights that make a draft are not counted.
         drafted_tokens, accepted_draft_tokens: draft tokens that those passes verified, and how many proved right.
         gradient_evaluations: forward and backward passes over both models.
         cache_hits, cache_misses: look-ups in the gradient cache.

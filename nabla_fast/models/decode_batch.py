@@ -92,7 +92,7 @@ class DecodeBatch:
     def _native_weights(self) -> DecoderLayers | None:
         """The weights of all layers, for one call; None if there is none that computes them."""
         if self._native_layers is None and self.native is not None:
-            self._native_layers = self.native.weights()
+            self._native_layers = self.native.weights(self.backbone.module)
             if self._native_layers is None:
                 self.native = None
         return self._native_layers
@@ -108,7 +108,8 @@ class DecodeBatch:
                 mask[..., self.width :] &= torch.ones(size, size, dtype=torch.bool).tril()
         if rough and layers.weights[0].dtype is torch.float32:
             layers = self._rough_layers = self._rough_layers or self.native.rounded(layers)
-        return self.backbone.output(self.native.run(ids, positions, mask, self._cache, layers))
+        hidden = self.native.run(self.backbone.module, ids, positions, mask, self._cache, layers)
+        return self.backbone.output(hidden)
 
     def keep(self, counts: Sequence[int]) -> None:
         """Of the tokens of the last `step`, the first ``counts[b]`` >= 1 of each sequence stay."""

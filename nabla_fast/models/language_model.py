@@ -100,7 +100,7 @@ class LanguageModel:
         self.width: int = weight.shape[1]
         weight = _head_weight(weight, getattr(lm_head, "bias", None), self.vocab_size, self.name)
         self.head = Head(weight, _logit_factor(model), _softcap(model))
-        self._rough_head: tuple[int, tuple[Tensor, Tensor]] | None = None
+        self._rough_head: tuple[Any, tuple[Tensor, Tensor]] | None = None
         self.embedding = embedding_table(model, self.name, self.vocab_size)
         self.context_length: int | None = context_length(model)
         self.eos_token_ids = _eos_token_ids(model, tokenizer, self.vocab_size)
@@ -130,8 +130,9 @@ class LanguageModel:
         weight = self.head.weight
         if not native_linear.fits(hidden, weight):
             return self.logits(hidden)
-        if self._rough_head is None or self._rough_head[0] != weight._version:
-            self._rough_head = weight._version, native_linear.rounded(weight)
+        state = native_linear.state(weight)
+        if self._rough_head is None or self._rough_head[0] != state:
+            self._rough_head = state, native_linear.rounded(weight)
         values, scale = self._rough_head[1]
         return scaled_and_capped(native_linear.linear(hidden, values, dtype=torch.float32, scale=scale), self.head)
 

@@ -43,6 +43,8 @@ _TRIED = 8
 class NativeLayers:
     """The forward pass of a backbone whose layers are ``y + mlp(norm(y))``, ``y = x + self_attn(norm(x))``.
 
+    It is given that backbone in each call: what is remembered of a model must not keep the model.
+
     Args:
         module: the backbone.
         layers: its layers, and what computes their modules.
@@ -50,38 +52,42 @@ class NativeLayers:
     """
 
     def __init__(self, module: Any, layers: list[tuple[Any, Attention, GatedMLP]], settings: dict[str, Any]) -> None:
-        self.module, self.settings = module, settings
+        self.settings = settings
         self._attention = [attention.module for _, attention, _ in layers]
         # Whatever is not called, and whose own forward pass would be missed.
-        self._bypassed = [module, *(part for layer, *_ in layers for part in (layer, *_modules(layer)))]
+        self._bypassed = [part for layer, *_ in layers for part in (layer, *_modules(layer))]
         self._layers = [
             Parts(layer, norms=_NORMS, bypassed=_MODULES, inner=(attention.parts, mlp.parts))
             for layer, attention, mlp in layers
         ]
-        self._list = Parts(module.layers, bypassed=[str(i) for i in range(len(layers))])
-        self._rough: tuple[list[tuple[int, int]], DecoderLayers] | None = None
+        self._kinds = [type(module), *(type(layer) for layer, *_ in layers)]
+        self._order = [layer for layer, *_ in layers]
+        self._rough: tuple[list[Any], DecoderLayers] | None = None
 
-    def weights(self) -> DecoderLayers | None:
+    def weights(self, module: Any) -> DecoderLayers | None:
         """The layers' weights, if the model is as it was when it was tried, and its kernels are exchanged for now."""
-        sample = self.module.norm.weight[None, None]
+        sample = module.norm.weight[None, None]
         as_tried = (
             _is_exchanged()
-            and all(own_attribute(part, "forward") is None and not _has_hooks(part) for part in self._bypassed)
             and all(
-                module.config._attn_implementation == token_layers.ATTENTION
-                and module.scaling == self.settings["scaling"]
-                and not module.training
-                for module in self._attention
+                own_attribute(part, "forward") is None and not _has_hooks(part) for part in (module, *self._bypassed)
             )
-            and len(self.module.layers) == len(self._layers)
-            and self._list.fit(sample)
+            and all(
+                part.config._attn_implementation == token_layers.ATTENTION
+                and part.scaling == self.settings["scaling"]
+                and not part.training
+                for part in self._attention
+            )
+            and len(module.layers) == len(self._order)
+            and all(layer is own for layer, own in zip(module.layers, self._order, strict=True))
+            and [type(module), *map(type, self._order)] == self._kinds
             and all(parts.fit(sample) for parts in self._layers)
         )
         return _weights(self._layers, self.settings) if as_tried else None
 
     def rounded(self, exact: DecoderLayers) -> DecoderLayers:
         """The layers with weights of 8 bits, rounded anew when they have changed."""
-        state = [(weight.data_ptr(), weight._version) for weight in exact.weights]
+        state = [native_linear.state(weight) for weight in exact.weights]
         if self._rough is None or self._rough[0] != state:
             self._rough = None  # not both at a time
             rounded = [native_linear.rounded(weight) for weight in exact.weights]
@@ -90,7 +96,13 @@ class NativeLayers:
         return self._rough[1]
 
     def run(
-        self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: GrowingCache, layers: DecoderLayers
+        self,
+        module: Any,
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        cache: GrowingCache,
+        layers: DecoderLayers,
     ) -> Tensor:
         """The last hidden states (B, S, d) of tokens (B, S) behind those in ``cache``, where theirs are written.
 
@@ -99,13 +111,13 @@ class NativeLayers:
             mask: as `decoder_layers` takes it.
             layers: of `weights`, or `rounded`.
         """
-        x = self.module.embed_tokens(ids)
-        cos, sin = self.module.rotary_emb(x, position_ids=positions)
+        x = module.embed_tokens(ids)
+        cos, sin = module.rotary_emb(x, position_ids=positions)
         past = [layer.reserve(ids.shape[1]) for layer in cache.layers]
         keys, values = zip(*(layer.buffers for layer in cache.layers), strict=True)
         out = decoder_layers(x, layers, cos, sin, mask, keys, values, past[0])
         cache.use(past[0] + ids.shape[1])
-        hidden: Tensor = self.module.norm(out)
+        hidden: Tensor = module.norm(out)
         return hidden
 
 

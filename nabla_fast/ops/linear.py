@@ -99,6 +99,12 @@ def linear(
     return product
 
 
+def state(weight: Tensor) -> tuple[int, int, list[float]]:
+    """What differs where a weight has changed since: where it lies, its version, and, for changes that PyTorch does not
+    count (of ``weight.data``), some numbers."""
+    return weight.data_ptr(), weight._version, weight.detach()[:1, :4].flatten().tolist()
+
+
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight (N, K) as 8-bit integers (N, K) and a float32 scale (N,) of each row, for `linear`."""
     scale = weight.detach().float().abs().amax(1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)

@@ -122,3 +122,20 @@ def test_a_repeated_trajectory_is_foreseen_whole(most: int) -> None:
         follow(drafter, OLD[done : done + right + 1])
         done, calls = done + right + 1, calls + 1
     assert calls == -(-len(OLD) // (most + 1))
+
+
+def test_certain_drafts_need_a_text_that_was_followed_for_long() -> None:
+    text = tuple(range(100, 140))
+    drafter = Drafter((50,), (20,), [(20, *text)], most=6)
+    assert drafter.draft(99, certain=True) == (), "that it begins there is not enough"
+    follow(drafter, text[:7])
+    assert drafter.draft(99, certain=True) == ()
+    follow(drafter, text[7:8])
+    assert drafter.draft(99, certain=True) == text[8:14]
+    follow(drafter, (60, *text[20:23]))
+    assert drafter.draft(99, certain=True) == ()
+    # Four were found when it was looked up, or three and one that followed.
+    follow(drafter, text[23:28])
+    found = drafter.draft(99, certain=True)
+    assert found
+    assert found == text[28 : 28 + len(found)]
