@@ -7,9 +7,6 @@
 
 #include <cstdint>
 
-// Attention of few queries, whose time is that of reading keys and values. A query's result is the same bits whatever
-// columns are masked before, between and behind the ones it reads, and whatever other queries there are: its columns
-// are gathered first, and everything is added up in their order.
 namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
 

@@ -1,6 +1,8 @@
 // linear in the portable instruction set, for every number of rows that a group may have, and the modules that are made
 // of it, against products in double.
+#include <ATen/ops/cat.h>
 #include <ATen/ops/gelu.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/rand.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
@@ -11,14 +13,19 @@
 #include <cstdlib>
 #include <optional>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "cpu/operators.h"
 
 namespace {
 
+using nabla_fast::cpu::DEFAULT::attention;
 using nabla_fast::cpu::DEFAULT::attention_inputs;
+using nabla_fast::cpu::DEFAULT::decoder_layers;
 using nabla_fast::cpu::DEFAULT::gated_mlp;
 using nabla_fast::cpu::DEFAULT::linear;
+using nabla_fast::cpu::DEFAULT::rms_norm;
 
 void require(bool condition, const char* what) {
   if (condition) return;
@@ -82,6 +89,54 @@ void modules(at::ScalarType dtype, int64_t rows) {
   require(near(v, values), "values");
 }
 
+// Two layers in one call, against the operators that they consist of.
+void layers(at::ScalarType dtype, int64_t batch, int64_t rows, bool head_norms) {
+  constexpr int64_t kCount = 2;
+  constexpr int64_t kPast = 3;
+  const auto matrix = [&](int64_t out, int64_t in) { return at::randn({out, in}).mul(0.1).to(dtype); };
+  std::vector<at::Tensor> weights;
+  std::vector<at::Tensor> keys;
+  std::vector<at::Tensor> values;
+  nabla_fast::cpu::OptionalTensors nothing;
+  nabla_fast::cpu::OptionalTensors biases;
+  nabla_fast::cpu::OptionalTensors norms;
+  for (int64_t i = 0; i < kCount; ++i) {
+    for (const auto& [out, in] : std::vector<std::pair<int64_t, int64_t>>{
+             {64, 32}, {32, 32}, {32, 32}, {32, 64}, {96, 32}, {96, 32}, {32, 96}}) {
+      weights.push_back(matrix(out, in));
+      nothing.push_back(std::nullopt);
+      biases.push_back(i == 0 ? std::optional(at::randn({out}).to(dtype)) : std::nullopt);
+    }
+    for (const int64_t size : {32, 32}) norms.push_back(at::randn({size}).to(dtype));
+    for (int n = 0; n < 2; ++n) norms.push_back(head_norms ? std::optional(at::randn({16}).to(dtype)) : std::nullopt);
+    keys.push_back(at::randn({batch, 2, kPast + rows, 16}).to(dtype));
+    values.push_back(at::randn({batch, 2, kPast + rows, 16}).to(dtype));
+  }
+  const at::Tensor x = at::randn({batch, rows, 32}).to(dtype);
+  const at::Tensor cos = at::randn({1, rows, 16}).to(dtype);
+  const at::Tensor sin = at::randn({1, rows, 16}).to(dtype);
+  const at::Tensor mask = at::ones({batch, 1, rows, kPast + rows}, at::kBool).tril(kPast);
+  at::Tensor meant = x;
+  std::vector<at::Tensor> kept;
+  for (int64_t i = 0; i < kCount; ++i) {
+    const auto* w = &weights[i * 7];
+    const auto bias = [&](int64_t n) { return std::optional<at::Tensor>(biases.get(i * 7 + n)); };
+    const auto norm = [&](int64_t n) { return std::optional<at::Tensor>(norms.get(i * 4 + n)); };
+    const auto [q, k, v] = attention_inputs(rms_norm(meant, norm(0), 1e-5, false), w[0], bias(0), w[1], bias(1), w[2],
+                                            bias(2), norm(2), norm(3), cos, sin, 1e-6, true);
+    kept.push_back(at::cat({keys[i].narrow(2, 0, kPast), k}, 2));
+    const at::Tensor all = at::cat({values[i].narrow(2, 0, kPast), v}, 2);
+    const at::Tensor mixed = attention(q, kept.back(), all, mask, 0.3).flatten(2);
+    meant = meant.add(linear(mixed, w[3], std::nullopt, bias(3), dtype));
+    meant = meant.add(
+        gated_mlp(rms_norm(meant, norm(1), 1e-5, false), w[4], bias(4), w[5], bias(5), w[6], bias(6), "silu"));
+  }
+  const at::Tensor out = decoder_layers(x, weights, nothing, biases, norms, cos, sin, mask, keys, values, kPast, 0.3,
+                                        1e-5, false, 1e-6, true, "silu");
+  require(near(out, meant.to(at::kDouble)), "layers");
+  for (int64_t i = 0; i < kCount; ++i) require(near(keys[i], kept[i].to(at::kDouble)), "keys");
+}
+
 }  // namespace
 
 int main() {
@@ -89,6 +144,8 @@ int main() {
   every_dtype(17, 3000, 64);  // by several threads
   for (const auto dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {
     for (const int64_t rows : {1, 3}) modules(dtype, rows);
+    layers(dtype, 1, 1, false);
+    layers(dtype, 3, 5, true);
   }
   std::puts("passed");
 }

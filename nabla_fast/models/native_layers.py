@@ -69,6 +69,7 @@ class NativeLayers:
         sample = module.norm.weight[None, None]
         as_tried = (
             _is_exchanged()
+            and token_layers.is_for_kernels(sample)
             and all(
                 own_attribute(part, "forward") is None and not _has_hooks(part) for part in (module, *self._bypassed)
             )
@@ -135,6 +136,7 @@ def find(backbone: Backbone, ids: Tensor) -> NativeLayers | None:
         or backbone.needs_ids
         or not fused.attention
         or set(module._modules) != set(_OF_BACKBONE)
+        or not isinstance(module.layers, torch.nn.ModuleList)
         or module.norm not in norms
         or getattr(module.norm, "weight", None) is None
     ):
@@ -148,7 +150,12 @@ def find(backbone: Backbone, ids: Tensor) -> NativeLayers | None:
     alone = zip(layers, found._layers, strict=True)
     if not all(_is_same(layer, parts, settings[0]) for (layer, *_), parts in alone):
         return None
-    return found if _is_same_together(backbone, found, ids) else None
+    try:
+        return found if _is_same_together(backbone, found, ids) else None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a model that is put together in another way raises
+        return None
 
 
 def _known(

@@ -196,6 +196,28 @@ def test_families_with_other_layers_or_windows_go_their_own_way(family: str, set
     assert_same(run(backbone, fast=True), run(backbone, fast=False))
 
 
+def test_autocast_goes_the_models_own_way(calls: list[torch.dtype]) -> None:
+    backbone = backbone_of(model_of("llama"))
+    calls.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        run(backbone, fast=True)
+    assert not calls
+
+
+def test_a_trial_that_raises_leaves_the_model_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = native_layers.decoder_layers
+
+    def raising(x: Tensor, layers: Any, *more: Any) -> Tensor:
+        if len(layers.weights) > 7:
+            raise TypeError("another dtype")
+        return own(x, layers, *more)
+
+    monkeypatch.setattr(native_layers, "decoder_layers", raising)
+    backbone = backbone_of(model_of("llama"))
+    assert backbone.native is None
+    run(backbone, fast=True)
+
+
 def test_float64_goes_its_own_way(calls: list[torch.dtype]) -> None:
     backbone = backbone_of(model_of("llama", torch.float64))
     assert backbone.native is None

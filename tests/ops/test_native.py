@@ -149,7 +149,7 @@ def test_on_lesser_instruction_sets(capability: str) -> None:
 def test_layers_on_lesser_instruction_sets(capability: str) -> None:
     if torch.backends.cpu.get_cpu_capability() == capability.upper():
         pytest.skip("the other tests ran on it")
-    files = (str(HERE / f"test_{name}.py") for name in ("linear", "token_kernels"))
+    files = (str(HERE / f"test_{name}.py") for name in ("linear", "token_kernels", "decoder_layers"))
     run_python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, ATEN_CPU_CAPABILITY=capability)
 
 
