@@ -101,7 +101,7 @@ class DecodeBatch:
         assert self.native is not None
         size = ids.shape[1]
         mask = None
-        if size > 1 or len(ids) > 1 or self.gaps or self.lengths[0] < self.width:
+        if size > 1 or len(ids) > 1 or self.lengths[0] < self.width:
             mask = self.mask[:, None, None, : self.width + size]
             if size > 1:  # no token sees what comes after it
                 mask = mask.repeat(1, 1, size, 1)

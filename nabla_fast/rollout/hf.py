@@ -235,12 +235,10 @@ class _Stream:
             responses = [(*row.response, *draft) for row, draft in zip(self.rows, drafts, strict=True)]
             return self.backend.sampler(logits, self.sampling, sequences, responses).tolist()
 
-        def ended(row: int, draft: tuple[int, ...]) -> bool:
-            return bool(draft) and self.stop.ended(sequences[row], (*self.rows[row].response, *draft))
-
         assert self.batch is not None
         last = [row.last for row in self.rows]
-        drafts = self_drafts.draft(self.backend.language_model, self.batch, last, lengths, draw, ended)
+        ends = self.stop.eos_token_ids
+        drafts = self_drafts.draft(self.backend.language_model, self.batch, last, lengths, draw, ends)
         for row, draft in zip(self.rows, drafts, strict=True):
             if draft:
                 row.draft, row.by_model = draft, True

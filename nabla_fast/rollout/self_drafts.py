@@ -8,7 +8,7 @@ same. `nabla_fast.models.native_layers` computes them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +68,7 @@ def draft(
     last: Sequence[int],
     lengths: Sequence[int],
     draw: Draw,
-    ended: Callable[[int, tuple[int, ...]], bool],
+    ends: Collection[int],
 ) -> list[tuple[int, ...]]:
     """Draft tokens for each sequence of a batch, which stays as it is.
 
@@ -76,14 +76,15 @@ def draft(
         last: each sequence's last token, which is not in the batch yet.
         lengths: tokens that each wants at most; at least one wants some.
         draw: draws each sequence's next token behind its draft so far.
-        ended: whether a sequence (its number) ends with a draft.
+        ends: tokens behind which nothing is drafted. Other ways to end are not asked for text that may not come.
     """
     drafts: list[tuple[int, ...]] = [()] * len(last)
+    endings = {(token,) for token in ends}
     passes = 0
     while True:
         going_on = [
-            len(draft) == passes < length and not ended(row, draft)
-            for row, (draft, length) in enumerate(zip(drafts, lengths, strict=True))
+            len(draft) == passes < length and draft[-1:] not in endings
+            for draft, length in zip(drafts, lengths, strict=True)
         ]
         if not any(going_on):
             break

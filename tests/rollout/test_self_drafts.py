@@ -128,6 +128,24 @@ def test_no_draft_reaches_past_an_end_or_the_limit(steps: list[bool], monkeypatc
         assert len(fed) == max(0, limit - 1)
 
 
+def test_criteria_are_asked_for_the_response_alone() -> None:
+    """They may count their calls."""
+    model = model_of()
+    seen: list[list[int]] = []
+
+    def criterion(ids: list[int]) -> bool:
+        seen.append(ids)
+        return len(seen) == 9
+
+    asked = []
+    for drafts in (0, 8):
+        seen.clear()
+        (drawn,) = roll_out(model, drafts, count=1, stop=StopRule(frozenset(), criteria=(criterion,)))
+        asked.append((drawn.tokens.tolist(), [list(ids) for ids in seen]))
+    assert asked[0] == asked[1]
+    assert len(asked[0][0]) == 9
+
+
 def test_text_that_is_followed_for_long_is_drafted_from_there(steps: list[bool]) -> None:
     model = model_of()
     (free,) = roll_out(model, 0, count=1, limit=60)
