@@ -25,9 +25,9 @@ bool any_double(std::initializer_list<at::Tensor> tensors) {
                      [](const at::Tensor& x) { return x.scalar_type() == at::kDouble; });
 }
 
-std::string dtype_name(const at::Tensor& tensor) {
-  return "torch." + std::string(c10::getDtypeNames(tensor.scalar_type()).first);
-}
+std::string dtype_name(at::ScalarType dtype) { return "torch." + std::string(c10::getDtypeNames(dtype).first); }
+
+std::string dtype_name(const at::Tensor& tensor) { return dtype_name(tensor.scalar_type()); }
 
 std::string Check::named(const char* argument, int64_t index) const {
   std::string text = std::string(name_) + ": " + argument;

@@ -69,6 +69,7 @@ class Check {
 bool any_double(std::initializer_list<at::Tensor> tensors);
 
 // "torch.float32"
+std::string dtype_name(at::ScalarType dtype);
 std::string dtype_name(const at::Tensor& tensor);
 
 }  // namespace nabla_fast

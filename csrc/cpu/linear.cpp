@@ -289,7 +289,7 @@ LinearLayer checked_layer(const Check& check, int64_t size, at::ScalarType kind,
   TORCH_CHECK_TYPE(
       kind != at::kDouble && (int8 || kind == weight.scalar_type()) && (dtype == kind || dtype == at::kFloat),
       check.name(), ": x must be float32, bfloat16 or float16, weight the same or int8, and dtype that of x or ",
-      "float32, got ", "torch.", at::toString(kind), ", ", dtype_name(weight), " and ", at::toString(dtype));
+      "float32, got ", dtype_name(kind), ", ", dtype_name(weight), " and ", dtype_name(dtype));
   TORCH_CHECK_VALUE(size > 0 && size % kUnit == 0 && weight.stride(1) == 1, check.name(),
                     ": a row of weight must be a multiple of ", kUnit, " entries without gaps, got ", size,
                     " with a stride of ", weight.stride(1));

@@ -257,6 +257,7 @@ def test_what_the_kernel_refuses() -> None:
     for wrong, said in [
         ((x[0, 0], weight, None, None, torch.float32), r"\(\.\.\., K\)"),
         ((x, weight[:, :32], None, None, torch.float32), r"\(N, 64\)"),
+        ((x, weight.half(), None, None, torch.float32), "got torch.float32, torch.float16 and torch.float32"),
         ((x, weight, None, bias[:9], torch.float32), r"\(10"),
         ((x[:, :48], weight[:, :48], None, None, torch.float32), "multiple of 32"),
         ((x[:, :0], weight[:, :0], None, None, torch.float32), "multiple of 32"),
