@@ -24,6 +24,8 @@ from nabla_fast.cli import serve
 from nabla_fast.testing.models import save_pair
 
 SECRET = "a-key-that-nobody-prints"
+# Settings of requests that are to be under way when something happens: seconds of work, however few tokens.
+LONG = {"nabla": {"max_iters": 1000, "gradient_threshold": None, "confidence_threshold": 1}}
 FAST = ("--max-new-tokens", "8", "--max-rollouts", "2", "--max-iters", "2", "--seed", "3", "--device", "cpu")
 
 
@@ -70,7 +72,7 @@ def test_a_killed_server_starts_again_at_its_port_and_ends_in_peace(tmp_path):
         first = ask(port)
         assert first.usage.nabla["seed"] == 3, "that of --seed"
         # In the middle of a stream, whose client is told by the connection.
-        stream = ask(port, stream=True, n=8, extra_body={"nabla": {"max_rollouts": 500, "confidence_threshold": 1}})
+        stream = ask(port, stream=True, n=8, extra_body=LONG)
         next(iter(stream))
         process.kill()
         process.wait()
@@ -79,8 +81,7 @@ def test_a_killed_server_starts_again_at_its_port_and_ends_in_peace(tmp_path):
     with served(folders, port, log) as process:
         assert ask(port).choices[0].message.content == first.choices[0].message.content
         answers = []
-        long = {"nabla": {"max_rollouts": 12, "confidence_threshold": 1}}
-        asking = threading.Thread(target=lambda: answers.append(ask(port, n=2, extra_body=long)))
+        asking = threading.Thread(target=lambda: answers.append(ask(port, n=2, extra_body=LONG)))
         asking.start()
 
         def running():
