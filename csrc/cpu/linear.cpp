@@ -46,6 +46,16 @@ constexpr int64_t kGrain = 32768;
 // Of a row, so that no instruction set has a rest: the entries that 64 bytes hold in the narrower dtypes.
 constexpr int64_t kUnit = 32;
 
+// Whether the processor itself fetches from memory what is read in order in time.
+bool fetches_by_itself() {
+#if defined(__x86_64__)
+  static const bool does = __builtin_cpu_is("amd");
+  return does;
+#else
+  return true;
+#endif
+}
+
 // 8-bit integers, a vector of them. Where the vector has to be put together, in one place: the compiler would work on
 // copies of it for minutes.
 #if !defined(CPU_CAPABILITY_AVX512) && !defined(CPU_CAPABILITY_AVX2)
@@ -108,17 +118,41 @@ inline void add_pairs([[maybe_unused]] Vec& sum, [[maybe_unused]] const Bits& on
 #endif
 }
 
+// Where a product is written: numbers of the weight's dtype, or float32, of which the other is null.
+template <typename scalar_t>
+struct Place {
+  scalar_t* own = nullptr;
+  float* wide = nullptr;
+
+  explicit Place(scalar_t* to) : own(to) {}
+  explicit Place(float* to) : wide(to) {}
+  void write(int64_t at, float number) const {
+    if (wide != nullptr) {
+      wide[at] = number;
+    } else {
+      own[at] = static_cast<scalar_t>(number);
+    }
+  }
+};
+template <>
+struct Place<float> {
+  float* wide;
+
+  explicit Place(float* to) : wide(to) {}
+  void write(int64_t at, float number) const { wide[at] = number; }
+};
+
 // x_t is float, or bfloat16 as the weight is: then `has_bfloat16_matmul`.
-template <typename scalar_t, typename out_t, typename x_t = float>
+template <typename scalar_t, typename x_t>
 struct Product {
   const x_t* x;  // (M, K)
   const scalar_t* weight;
   int64_t weight_stride;
-  int64_t size;        // K
-  const float* scale;  // (N,), or null
-  const float* bias;   // (N,), or null
-  out_t* out;          // (M, N)
-  int64_t columns;     // N
+  int64_t size;         // K
+  const float* scale;   // (N,), or null
+  const float* bias;    // (N,), or null
+  Place<scalar_t> out;  // (M, N)
+  int64_t columns;      // N
 
   // Rows [row, row + count) of x, at most kGroup, times entries [begin, end) of the weight, which lies in memory, or in
   // a cache.
@@ -132,54 +166,56 @@ struct Product {
   using E = Entries<scalar_t>;
   static constexpr bool kPairs = std::is_same_v<x_t, at::BFloat16>;
 
-  // What is fetched from memory ahead of time, beside what the hardware finds out: nothing; of each row of the weight,
-  // what lies where it is read in the next rows; or as much, in the order of memory.
-  enum class Ahead { kNothing, kRows, kMemory };
+  // What is fetched from memory ahead of time: the rows of the weight that come next, each where it will be read, or,
+  // as much, in the order of memory. In bytes, between vectors of a row and between rows.
+  struct Ahead {
+    uintptr_t along;
+    uintptr_t across;
+  };
 
   template <int rows>
   void range(int64_t row, int64_t begin, int64_t end, bool from_memory) const {
     constexpr int kAtOnce = std::min(4, kSums / rows);
     // One row of the weight after the other is what memory is fastest at, but reads all of x for each; and of 8-bit
     // integers, memory gives more than one sum can take.
-    if (rows <= 3 && !std::is_same_v<scalar_t, int8_t> && rows * size * int64_t(sizeof(x_t)) <= kNearBytes) {
-      blocks<rows, 1, Ahead::kNothing>(row, begin, end);
-    } else if (!from_memory) {
-      blocks<rows, kAtOnce, Ahead::kNothing>(row, begin, end);
-    } else if (size * int64_t(sizeof(scalar_t)) <= kShortBytes) {
-      blocks<rows, kAtOnce, Ahead::kMemory>(row, begin, end);
+    if constexpr (rows <= 3 && !std::is_same_v<scalar_t, int8_t>) {
+      if (fetches_by_itself() && rows * size * int64_t(sizeof(x_t)) <= kNearBytes) {
+        return blocks<rows, 1, false>(row, begin, end);
+      }
+    }
+    if (from_memory) {
+      blocks<rows, kAtOnce, true>(row, begin, end);
     } else {
-      blocks<rows, kAtOnce, Ahead::kRows>(row, begin, end);
+      blocks<rows, kAtOnce, false>(row, begin, end);
     }
   }
 
-  template <int rows, int entries, Ahead ahead>
+  template <int rows, int entries, bool fetches>
   void blocks(int64_t row, int64_t begin, int64_t end) const {
+    constexpr uintptr_t kVector = E::kCount * sizeof(scalar_t);
+    const bool in_order = size * int64_t(sizeof(scalar_t)) <= kShortBytes;
+    const Ahead ahead = in_order ? Ahead{entries * kVector, kVector} : Ahead{kVector, weight_stride * sizeof(scalar_t)};
     int64_t n = begin;
-    for (; n + entries <= end; n += entries) block<rows, entries, ahead>(row, n);
-    for (; n < end; ++n) block<rows, 1, ahead>(row, n);
+    for (; n + entries <= end; n += entries) block<rows, entries, fetches>(row, n, ahead);
+    for (; n < end; ++n) block<rows, 1, false>(row, n, ahead);
   }
 
-  template <int entries, Ahead ahead>
-  void fetch(const scalar_t* w, int64_t k, int entry) const {
-    if constexpr (ahead == Ahead::kNothing) return;
-    const int64_t next = entries * weight_stride;
-    const int64_t at = ahead == Ahead::kRows ? entry * weight_stride + k : entries * k + entry * E::kCount;
-    // As a number: a pointer behind a buffer has no meaning.
-    const auto address = reinterpret_cast<uintptr_t>(w) + static_cast<uintptr_t>(next + at) * sizeof(scalar_t);
-    __builtin_prefetch(reinterpret_cast<const void*>(address));
-  }
-
-  template <int rows, int entries, Ahead ahead>
-  void block(int64_t row, int64_t n) const {
+  template <int rows, int entries, bool fetches>
+  void block(int64_t row, int64_t n, const Ahead& ahead) const {
     const x_t* a = x + row * size;
     const scalar_t* w = weight + n * weight_stride;
+    // As a number: a pointer behind a buffer has no meaning.
+    uintptr_t next = reinterpret_cast<uintptr_t>(w) + entries * weight_stride * sizeof(scalar_t);
+    const auto fetch = [&](int entry) {
+      if constexpr (fetches) __builtin_prefetch(reinterpret_cast<const void*>(next + entry * ahead.across));
+    };
     Vec sums[rows * entries];
     unrolled<rows * entries>([&](auto i) { sums[i] = Vec(0.0F); });
     if constexpr (kPairs) {
-      for (int64_t k = 0; k < size; k += E::kCount) {
+      for (int64_t k = 0; k < size; k += E::kCount, next += ahead.along) {
         Bits values[entries];
         unrolled<entries>([&](auto i) {
-          fetch<entries, ahead>(w, k, i);
+          fetch(i);
           values[i] = Bits::loadu(w + i * weight_stride + k);
         });
         unrolled<rows>([&](auto r) {
@@ -188,10 +224,10 @@ struct Product {
         });
       }
     } else {
-      for (int64_t k = 0; k < size; k += E::kCount) {
+      for (int64_t k = 0; k < size; k += E::kCount, next += ahead.along) {
         Vec values[entries * E::kVectors];
         unrolled<entries>([&](auto i) {
-          fetch<entries, ahead>(w, k, i);
+          fetch(i);
           E::load(w + i * weight_stride + k, values + i * E::kVectors);
         });
         unrolled<E::kVectors>([&](auto v) {
@@ -213,7 +249,7 @@ struct Product {
       float sum = totals[i];
       const int64_t column = n + i % entries;
       if constexpr (std::is_same_v<scalar_t, int8_t>) sum *= scale[column];
-      out[(row + i / entries) * columns + column] = static_cast<out_t>(bias == nullptr ? sum : sum + bias[column]);
+      out.write((row + i / entries) * columns + column, bias == nullptr ? sum : sum + bias[column]);
     });
   }
 };
@@ -222,14 +258,14 @@ struct Product {
 template <typename scalar_t, typename out_t, typename x_t>
 void multiply(const x_t* x, int64_t count, int64_t size, c10::ArrayRef<LinearLayer> layers,
               c10::ArrayRef<out_t*> outs) {
-  std::vector<Product<scalar_t, out_t, x_t>> products;
+  std::vector<Product<scalar_t, x_t>> products;
   products.reserve(layers.size());
   int64_t total = 0;
   const auto numbers = [](const OptionalTensor& own) { return own ? own->const_data_ptr<float>() : nullptr; };
   for (size_t i = 0; i < layers.size(); ++i) {
     const Tensor& weight = layers[i].weight;
     products.push_back({x, weight.const_data_ptr<scalar_t>(), weight.stride(0), size, numbers(layers[i].scale),
-                        numbers(layers[i].bias), outs[i], weight.size(0)});
+                        numbers(layers[i].bias), Place<scalar_t>(outs[i]), weight.size(0)});
     total += weight.size(0);
   }
   const int64_t groups = (count + kGroup - 1) / kGroup;
