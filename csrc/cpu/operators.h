@@ -84,6 +84,11 @@ using HardEmbeddings = std::tuple<std::vector<Tensor>, Tensor>;
     (const Tensor& grad, const Tensor& x, const OptionalTensor& weight, double epsilon, bool offset))                  \
   X(rotary, TwoTensors, (const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin))                      \
   X(attention, Tensor, (const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, double scale))  \
+  X(attention_blocks, TwoTensors,                                                                                      \
+    (const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, double scale))                     \
+  X(attention_blocks_backward, ThreeTensors,                                                                           \
+    (const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,                \
+     const Tensor& out, const Tensor& log_sums, double scale))                                                         \
   X(attention_inputs, ThreeTensors,                                                                                    \
     (const Tensor& x, const Tensor& query, const OptionalTensor& query_bias, const Tensor& key,                        \
      const OptionalTensor& key_bias, const Tensor& value, const OptionalTensor& value_bias,                            \

@@ -1,4 +1,4 @@
-"""Layers of a model on a CPU, by `nabla_fast.ops.token_layers`; attention where no gradient is asked for.
+"""Layers of a model on a CPU, by `nabla_fast.ops.token_layers`.
 
 RMS norms and rotary embeddings are exchanged where, tried on random numbers, a kernel gives what the layer gives;
 attention in transformers' table of implementations, in which "sdpa" means `scaled_dot_product_attention` whatever the
@@ -21,6 +21,8 @@ from nabla_fast.ops import token_layers
 
 # Tokens up to which the kernel of attention is faster than PyTorch's, which shares keys among queries.
 MOST_TOKENS = 16
+# Likewise with a gradient, in half precision.
+_MOST_HALF_QUERIES = 128
 ATTENTION = "sdpa"
 # What transformers' own function of that name does something with.
 _ARGUMENTS = {
@@ -72,10 +74,11 @@ def attention(
     **kwargs: Any,
 ) -> Any:
     """``sdpa_attention_forward`` of transformers."""
+    differentiated = torch.is_grad_enabled()
     fits = (
         isinstance(query, Tensor)
-        and is_for_kernels(query)
-        and query.shape[0] * query.shape[2] <= MOST_TOKENS
+        and is_for_kernels(query, differentiable=True)
+        and (_is_for_blocks(query, value) if differentiated else query.shape[0] * query.shape[2] <= MOST_TOKENS)
         and not dropout
         and query.dtype is key.dtype is value.dtype
         # Without a mask, several queries are causal unless the module says otherwise.
@@ -89,7 +92,15 @@ def attention(
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
         return own(module, query, key, value, attention_mask, **options)
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-    return token_layers.attention(query, key, value, attention_mask, scale), None
+    kernel = token_layers.attention_with_gradient if differentiated else token_layers.attention
+    return kernel(query, key, value, attention_mask, scale), None
+
+
+def _is_for_blocks(query: Tensor, value: Tensor) -> bool:
+    """Whether the kernel with a gradient has these heads, and is faster than PyTorch's, which multiplies tiles of
+    bfloat16 where the processor has them."""
+    few = query.dtype is torch.float32 or query.shape[2] <= _MOST_HALF_QUERIES
+    return few and query.shape[-1] % token_layers.HEAD_UNIT == value.shape[-1] % token_layers.HEAD_UNIT == 0
 
 
 def exchange_attention(table: Any) -> Callable[[], Any] | None:

@@ -27,6 +27,13 @@ _rms_norm_backward = native.define(
 )
 _rotary = native.define("native_rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)")
 _attention = native.define("native_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor")
+_attention_blocks = native.define(
+    "native_attention_blocks(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> (Tensor, Tensor)"
+)
+_attention_blocks_backward = native.define(
+    "native_attention_blocks_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, "
+    "Tensor log_sums, float scale) -> (Tensor, Tensor, Tensor)"
+)
 _attention_inputs = native.define(
     "native_attention_inputs(Tensor x, Tensor query, Tensor? query_bias, Tensor key, Tensor? key_bias, Tensor value, "
     "Tensor? value_bias, Tensor? query_norm, Tensor? key_norm, Tensor cos, Tensor sin, float epsilon, bool offset) "
@@ -42,6 +49,8 @@ _decoder_layers = native.define(
     "float epsilon, bool offset, float head_epsilon, bool head_offset, str activation) -> Tensor"
 )
 
+HEAD_UNIT = 16
+"""What `attention_with_gradient` wants the features of a head to be a multiple of."""
 Linear = tuple[Tensor, Tensor | None]
 """A weight (out, in) and its bias (out,), or None."""
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -60,6 +69,8 @@ def available() -> bool:
             "rms_norm_backward",
             "rotary",
             "attention",
+            "attention_blocks",
+            "attention_blocks_backward",
             "attention_inputs",
             "gated_mlp",
             "decoder_layers",
@@ -139,6 +150,31 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     """
     out: Tensor = _attention(q, k, v, mask, scale)
     return out
+
+
+def attention_with_gradient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """`attention` of many queries, differentiable once in q, k and v; D and E are multiples of `HEAD_UNIT`."""
+    out: Tensor = _Attention.apply(q, k, v, mask, scale)
+    return out
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        out: Tensor
+        out, log_sums = _attention_blocks(q, k, v, mask, scale)
+        ctx.save_for_backward(q, k, v, mask, out, log_sums)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, mask, out, log_sums = ctx.saved_tensors
+        with torch.no_grad():
+            found = _attention_blocks_backward(grad, q, k, v, mask, out, log_sums, ctx.scale)
+        if torch.is_grad_enabled():  # create_graph=True
+            found = [Once.apply("attention", one, q, k, v, grad) for one in found]
+        return *found, None, None
 
 
 def attention_inputs(
@@ -300,3 +336,18 @@ def _fake_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 @torch.library.register_fake("nabla_fast::native_attention")
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+@torch.library.register_fake("nabla_fast::native_attention_blocks")
+def _fake_attention_blocks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _fake_attention(q, k, v, mask, scale), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("nabla_fast::native_attention_blocks_backward")
+def _fake_attention_blocks_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, queries, size = q.shape
+    return q.new_empty(batch, queries, heads, size).transpose(1, 2), *(x.new_empty(x.shape) for x in (k, v))
