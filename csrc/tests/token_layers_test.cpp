@@ -19,6 +19,8 @@
 namespace {
 
 using nabla_fast::cpu::DEFAULT::attention;
+using nabla_fast::cpu::DEFAULT::attention_blocks;
+using nabla_fast::cpu::DEFAULT::attention_blocks_backward;
 using nabla_fast::cpu::DEFAULT::rms_norm;
 using nabla_fast::cpu::DEFAULT::rms_norm_backward;
 using nabla_fast::cpu::DEFAULT::rotary;
@@ -32,6 +34,12 @@ void require(bool condition, const char* what) {
 bool near(const at::Tensor& ours, const at::Tensor& meant) {
   const double rounding = ours.scalar_type() == at::kFloat ? 1e-5 : 1e-2;
   return ours.to(at::kDouble).allclose(meant, rounding, rounding);
+}
+
+// As a whole: numbers that come out small have been summed from large ones.
+bool close(const at::Tensor& ours, const at::Tensor& meant) {
+  const double rounding = ours.scalar_type() == at::kFloat ? 1e-5 : 1e-2;
+  return ours.to(at::kDouble).sub(meant).norm().item<double>() <= rounding * meant.norm().item<double>();
 }
 
 void norms(at::ScalarType dtype, int64_t rows, int64_t width) {
@@ -85,6 +93,31 @@ void mixtures(at::ScalarType dtype, int64_t tokens, int64_t width, int64_t size,
           "attention that reads nothing");
 }
 
+void blocks(at::ScalarType dtype, int64_t tokens, int64_t width, int64_t size, int64_t value_size) {
+  const at::Tensor q = at::randn({2, tokens, 4, size}).to(dtype).transpose(1, 2);
+  const at::Tensor k = at::randn({2, 2, width + 3, size}).to(dtype).narrow(2, 0, width);
+  const at::Tensor v = at::randn({2, 2, width, value_size}).to(dtype);
+  const at::Tensor mask = at::rand({2, 1, tokens, width}).gt(0.4);
+  mask.select(3, 0).fill_(true);
+  const at::Tensor queries = q.to(at::kDouble);
+  const at::Tensor keys = k.to(at::kDouble).repeat_interleave(2, 1);
+  const at::Tensor values = v.to(at::kDouble).repeat_interleave(2, 1);
+  const at::Tensor scores = queries.matmul(keys.transpose(2, 3)).mul(0.3);
+  const at::Tensor least = at::scalar_tensor(-std::numeric_limits<double>::infinity(), scores.options());
+  const at::Tensor chances = at::where(mask, scores, least).softmax(-1);
+  const auto [out, sums] = attention_blocks(q, k, v, mask, 0.3);
+  require(near(out, chances.matmul(values).transpose(1, 2)), "attention of blocks");
+  const at::Tensor grad = at::randn(out.sizes()).to(dtype);
+  const at::Tensor sent = grad.to(at::kDouble).transpose(1, 2);
+  const at::Tensor slopes = sent.matmul(values.transpose(2, 3));
+  const at::Tensor inner = chances.mul(slopes.sub(chances.mul(slopes).sum(-1, true))).mul(0.3);
+  const auto shared = [&](const at::Tensor& each) { return each.unflatten(1, {2, 2}).sum(2); };
+  const auto [to_q, to_k, to_v] = attention_blocks_backward(grad, q, k, v, mask, out, sums, 0.3);
+  require(close(to_q, inner.matmul(keys)), "gradient of queries");
+  require(close(to_k, shared(inner.transpose(2, 3).matmul(queries))), "gradient of keys");
+  require(close(to_v, shared(chances.transpose(2, 3).matmul(sent))), "gradient of values");
+}
+
 }  // namespace
 
 int main() {
@@ -97,6 +130,8 @@ int main() {
       mixtures(dtype, tokens, 37, 33, 70);
     }
     mixtures(dtype, 4, 500, 64, 64);  // by several threads
+    blocks(dtype, 3, 5, 16, 48);
+    blocks(dtype, 70, 300, 32, 16);
   }
   std::puts("passed");
 }

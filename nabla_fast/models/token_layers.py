@@ -130,15 +130,16 @@ def is_known(own: Any) -> bool:
         return False
     module: Any = torch.nn.Module()
     module.num_key_value_groups = 2
-    like = torch.ones(1)
-    q, k, v = (random_like(like, (2, heads, length, 8), heads) for heads, length in ((4, 3), (2, 7), (2, 7)))
+    like, size = torch.ones(1), token_layers.HEAD_UNIT
+    q, k, v = (random_like(like, (2, heads, length, size), heads) for heads, length in ((4, 3), (2, 7), (2, 7)))
     mask = random_like(like, (2, 1, 3, 7), 5) > 0
     mask[..., 0] = True
 
     def run(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda q, k, v: function(module, q, k, v, mask, scaling=0.3)[0]
 
-    return same(run(own), run(functools.partial(attention, refuse)), [q, k, v], gradient=False)
+    ours = functools.partial(attention, refuse)
+    return all(same(run(own), run(ours), [q, k, v], gradient=gradient) for gradient in (False, True))
 
 
 def _is_broadcast(mask: Tensor, query: Tensor, key: Tensor) -> bool:

@@ -339,9 +339,7 @@ def _fake_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
 
 
 @torch.library.register_fake("nabla_fast::native_attention_blocks")
-def _fake_attention_blocks(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def _fake_attention_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     return _fake_attention(q, k, v, mask, scale), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         own = getattr(kernels, name)
         return lambda *arguments, **named: made.append(name) or own(*arguments, **named)
 
-    for name in ("rms_norm", "rotary", "attention"):
+    for name in ("rms_norm", "rotary", "attention", "attention_with_gradient"):
         monkeypatch.setattr(kernels, name, counted(name))
     return made
 
@@ -168,7 +169,7 @@ def test_calls_of_rotary_embeddings_that_the_kernel_does_not_have(asked: list[st
 
 
 CASES = (
-    "gradient",
+    "gradient of 8 features",
     "dropout",
     "many tokens",
     "float mask",
@@ -203,12 +204,32 @@ def test_calls_of_attention_that_the_kernel_does_not_have(case: str, asked: list
     named: dict[str, Any] = {"dropout": 0.1 if case == "dropout" else 0.0, "scaling": 0.5}
     if case in OTHERS:
         named[case] = torch.ones(1)
-    with torch.set_grad_enabled(case == "gradient"):
+    with torch.set_grad_enabled(case.startswith("gradient")):
         assert token_layers.attention(own, module, q, k, v, mask, **named) == "own"
     assert not asked
     ((arguments, more),) = given
     assert arguments[1] is q
     assert more == {"is_causal": None, **named}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "taken"),
+    [(torch.float32, 3, True), (torch.float32, 200, True), (torch.bfloat16, 128, True), (torch.bfloat16, 129, False)],
+)
+def test_attention_with_a_gradient(dtype: torch.dtype, tokens: int, taken: bool, asked: list[str]) -> None:
+    """In half precision PyTorch's own is faster for many queries."""
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    q, k, v = (torch.randn(2, heads, tokens, 16).to(dtype).requires_grad_() for heads in (4, 2, 2))
+    mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
+    module: Any = torch.nn.Module()
+    module.num_key_value_groups = 2
+    results = []
+    for function in (own, functools.partial(token_layers.attention, own)):
+        out, _ = function(module, q, k, v, mask)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [q, k, v])])
+    assert asked == ["attention_with_gradient"] * taken
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=1e-5 if dtype is torch.float32 else 0.05)
 
 
 def test_one_query_without_a_mask_reads_everything(asked: list[str]) -> None:

@@ -170,6 +170,88 @@ def test_attention_of_views_and_nothing() -> None:
     assert torch.equal(token_layers.attention(q, k[:, :, :0], v[:, :, :0], None, 0.2), torch.zeros(2, 3, 4, 32))
 
 
+def relative(ours: Tensor, exact: Tensor) -> float:
+    return float((ours.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["none", "causal", "of each row", "of each head"])
+@pytest.mark.parametrize(
+    ("heads", "sizes", "tokens", "width"),
+    [
+        ((4, 2), (64, 64), 3, 50),
+        ((9, 3), (96, 16), 70, 300),
+        ((16, 16), (16, 32), 64, 64),
+        ((2, 1), (80, 160), 150, 600),
+    ],
+)
+def test_attention_and_its_gradient_equal_float64(
+    dtype: torch.dtype, kind: str, heads: tuple[int, int], sizes: tuple[int, int], tokens: int, width: int
+) -> None:
+    """With one and several blocks and chunks, heads apart and together, vectors of every number in a tile."""
+    q = random(2, tokens, heads[0], sizes[0], dtype=dtype).transpose(1, 2)
+    k, v = (random(2, heads[1], width, size, dtype=dtype, seed=i) for i, size in enumerate(sizes))
+    mask = columns(kind, (2, heads[0], tokens, width))
+    grad = random(2, tokens, heads[0], sizes[1], dtype=dtype, seed=5)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    meant = softmax(*exact, mask, 0.3)
+    given = [guarded(x, at_start=bool(width % 3)).requires_grad_() for x in (q, k, v)]
+    out = token_layers.attention_with_gradient(*given, None if mask is None else guarded(mask), 0.3)
+    assert out.shape == meant.shape
+    assert out.is_contiguous()
+    assert relative(out, meant) < ROUNDING[dtype]
+    gradients = torch.autograd.grad(out, given, guarded(grad))
+    for ours, theirs, x in zip(gradients, torch.autograd.grad(meant, exact, grad.double()), given, strict=True):
+        assert (ours.shape, ours.dtype) == (x.shape, dtype)
+        assert relative(ours, theirs) < ROUNDING[dtype]
+
+
+def test_gradients_of_attention_that_reads_nothing() -> None:
+    """Zeros, for queries that read no column and columns that no query reads."""
+    q, k, v = (random(2, heads, 20, 16, seed=heads).requires_grad_() for heads in (4, 2, 2))
+    mask = torch.ones(2, 1, 20, 20, dtype=torch.bool)
+    mask[0, :, 7] = mask[:, :, :, 3] = False
+    out = token_layers.attention_with_gradient(q, k, v, mask, 0.2)
+    gradients = torch.autograd.grad(out.sum() + out.square().sum(), [q, k, v])
+    assert torch.equal(out[0, 7], torch.zeros(4, 16))
+    assert torch.equal(gradients[0][0, :, 7], torch.zeros(4, 16))
+    for gradient in gradients[1:]:
+        assert torch.equal(gradient[:, :, 3], torch.zeros(2, 2, 16))
+        assert gradient.isfinite().all()
+    nobody = token_layers.attention_with_gradient(q, k, v, torch.zeros(1, 1, 1, 20, dtype=torch.bool), 0.2)
+    assert not any(gradient.any() for gradient in (nobody, *torch.autograd.grad(nobody.sum(), [q, k, v])))
+    nothing = token_layers.attention_with_gradient(q, k[:, :, :0], v[:, :, :0], None, 0.2)
+    assert not nothing.any()
+    assert not torch.autograd.grad(nothing.sum(), q)[0].any()
+    assert token_layers.attention_with_gradient(q[:, :, :0], k, v, None, 0.2).shape == (2, 0, 4, 16)
+
+
+def test_gradients_of_attention_of_views() -> None:
+    q, k, v = random(2, 4, 30, 32), random(2, 2, 40, 32, seed=1), random(2, 2, 40, 32, seed=2)
+    mask, grad = columns("causal", (2, 4, 30, 40)), random(2, 30, 32, 4, seed=3)
+
+    def gradients(*given: Tensor, mask: Tensor | None = mask, grad: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.requires_grad_() for x in given]
+        return torch.autograd.grad(token_layers.attention_with_gradient(*leaves, mask, 0.2), leaves, grad)
+
+    expected = gradients(q.clone(), k.clone(), v.clone(), grad=grad.transpose(2, 3).contiguous())
+    turned = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
+    wide = mask.expand(2, 4, 30, 40)
+    roomy = torch.cat([k, k], 2)[:, :, :40]
+    for given, own in ((turned, mask), ((q, roomy, v), mask), ((q, k, v), wide), ((q, k, v), wide.contiguous())):
+        found = gradients(*(x.detach() for x in given), mask=own, grad=grad.transpose(2, 3))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_attention_has_one_derivative() -> None:
+    q, k, v = (random(1, 2, 4, 16, seed=i).requires_grad_() for i in range(3))
+    out = token_layers.attention_with_gradient(q, k, v, None, 0.2)
+    for gradient in torch.autograd.grad(out.sum(), [q, k, v], create_graph=True):
+        with pytest.raises(RuntimeError, match="no second derivative of attention"):
+            gradient.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", list(token_layers.ACTIVATIONS))
 @pytest.mark.parametrize(
@@ -264,7 +346,10 @@ def test_threads_change_nothing(threads: int) -> None:
     def run() -> list[Tensor]:
         cos, sin = random(1, 300, 576), random(1, 300, 576, seed=1)
         rotated = token_layers.rotary(x[None, None], x[None, None], cos, sin)
-        return [token_layers.attention(q, k, v, None, 0.1), token_layers.rms_norm(x, weight, 1e-6), *rotated]
+        blocks = [y.repeat(1, 1, 40, 1)[:, :, :200].clone().requires_grad_() for y in (q, k, v)]
+        out = token_layers.attention_with_gradient(*blocks, None, 0.1)
+        found = [out.detach(), *torch.autograd.grad(out.square().sum(), blocks)]
+        return [*found, token_layers.attention(q, k, v, None, 0.1), token_layers.rms_norm(x, weight, 1e-6), *rotated]
 
     before, expected = torch.get_num_threads(), run()
     try:
@@ -282,6 +367,15 @@ def test_large_and_missing_numbers(dtype: torch.dtype) -> None:
     assert_near(token_layers.attention(large, k, v, None, 1.0), softmax(large, k, v, None, 1.0))
     k[0, 0, 2, 3] = torch.nan
     assert token_layers.attention(q, k, v, None, 1.0).isnan().all()
+    wide = [x.repeat(1, 1, 1, 2).requires_grad_() for x in (large, k, v)]
+    out = token_layers.attention_with_gradient(*wide, None, 1.0)
+    assert out.isnan().all()
+    assert all(gradient.isnan().any() for gradient in torch.autograd.grad(out.sum(), wide))
+    with torch.no_grad():
+        wide[1].nan_to_num_(0.5)
+    out = token_layers.attention_with_gradient(*wide, None, 1.0)
+    assert_near(out.detach(), softmax(*(x.detach() for x in wide), None, 1.0))
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(out.sum(), wide))
     x = random(2, 40, dtype=dtype)
     x[1, 5] = torch.nan
     out = token_layers.rms_norm(x, None, 1e-6)
@@ -295,6 +389,8 @@ def test_what_the_kernels_refuse() -> None:
     w, tables = random(96, 64), [random(1, 96, 8)] * 2
     heads = (w, None, w, None, w, None, None, None)
     ops: Any = torch.ops.nabla_fast
+    many = [x.repeat(1, 1, 1, 2) for x in (q, k, k)]
+    out, sums = ops.native_attention_blocks(*many, None, 1.0)
     for kernel, wrong, said in [
         (ops.native_rms_norm, (q[0, 0, 0, 0], None, 1e-6, False), r"\(\.\.\., d\)"),
         (ops.native_rms_norm, (q, q[0, 0, 0, :7], 1e-6, False), r"\(8"),
@@ -322,6 +418,13 @@ def test_what_the_kernels_refuse() -> None:
         (ops.native_attention, (q, k, k, mask[:, :, :2], 1.0), "mask must be bool"),
         (ops.native_attention, (q.double(), k.double(), k.double(), None, 1.0), "float32, bfloat16 or float16"),
         (ops.native_attention, (q.to_sparse(), k, k, None, 1.0), "q"),
+        (ops.native_attention_blocks, (q, k, k, mask, 1.0), "multiple of 16 features, got 8 and 8"),
+        (ops.native_attention_blocks, (q[:, :3], k, k, None, 1.0), "multiple of the 2 heads"),
+        (ops.native_attention_blocks, (*(x.double() for x in many), None, 1.0), "float32, bfloat16 or float16"),
+        (ops.native_attention_blocks_backward, (out[:1], *many, None, out, sums, 1.0), "grad must have shape"),
+        (ops.native_attention_blocks_backward, (out, *many, None, out[..., :8], sums, 1.0), "out must have shape"),
+        (ops.native_attention_blocks_backward, (out, *many, None, out, sums[:1], 1.0), "log_sums must have shape"),
+        (ops.native_attention_blocks_backward, (out.half(), *many, None, out, sums, 1.0), "grad and out must be"),
         (ops.native_gated_mlp, (w[0], w, None, w, None, w.t(), None, "relu"), "silu, gelu or gelu_tanh"),
         (ops.native_gated_mlp, (w[0], w, None, w[:32], None, w.t(), None, "silu"), "up must have shape"),
         (ops.native_gated_mlp, (w[0], w, None, w, None, w, None, "silu"), "down must have shape"),
@@ -350,6 +453,10 @@ def test_the_fake_kernels_have_the_real_ones_shapes() -> None:
     torch.library.opcheck(ops.native_rms_norm_backward, (q, q, q[0, 0, 0], 1e-6, True))
     torch.library.opcheck(ops.native_rotary, (q, q, cos, cos))
     torch.library.opcheck(ops.native_attention, (q, k, k[..., :5], None, 0.5))
+    many = [random(2, 3, 4, 32).transpose(1, 2), random(2, 2, 7, 32), random(2, 2, 7, 16)]
+    torch.library.opcheck(ops.native_attention_blocks, (*many, None, 0.5))
+    out, sums = ops.native_attention_blocks(*many, None, 0.5)
+    torch.library.opcheck(ops.native_attention_blocks_backward, (out, *many, None, out, sums, 0.5))
     x, w, tables = random(2, 3, 32), random(64, 32), [random(1, 3, 16)] * 2
     torch.library.opcheck(ops.native_gated_mlp, (x, w, None, w, None, w.t().contiguous(), w[0], "silu"))
     heads = (w, None, w[:32], None, w[:32], w[:32, 0], w[0, :16], None)
