@@ -99,8 +99,11 @@ def attention(
 def _is_for_blocks(query: Tensor, value: Tensor) -> bool:
     """Whether the kernel with a gradient has these heads, and is faster than PyTorch's, which multiplies tiles of
     bfloat16 where the processor has them."""
-    few = query.dtype is torch.float32 or query.shape[2] <= _MOST_HALF_QUERIES
-    return few and query.shape[-1] % token_layers.HEAD_UNIT == value.shape[-1] % token_layers.HEAD_UNIT == 0
+    return (
+        token_layers.fast_with_gradient()
+        and (query.dtype is torch.float32 or query.shape[2] <= _MOST_HALF_QUERIES)
+        and query.shape[-1] % token_layers.HEAD_UNIT == value.shape[-1] % token_layers.HEAD_UNIT == 0
+    )
 
 
 def exchange_attention(table: Any) -> Callable[[], Any] | None:
@@ -139,7 +142,8 @@ def is_known(own: Any) -> bool:
         return lambda q, k, v: function(module, q, k, v, mask, scaling=0.3)[0]
 
     ours = functools.partial(attention, refuse)
-    return all(same(run(own), run(ours), [q, k, v], gradient=gradient) for gradient in (False, True))
+    gradients = (False, True) if token_layers.fast_with_gradient() else (False,)
+    return all(same(run(own), run(ours), [q, k, v], gradient=gradient) for gradient in gradients)
 
 
 def _is_broadcast(mask: Tensor, query: Tensor, key: Tensor) -> bool:
