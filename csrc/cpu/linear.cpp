@@ -46,13 +46,14 @@ constexpr int64_t kGrain = 32768;
 // Of a row, so that no instruction set has a rest: the entries that 64 bytes hold in the narrower dtypes.
 constexpr int64_t kUnit = 32;
 
-// Whether the processor itself fetches from memory what is read in order in time.
-bool fetches_by_itself() {
+// Whether it is a processor of Intel's. Others fetch from memory by themselves what is read in order, and multiply
+// pairs of bfloat16 numbers as fast as float32 numbers; Intel's take as long for a pair as for four float32 numbers.
+bool is_intel() {
 #if defined(__x86_64__)
-  static const bool does = __builtin_cpu_is("amd");
-  return does;
+  static const bool is = __builtin_cpu_is("intel");
+  return is;
 #else
-  return true;
+  return false;
 #endif
 }
 
@@ -189,7 +190,7 @@ struct Product {
     // One row of the weight after the other is what memory is fastest at, but reads all of x for each; and of 8-bit
     // integers, memory gives more than one sum can take.
     if constexpr (rows <= 3 && !std::is_same_v<scalar_t, int8_t>) {
-      if (fetches_by_itself() && rows * size * int64_t(sizeof(x_t)) <= kNearBytes) {
+      if (!is_intel() && rows * size * int64_t(sizeof(x_t)) <= kNearBytes) {
         return blocks<rows, 1, false>(row, begin, end);
       }
     }
@@ -302,7 +303,7 @@ void multiply_alike(const scalar_t* x, int64_t count, int64_t size, c10::ArrayRe
                     c10::ArrayRef<out_t*> outs) {
   if constexpr (std::is_same_v<scalar_t, float>) return multiply<float, out_t>(x, count, size, layers, outs);
   if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
-    if (has_bfloat16_matmul()) return multiply<scalar_t, out_t>(x, count, size, layers, outs);
+    if (has_bfloat16_matmul() && !is_intel()) return multiply<scalar_t, out_t>(x, count, size, layers, outs);
   }
   if constexpr (!std::is_same_v<scalar_t, float>) {
     multiply<scalar_t, out_t>(converted(x, count * size).data(), count, size, layers, outs);
