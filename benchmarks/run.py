@@ -50,6 +50,7 @@ SUITES = {
         "draw_token",
         "sampling",
         "linear",
+        "attention",
     ),
     "gradients": ("gradients",),
     "dto": ("dto",),
