@@ -1,5 +1,5 @@
 """`linear`: products of rows (M, K) with a layer's weight (N, K), and their derivative, on a CPU: the few rows of a
-decoded token or draft, and the tens of a gradient.
+decoded token or draft, and the tens of a gradient, where those are native on this processor.
 
 With weights of 8-bit integers, eager is what torchao does with them, and "float32" the layer that was not quantised.
 """
@@ -111,13 +111,24 @@ def sent(seed: int, rows: int, entries: int, width: int) -> Inputs:
     return Inputs((grad,), (randn(entries, width, dtype=torch.bfloat16, seed=seed + 1) / width**0.5,))
 
 
+def is_taken(shape: Shape, entries: int, rows: int, dtype: torch.dtype, *, backward: bool = False) -> bool:
+    """Whether a model's layer would be multiplied by the native kernel; it is shown without one, too."""
+    weight = torch.empty(entries, shape.width, dtype=dtype)
+    if backward:
+        return native_linear.backward_fits(torch.empty(rows, entries, dtype=dtype), weight)
+    return rows in ROWS or native_linear.fits(torch.empty(rows, shape.width, dtype=dtype), weight)
+
+
 def cases(setting: Setting) -> list[Case]:
     if setting.device.type != "cpu":
         return []
     sizes = [(*weight, rows, dtype) for weight in WEIGHTS for dtype in setting.dtypes for rows in (*ROWS, *MORE_ROWS)]
-    made = [contest(*size) for size in (sizes[:2] if setting.quick else sizes)]
+    made = [contest(*size) for size in (sizes[:2] if setting.quick else sizes) if is_taken(*size)]
     made += [
-        backward_contest(*weight, rows) for weight in WEIGHTS[: 1 if setting.quick else None] for rows in MORE_ROWS
+        backward_contest(*weight, rows)
+        for weight in WEIGHTS[: 1 if setting.quick else None]
+        for rows in MORE_ROWS
+        if is_taken(*weight, rows, torch.bfloat16, backward=True)
     ]
     made += [int8_contest(*weight, rows) for weight in WEIGHTS[: 1 if setting.quick else None] for rows in ROWS]
     return [one.case(setting) for one in made]
