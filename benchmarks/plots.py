@@ -83,13 +83,13 @@ def section(kind: str, suite: str) -> str:
 
 
 def speed_in_brief() -> str:
-    """The Markdown of the cases that `tables.BRIEF` names."""
+    """The Markdown of the cases that `tables.BRIEF` names, on every machine where they were measured."""
     rows = []
     for kind, cases in BRIEF.items():
-        found = {r["case"]: (r, hardware(some)) for some in machines(kind).values() for r in newest_records(some)}
-        rows += [
-            brief_cells(*found[case]) if case in found else [case, "", kind, *[NOT_MEASURED] * 4] for case in cases
-        ]
+        found = [(r, hardware(some)) for some in machines(kind).values() for r in newest_records(some)]
+        for case in cases:
+            of_case = [brief_cells(record, machine) for record, machine in found if record["case"] == case]
+            rows += of_case or [[case, "", kind, *[NOT_MEASURED] * 4]]
     return markdown(BRIEF_COLUMNS, rows)
 
 
