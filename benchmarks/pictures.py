@@ -99,7 +99,7 @@ def draw_roofline(axes: Any, records: Sequence[Record]) -> None:
 
 def annotate(axes: Any, value: float, y: float, size: float) -> None:
     """Writes a ratio behind its bar."""
-    text = f"{value:.2g}" if value < 100 else f"{value:.0f}"
+    text = f"{value:.2g}" if value < 99.5 else f"{value:.0f}"
     axes.annotate(text, (max(value, 1), y), (3, 0), textcoords="offset points", va="center", fontsize=size)
 
 
