@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny_model
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -230,6 +231,33 @@ def test_attention_with_a_gradient(dtype: torch.dtype, tokens: int, taken: bool,
     assert asked == ["attention_with_gradient"] * (taken and kernels.fast_with_gradient())
     for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.05, atol=1e-5 if dtype is torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize(
+    "family", ["gemma3_text", "gpt2", "gpt_neox", "lfm2", "llama", "phi3", "qwen3", "recurrent_gemma"]
+)
+def test_gradients_of_models(family: str, asked: list[str]) -> None:
+    """Of two rows, one of them with padding."""
+    model = tiny_model(family, dtype=torch.float32).requires_grad_(False)
+    ids = torch.arange(4, 46).view(2, 21)
+    mask = torch.ones(2, 21, dtype=torch.long)
+    mask[0, :5] = 0
+    embedded = model.get_input_embeddings()(ids)
+
+    def gradient() -> Tensor:
+        leaf = embedded.clone().requires_grad_()
+        logits = model(inputs_embeds=leaf, attention_mask=mask, use_cache=False).logits[:, 5:]
+        likelihoods = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 6:, None])
+        (found,) = torch.autograd.grad(likelihoods.sum(), leaf)
+        return found[:, 5:]
+
+    plain = gradient()
+    fused = find_on_cpu(model)
+    asked.clear()
+    with fused.active():
+        ours = gradient()
+    assert ("attention_with_gradient" in asked) == kernels.fast_with_gradient()
+    torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
 
 
 def test_one_query_without_a_mask_reads_everything(asked: list[str]) -> None:
