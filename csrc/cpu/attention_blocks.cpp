@@ -93,9 +93,9 @@ void multiply_columns(int64_t m, int64_t k, const Left& a, const Right<const flo
     const auto [left, out] = from(row);
     multiply_tile<kTileRows, vectors>(k, left, b, out, add);
   }
-  const auto [left, out] = from(row);
+  const auto rest = from(row);
   unrolled<kTileRows - 1>([&](auto before) {
-    if (m - row == before + 1) multiply_tile<before + 1, vectors>(k, left, b, out, add);
+    if (m - row == before + 1) multiply_tile<before + 1, vectors>(k, rest.first, b, rest.second, add);
   });
 }
 
