@@ -102,7 +102,8 @@ def test_a_client_that_leaves_takes_its_sequences_with_it(stream):
         expected = nf.generate(*tiny(), "is it on", CONFIG.replace(seed=9, **LONG))
         assert answer["choices"][0]["message"]["content"] == expected.texts[0]
         assert answer["usage"]["nabla"]["rollouts"] == expected.stats.totals.rollouts
-        assert server.engine.running == server.engine.batches == 0
+        # An answer is told a moment before its batch is closed.
+        wait_for(lambda: server.engine.running == server.engine.batches == 0)
 
 
 def test_a_client_that_does_not_read_holds_nobody_up():
@@ -228,5 +229,5 @@ def test_requests_of_other_settings_run_beside_each_other(gate):
         wait_for(lambda: sum(server.engine._live.values()) == 3)
         gate.open.set()
         assert [answer.result().status for answer in held] == [200] * 3
-        assert server.engine.batches == 0
+        wait_for(lambda: server.engine.batches == 0)
         assert threading.active_count() < 60
