@@ -1,8 +1,9 @@
 #include "../checks.h"
 #include "attention_arguments.h"
+#include "attention_block.h"
 #include "half_precision.h"
 #include "operators.h"
-#include "registers.h"
+#include "strided_matmul.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -12,8 +13,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <tuple>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -23,272 +22,12 @@
 namespace nabla_fast::cpu::CPU_CAPABILITY {
 namespace {
 
-using Numbers = at::vec::Vectorized<float>;
-
-// What the features of a head are a multiple of, and the queries of a block are filled up to: whole vectors.
-constexpr int64_t kUnit = 16;
-// Queries of a block.
-constexpr int64_t kBlock = 64;
 // Columns that the derivative works on at a time: their scores, and those scores' derivatives, stay in the second-level
 // cache.
 constexpr int64_t kChunk = 256;
 // Pieces of work below which the heads that share keys become pieces of their own. No matter how many threads there
 // are: so sums are the same in every number of them.
 constexpr int64_t kPieces = 16;
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int kTileRows = 6;
-constexpr int kTileVectors = 4;
-#else
-constexpr int kTileRows = 4;
-constexpr int kTileVectors = 2;
-#endif
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// A (m, k): entry (i, j) is data[i * row + j * column].
-struct Left {
-  const float* data;
-  int64_t row;
-  int64_t column;
-};
-
-// B or C (., n): rows are `stride` numbers apart.
-template <typename number_t>
-struct Right {
-  number_t* data;
-  int64_t stride;
-};
-
-template <int rows, int vectors>
-__attribute__((noinline)) void multiply_tile(int64_t k, const Left& a, const Right<const float>& b,
-                                             const Right<float>& c, bool add) {
-  Numbers sums[rows * vectors];
-  unrolled<rows * vectors>([&](auto i) { sums[i] = Numbers(0.0F); });
-  for (int64_t j = 0; j < k; ++j) {
-    const float* line = b.data + j * b.stride;
-    Numbers entries[vectors];
-    unrolled<vectors>([&](auto v) { entries[v] = Numbers::loadu(line + v * Numbers::size()); });
-    unrolled<rows>([&](auto i) {
-      const Numbers factor(a.data[i * a.row + j * a.column]);
-      unrolled<vectors>(
-          [&](auto v) { sums[i * vectors + v] = at::vec::fmadd(factor, entries[v], sums[i * vectors + v]); });
-    });
-  }
-  unrolled<rows>([&](auto i) {
-    unrolled<vectors>([&](auto v) {
-      float* to = c.data + i * c.stride + v * Numbers::size();
-      (add ? sums[i * vectors + v] + Numbers::loadu(to) : sums[i * vectors + v]).store(to);
-    });
-  });
-}
-
-template <int vectors>
-void multiply_columns(int64_t m, int64_t k, const Left& a, const Right<const float>& b, const Right<float>& c,
-                      bool add) {
-  const auto from = [&](int64_t row) {
-    return std::pair{Left{a.data + row * a.row, a.row, a.column}, Right<float>{c.data + row * c.stride, c.stride}};
-  };
-  int64_t row = 0;
-  for (; row + kTileRows <= m; row += kTileRows) {
-    const auto [left, out] = from(row);
-    multiply_tile<kTileRows, vectors>(k, left, b, out, add);
-  }
-  const auto rest = from(row);
-  unrolled<kTileRows - 1>([&](auto before) {
-    if (m - row == before + 1) multiply_tile<before + 1, vectors>(k, rest.first, b, rest.second, add);
-  });
-}
-
-// C (m, n) = A (m, k) B (k, n), or C += ...; n is a multiple of kUnit.
-void multiply(int64_t m, int64_t n, int64_t k, const Left& a, const Right<const float>& b, const Right<float>& c,
-              bool add) {
-  constexpr int64_t kWidth = kTileVectors * Numbers::size();
-  int64_t column = 0;
-  const auto b_from = [&] { return Right<const float>{b.data + column, b.stride}; };
-  const auto c_from = [&] { return Right<float>{c.data + column, c.stride}; };
-  for (; column + kWidth <= n; column += kWidth) multiply_columns<kTileVectors>(m, k, a, b_from(), c_from(), add);
-  for (; column < n; column += Numbers::size()) multiply_columns<1>(m, k, a, b_from(), c_from(), add);
-}
-
-// Rows (count, size) of float32: those that are there, or copies.
-template <typename scalar_t>
-class WideRows {
- public:
-  WideRows(const scalar_t* from, int64_t stride, int64_t count, int64_t size) {
-    if constexpr (std::is_same_v<scalar_t, float>) {
-      rows_ = {from, stride};
-    } else {
-      copies_.resize(count * size);
-      for (int64_t row = 0; row < count; ++row) {
-        for (int64_t d = 0; d < size; d += kPair) {
-          store_pair<float>(load_pair(from + row * stride + d, size - d), copies_.data() + row * size + d, size - d);
-        }
-      }
-      rows_ = {copies_.data(), size};
-    }
-  }
-  WideRows(WideRows&&) = delete;
-
-  Right<const float> rows() const { return rows_; }
-  Right<const float> rows(int64_t first) const { return {rows_.data + first * rows_.stride, rows_.stride}; }
-  Left left(int64_t first) const { return {rows_.data + first * rows_.stride, rows_.stride, 1}; }
-
- private:
-  std::vector<float> copies_;
-  Right<const float> rows_{};
-};
-
-// A block of rows, times a factor, and the same turned: (size, kBlock). Zeros behind the last row.
-class Block {
- public:
-  explicit Block(int64_t size) : size_(size), rows_(kBlock * size), turned_(kBlock * size) {}
-
-  template <typename scalar_t>
-  void load(const scalar_t* from, int64_t stride, int64_t count, float factor) {
-    std::fill(rows_.begin() + count * size_, rows_.end(), 0.0F);
-    for (int64_t row = 0; row < count; ++row) {
-      float* to = rows_.data() + row * size_;
-      for (int64_t d = 0; d < size_; d += kPair) {
-        Pair pair = load_pair(from + row * stride + d, size_ - d);
-        for (auto& vector : pair) vector = vector * Numbers(factor);
-        store_pair(pair, to + d, size_ - d);
-      }
-    }
-    for (int64_t d = 0; d < size_; ++d) {
-      for (int64_t row = 0; row < kBlock; ++row) turned_[d * kBlock + row] = rows_[row * size_ + d];
-    }
-  }
-
-  const float* row(int64_t i) const { return rows_.data() + i * size_; }
-  Right<const float> rows() const { return {rows_.data(), size_}; }
-  Right<const float> turned() const { return {turned_.data(), kBlock}; }
-
- private:
-  int64_t size_;
-  std::vector<float> rows_;
-  std::vector<float> turned_;
-};
-
-// What is added to scores, in their order: 0 where a query reads a column, -infinity elsewhere; and for each block the
-// columns that any of its queries reads.
-class Additions {
- public:
-  Additions(const OptionalTensor& mask, int64_t queries, int64_t columns)
-      : columns_(columns), blocks_(ceil_divide(queries, kBlock)) {
-    if (!mask.has_value()) return;
-    const Tensor flags = mask->expand({mask->size(0), mask->size(1), queries, columns});
-    heads_ = mask->size(1);
-    per_sequence_ = mask->size(0) > 1 ? heads_ : 0;
-    per_head_ = heads_ > 1 ? 1 : 0;
-    const int64_t pieces = mask->size(0) * heads_ * blocks_;
-    numbers_ = at::empty({pieces, columns, kBlock}, at::kFloat);
-    ranges_.resize(pieces);
-    const bool* all = flags.const_data_ptr<bool>();
-    at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t piece = begin; piece < end; ++piece) {
-        const int64_t first = piece % blocks_ * kBlock;
-        const int64_t set = piece / blocks_;
-        const bool* own =
-            all + set / heads_ * flags.stride(0) + set % heads_ * flags.stride(1) + first * flags.stride(2);
-        fill(own, flags.stride(2), flags.stride(3), std::min(kBlock, queries - first), piece);
-      }
-    });
-  }
-
-  int64_t blocks() const { return blocks_; }
-  // Of a block of queries: null, or (columns, kBlock), from a column on.
-  const float* of(int64_t sequence, int64_t head, int64_t block, int64_t column) const {
-    if (!numbers_.defined()) return nullptr;
-    return numbers_.const_data_ptr<float>() + (piece(sequence, head, block) * columns_ + column) * kBlock;
-  }
-  std::pair<int64_t, int64_t> range(int64_t sequence, int64_t head, int64_t block) const {
-    return numbers_.defined() ? ranges_[piece(sequence, head, block)] : std::pair<int64_t, int64_t>{0, columns_};
-  }
-
- private:
-  int64_t piece(int64_t sequence, int64_t head, int64_t block) const {
-    return (sequence * per_sequence_ + head * per_head_) * blocks_ + block;
-  }
-
-  void fill(const bool* flags, int64_t row_stride, int64_t column_stride, int64_t count, int64_t piece) {
-    constexpr float kNever = -std::numeric_limits<float>::infinity();
-    float* to = numbers_.mutable_data_ptr<float>() + piece * columns_ * kBlock;
-    int64_t first = columns_;
-    int64_t last = 0;
-    for (int64_t column = 0; column < columns_; ++column, to += kBlock) {
-      bool any = false;
-      for (int64_t row = 0; row < count; ++row) {
-        const bool reads = flags[row * row_stride + column * column_stride];
-        to[row] = reads ? 0.0F : kNever;
-        any = any || reads;
-      }
-      std::fill(to + count, to + kBlock, kNever);
-      if (!any) continue;
-      first = std::min(first, column);
-      last = column + 1;
-    }
-    ranges_[piece] = {std::min(first, last), last};
-  }
-
-  int64_t columns_;
-  int64_t blocks_;
-  int64_t heads_ = 1;
-  // 0 where one serves all.
-  int64_t per_sequence_ = 0;
-  int64_t per_head_ = 0;
-  Tensor numbers_;
-  std::vector<std::pair<int64_t, int64_t>> ranges_;
-};
-
-// work(vector) for the vectors of a line of a block of `width` queries.
-template <typename Work>
-void each_lane(int64_t width, const Work& work) {
-  for (int64_t lane = 0; lane < width; lane += Numbers::size()) work(lane);
-}
-
-// The largest score of each query, and the sum of exp(score - largest), which take the place of `scores` (count,
-// kBlock). A query that reads no column has the sum 0.
-void exponentials(float* scores, const float* additions, int64_t count, int64_t width, float* largest, float* sums) {
-  each_lane(width, [&](int64_t lane) {
-    Numbers most(std::numeric_limits<float>::lowest());
-    for (int64_t i = lane; i < count * kBlock; i += kBlock) {
-      auto score = Numbers::loadu(scores + i);
-      if (additions != nullptr) score = score + Numbers::loadu(additions + i);
-      score.store(scores + i);
-      most = at::vec::maximum(most, score);
-    }
-    Numbers sum(0.0F);
-    for (int64_t i = lane; i < count * kBlock; i += kBlock) {
-      const Numbers power = (Numbers::loadu(scores + i) - most).exp();
-      power.store(scores + i);
-      sum = sum + power;
-    }
-    most.store(largest + lane);
-    sum.store(sums + lane);
-  });
-}
-
-// scores (count, kBlock) → probabilities, given the logarithm of the sum of each query's exponentials.
-void probabilities(float* scores, const float* additions, int64_t count, int64_t width, const float* log_sums) {
-  each_lane(width, [&](int64_t lane) {
-    const auto log_sum = Numbers::loadu(log_sums + lane);
-    for (int64_t i = lane; i < count * kBlock; i += kBlock) {
-      auto score = Numbers::loadu(scores + i);
-      if (additions != nullptr) score = score + Numbers::loadu(additions + i);
-      (score - log_sum).exp().store(scores + i);
-    }
-  });
-}
-
-// slopes = probabilities * (slopes - means), of both (count, kBlock)
-void times_deviation(float* slopes, const float* chances, int64_t count, int64_t width, const float* means) {
-  each_lane(width, [&](int64_t lane) {
-    const auto mean = Numbers::loadu(means + lane);
-    for (int64_t i = lane; i < count * kBlock; i += kBlock) {
-      (Numbers::loadu(chances + i) * (Numbers::loadu(slopes + i) - mean)).store(slopes + i);
-    }
-  });
-}
 
 // Rows (count, size), each number times the row's factor, to rows `stride` apart.
 template <typename scalar_t, typename Factor>
@@ -371,7 +110,8 @@ struct Operands {
         const float* added = additions.of(own.sequence, own.head, block, first);
         load(query, q, own, scale);
         multiply(last - first, own.width, size, keys.left(first), query.turned(), {scores.data(), kBlock}, false);
-        exponentials(scores.data(), added, last - first, own.width, largest, sums);
+        exponentials(scores.data(), added, additions.least(own.sequence, own.head, block), last - first, own.width,
+                     largest, sums);
         multiply(own.count, value_size, last - first, {scores.data(), 1, kBlock}, values.rows(first),
                  {mixed.data(), value_size}, false);
         const auto inverse = [&](int64_t i) { return sums[i] == 0 ? 0.0F : 1 / sums[i]; };

@@ -4,8 +4,6 @@
 #include <ATen/ops/rand.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/rsqrt.h>
-#include <ATen/ops/scalar_tensor.h>
-#include <ATen/ops/where.h>
 
 #include <cstdint>
 #include <cstdio>
@@ -76,45 +74,50 @@ void rotations(at::ScalarType dtype, int64_t heads, int64_t tokens, int64_t widt
   }
 }
 
+// Of attention; every query reads the first column.
+struct Operands {
+  at::Tensor q;
+  at::Tensor k;
+  at::Tensor v;
+  at::Tensor mask;
+
+  Operands(at::ScalarType dtype, int64_t tokens, int64_t width, int64_t size, int64_t value_size)
+      : q(at::randn({2, tokens, 4, size}).to(dtype).transpose(1, 2)),
+        k(at::randn({2, 2, width + 3, size}).to(dtype).narrow(2, 0, width)),
+        v(at::randn({2, 2, width, value_size}).to(dtype)),
+        mask(at::rand({2, 1, tokens, width}).gt(0.4)) {
+    mask.select(3, 0).fill_(true);
+  }
+
+  static at::Tensor of_heads(const at::Tensor& x) { return x.to(at::kDouble).repeat_interleave(2, 1); }
+  at::Tensor scores() const { return q.to(at::kDouble).matmul(of_heads(k).transpose(2, 3)).mul(0.3); }
+  at::Tensor masked_scores() const {
+    return scores().masked_fill(mask.logical_not(), -std::numeric_limits<double>::infinity());
+  }
+};
+
 void mixtures(at::ScalarType dtype, int64_t tokens, int64_t width, int64_t size, int64_t value_size) {
-  const at::Tensor q = at::randn({2, tokens, 4, size}).to(dtype).transpose(1, 2);
-  const at::Tensor k = at::randn({2, 2, width + 3, size}).to(dtype).narrow(2, 0, width);
-  const at::Tensor v = at::randn({2, 2, width, value_size}).to(dtype);
-  const at::Tensor mask = at::rand({2, 1, tokens, width}).gt(0.4);
-  mask.select(3, 0).fill_(true);
-  const at::Tensor keys = k.to(at::kDouble).repeat_interleave(2, 1);
-  const at::Tensor values = v.to(at::kDouble).repeat_interleave(2, 1);
-  const at::Tensor scores = q.to(at::kDouble).matmul(keys.transpose(2, 3)).mul(0.3);
-  const at::Tensor least = at::scalar_tensor(-std::numeric_limits<double>::infinity(), scores.options());
-  const auto meant = [&](const at::Tensor& z) { return z.softmax(-1).matmul(values).transpose(1, 2); };
-  require(near(attention(q, k, v, std::nullopt, 0.3), meant(scores)), "attention");
-  require(near(attention(q, k, v, mask, 0.3), meant(at::where(mask, scores, least))), "attention with a mask");
-  require(attention(q, k, v, at::ones({1, 1, 1, width}, at::kBool).logical_not(), 0.3).eq(0).all().item<bool>(),
-          "attention that reads nothing");
+  const Operands own(dtype, tokens, width, size, value_size);
+  const auto meant = [&](const at::Tensor& z) { return z.softmax(-1).matmul(own.of_heads(own.v)).transpose(1, 2); };
+  require(near(attention(own.q, own.k, own.v, std::nullopt, 0.3), meant(own.scores())), "attention");
+  require(near(attention(own.q, own.k, own.v, own.mask, 0.3), meant(own.masked_scores())), "attention with a mask");
+  const at::Tensor nobody = at::ones({1, 1, 1, width}, at::kBool).logical_not();
+  require(attention(own.q, own.k, own.v, nobody, 0.3).eq(0).all().item<bool>(), "attention that reads nothing");
 }
 
 void blocks(at::ScalarType dtype, int64_t tokens, int64_t width, int64_t size, int64_t value_size) {
-  const at::Tensor q = at::randn({2, tokens, 4, size}).to(dtype).transpose(1, 2);
-  const at::Tensor k = at::randn({2, 2, width + 3, size}).to(dtype).narrow(2, 0, width);
-  const at::Tensor v = at::randn({2, 2, width, value_size}).to(dtype);
-  const at::Tensor mask = at::rand({2, 1, tokens, width}).gt(0.4);
-  mask.select(3, 0).fill_(true);
-  const at::Tensor queries = q.to(at::kDouble);
-  const at::Tensor keys = k.to(at::kDouble).repeat_interleave(2, 1);
-  const at::Tensor values = v.to(at::kDouble).repeat_interleave(2, 1);
-  const at::Tensor scores = queries.matmul(keys.transpose(2, 3)).mul(0.3);
-  const at::Tensor least = at::scalar_tensor(-std::numeric_limits<double>::infinity(), scores.options());
-  const at::Tensor chances = at::where(mask, scores, least).softmax(-1);
-  const auto [out, sums] = attention_blocks(q, k, v, mask, 0.3);
-  require(near(out, chances.matmul(values).transpose(1, 2)), "attention of blocks");
+  const Operands own(dtype, tokens, width, size, value_size);
+  const at::Tensor chances = own.masked_scores().softmax(-1);
+  const auto [out, sums] = attention_blocks(own.q, own.k, own.v, own.mask, 0.3);
+  require(near(out, chances.matmul(own.of_heads(own.v)).transpose(1, 2)), "attention of blocks");
   const at::Tensor grad = at::randn(out.sizes()).to(dtype);
   const at::Tensor sent = grad.to(at::kDouble).transpose(1, 2);
-  const at::Tensor slopes = sent.matmul(values.transpose(2, 3));
+  const at::Tensor slopes = sent.matmul(own.of_heads(own.v).transpose(2, 3));
   const at::Tensor inner = chances.mul(slopes.sub(chances.mul(slopes).sum(-1, true))).mul(0.3);
   const auto shared = [&](const at::Tensor& each) { return each.unflatten(1, {2, 2}).sum(2); };
-  const auto [to_q, to_k, to_v] = attention_blocks_backward(grad, q, k, v, mask, out, sums, 0.3);
-  require(close(to_q, inner.matmul(keys)), "gradient of queries");
-  require(close(to_k, shared(inner.transpose(2, 3).matmul(queries))), "gradient of keys");
+  const auto [to_q, to_k, to_v] = attention_blocks_backward(grad, own.q, own.k, own.v, own.mask, out, sums, 0.3);
+  require(close(to_q, inner.matmul(own.of_heads(own.k))), "gradient of queries");
+  require(close(to_k, shared(inner.transpose(2, 3).matmul(own.q.to(at::kDouble)))), "gradient of keys");
   require(close(to_v, shared(chances.transpose(2, 3).matmul(sent))), "gradient of values");
 }
 

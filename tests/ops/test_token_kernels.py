@@ -371,6 +371,12 @@ def test_large_and_missing_numbers(dtype: torch.dtype) -> None:
     out = token_layers.attention_with_gradient(*wide, None, 1.0)
     assert out.isnan().all()
     assert all(gradient.isnan().any() for gradient in torch.autograd.grad(out.sum(), wide))
+    # Scores of -infinity alone are no scores that a mask took out.
+    low = torch.full_like(wide[0], torch.inf), torch.full_like(wide[1], -1.0)
+    reads = torch.ones(1, 1, 2, 5, dtype=torch.bool)
+    for mask in (None, reads, reads.tril()):
+        for attention in (token_layers.attention, token_layers.attention_with_gradient):
+            assert attention(*low, wide[2].detach(), mask, 1.0).isnan().all()
     with torch.no_grad():
         wide[1].nan_to_num_(0.5)
     out = token_layers.attention_with_gradient(*wide, None, 1.0)
